@@ -1,0 +1,352 @@
+"""Checkpoints that notice damage: Orbax for the bytes, a checksum per array for the truth.
+
+Orbax writes a step atomically and restores it onto any sharding, but hands back an array with a
+flipped bit in silence. So a step is two items: `state`, a flat dict from the path of an array
+("params/dense/kernel") to the array, and `record`, a JSON file with the config and, of each array,
+its type, shape and checksum, sealed by a digest. No tree types are stored: code that knows nothing
+of the optimizer can restore the params.
+"""
+
+import gc
+import hashlib
+import json
+import logging as python_logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Shaped, UInt32
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from jetflow.types import UsageError
+
+T = TypeVar("T")
+
+
+class Damage(Exception):
+    """A checkpoint is not what was saved; the message names the cause."""
+
+
+class Checkpoints:
+    """The checkpoints under one directory, saved in the background; a context manager.
+
+    Only `save` creates or deletes anything, so that `sample` and `evaluate` may read the directory
+    of a run in progress. Every method must be called on all processes alike.
+
+    Args:
+        directory: a local path or a bucket URL, shared by all processes.
+        keep: how many of the newest steps to keep.
+        keep_every: keep the multiples of this many steps too, for good.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None
+    ):
+        path = os.fspath(directory)
+        self.directory = epath.Path(path if "://" in path else os.path.abspath(path))
+        policies = [preservation_policy.LatestN(keep)]
+        if keep_every:
+            policies.append(preservation_policy.EveryNSteps(keep_every))
+        self._policy = preservation_policy.AnyPreservationPolicy(policies)
+        self._manager: ocp.CheckpointManager | None = None
+        self._sound: dict[int, str] = {}  # step -> digest, of what this object wrote or verified
+        self._damaged: set[int] = set()
+        # Orbax tells its progress, and more, as warnings.
+        self._quiet = lambda line: line.levelno >= logging.ERROR or "/orbax/" not in line.pathname
+        self._quiet = lambda line: "/orbax/" not in line.pathname or line.levelno >= 40
+        logging.get_absl_logger().addFilter(self._quiet)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the save in progress; raises if it failed."""
+        try:
+            if self._manager is not None:
+                self._manager.close()
+        finally:
+            self._manager = None
+            logging.get_absl_logger().removeFilter(self._quiet)
+
+    def wait(self) -> None:
+        """Blocks until the save in progress is on disk; raises if it failed."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """The steps on disk, oldest first; a save that was cut short is not among them."""
+        paths = ocp.utils.checkpoint_steps_paths(self.directory)
+        return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+    def latest(self) -> int | None:
+        """The newest step on disk (its arrays unverified), or None."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: Any, config: dict, *, wait: bool = False) -> None:
+        """Copies `state` to the host and writes it in the background.
+
+        `state` may be donated as soon as this returns: on an accelerator the copy is complete by
+        then; on the CPU it is a view, and XLA does not reuse a buffer while there is a view of it.
+
+        A step that this object wrote or verified with the same content is left alone; any other
+        checkpoint of this step is replaced. Steps that `restore` found damaged are deleted: they
+        must neither count among the newest ones nor come back at the next start.
+
+        Args:
+            step: the number of the step, the name of the checkpoint.
+            state: a dataclass or dict of fields, each any pytree of `jax.Array`s.
+            config: anything that JSON can hold.
+            wait: return only when the checkpoint is on disk.
+        """
+        arrays = _flatten(state)
+        content = {"config": config, "arrays": _describe(arrays)}
+        record = _seal(json.loads(json.dumps(content)))
+        manager = self._open_manager()
+        manager.wait_until_finished()
+        for damaged in self._damaged.intersection(manager.all_steps()):
+            manager.delete(damaged)
+        self._damaged.clear()
+        if step in manager.all_steps():
+            if self._sound.get(step) == record["digest"]:
+                return
+            manager.delete(step)
+        items = {"state": ocp.args.PyTreeSave(arrays), "record": ocp.args.JsonSave(record)}
+        # Without force, Orbax skips a step older than the newest one in silence.
+        manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._sound[step] = record["digest"]
+        if wait:
+            manager.wait_until_finished()
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, int]:
+        """Reads the newest sound checkpoint, or the one of `step`.
+
+        A damaged checkpoint is logged as a warning and the one before it is tried, unless `step`
+        was asked for.
+
+        Args:
+            abstract_state: a dataclass or dict of the wanted fields: pytrees of
+                `jax.ShapeDtypeStruct`s (or arrays) whose shardings the result takes; without
+                one, the first local device. Each field must hold exactly what it held when it
+                was saved; fields that are not named are not read: `{"params": …}` is enough.
+            step: the step to read, and no other.
+
+        Returns:
+            A pytree like `abstract_state`, and the step that it comes from.
+
+        Raises:
+            UsageError: there is no checkpoint, or none that is sound, or it does not fit.
+        """
+        return self._newest_sound(step, lambda step: self._restore(step, abstract_state))
+
+    def restore_config(self, step: int | None = None) -> dict:
+        """The config saved with the newest checkpoint, or with `step`; raises as `restore`."""
+        return self._newest_sound(step, lambda step: self._read_record(step)["config"])[0]
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy,
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,
+                save_root_metadata=False,
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def _newest_sound(self, step: int | None, read: Callable[[int], T]) -> tuple[T, int]:
+        self.wait()
+        steps = self.steps()
+        if not steps:
+            raise UsageError(
+                f"no checkpoint in {self.directory}; train first with "
+                f"`jetflow train --workdir {self.directory.parent}`"
+            )
+        if step is not None and step not in steps:
+            raise UsageError(f"no checkpoint of step {step} in {self.directory}; it has {steps}")
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                return read(candidate), candidate
+            except Damage as damage:
+                self._damaged.add(candidate)
+                message = f"checkpoint {candidate} in {self.directory} is damaged: {damage}"
+                if step is not None:
+                    others = [other for other in steps if other != step]
+                    raise UsageError(f"{message}; other steps there: {others}") from damage
+                logging.warning("%s; falling back to the checkpoint before it", message)
+        raise UsageError(
+            f"every checkpoint in {self.directory} is damaged (steps {steps}; the warnings above "
+            "say how); restore a copy of one, or train anew in another --workdir"
+        )
+
+    def _restore(self, step: int, abstract_state: Any) -> Any:
+        record = self._read_record(step)
+        wanted = _flatten(abstract_state)
+        stored = {
+            path: entry
+            for path, entry in record["arrays"].items()
+            if path.split("/", 1)[0] in _fields(abstract_state)
+        }
+        _check_fit(stored, _types(wanted), f"checkpoint {step} in {self.directory}")
+        arrays = _everywhere(lambda: _read_arrays(self.directory / str(step) / "state", wanted))
+        for path, entry in _describe(arrays).items():
+            if entry != stored[path]:
+                raise Damage(f"the checksum of {path} is {entry[1]}, not {stored[path][1]}")
+        if len(arrays) == len(record["arrays"]):
+            self._sound[step] = record["digest"]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
+
+    def _read_record(self, step: int) -> dict:
+        def read() -> dict:
+            record = ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "record")
+            if record != _seal({"config": record["config"], "arrays": record["arrays"]}):
+                raise Damage("its record does not match the record's digest")
+            return record
+
+        return _everywhere(read)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _fields(tree: Any) -> set[str]:
+    """The names of the top-level fields, also of those that hold no array."""
+    is_field = lambda node: node is not tree  # noqa: E731
+    return {_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_field)[0]}
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Path -> leaf, in the order of the tree's leaves."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = {_name(path): leaf for path, leaf in leaves}
+    if len(flat) < len(leaves):
+        raise ValueError('two leaves of the state share a path; avoid "/" in the keys of its dicts')
+    return flat
+
+
+def _types(arrays: dict[str, Any]) -> dict[str, str]:
+    """Path -> type and shape, as "float32[64,3]"."""
+    return {
+        path: f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+        for path, leaf in arrays.items()
+    }
+
+
+def _describe(arrays: dict[str, Any]) -> dict[str, list[str]]:
+    """Path -> [type and shape, checksum]: what the record says of each array."""
+    sums = jax.device_get({path: _checksum(array) for path, array in arrays.items()})
+    return {path: [kind, f"{int(sums[path]):08x}"] for path, kind in _types(arrays).items()}
+
+
+@jax.jit
+def _checksum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    """Σ bits(a_i)·w_i mod 2³², the weight w_i odd and hashed from the position i.
+
+    Sums of integers do not depend on their order, hence not on the sharding. An odd number has an
+    inverse mod 2³², so no change of a single element of up to 32 bits goes unnoticed.
+    """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    width = min(array.dtype.itemsize, 4)  # of a wider element, 32-bit words in a trailing axis
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        position *= np.uint32(size % 2**32)
+        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    weight = (position + np.uint32(1)) * np.uint32(0x9E3779B1)  # 2³² / golden ratio
+    weight = (weight ^ (weight >> 15)) * np.uint32(0x85EBCA77)
+    weight = (weight ^ (weight >> 13)) | np.uint32(1)
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def _seal(content: dict) -> dict:
+    """`content` and the digest of its canonical JSON."""
+    canonical = json.dumps(content, sort_keys=True)
+    return {**content, "digest": hashlib.sha256(canonical.encode()).hexdigest()}
+
+
+def _check_fit(stored: dict[str, list[str]], wanted: dict[str, str], where: str) -> None:
+    """Raises UsageError unless the checkpoint holds the wanted arrays, and only them."""
+    there = {path: kind for path, (kind, _) in stored.items()}
+    differing = [path for path in {**wanted, **there} if wanted.get(path) != there.get(path)]
+    if differing:
+        shown = [
+            f"{path} is {there.get(path, 'absent')} there and {wanted.get(path, 'absent')} here"
+            for path in differing[:3]
+        ]
+        more = [f"and {len(differing) - 3} more"] if len(differing) > 3 else []
+        raise UsageError(
+            f"{where} does not fit this config: {'; '.join(shown + more)}; "
+            "use the config of that run, or another --workdir"
+        )
+
+
+def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+    """Restores the wanted paths onto their shardings; each process reads its own shards.
+
+    `CheckpointManager.restore` ends in a barrier, at which the other processes would wait for ever
+    for one that cannot read its shards; its handler does not.
+    """
+    if not wanted:
+        return {}
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    restore_args = {
+        path: ocp.ArrayRestoreArgs(
+            sharding=getattr(leaf, "sharding", None) or default,
+            global_shape=leaf.shape,
+            dtype=leaf.dtype,
+        )
+        for path, leaf in wanted.items()
+    }
+    args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+    restored = ocp.PyTreeCheckpointHandler().restore(directory, args=args)
+    return {path: restored[path] for path in wanted}
+
+
+def _everywhere(read: Callable[[], T]) -> T:
+    """`read()` on this process; if it fails on any process, raises Damage on all of them.
+
+    Orbax, TensorStore and JSON raise many types for a damaged file, so any exception counts,
+    except that memory ran out. Orbax reads all arrays at once and raises the first failure;
+    asyncio would print the others, pages of them, when it collects their tasks: so collect now.
+    """
+    asyncio_logger, unraisable_hook = python_logging.getLogger("asyncio"), sys.unraisablehook
+    result, cause = None, None
+    try:
+        asyncio_logger.disabled, sys.unraisablehook = True, lambda _: None
+        try:
+            result = read()
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            cause = _explain(error)
+        if cause:
+            gc.collect()
+    finally:
+        asyncio_logger.disabled, sys.unraisablehook = False, unraisable_hook
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]
+        if failed.size and cause is None:
+            cause = f"not readable on process {failed[0]}"
+    if cause:
+        raise Damage(cause)
+    return result  # type: ignore[return-value]
+
+
+def _explain(error: BaseException) -> str:
+    """One line on the first cause, without TensorStore's specs."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())[:240]
+    return text if isinstance(error, Damage) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,237 @@
+"""From a data set's name to batches: TFDS prepares and stores, Grain orders and reads ahead.
+
+The order of the data has no state: train batch k holds the rows [k·B, (k+1)·B) of a stream that the
+seed alone fixes, and process p of n reads the p-th of n equal blocks of every batch. So a run
+resumes exactly from its step number, on any number of processes.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+
+from jetflow.data.builders import BUILDERS
+from jetflow.types import NO_LABEL, Batch, UsageError
+
+# Few threads: decoding small images holds Python's lock most of the time, and with Grain's default
+# of 16 threads photos/16 is read a third slower than with two.
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # the buffer: batches
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """One split of a prepared data set.
+
+    Attributes:
+        name: as in `config.data.name`: "digits", "photos/16".
+        version: of the data, as TFDS counts it: "1.0.0".
+        split: as TFDS writes it: "train", "train[:90%]".
+        image_shape: (H, W, C).
+        num_classes: 0 where the images have no labels.
+        source: random access: len(source), source[i] -> {"image": uint8 [H, W, C], "label"?: int}.
+    """
+
+    name: str
+    version: str
+    split: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    source: Any = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def checksum(self) -> str:
+        """The first 16 hex digits of the SHA-256 over all images and labels, in index order.
+
+        Image for image, its pixels (uint8, row by row) and then, where there are labels, the label
+        (int32, little-endian). Reads the whole split the first time.
+        """
+        return self._checksum
+
+    @functools.cached_property
+    def _checksum(self) -> str:
+        digest = hashlib.sha256()
+        for batch in eval_batches(self, batch_size=256):
+            for image, label, index in zip(*batch, strict=True):
+                if index >= 0:
+                    digest.update(image.tobytes())
+                    if self.num_classes:
+                        digest.update(label.astype("<i4").tobytes())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> str:
+        """One line: "digits 1.0.0 train: 1,500 images of 8x8x1, 10 classes"."""
+        shape = "x".join(map(str, self.image_shape))
+        classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
+        data = f"{self.name} {self.version} {self.split}"
+        return f"{data}: {len(self):,} images of {shape}, {classes}"
+
+
+def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) -> Dataset:
+    """A split of a data set, which is prepared first where that has not been done.
+
+    Args:
+        name: of a builder in `BUILDERS`, with its config where it has some: "digits", "photos/16".
+        split: "train", "test", or a part as TFDS writes it: "train[:90%]".
+        data_dir: where prepared data lies; default `$TFDS_DATA_DIR`, else ~/tensorflow_datasets.
+
+    Raises:
+        UsageError: unknown name or split, or data that cannot be prepared.
+    """
+    builder = _prepared_builder(name, data_dir)
+    try:
+        source = builder.as_data_source(split)
+        if not len(source):
+            raise ValueError("no examples")
+    except ValueError as error:  # what TFDS raises for unknown, malformed and empty splits
+        counts = ", ".join(f"{s.name} ({s.num_examples:,})" for s in builder.info.splits.values())
+        raise UsageError(
+            f"{split!r} is not a split of data set {name!r} with examples in it; it has {counts} "
+            "and parts of these, such as 'train[:90%]'"
+        ) from error
+    features = builder.info.features
+    return Dataset(
+        name=name,
+        version=str(builder.version),
+        split=split,
+        image_shape=features["image"].shape,
+        num_classes=features["label"].num_classes if "label" in features else 0,
+        source=source,
+    )
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """The batches start_step, start_step + 1, … of an endless stream, shuffled anew each epoch.
+
+    Args:
+        dataset: may be smaller than a batch, which then holds rows of several epochs.
+        batch_size: B, of the whole batch over all processes.
+        seed: any non-negative integer; with the data set's length it fixes the order.
+        start_step: number of the first batch; costs nothing, whatever it is.
+        process_index: p, whose rows [p·B/n, (p+1)·B/n) of each batch are read.
+        process_count: n.
+
+    Returns:
+        An iterator of numpy batches of B/n rows, with a `close()` that stops its threads.
+    """
+    rows = _rows_per_process(batch_size, process_count, "config.train.batch_size")
+    # Grain shuffles epoch e by seed + e, so the seeds 0 and 1 would share all epochs but one.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    indices = grain.MapDataset.range(len(dataset)).shuffle(seed=shuffle_seed).repeat()
+    blocks = indices.batch(rows)[process_index::process_count][start_step:]
+    return iter(blocks.map(functools.partial(_read, dataset)).to_iter_dataset(_READ_OPTIONS))
+
+
+def eval_batches(
+    dataset: Dataset, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every example once, in index order; the last batch is filled up with padding rows.
+
+    A padding row has a black image, `NO_LABEL` and index -1. All processes get the same number of
+    batches, so one may hold padding only. Arguments and result as for `train_batches`.
+    """
+    rows = _rows_per_process(batch_size, process_count, "config.eval.batch_size")
+    padded_length = -(-len(dataset) // batch_size) * batch_size
+    blocks = grain.MapDataset.range(padded_length).batch(rows)[process_index::process_count]
+    return iter(blocks.map(functools.partial(_read, dataset)).to_iter_dataset(_READ_OPTIONS))
+
+
+def _read(dataset: Dataset, positions: np.ndarray) -> Batch:
+    """The examples at `positions`, int [B]; positions past the end become padding rows."""
+    existing = [int(position) for position in positions if position < len(dataset)]
+    # One call for all of them where the source can: it halves the time for small images.
+    read_many = getattr(dataset.source, "__getitems__", None)
+    examples = read_many(existing) if read_many else [dataset.source[i] for i in existing]
+
+    image = np.zeros((len(positions), *dataset.image_shape), np.uint8)
+    label = np.full(len(positions), NO_LABEL, np.int32)
+    index = np.full(len(positions), -1, np.int32)
+    for row, example in enumerate(examples):
+        image[row] = example["image"]
+        if dataset.num_classes:
+            label[row] = example["label"]
+    index[: len(existing)] = existing
+    return Batch(image, label, index)
+
+
+def _rows_per_process(batch_size: int, process_count: int, field: str) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise UsageError(
+            f"{field} is {batch_size}; expected a positive multiple of the number of processes, "
+            f"{process_count}"
+        )
+    return batch_size // process_count
+
+
+def _prepared_builder(name: str, data_dir: str | os.PathLike | None) -> tfds.core.DatasetBuilder:
+    """The TFDS builder of `name`, its data on disk; several processes may call this at once."""
+    # TFDS reads the environment once, at import.
+    data_dir = os.path.expanduser(data_dir or tfds.core.constants.get_default_data_dir())
+    make_builder = functools.partial(_builder_class(name), data_dir=data_dir)
+    builder = make_builder()
+    if builder.info.initialized:  # read from disk; is_prepared() would log a warning where not
+        return builder
+    error = None
+    print(f"preparing data set {name} in {builder.data_dir} (once)", file=sys.stderr, flush=True)
+    try:
+        _prepare_quietly(builder)
+    except (OSError, ImportError) as caught:
+        # TFDS writes into a directory of its own and renames it at the end. Where another process
+        # has come first, the rename fails, and that one's data is as good.
+        error = caught
+    builder = make_builder()  # anew, to read what lies on disk, whoever wrote it
+    if not builder.info.initialized:
+        reason = error or "the directory exists, but holds no complete data set: delete it"
+        raise UsageError(
+            f"data set {name!r} was not found in {builder.data_dir} and cannot be prepared there "
+            f"({reason}); set TFDS_DATA_DIR to a writable directory, or to one that holds it, and "
+            "run the command again"
+        ) from error
+    print(f"prepared data set {name}", file=sys.stderr, flush=True)
+    return builder
+
+
+def _builder_class(name: str) -> Callable[..., tfds.core.DatasetBuilder]:
+    """The builder class of "digits" or "photos/16", its config bound."""
+    known = {}
+    for builder_name, builder_class in BUILDERS.items():
+        configs = [config.name for config in builder_class.BUILDER_CONFIGS]
+        for config in configs or [None]:
+            full_name = f"{builder_name}/{config}" if config else builder_name
+            known[full_name] = functools.partial(builder_class, config=config)
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        raise UsageError(
+            f"config.data.name is {name!r}; known data sets: {', '.join(known)}"
+            + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+        )
+    return known[name]
+
+
+def _prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
+    """Writes ArrayRecord files, without network, TFDS's progress bars or its announcements."""
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        )

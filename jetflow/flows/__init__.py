@@ -1,0 +1,1 @@
+"""The mathematics: invertible layers with explicit log-determinants, and the flows made of them."""

@@ -1,0 +1,146 @@
+"""A config section or its values to a flow."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jetflow.flows.autoregressive import AutoregressiveBlock
+from jetflow.flows.coupling import Couplings
+from jetflow.flows.pixels import Pixels
+from jetflow.flows.stack import Stack
+from jetflow.nn.transformer import REMAT_POLICIES
+from jetflow.types import UsageError
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+def jet(
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    patch_size: int,
+    width: int,
+    num_heads: int,
+    num_couplings: int,
+    block_depth: int,
+    kinds: Sequence[str] = ("channels",) * 4 + ("spatial",),
+    scale_factor: float = 2.0,
+    dtype: str = "float32",
+    remat: str = "none",
+) -> Stack:
+    """Jet (arXiv 2412.15129): `num_couplings` couplings with nets of `block_depth` layers."""
+    _divides("num_heads", num_heads, "width", width)
+    pixels = Pixels(tuple(image_shape), patch_size, scale=127.5, feature_order="hwc")
+    couplings = Couplings(
+        grid=pixels.grid,
+        features=pixels.token_shape[1],
+        num_couplings=num_couplings,
+        kinds=tuple(kinds),
+        scale_factor=scale_factor,
+        width=width,
+        block_depth=block_depth,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        dtype=_one_of("dtype", dtype, DTYPES),
+        remat=_policy(remat),
+    )
+    return Stack(pixels, (couplings,), num_classes)
+
+
+def tarflow(
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    patch_size: int,
+    width: int,
+    num_blocks: int,
+    layers_per_block: int | Sequence[int],
+    head_dim: int = 64,
+    volume_preserving: bool = False,
+    pixel_scale: float = 128.0,
+    dtype: str = "float32",
+    remat: str = "none",
+) -> Stack:
+    """TarFlow (arXiv 2412.06329): `num_blocks` autoregressive blocks in alternating direction.
+
+    `layers_per_block` may give each block its own depth. `pixel_scale` is 128 in the published
+    model for uniformly dequantised images, 127.5 in those trained with gaussian noise.
+    """
+    _divides("head_dim", head_dim, "width", width)
+    pixels = Pixels(tuple(image_shape), patch_size, scale=pixel_scale, feature_order="chw")
+    depths = [layers_per_block] * num_blocks
+    if not isinstance(layers_per_block, int):
+        depths = list(layers_per_block)
+    if len(depths) != num_blocks:
+        raise UsageError(
+            f"config.flow.layers_per_block has {len(depths)} entries for {num_blocks} blocks; "
+            "give one number, or one a block"
+        )
+    blocks = tuple(
+        AutoregressiveBlock(
+            token_shape=pixels.token_shape,
+            width=width,
+            num_layers=depth,
+            num_heads=width // head_dim,
+            num_classes=num_classes,
+            backward=index % 2 == 1,
+            volume_preserving=volume_preserving,
+            dtype=_one_of("dtype", dtype, DTYPES),
+            remat=_policy(remat),
+        )
+        for index, depth in enumerate(depths)
+    )
+    return Stack(pixels, blocks, num_classes, learned_prior=volume_preserving)
+
+
+FLOWS: dict[str, Callable[..., Stack]] = {"jet": jet, "tarflow": tarflow}
+
+
+def build(
+    config: Mapping[str, Any], *, image_shape: tuple[int, int, int], num_classes: int = 0
+) -> Stack:
+    """The flow of a config section: `kind`, and the keyword arguments of `jet` or `tarflow`.
+
+    Args:
+        config: a mapping, such as `config.flow`.
+        image_shape: (height, width, channels).
+        num_classes: 0 for a flow without labels.
+
+    Raises:
+        UsageError: on a key or a value that the flow does not have.
+    """
+    fields = dict(config)
+    constructor = _one_of("kind", fields.pop("kind", None), FLOWS)
+    known = [name for name in inspect.signature(constructor).parameters if name not in _GIVEN]
+    for name in fields:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1) or known
+            raise UsageError(
+                f"config.flow.{name} is no field of this flow; did you mean {' or '.join(nearest)}?"
+            )
+    return constructor(image_shape=tuple(image_shape), num_classes=num_classes, **fields)
+
+
+_GIVEN = ("image_shape", "num_classes")
+
+
+def _one_of(field: str, value: Any, choices: Mapping[str, Any]) -> Any:
+    if value not in choices:
+        raise UsageError(f"config.flow.{field} is {value!r}; expected one of {', '.join(choices)}")
+    return choices[value]
+
+
+def _policy(name: str) -> str:
+    _one_of("remat", name, REMAT_POLICIES)
+    return name
+
+
+def _divides(field: str, value: int, other: str, whole: int) -> None:
+    if value < 1 or whole % value:
+        raise UsageError(
+            f"config.flow.{other} {whole} is not divisible by {field} {value}; "
+            f"set config.flow.{field} to a divisor of {whole}"
+        )

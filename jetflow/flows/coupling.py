@@ -1,0 +1,141 @@
+"""Jet: affine couplings whose net is a Vision Transformer (arXiv 2412.15129)."""
+
+import math
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jetflow.flows import affine, orders
+from jetflow.nn.encoder import Encoder
+from jetflow.types import Guidance, UsageError
+
+
+def divide(
+    x: Float[Array, "B T D"], split: orders.Splits
+) -> tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]]:
+    """The two halves of x under one layer's split.
+
+    On a spatial split each of the T/2 chosen tokens is folded into two tokens of D/2 features, so
+    that the halves have the same shape in both kinds.
+    """
+    batch, tokens, features = x.shape
+    x = jnp.take(jnp.take(x, split.token_order, axis=1), split.feature_order, axis=2)
+    by_token = x.reshape(batch, 2, tokens, features // 2)
+    by_feature = x.reshape(batch, tokens, 2, features // 2).swapaxes(1, 2)
+    halves = jnp.where(split.spatial, by_token, by_feature)
+    return halves[:, 0], halves[:, 1]
+
+
+def merge(
+    x1: Float[Array, "B T D/2"], x2: Float[Array, "B T D/2"], split: orders.Splits
+) -> Float[Array, "B T D"]:
+    """The inverse of `divide`."""
+    batch, tokens, half = x1.shape
+    by_token = jnp.stack([x1, x2], axis=1).reshape(batch, tokens, 2 * half)
+    by_feature = jnp.concatenate([x1, x2], axis=-1)
+    x = jnp.where(split.spatial, by_token, by_feature)
+    x = jnp.take(x, jnp.argsort(split.feature_order), axis=2)
+    return jnp.take(x, jnp.argsort(split.token_order), axis=1)
+
+
+class Coupling(nn.Module):
+    """One layer: y2 = (x2 + b)·m·σ(s) with (b, s) = net(x1); y1 = x1 (section 3)."""
+
+    net: Encoder
+    scale_factor: float
+
+    def forward(self, x: Float[Array, "B T D"], split: orders.Splits, label):
+        x1, x2 = divide(x, split)
+        bias, gate = jnp.split(self.net(x1, label), 2, axis=-1)
+        y2, logdet = affine.squash(x2, bias, gate, self.scale_factor)
+        return merge(x1.astype(y2.dtype), y2, split), logdet
+
+    def inverse(self, y: Float[Array, "B T D"], split: orders.Splits, label):
+        y1, y2 = divide(y, split)
+        bias, gate = jnp.split(self.net(y1, label), 2, axis=-1)
+        x2, logdet = affine.unsquash(y2, bias, gate, self.scale_factor)
+        return merge(y1.astype(x2.dtype), x2, split), logdet
+
+
+class Couplings(nn.Module):
+    """A chain of couplings, scanned over its layers; the identity at initialisation.
+
+    The splits are the variables of collection `constants`: stored with a model, never trained.
+
+    Attributes:
+        grid, features: rows and columns of tokens, and D.
+        num_couplings, kinds: layers, and the cycle of their kinds of split.
+        scale_factor: m; a layer multiplies half of the dimensions by less than m.
+        width, block_depth, num_heads, num_classes, dtype, remat: of each layer's `Encoder`.
+    """
+
+    grid: tuple[int, int]
+    features: int
+    num_couplings: int
+    kinds: tuple[str, ...]
+    scale_factor: float
+    width: int
+    block_depth: int
+    num_heads: int
+    num_classes: int
+    dtype: jnp.dtype
+    remat: str
+
+    def setup(self):
+        splits = orders.splits(self.num_couplings, self.kinds, self.grid, self.features)
+        self.splits = orders.Splits(
+            *(
+                self.variable("constants", name, lambda value=value: jnp.asarray(value))
+                for name, value in splits._asdict().items()
+            )
+        )
+        encoder = Encoder(
+            width=self.width,
+            num_layers=self.block_depth,
+            num_heads=self.num_heads,
+            out_features=self.features,
+            num_classes=self.num_classes,
+            dtype=self.dtype,
+            remat=self.remat,
+            parent=None,
+        )
+        self.layers = Coupling(encoder, self.scale_factor)
+
+    @property
+    def logdet_cap(self) -> float:
+        """The least upper bound of the log-determinant of one example, in nats."""
+        tokens = math.prod(self.grid)
+        return self.num_couplings * tokens * self.features / 2 * math.log(self.scale_factor)
+
+    def forward(self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None):
+        def body(layer: Coupling, carry, split: orders.Splits):
+            x, total = carry
+            y, logdet = layer.forward(x, split, label)
+            layer.sow("intermediates", "scale", jnp.sqrt(jnp.mean(y**2)))
+            return (y, total + logdet), None
+
+        return self._scan(body, x, reverse=False)
+
+    def inverse(self, z: Float[Array, "B T D"], label, guidance: Guidance | None):
+        if guidance is not None:
+            raise UsageError("guidance needs a TarFlow; Jet's couplings define none")
+
+        def body(layer: Coupling, carry, split: orders.Splits):
+            y, total = carry
+            x, logdet = layer.inverse(y, split, label)
+            return (x, total + logdet), None
+
+        return self._scan(body, z, reverse=True)
+
+    def _scan(self, body, x, *, reverse: bool):
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            reverse=reverse,
+        )
+        splits = orders.Splits(*(variable.value for variable in self.splits))
+        (x,) = affine.widen(x)
+        (x, logdet), _ = scanned(self.layers, (x, jnp.zeros(x.shape[0], x.dtype)), splits)
+        return x, logdet

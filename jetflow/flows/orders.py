@@ -1,0 +1,79 @@
+"""Which half of an image a coupling layer sees: permutations of features, patterns of tokens.
+
+Plain numpy, no parameters. A split is two orders, of the tokens and of the features, of which one
+is the identity; the first half of what they order is x1, the second x2.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from jetflow.types import UsageError
+
+KINDS = ("channels", "spatial")
+SPATIAL_CYCLE = (
+    "checkerboard",
+    "checkerboard-inv",
+    "vstripes",
+    "vstripes-inv",
+    "hstripes",
+    "hstripes-inv",
+)
+
+
+class Splits(NamedTuple):
+    """The splits of L coupling layers."""
+
+    token_order: Int[np.ndarray, "L T"]
+    feature_order: Int[np.ndarray, "L D"]
+    spatial: Bool[np.ndarray, "L"]
+
+
+def token_pattern(name: str, grid: tuple[int, int]) -> Int[np.ndarray, "T"]:
+    """The order of the tokens that puts the chosen half first, row by row within each half.
+
+    The first tokens are those on even diagonals (checkerboard), columns (vstripes) or rows
+    (hstripes); a name that ends in "-inv" swaps the halves.
+    """
+    row, column = np.indices(grid)
+    patterns = {"checkerboard": row + column, "vstripes": column, "hstripes": row}
+    parity = patterns[name.removesuffix("-inv")].reshape(-1) % 2
+    if parity.mean() != 0.5:
+        raise UsageError(
+            f"a spatial split ({name}) needs two halves of equal size, but the image has "
+            f"{grid[0]}x{grid[1]} patches; set config.flow.patch_size so that both numbers are "
+            "even, or config.flow.kinds to ('channels',)"
+        )
+    return np.argsort(1 - parity if name.endswith("-inv") else parity, kind="stable")
+
+
+def splits(
+    num_couplings: int, kinds: tuple[str, ...], grid: tuple[int, int], features: int
+) -> Splits:
+    """The splits of `num_couplings` layers, cycling through `kinds`.
+
+    Channel splits use a random permutation of the features, fixed by the layer's number; spatial
+    splits cycle through `SPATIAL_CYCLE`.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise UsageError(f"config.flow.kinds is {tuple(kinds)}; expected a sequence out of {KINDS}")
+    if "channels" in kinds and features % 2:
+        raise UsageError(
+            f"a channel split needs an even number of features per patch, but there are {features};"
+            " set config.flow.patch_size to an even number"
+        )
+    tokens = grid[0] * grid[1]
+    patterns = itertools.cycle(SPATIAL_CYCLE)
+    token_order, feature_order, spatial = [], [], []
+    for layer, kind in zip(range(num_couplings), itertools.cycle(kinds), strict=False):
+        is_spatial = kind == "spatial"
+        permutation = np.random.default_rng(layer).permutation(features)
+        token_order.append(token_pattern(next(patterns), grid) if is_spatial else np.arange(tokens))
+        feature_order.append(np.arange(features) if is_spatial else permutation)
+        spatial.append(is_spatial)
+    return Splits(
+        np.array(token_order, np.int32), np.array(feature_order, np.int32), np.array(spatial)
+    )

@@ -1,0 +1,79 @@
+"""A flow: preprocessing, then a chain of blocks."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jetflow.flows.pixels import Pixels
+from jetflow.types import Guidance, UsageError
+
+
+class Stack(nn.Module):
+    """The `Flow` that both models are: `Pixels` and blocks, each with `forward` and `inverse`.
+
+    Attributes:
+        pixels: the preprocessing.
+        blocks: modules with `forward(x, label)` and `inverse(z, label, guidance)`.
+        num_classes: 0 for a flow without labels.
+        learned_prior: keep the prior variance of each latent dimension in the collection
+            `prior`, as the mean square of the latents; else the prior is standard normal.
+    """
+
+    pixels: Pixels
+    blocks: tuple[nn.Module, ...]
+    num_classes: int = 0
+    learned_prior: bool = False
+
+    def setup(self):
+        if self.learned_prior:
+            self.variable("prior", "variance", jnp.ones, self.pixels.token_shape)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.pixels.image_shape
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(T, D)."""
+        return self.pixels.token_shape
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the inverse takes guidance."""
+        return self.logdet_cap is None
+
+    @property
+    def logdet_cap(self) -> float | None:
+        """The blocks' least upper bound on an example's log-det, in nats; None if unbounded."""
+        caps = [getattr(block, "logdet_cap", None) for block in self.blocks]
+        return None if None in caps else sum(caps)
+
+    def __call__(self, x, label=None):
+        return self.forward(x, label)
+
+    def forward(
+        self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B"]]:
+        """Image in pixel units to latent, and its log-determinant in nats."""
+        if x.shape[1:] != self.image_shape:
+            raise UsageError(f"images are {x.shape[1:]}; this flow was built for {self.image_shape}")
+        x, total = self.pixels.forward(x)
+        for block in self.blocks:
+            x, logdet = block.forward(x, label)
+            block.sow("intermediates", "block_scale", jnp.sqrt(jnp.mean(x**2)))
+            total = total + logdet
+        return x, total
+
+    def inverse(
+        self,
+        z: Float[Array, "B T D"],
+        label: Int[Array, "B"] | None = None,
+        guidance: Guidance | None = None,
+    ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
+        """Latent to image in pixel units, and the log-determinant of this map in nats."""
+        total = jnp.zeros(z.shape[0])
+        for block in reversed(self.blocks):
+            z, logdet = block.inverse(z, label, guidance)
+            total = total + logdet
+        x, logdet = self.pixels.inverse(z)
+        return x, total + logdet

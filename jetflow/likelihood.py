@@ -1,0 +1,31 @@
+"""From latents to likelihoods: the prior, nats per example, bits per dimension."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Variance = Float[Array, "T D"] | float
+
+
+def prior_variance(variables) -> Variance:
+    """The prior's variance: learned by volume-preserving flows, else 1."""
+    return variables.get("prior", {}).get("variance", 1.0)
+
+
+def prior_nll(z: Float[Array, "B T D"], variance: Variance = 1.0) -> Float[Array, "B"]:
+    """−log N(z; 0, variance) in nats, summed over the dimensions."""
+    terms = z**2 / variance + jnp.log(2 * math.pi * jnp.asarray(variance, z.dtype))
+    return 0.5 * terms.sum((1, 2))
+
+
+def nll(
+    z: Float[Array, "B T D"], logdet: Float[Array, "B"], variance: Variance = 1.0
+) -> Float[Array, "B"]:
+    """−log p(x) in nats, by the change of variables."""
+    return prior_nll(z, variance) - logdet
+
+
+def bits_per_dim(nats: Float[Array, "B"], z: Float[Array, "B T D"]) -> Float[Array, "B"]:
+    """Nats of an example to bits per dimension of its latent z."""
+    return nats / (math.prod(z.shape[1:]) * math.log(2))

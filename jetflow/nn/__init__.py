@@ -1,0 +1,1 @@
+"""Transformer nets: the bidirectional encoder of Jet and the causal, cached one of TarFlow."""

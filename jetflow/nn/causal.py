@@ -1,0 +1,69 @@
+"""The causal transformer of TarFlow's blocks (arXiv 2412.06329, section 3.1), with a KV cache."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jetflow.nn.transformer import KVCache, TransformerLayer, remat, uniform_init
+
+
+def fan_in_uniform() -> nn.initializers.Initializer:
+    """U(±1/√fan_in) for kernels, the initialisation of the published net's linear layers."""
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class CausalTransformer(nn.Module):
+    """Causal layers over embedded tokens; `__call__` on all tokens, `step` on one with a cache.
+
+    Attributes:
+        width, num_layers, num_heads: num_heads divides width.
+        dtype: of the net.
+        remat: a key of `REMAT_POLICIES`, applied to each layer of `__call__`.
+    """
+
+    width: int
+    num_layers: int
+    num_heads: int
+    dtype: jnp.dtype
+    remat: str
+
+    def setup(self):
+        self.layers = TransformerLayer(
+            num_heads=self.num_heads,
+            width=self.width,
+            norm_epsilon=1e-5,
+            approximate_gelu=False,
+            kernel_init=fan_in_uniform(),
+            bias_init=lambda fan_in: uniform_init(fan_in**-0.5),
+            dtype=self.dtype,
+        )
+
+    def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
+        scanned = nn.scan(
+            remat(lambda layer, x, _: (layer(x, causal=True), None), self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.num_layers,
+        )
+        return scanned(self.layers, x, None)[0]
+
+    def empty_cache(self, batch: int, tokens: int) -> KVCache:
+        zeros = jnp.zeros((self.num_layers, tokens, batch, self.width), self.dtype)
+        return KVCache(zeros, zeros)
+
+    def step(
+        self,
+        x: Float[Array, "B W"],
+        cache: KVCache,
+        position: Int[Array, ""],
+        temperature: Float[Array, "B"],
+    ) -> tuple[Float[Array, "B W"], KVCache]:
+        """The token at `position`, given the cache of the tokens before it."""
+
+        def body(layer: TransformerLayer, carry, index):
+            x, cache = carry
+            return layer.step(x, cache, index, position, temperature), None
+
+        scanned = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": False})
+        (x, cache), _ = scanned(self.layers, (x, cache), jnp.arange(self.num_layers))
+        return x, cache

@@ -1,0 +1,189 @@
+"""The pre-layer-norm transformer layer that both nets are made of.
+
+The two published nets differ in the layer-norm epsilon, the form of GELU and the initialisation;
+`encoder.py` and `causal.py` state their choices.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+Initializer = Callable[..., Array]
+
+# What the backward pass keeps of a layer: everything, the weight matmuls' results, or its input.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def remat(function: Callable, policy: str) -> Callable:
+    """Lift `function(module, …)` so that its backward pass recomputes what `policy` does not keep.
+
+    For the body of an `nn.scan`, whose loop already prevents common-subexpression elimination.
+    """
+    if policy == "none":
+        return function
+    return nn.remat(function, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+    """`dtype` where it is float32 or wider, else float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def uniform_init(bound: float) -> Initializer:
+    """U(−bound, bound)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def side_by_side(init: Initializer, count: int) -> Initializer:
+    """Initialise [N, count·M] as `count` independent [N, M] matrices, each with its own fan-out."""
+
+    def stacked(key, shape, dtype=jnp.float32):
+        part = (*shape[:-1], shape[-1] // count)
+        keys = jax.random.split(key, count)
+        return jnp.concatenate([init(k, part, dtype) for k in keys], axis=-1)
+
+    return stacked
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers and tokens so far.
+
+    The layout [L, T, B, W] (heads folded into the width W) keeps the last two axes large, so that
+    a TPU does not pad them.
+    """
+
+    key: Float[Array, "L T B W"]
+    value: Float[Array, "L T B W"]
+
+
+class TransformerLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with an MLP of four times the width.
+
+    Attributes:
+        num_heads: attention heads; must divide the width.
+        norm_epsilon: ε of both layer norms, which run in at least float32.
+        approximate_gelu: the tanh form of GELU, else the erf form.
+        kernel_init: initialiser of every kernel.
+        bias_init: fan-in → initialiser of the biases.
+        dtype: of the matmuls; parameters stay float32.
+    """
+
+    num_heads: int
+    width: int
+    norm_epsilon: float
+    approximate_gelu: bool
+    kernel_init: Initializer
+    bias_init: Callable[[int], Initializer]
+    dtype: jnp.dtype
+
+    def setup(self):
+        width = self.width
+        self.norm_attention = self._norm()
+        self.qkv = self._dense(3 * width, width, side_by_side(self.kernel_init, 3))
+        self.out = self._dense(width, width, self.kernel_init)
+        self.norm_mlp = self._norm()
+        self.mlp_in = self._dense(4 * width, width, self.kernel_init)
+        self.mlp_out = self._dense(width, 4 * width, self.kernel_init)
+
+    def _norm(self) -> nn.LayerNorm:
+        return nn.LayerNorm(
+            epsilon=self.norm_epsilon, dtype=at_least_float32(self.dtype), use_fast_variance=False
+        )
+
+    def _dense(self, features: int, fan_in: int, kernel_init: Initializer) -> nn.Dense:
+        return nn.Dense(
+            features, dtype=self.dtype, kernel_init=kernel_init, bias_init=self.bias_init(fan_in)
+        )
+
+    def __call__(self, x: Float[Array, "B T W"], causal: bool) -> Float[Array, "B T W"]:
+        """All tokens at once; with `causal`, token i sees tokens ≤ i."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm_attention(x))
+        heads = (batch, tokens, self.num_heads, width // self.num_heads)
+        query, key, value = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+        mixed = attend(query, key, value, causal)
+        x = x + self.out(mixed.reshape(x.shape))
+        return x + self.mlp(x)
+
+    def step(
+        self,
+        x: Float[Array, "B W"],
+        cache: KVCache,
+        layer: Int[Array, ""],
+        position: Int[Array, ""],
+        temperature: Float[Array, "B"],
+    ) -> tuple[Float[Array, "B W"], KVCache]:
+        """One token at `position`, which sees the cached tokens before it and itself.
+
+        The attention logits of row b are divided by temperature[b].
+        """
+        query, key, value = jnp.split(self.qkv(self.norm_attention(x)), 3, axis=-1)
+        cache = KVCache(
+            cache.key.at[layer, position].set(key.astype(cache.key.dtype)),
+            cache.value.at[layer, position].set(value.astype(cache.value.dtype)),
+        )
+        visible = jnp.arange(cache.key.shape[1]) <= position
+        mixed = attend_one(
+            query, cache.key[layer], cache.value[layer], visible, temperature, self.num_heads
+        )
+        x = x + self.out(mixed)
+        return x + self.mlp(x), cache
+
+    def mlp(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
+        hidden = self.mlp_in(self.norm_mlp(x))
+        return self.mlp_out(jax.nn.gelu(hidden, approximate=self.approximate_gelu))
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T N H"],
+    value: Float[Array, "B T N H"],
+    causal: bool,
+) -> Float[Array, "B T N H"]:
+    """Attention of all tokens to all, or to the earlier ones and themselves."""
+    logits = jnp.einsum("bsnh,btnh->bnst", query, key)
+    visible = jnp.tri(query.shape[1], dtype=bool) if causal else True
+    weights = _softmax(logits, math.sqrt(query.shape[-1]), visible)
+    return jnp.einsum("bnst,btnh->bsnh", weights.astype(value.dtype), value)
+
+
+def attend_one(
+    query: Float[Array, "B W"],
+    keys: Float[Array, "T B W"],
+    values: Float[Array, "T B W"],
+    visible: Bool[Array, "T"],
+    temperature: Float[Array, "B"],
+    num_heads: int,
+) -> Float[Array, "B W"]:
+    """Attention of one query token to the visible ones of a cache."""
+    tokens, batch, width = keys.shape
+    heads = (batch, num_heads, width // num_heads)
+    query = query.reshape(heads)
+    logits = jnp.einsum("bnh,tbnh->bnt", query, keys.reshape(tokens, *heads))
+    scale = temperature[:, None, None] * math.sqrt(heads[-1])
+    weights = _softmax(logits, scale, visible).astype(query.dtype)
+    mixed = jnp.einsum("bnt,tbnh->bnh", weights, values.reshape(tokens, *heads))
+    return mixed.reshape(batch, width).astype(query.dtype)
+
+
+def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Array:
+    """softmax(logits / scale) over the visible positions of the last axis, at least in float32.
+
+    `jax.nn.dot_product_attention` computes it in float32 also for float64 inputs, which would
+    hide errors of that size from the laws that the flows are tested by.
+    """
+    logits = logits.astype(at_least_float32(logits.dtype)) / scale
+    return jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)

@@ -1,0 +1,69 @@
+"""Adam with the two papers' weight-decay rules, and the learning-rate schedule."""
+
+import jax.numpy as jnp
+import optax
+
+from jetflow.types import UsageError
+
+DECAY_RULES = ("lr", "schedule")
+
+
+def warmup_cosine(*, lr: float, min_lr: float, warmup_steps: int, total_steps: int):
+    """Step → learning rate: linear from `min_lr` to `lr`, then a cosine down to `min_lr`."""
+    ramp = optax.linear_schedule(min_lr, lr, max(warmup_steps, 1))
+    cosine = optax.cosine_decay_schedule(
+        lr - min_lr, max(total_steps - warmup_steps, 1)
+    )
+    return lambda step: jnp.where(
+        step < warmup_steps, ramp(step), min_lr + cosine(jnp.maximum(step - warmup_steps, 0))
+    )
+
+
+def adam(
+    *,
+    total_steps: int,
+    lr: float,
+    min_lr: float,
+    warmup: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    decay_rule: str,
+    clip_norm: float,
+    mu_dtype: str,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer and its learning-rate schedule.
+
+    Args:
+        total_steps: of the whole training.
+        lr, min_lr: the schedule's peak, and its ends.
+        warmup: share of `total_steps` in which the rate rises.
+        b1, b2, eps: of Adam.
+        weight_decay: applied to every parameter, decoupled from the gradient.
+        decay_rule: "lr" multiplies the decay by the learning rate (AdamW, TarFlow);
+            "schedule" by the rate relative to its peak (big_vision, Jet).
+        clip_norm: largest global norm of the gradient; 0 for no limit.
+        mu_dtype: of Adam's first moment.
+    """
+    if decay_rule not in DECAY_RULES:
+        raise UsageError(
+            f"config.optim.decay_rule is {decay_rule!r}; expected one of {', '.join(DECAY_RULES)}"
+        )
+    if not 0 <= warmup <= 1:
+        raise UsageError(f"config.optim.warmup is {warmup}; expected a share of training, 0 to 1")
+    if lr <= 0:
+        raise UsageError(f"config.optim.lr is {lr}; expected more than 0")
+    warmup_steps = round(warmup * total_steps)
+    schedule = warmup_cosine(
+        lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, total_steps=total_steps
+    )
+    # lr·rel·(update + decay/lr·p) = rel·(lr·update + decay·p): one chain serves both rules.
+    decay = weight_decay if decay_rule == "lr" else weight_decay / lr
+    tx = optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=jnp.dtype(mu_dtype)),
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return tx, schedule

@@ -1,0 +1,147 @@
+"""The pure training and evaluation steps."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jetflow import likelihood
+from jetflow.flows.stack import Stack
+from jetflow.noise import Noise
+from jetflow.state import TrainState
+from jetflow.types import Batch
+
+PRIOR_RATE = 0.1
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """Everything of a training step that is not data: the flow and how it is trained.
+
+    Attributes:
+        flow: the model.
+        tx, schedule: the optimizer, and its learning rate by step.
+        noise: what is done to images and labels.
+        seed: of all the draws.
+        accumulation: parts that a batch is cut into; gradients are averaged over them.
+        ema_decay: of the moving average of the parameters; 0 for none.
+    """
+
+    flow: Stack
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    noise: Noise
+    seed: int
+    accumulation: int = 1
+    ema_decay: float = 0.0
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update from a global batch of uint8 images, with its noise."""
+        x, label = self.noise.augment(
+            batch.image,
+            batch.label,
+            seed=self.seed,
+            step=state.step,
+            pixel_scale=self.flow.pixels.scale,
+        )
+        return self.update(state, x, label)
+
+    def update(
+        self, state: TrainState, x: Float[Array, "B H W C"], label: Int[Array, "B"]
+    ) -> tuple[TrainState, Metrics]:
+        """One update from pixel values to which the noise has been added."""
+        gradients, aux = self._gradients(state, x, label)
+        updates, opt_state = self.tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = aux["metrics"] | {
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": self.schedule(state.step),
+        }
+        new_state = state.replace(
+            step=state.step + 1,
+            params=params,
+            collections=_update_prior(state.collections, aux["square"]),
+            opt_state=opt_state,
+            ema=_average(state.ema, params, self.ema_decay),
+        )
+        return new_state, metrics
+
+    def _gradients(self, state, x, label):
+        """Gradient and metrics of the batch, averaged over `accumulation` parts of it."""
+        gradient = jax.grad(loss, has_aux=True, argnums=1)
+
+        def part(x, label):
+            return gradient(self.flow, state.params, state.collections, x, label)
+
+        if self.accumulation == 1:
+            return part(x, label)
+
+        def body(total, inputs):
+            return jax.tree.map(jnp.add, total, part(*inputs)), None
+
+        # Row r goes to part r % accumulation, so that each part has rows of every device.
+        parts = jax.tree.map(
+            lambda a: a.reshape(-1, self.accumulation, *a.shape[1:]).swapaxes(0, 1), (x, label)
+        )
+        first = jax.tree.map(lambda a: a[0], parts)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, *first))
+        total, _ = jax.lax.scan(body, zeros, parts)
+        return jax.tree.map(lambda a: a / self.accumulation, total)
+
+
+def loss(
+    flow: Stack, params: Any, collections: Mapping[str, Any], x: Array, label: Array
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """Mean bits per dimension under a standard normal prior, and what is worth logging of it.
+
+    A learned prior variance is no part of the objective: it follows the latents (section 3.2 of
+    the TarFlow paper), see `_update_prior`.
+    """
+    variables = {"params": params, **collections}
+    (z, logdet), sown = flow.apply(
+        variables, x, label, method="forward", mutable=["intermediates"]
+    )
+    prior = likelihood.bits_per_dim(likelihood.prior_nll(z), z).mean()
+    volume = likelihood.bits_per_dim(-logdet, z).mean()
+    metrics = {"bpd": prior + volume, "bpd_prior": prior, "bpd_logdet": volume}
+    metrics |= _scales(sown["intermediates"])
+    if flow.logdet_cap is not None:
+        _, pixels_logdet = flow.pixels.forward(x[:1])
+        metrics["logdet_cap_share"] = (logdet.mean() - pixels_logdet[0]) / flow.logdet_cap
+    return metrics["bpd"], {"metrics": metrics, "square": jnp.mean(z**2, axis=0)}
+
+
+def eval_step(
+    flow: Stack, variables: Mapping[str, Any], x: Float[Array, "B H W C"], label: Int[Array, "B"]
+) -> Float[Array, "B"]:
+    """Bits per dimension of each example, at given pixel values."""
+    z, logdet = flow.apply(variables, x, label, method="forward")
+    nats = likelihood.nll(z, logdet, likelihood.prior_variance(variables))
+    return likelihood.bits_per_dim(nats, z)
+
+
+def _scales(sown: Mapping[str, Any]) -> Metrics:
+    """The root mean square of what each block, or each layer of a scanned chain, puts out."""
+    values = [value for leaf in jax.tree.leaves(sown) for value in jnp.atleast_1d(leaf)]
+    return {f"output_scale/{index:02d}": value for index, value in enumerate(values)}
+
+
+def _update_prior(collections: Mapping[str, Any], square: Float[Array, "T D"]) -> dict[str, Any]:
+    """Move a learned prior variance towards the latents' mean square by `PRIOR_RATE`."""
+    if "prior" not in collections:
+        return dict(collections)
+    variance = collections["prior"]["variance"]
+    moved = variance + PRIOR_RATE * (square - variance)
+    return {**collections, "prior": {"variance": moved}}
+
+
+def _average(ema: Any, params: Any, decay: float) -> Any:
+    if ema is None:
+        return None
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)

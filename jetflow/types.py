@@ -1,0 +1,86 @@
+"""The words that every other module shares: axes, a batch, the `Flow` protocol, guidance, bad input.
+
+Axis glossary: B batch, H height, W width, C colour channels, T tokens (patches), D features of a
+token (patch_size² · C), L layers. Pixels are in pixel units, 0..256; log-determinants and
+log-likelihoods are in nats, summed over an example, and at least float32.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float, Int
+
+NO_LABEL = -1
+
+
+class UsageError(ValueError):
+    """Bad input by the user: the message says what was expected, what came, and the remedy."""
+
+
+class Batch(NamedTuple):
+    """One global (or one host's part of a) batch, as the data pipeline makes it.
+
+    Attributes:
+        image: uint8 [B, H, W, C].
+        label: int32 [B]; `NO_LABEL` where there is none.
+        index: int32 [B], the example's position in its split; -1 marks a padding row.
+    """
+
+    image: Any
+    label: Any
+    index: Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("scale", "temperature"),
+    meta_fields=("what", "annealed"),
+)
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """How a sampler pushes away from the unconditional prediction (TarFlow, section 3.4).
+
+    With c the conditional and u the unconditional prediction of log-scale and shift, both become
+    c + scale·(c − u).
+
+    Attributes:
+        scale: the strength g; 0 is plain sampling.
+        what: which predictions are guided: "a" the log-scale, "b" the shift, "ab" both.
+        temperature: τ, divides the attention logits of the unconditional pass only; with τ ≠ 1 the
+            unconditional pass is worse than the conditional one even without labels.
+        annealed: multiply g by j / (T − 1) at the j-th decoded token, j = 0 … T − 1.
+    """
+
+    scale: float = 0.0
+    what: str = "ab"
+    temperature: float = 1.0
+    annealed: bool = False
+
+
+@runtime_checkable
+class Flow(Protocol):
+    """An invertible map between images in pixel units and latent tokens.
+
+    Every flow is a Flax linen module: `flow.apply(variables, x, label, method="forward")`.
+    Preprocessing (rescaling, patches) is part of the map, and so of its log-determinant.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    def forward(
+        self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B"]]:
+        """Image to latent, and log |det ∂z/∂x| in nats."""
+        ...
+
+    def inverse(
+        self,
+        z: Float[Array, "B T D"],
+        label: Int[Array, "B"] | None = None,
+        guidance: Guidance | None = None,
+    ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
+        """Latent to image, and log |det ∂x/∂z| in nats: the log-det of this map."""
+        ...
