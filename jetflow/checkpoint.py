@@ -10,10 +10,10 @@ of the optimizer can restore the params.
 import gc
 import hashlib
 import json
-import logging as python_logging
 import os
 import sys
 from collections.abc import Callable
+from logging import ERROR, getLogger
 from typing import Any, TypeVar
 
 import jax
@@ -52,16 +52,14 @@ class Checkpoints:
     ):
         path = os.fspath(directory)
         self.directory = epath.Path(path if "://" in path else os.path.abspath(path))
-        policies = [preservation_policy.LatestN(keep)]
-        if keep_every:
-            policies.append(preservation_policy.EveryNSteps(keep_every))
-        self._policy = preservation_policy.AnyPreservationPolicy(policies)
+        newest = preservation_policy.LatestN(keep)
+        milestones = [preservation_policy.EveryNSteps(keep_every)] if keep_every else []
+        self._policy = preservation_policy.AnyPreservationPolicy([newest, *milestones])
         self._manager: ocp.CheckpointManager | None = None
         self._sound: dict[int, str] = {}  # step -> digest, of what this object wrote or verified
         self._damaged: set[int] = set()
-        # Orbax tells its progress, and more, as warnings.
-        self._quiet = lambda line: line.levelno >= logging.ERROR or "/orbax/" not in line.pathname
-        self._quiet = lambda line: "/orbax/" not in line.pathname or line.levelno >= 40
+        # Keeps Orbax's reports of its progress and its options off the terminal.
+        self._quiet = lambda line: "/orbax/" not in line.pathname or line.levelno >= ERROR
         logging.get_absl_logger().addFilter(self._quiet)
 
     def __enter__(self) -> "Checkpoints":
@@ -183,7 +181,7 @@ class Checkpoints:
                 if step is not None:
                     others = [other for other in steps if other != step]
                     raise UsageError(f"{message}; other steps there: {others}") from damage
-                logging.warning("%s; falling back to the checkpoint before it", message)
+                logging.warning("%s; trying the one before it", message)
         raise UsageError(
             f"every checkpoint in {self.directory} is damaged (steps {steps}; the warnings above "
             "say how); restore a copy of one, or train anew in another --workdir"
@@ -192,11 +190,9 @@ class Checkpoints:
     def _restore(self, step: int, abstract_state: Any) -> Any:
         record = self._read_record(step)
         wanted = _flatten(abstract_state)
-        stored = {
-            path: entry
-            for path, entry in record["arrays"].items()
-            if path.split("/", 1)[0] in _fields(abstract_state)
-        }
+        fields = _fields(abstract_state)
+        entries = record["arrays"].items()
+        stored = {path: entry for path, entry in entries if path.split("/", 1)[0] in fields}
         _check_fit(stored, _types(wanted), f"checkpoint {step} in {self.directory}")
         arrays = _everywhere(lambda: _read_arrays(self.directory / str(step) / "state", wanted))
         for path, entry in _describe(arrays).items():
@@ -208,7 +204,8 @@ class Checkpoints:
 
     def _read_record(self, step: int) -> dict:
         def read() -> dict:
-            record = ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "record")
+            directory = self.directory / str(step) / "record"
+            record = dict(ocp.JsonCheckpointHandler().restore(directory))
             if record != _seal({"config": record["config"], "arrays": record["arrays"]}):
                 raise Damage("its record does not match the record's digest")
             return record
@@ -321,20 +318,19 @@ def _everywhere(read: Callable[[], T]) -> T:
     except that memory ran out. Orbax reads all arrays at once and raises the first failure;
     asyncio would print the others, pages of them, when it collects their tasks: so collect now.
     """
-    asyncio_logger, unraisable_hook = python_logging.getLogger("asyncio"), sys.unraisablehook
+    asyncio_logger, hook = getLogger("asyncio"), sys.unraisablehook
     result, cause = None, None
+    asyncio_logger.disabled, sys.unraisablehook = True, lambda _: None
     try:
-        asyncio_logger.disabled, sys.unraisablehook = True, lambda _: None
-        try:
-            result = read()
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:
-            cause = _explain(error)
-        if cause:
-            gc.collect()
+        result = read()
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        cause = _explain(error)
     finally:
-        asyncio_logger.disabled, sys.unraisablehook = False, unraisable_hook
+        if result is None:
+            gc.collect()
+        asyncio_logger.disabled, sys.unraisablehook = False, hook
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]
         if failed.size and cause is None:

@@ -1,10 +1,11 @@
 """Checkpoints: what comes back is, bit for bit, what was saved at the step that is reported."""
 
-import functools
 import json
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax
@@ -12,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 from jetflow import checkpoint
 from jetflow.checkpoint import Checkpoints
 from jetflow.types import UsageError
+
+# A failed restore must not litter the terminal with the tracebacks of Orbax's other reads.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 CONFIG = {"flow": {"width": 64}, "optim": {"lr": 3e-4}, "kinds": ["channels", "spatial"]}
 
@@ -138,6 +141,8 @@ def test_donation_right_after_saving(tmp_path):
 
 SHARDINGS = """
 import sys, jax, jax.numpy as jnp, numpy as np
+from absl import logging
+logging.set_verbosity(logging.INFO)
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jetflow.checkpoint import Checkpoints, _checksum
@@ -191,8 +196,8 @@ def biggest_file(directory):
 def test_a_bit_that_orbax_misses(tmp_path, warnings):
     save_steps(tmp_path, 1, 2)
     flip(biggest_file(tmp_path / "2" / "state"))
-    raw = ocp.PyTreeCheckpointHandler().restore(tmp_path / "2" / "state")
     flat = checkpoint._flatten(make_state(2))
+    raw = checkpoint._read_arrays(tmp_path / "2" / "state", flat)
     assert sum(not np.array_equal(raw[path], flat[path]) for path in flat) == 1
     with Checkpoints(tmp_path) as checkpoints:
         restored, step = checkpoints.restore(abstract(make_state(1)))
@@ -338,6 +343,8 @@ def test_retention(tmp_path):
             checkpoints.save(step, {"params": jnp.full(3, step)}, {})
         checkpoints.wait()
         assert checkpoints.steps() == [4, 8, 10, 11]
+        checkpoints.save(9, {"params": jnp.full(3, 9)}, {}, wait=True)  # older, yet the last saved
+        assert checkpoints.steps() == [4, 8, 9, 11]
         for step in checkpoints.steps():
             assert_same(checkpoints.restore({"params": jnp.zeros(3, int)}, step)[0]["params"],
                         jnp.full(3, step))  # fmt: skip
@@ -345,14 +352,14 @@ def test_retention(tmp_path):
 
 def test_an_interrupted_save_is_ignored(tmp_path):
     save_steps(tmp_path, 1)
-    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    shutil.copytree(tmp_path / "1", tmp_path / "5.orbax-checkpoint-tmp")
     (tmp_path / "notes_7").mkdir()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() == 1
         assert checkpoints.restore(abstract(make_state(1)))[1] == 1
-        assert (tmp_path / "2.orbax-checkpoint-tmp").exists()  # perhaps another process saves
+        assert (tmp_path / "5.orbax-checkpoint-tmp").exists()  # perhaps another process saves
         checkpoints.save(2, make_state(2), CONFIG, wait=True)
-        assert not (tmp_path / "2.orbax-checkpoint-tmp").exists()
+        assert not (tmp_path / "5.orbax-checkpoint-tmp").exists()
         assert checkpoints.steps() == [1, 2]
 
 
@@ -370,7 +377,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_killed_while_saving(tmp_path):
     assert run_python(KILLED, tmp_path).returncode == -9
     with Checkpoints(tmp_path) as checkpoints:
-        restored, step = checkpoints.restore({"params": jax.ShapeDtypeStruct((1 << 22,), "float32")})
+        restored, step = checkpoints.restore(
+            {"params": jax.ShapeDtypeStruct((1 << 22,), "float32")}
+        )
     np.testing.assert_array_equal(
         restored["params"], jax.random.normal(jax.random.key(step), (1 << 22,))
     )
@@ -389,25 +398,26 @@ def test_a_damaged_step_is_saved_again(tmp_path, warnings):
 def test_a_damaged_step_does_not_outlive_the_next_save(tmp_path, warnings):
     save_steps(tmp_path, 10, 20, 30)
     truncate(tmp_path / "30" / "record" / "metadata")
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.restore(abstract(make_state(1)))[1] == 20
         checkpoints.save(25, make_state(25), CONFIG, wait=True)
-        assert checkpoints.steps() == [25]
+        assert checkpoints.steps() == [20, 25]
     assert len(warnings) == 1
 
 
 def test_saving_a_step_twice(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1), CONFIG, wait=True)
-        inode = (tmp_path / "1").stat().st_ino
+        (tmp_path / "1" / "mark").touch()
         checkpoints.save(1, make_state(1), CONFIG, wait=True)
-        assert (tmp_path / "1").stat().st_ino == inode  # the same content is left alone
+        assert (tmp_path / "1" / "mark").exists()  # the same content is left alone
         checkpoints.save(1, make_state(2), CONFIG, wait=True)
         assert_same(checkpoints.restore(abstract(make_state(1)))[0], make_state(2))
         checkpoints.save(1, make_state(2), {"other": 1}, wait=True)
         assert checkpoints.restore_config() == {"other": 1}
     flip(biggest_file(tmp_path / "1" / "state"))
-    with Checkpoints(tmp_path) as checkpoints:  # has not verified step 1, so it writes it anew
+    with Checkpoints(tmp_path) as checkpoints:  # has not verified all of it, so writes it anew
+        assert checkpoints.restore({"step": jnp.int32(0)})[1] == 1
         checkpoints.save(1, make_state(2), {"other": 1})
         assert_same(checkpoints.restore(abstract(make_state(1)))[0], make_state(2))
 
@@ -438,16 +448,17 @@ def test_the_record_is_plain_json(tmp_path):
 def test_checksum_sees_every_bit_and_every_swap(dtype):
     rng = np.random.default_rng(0)
     values = np.asarray(jnp.asarray(rng.integers(0, 100, size=(3, 5, 2)), dtype))
-    checksum = functools.partial(checkpoint._checksum)
+    checksum = checkpoint._checksum
     whole = int(checksum(values))
     assert whole != int(checksum(values.reshape(5, 3, 2).swapaxes(0, 1)))
     for bit in [0] if dtype == "bool" else range(8 * values.itemsize):
         changed = values.copy()
         changed.view(f"uint{8 * values.itemsize}")[1, 2, 1] ^= 1 << bit
         assert int(checksum(changed)) != whole
-    changed = values.copy()
-    changed[0, 0, 0], changed[2, 4, 1] = values[2, 4, 1], values[0, 0, 0]
-    assert (int(checksum(changed)) == whole) == (values[0, 0, 0] == values[2, 4, 1])
+    for left, right in (((0, 0, 0), (2, 4, 1)), ((0, 1, 0), (1, 0, 0)), ((1, 2, 0), (1, 2, 1))):
+        changed = values.copy()
+        changed[left], changed[right] = values[right], values[left]
+        assert (int(checksum(changed)) == whole) == (values[left] == values[right])
 
 
 def test_checksum_of_64_bits():
@@ -458,3 +469,51 @@ def test_checksum_of_64_bits():
             changed = values.copy()
             changed.view("uint64")[3, 1] ^= np.uint64(1 << bit)
             assert int(checkpoint._checksum(changed)) != whole
+
+
+# Two processes
+
+TWO_PROCESSES = """
+import sys, jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+directory, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize("localhost:" + port, 2, process)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jetflow import checkpoint
+
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+make = lambda i: {"params": jax.random.normal(jax.random.key(i), (64, 32))}
+make_split = jax.jit(make, out_shardings=split)
+leaf = lambda sharding: {"params": jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharding)}
+
+with checkpoint.Checkpoints(directory, keep=2) as checkpoints:
+    for i in range(4):
+        checkpoints.save(i, make_split(i), {})
+    restored, step = checkpoints.restore(leaf(whole))
+    assert (step, checkpoints.steps()) == (3, [2, 3])
+    np.testing.assert_array_equal(restored["params"], make(3)["params"])
+
+    read, calls = checkpoint._read_arrays, []
+    def read_on_one_process(*args):
+        calls.append(args)
+        if process == 1 and len(calls) == 1:
+            raise OSError("only this process sees it")
+        return read(*args)
+    checkpoint._read_arrays = read_on_one_process
+    assert checkpoints.restore(leaf(split))[1] == 2
+    checkpoints.save(3, make_split(3), {})
+    assert checkpoints.restore(leaf(split))[1] == 3
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda i: run_python(TWO_PROCESSES, tmp_path, port, i), range(2)))
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr
+    assert "is damaged: not readable on process 1" in results[0].stderr
+    assert "is damaged: OSError: only this process sees it" in results[1].stderr

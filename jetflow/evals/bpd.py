@@ -2,25 +2,28 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from jetflow.data import pipeline
 from jetflow.flows.stack import Stack
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
+from jetflow.sharding import put_batch
 from jetflow.step import eval_step
-from jetflow.types import Batch
 
 UNIFORM = Noise("uniform")
 
 
 def bits_per_dim(
     flow: Stack,
-    variables,
+    variables: Any,
     images: UInt8[Array, "B H W C"],
     label: Int[Array, "B"] | None,
     key: Key[Array, ""],
@@ -40,64 +43,114 @@ def bits_per_dim(
         key: of the draw; row i uses it with `index[i]`, by default i.
     """
     index = jnp.arange(images.shape[0]) if index is None else index
-    return _bits_per_dim(flow, noise, variables, images, label, keys_by_example(key, index))
+    return _bits_per_dim(flow, noise, variables, images, label, key, index)
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "noise"))
-def _bits_per_dim(flow, noise, variables, images, label, keys):
-    x = noise.add_by_example(images, keys, flow.pixels.scale)
+def _bits_per_dim(flow, noise, variables, images, label, key, index):
+    x = noise.add_by_example(images, keys_by_example(key, index), flow.pixels.scale)
     return eval_step(flow, variables, x, label)
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Likelihood:
     """A likelihood with its uncertainty.
 
     Attributes:
-        mean: bits per dimension, over the examples and draws.
-        standard_error: of the mean with respect to the noise draws; nan for a single draw.
-        examples, draws: how many of each.
+        mean: bits per dimension, over all examples and draws.
+        standard_error: of that mean, over the noise draws; nan for a single draw.
+        draws: how many.
     """
 
     mean: float
     standard_error: float
-    examples: int
     draws: int
 
 
-def evaluate(
+def measure(
     flow: Stack,
-    variables,
-    batches: Callable[[], Iterable[Batch]],
+    variables: Any,
+    dataset: pipeline.Dataset,
     *,
+    mesh: Mesh,
     noise: Noise = UNIFORM,
     seed: int = 0,
     draws: int = 1,
-    put: Callable[[Batch], Any] = lambda batch: batch,
+    batch_size: int = 128,
     poll: Callable[[], None] = lambda: None,
-) -> Result:
-    """Bits per dimension over a whole split.
+) -> Likelihood:
+    """Bits per dimension over a whole split, each example once a draw.
 
     Args:
-        batches: makes a pass over the split, each example once; rows with index -1 are padding.
         noise: uniform dequantisation, or the noise of training.
-        seed: of the draws; draw d of example i depends on (seed, d, i) alone.
-        put: places a batch on the devices.
-        poll: called between batches; may raise to stop.
+        seed: draw d of example i depends on (seed, d, i) alone.
+        batch_size: over all devices of the mesh.
+        poll: called after each batch; may raise to stop.
     """
     means = []
     for draw in range(draws):
         key = key_for(seed, draw, Purpose.EVALUATE)
-        total, count = 0.0, 0
-        for batch in batches():
-            placed = put(batch)
-            label = placed.label if flow.num_classes else None
-            bits = bits_per_dim(
-                flow, variables, placed.image, label, key, index=placed.index, noise=noise
+        bits, seen = [], []
+        for batch in pipeline.eval_batches(
+            dataset,
+            batch_size=batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ):
+            batch = put_batch(batch, mesh)
+            label = batch.label if flow.num_classes else None
+            values = bits_per_dim(
+                flow, variables, batch.image, label, key, index=batch.index, noise=noise
             )
-            part, rows = _masked_sum(bits, placed.index)
-            total, count = total + float(part), count + int(rows)
+            gathered = multihost_utils.process_allgather((values, batch.index), tiled=True)
+            bits.append(gathered[0])
+            seen.append(gathered[1])
             poll()
-        means.append(total / count)
+        real = np.concatenate(seen) >= 0
+        means.append(np.concatenate(bits)[real].mean(dtype=np.float64))
     error = float(np.std(means, ddof=1) / np.sqrt(draws)) if draws > 1 else float("nan")
-    return Result(float(np.mean(means)), error, count, draws)
+    return Likelihood(float(np.mean(means)), error, draws)
+
+
+def metric_name(noise: Noise) -> str:
+    """"bpd" for dequantised images; data with gaussian noise has a likelihood of its own name."""
+    return "bpd" if noise.kind == "uniform" else "noised_bpd"
+
+
+def record(
+    likelihood: Likelihood, noise: Noise, dataset: pipeline.Dataset, *, step: int, weights: str
+) -> dict[str, Any]:
+    """What is written of a likelihood: the value and everything that it depends on."""
+    return {
+        "metric": metric_name(noise),
+        "value": likelihood.mean,
+        "standard_error": likelihood.standard_error if likelihood.draws > 1 else None,
+        "draws": likelihood.draws,
+        "noise": {"kind": noise.kind, "std": noise.std},
+        "data": {
+            "name": dataset.name,
+            "version": dataset.version,
+            "split": dataset.split,
+            "examples": len(dataset),
+            "checksum": dataset.checksum(),
+        },
+        "step": step,
+        "weights": weights,
+    }
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """A `record` for a person."""
+    data, draws = result["data"], result["draws"]
+    error = f" ± {result['standard_error']:.4f}" if draws > 1 else ""
+    text = (
+        f"{result['metric']} {result['value']:.4f}{error} ({draws} noise draw{'s'[: draws > 1]}) "
+        f"on {data['name']} {data['version']} {data['split']}: {data['examples']:,} examples, "
+        f"checksum {data['checksum']}"
+    )
+    if result["noise"]["kind"] == "uniform":
+        return text
+    return (
+        f"{text}\n  (of data with gaussian noise of std {result['noise']['std']:g} added: not "
+        "comparable with a bpd of dequantised images)"
+    )

@@ -71,9 +71,8 @@ def tarflow(
     """
     _divides("head_dim", head_dim, "width", width)
     pixels = Pixels(tuple(image_shape), patch_size, scale=pixel_scale, feature_order="chw")
-    depths = [layers_per_block] * num_blocks
-    if not isinstance(layers_per_block, int):
-        depths = list(layers_per_block)
+    depths = [layers_per_block] if isinstance(layers_per_block, int) else list(layers_per_block)
+    depths = depths * num_blocks if len(depths) == 1 else depths
     if len(depths) != num_blocks:
         raise UsageError(
             f"config.flow.layers_per_block has {len(depths)} entries for {num_blocks} blocks; "

@@ -1,6 +1,6 @@
 """Handwritten digits of 8x8 pixels, with labels, as they ship with scikit-learn."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -59,7 +59,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, rows: np.ndarray):
         from sklearn.datasets import load_digits  # slow to import and needed only here, once
 
-        digits = load_digits()
+        digits: Any = load_digits()
         images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
         for key, row in enumerate(rows):
             yield key, {"image": images[row], "label": int(digits.target[row])}

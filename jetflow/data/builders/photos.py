@@ -27,7 +27,8 @@ def corners_of_train(size: int) -> Iterator[tuple[int, int, int]]:
     """(picture, top row, left column) of every train crop, in order; all in pixels."""
     rng = np.random.default_rng(0)
     for k in range(NUM_TRAIN):
-        yield k % 2, rng.integers(0, _HEIGHT - size + 1), rng.integers(0, _BORDER - size + 1)
+        top, left = rng.integers(0, _HEIGHT - size + 1), rng.integers(0, _BORDER - size + 1)
+        yield k % 2, int(top), int(left)
 
 
 def corners_of_test(size: int) -> Iterator[tuple[int, int, int]]:
@@ -38,7 +39,8 @@ def corners_of_test(size: int) -> Iterator[tuple[int, int, int]]:
     """
     rng = np.random.default_rng(123)
     for k in range(NUM_TEST):
-        yield k % 2, rng.integers(0, _HEIGHT - size), rng.integers(_BORDER, _WIDTH - size)
+        top, left = rng.integers(0, _HEIGHT - size), rng.integers(_BORDER, _WIDTH - size)
+        yield k % 2, int(top), int(left)
 
 
 class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -52,12 +54,19 @@ class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for size in CROP_SIZES
     ]
 
+    @property
+    def size(self) -> int:
+        """Height and width of a crop in pixels."""
+        assert self.builder_config is not None  # TFDS takes the first config where none is named
+        return int(self.builder_config.name)
+
     def _info(self) -> tfds.core.DatasetInfo:
-        size = int(self.builder_config.name)
         # ZLIB, not PNG: read in batches of 64, crops of 16x16 come at 20,000 a second against PNG's
         # 10,000 (through PIL), take half as long to prepare and as many bytes on disk. Both are
         # lossless and need no TensorFlow.
-        image = tfds.features.Tensor(shape=(size, size, 3), dtype=np.uint8, encoding="zlib")
+        image = tfds.features.Tensor(
+            shape=(self.size, self.size, 3), dtype=np.uint8, encoding="zlib"
+        )
         return tfds.core.DatasetInfo(
             builder=self,
             description=_DESCRIPTION,
@@ -72,15 +81,15 @@ class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download
-        size = int(self.builder_config.name)
         return {
-            "train": self._generate_examples(size, corners_of_train(size)),
-            "test": self._generate_examples(size, corners_of_test(size)),
+            "train": self._generate_examples(corners_of_train(self.size)),
+            "test": self._generate_examples(corners_of_test(self.size)),
         }
 
-    def _generate_examples(self, size: int, corners: Iterator[tuple[int, int, int]]):
+    def _generate_examples(self, corners: Iterator[tuple[int, int, int]]):
         from sklearn.datasets import load_sample_images  # slow to import, needed only here, once
 
         pictures = load_sample_images().images  # uint8 [427, 640, 3] each
         for key, (picture, top, left) in enumerate(corners):
-            yield key, {"image": pictures[picture][top : top + size, left : left + size]}
+            crop = pictures[picture][top : top + self.size, left : left + self.size]
+            yield key, {"image": crop}

@@ -1,0 +1,110 @@
+"""Every field of a configuration, with its default. Experiments are small deltas from `jet` or `tarflow`."""
+
+from ml_collections import ConfigDict
+
+
+def jet() -> ConfigDict:
+    """Jet (arXiv 2412.15129), with the published recipe where it does not depend on the data."""
+    config = _common()
+    config.flow = ConfigDict(
+        dict(
+            kind="jet",
+            patch_size=4,  # pixels; must divide the image's height and width
+            width=512,  # of the coupling nets' tokens
+            num_heads=8,  # attention heads; must divide width
+            num_couplings=32,  # coupling layers
+            block_depth=2,  # transformer layers in each coupling's net
+            kinds=("channels",) * 4 + ("spatial",),  # cycle of the couplings' splits
+            scale_factor=2.0,  # a coupling scales a dimension by less than this
+            dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
+            remat="none",  # recomputed in the backward pass: none, dots (all but matmuls), full
+        )
+    )
+    config.optim.b2 = 0.95
+    config.optim.mu_dtype = "bfloat16"
+    config.optim.clip_norm = 1.0
+    config.optim.weight_decay = 1e-5
+    config.optim.decay_rule = "schedule"
+    return config.lock()
+
+
+def tarflow() -> ConfigDict:
+    """TarFlow (arXiv 2412.06329), with the published recipe where it does not depend on the data."""
+    config = _common()
+    config.flow = ConfigDict(
+        dict(
+            kind="tarflow",
+            patch_size=2,  # pixels; must divide the image's height and width
+            width=768,  # of the transformers' tokens
+            num_blocks=8,  # autoregressive blocks, in alternating direction
+            layers_per_block=(8,),  # transformer layers of every block, or one number a block
+            head_dim=64,  # features of an attention head; must divide width
+            volume_preserving=False,  # predict shifts only, and learn the prior's variance
+            pixel_scale=128.0,  # pixels v become v / pixel_scale - 1; 127.5 with gaussian noise
+            dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
+            remat="none",  # recomputed in the backward pass: none, dots (all but matmuls), full
+        )
+    )
+    config.optim.lr = 1e-4
+    config.optim.min_lr = 1e-6
+    config.optim.weight_decay = 1e-4
+    return config.lock()
+
+
+def _common() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            data=dict(
+                name="digits",  # a data set that `jetflow train` can prepare, see the README
+                train_split="train",  # of the data set; TFDS slices such as train[:90%] work
+                test_split="test",  # held out: evaluated, never trained on
+                labels=False,  # train a conditional flow on the data set's labels
+            ),
+            noise=dict(
+                kind="uniform",  # dequantisation by U[0, 1), or gaussian
+                std=0.0,  # of the gaussian noise, in units where pixels span [-1, 1]
+                label_drop=0.0,  # share of labels hidden in training, for guidance
+                flip=False,  # mirror images at random
+            ),
+            optim=dict(
+                lr=3e-4,  # peak learning rate
+                min_lr=0.0,  # at the start of the warm-up and at the end
+                warmup=0.1,  # share of the training in which the rate rises; then a cosine
+                b1=0.9,  # of Adam
+                b2=0.95,
+                eps=1e-8,
+                weight_decay=0.0,  # decoupled, on every parameter
+                decay_rule="lr",  # decay times the learning rate (AdamW), or times its "schedule"
+                clip_norm=0.0,  # largest norm of the gradient; 0 for no limit
+                mu_dtype="float32",  # of Adam's first moment
+            ),
+            train=dict(
+                seed=0,  # of initialisation, data order and noise
+                batch_size=64,  # images per step, over all devices
+                steps=0,  # length of the training: set exactly one of steps,
+                epochs=0,  # passes over the training split,
+                images=0,  # and images
+                accumulation=1,  # parts of a batch that are computed one after another
+                ema_decay=0.0,  # of averaged parameters, used in evaluation; 0 for none
+                log_every=50,  # steps between lines of metrics
+                eval_every=0,  # steps between evaluations of held-out bpd; 0 for the end only
+                sample_every=0,  # steps between pictures of samples; 0 for the end only
+                checkpoint_every=500,  # steps between checkpoints; one more at the end
+                keep_checkpoints=2,  # newest ones kept
+            ),
+            mesh=dict(
+                data=-1,  # devices over which the batch alone is split; -1 for all the rest
+                fsdp=1,  # devices over which the state is split as well
+            ),
+            eval=dict(
+                batch_size=128,  # images per step of an evaluation, over all devices
+                draws=4,  # of the noise, in the evaluation at the end
+                samples=64,  # images in a picture of samples
+                guidance=0.0,  # of those samples: strength; 0 for none
+                guide_what="ab",  # guided predictions: a log-scale, b shift, ab both
+                attention_temperature=1.0,  # of the unguided pass; flows without labels need != 1
+                annealed=False,  # guidance that grows from the first token to the last
+                denoise=False,  # one denoising step after sampling, for gaussian noise
+            ),
+        )
+    )

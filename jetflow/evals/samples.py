@@ -1,0 +1,22 @@
+"""How samples are laid out in a picture: one row a class, or about square."""
+
+import numpy as np
+from jaxtyping import Int
+
+
+def rows_by_class(num: int, num_classes: int) -> tuple[Int[np.ndarray, "N"] | None, list[int]]:
+    """Labels for `num` images, as evenly as it goes, and how many images each row of a grid has.
+
+    Without classes there are no labels, and the grid is about square.
+    """
+    if not num_classes:
+        return None, square_rows(num)
+    parts = np.array_split(np.arange(num), num_classes)
+    labels = np.repeat(np.arange(num_classes), [len(part) for part in parts])
+    return labels.astype(np.int32), [len(part) for part in parts if len(part)]
+
+
+def square_rows(num: int) -> list[int]:
+    """The rows of a grid of `num` images that is about square."""
+    columns = int(np.ceil(np.sqrt(num)))
+    return [min(columns, num - start) for start in range(0, num, columns)]

@@ -1,0 +1,243 @@
+"""The training loop: train, look, save, and stop at any moment without losing a step."""
+
+import dataclasses
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from jetflow import sharding
+from jetflow import workdir as workdirs
+from jetflow.checkpoint import Checkpoints
+from jetflow.data import pipeline
+from jetflow.evals import bpd, samples
+from jetflow.noise import Purpose, key_for
+from jetflow.report import Reporter, make_grid, save_png
+from jetflow.run import Run, guidance_of
+from jetflow.sampling.ancestral import sample
+from jetflow.state import TrainState
+from jetflow.step import Metrics
+from jetflow.types import Batch
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C, so that a run can save before it ends; a second one ends it."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __enter__(self) -> "StopSignal":
+        self.number: int | None = None
+        self._before = [signal.signal(number, self._note) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in zip(self.SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def poll(self) -> None:
+        """Raise `Stopped` if a signal came."""
+        if self.number is not None:
+            raise Stopped
+
+
+def train(run: Run, workdir: Path) -> int:
+    """Train, or go on training, in `workdir`. The exit status: 0, or 128 + the signal's number.
+
+    Killed at any moment and called again, it ends with the same parameters, optimizer state,
+    averages and metrics as if it had never been interrupted.
+    """
+    workdirs.claim(workdir, run.resolved_config)
+    keep = run.config.train.keep_checkpoints
+    with StopSignal() as stop, Checkpoints(workdir / "checkpoints", keep=keep) as checkpoints:
+        state, start = run.fresh_state(), 0
+        if checkpoints.latest() is not None:
+            state, start = checkpoints.restore(run.abstract_state)
+        with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
+            try:
+                Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start)
+            except Stopped:
+                return 128 + (stop.number or 0)
+    return 0
+
+
+@dataclasses.dataclass
+class Session:
+    """One process's part of a run: from a step to the end, or to a signal."""
+
+    run: Run
+    workdir: Path
+    checkpoints: Checkpoints
+    reporter: Reporter
+    poll: Callable[[], None]
+    _pending: tuple[int, Metrics] | None = None
+
+    def go(self, state: TrainState, start: int) -> None:
+        """Train from step `start` to the end."""
+        self.reporter.say(self._headline(start))
+        step = start
+        try:
+            self._look(state, start)  # finish what an interruption cut off at this step
+            if start < self.run.total_steps:
+                batches = self._batches(start)
+                batch = next(batches)
+                train_step = self._compile(state, batch)
+            for step in range(start + 1, self.run.total_steps + 1):
+                # The step runs on the device while the next batch comes and the last one is logged.
+                state, metrics = train_step(state, batch)
+                batch = next(batches)
+                self._log(step, metrics)
+                self._look(state, step)
+                if step % self.run.config.train.checkpoint_every == 0:
+                    self._save(state, step)
+                self.poll()
+        except Stopped:
+            self._save(state, step)
+            self.checkpoints.wait()
+            self.reporter.say(
+                f"stopped at step {step} of {self.run.total_steps}, all saved in {self.workdir}: "
+                "run the same command again to go on"
+            )
+            raise
+        self._save(state, step)
+        self.checkpoints.wait()
+        self._conclude()
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """Global batches on the device, from that of step `start` on."""
+        batches = pipeline.train_batches(
+            self.run.train_data,
+            batch_size=self.run.config.train.batch_size,
+            seed=self.run.config.train.seed,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return (sharding.put_batch(batch, self.run.mesh) for batch in batches)
+
+    def _compile(self, state: TrainState, batch: Batch) -> Callable:
+        shardings = jax.tree.map(lambda a: a.sharding, self.run.abstract_state)
+        step = jax.jit(
+            self.run.trainer.train_step, donate_argnums=0, out_shardings=(shardings, None)
+        )
+        with self.reporter.pause():
+            compiled = step.lower(state, batch).compile()
+        self.poll()
+        return compiled
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        """Note the metrics of a step, and write those of the step before, which has ended."""
+        self._flush()
+        self._pending = (step, metrics)
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        train = self.run.config.train
+        bpd_now = float(metrics["bpd"])  # waits for the step: never more than two are under way
+        if due := step % train.log_every == 0 or step in (1, self.run.total_steps):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values["images_per_second"] = self.reporter.images_per_second(step, train.batch_size)
+            self.reporter.write(step, values)
+        self.reporter.progress(step, bpd_now, train.batch_size, log=due)
+
+    def _look(self, state: TrainState, step: int) -> None:
+        """Held-out likelihood and a picture of samples, where they are due and not yet there."""
+        train = self.run.config.train
+        last = step == self.run.total_steps
+        name = f"test_{bpd.metric_name(self.run.trainer.noise)}"
+        evaluates = last or (step and train.eval_every and step % train.eval_every == 0)
+        if evaluates and not self.reporter.has(step, name):
+            self._flush()
+            with self.reporter.pause():
+                self._evaluate(state, step, name, draws=self.run.config.eval.draws if last else 1)
+        samples_now = last or (step and train.sample_every and step % train.sample_every == 0)
+        if samples_now and not self._picture(step).exists():
+            self._flush()
+            with self.reporter.pause():
+                self._sample(state, step)
+
+    def _evaluate(self, state: TrainState, step: int, name: str, *, draws: int) -> None:
+        noise = self.run.trainer.noise
+        likelihood = bpd.measure(
+            self.run.trainer.flow,
+            state.variables(),
+            self.run.test_data,
+            mesh=self.run.mesh,
+            noise=noise,
+            draws=draws,
+            batch_size=self.run.config.eval.batch_size,
+            poll=self.poll,
+        )
+        result = bpd.record(
+            likelihood,
+            noise,
+            self.run.test_data,
+            step=step,
+            weights="params" if state.ema is None else "ema",
+        )
+        workdirs.write_result(self.workdir, result)
+        self.reporter.write(step, {name: likelihood.mean})
+        self.reporter.say(f"step {step}: held-out {bpd.describe(result)}")
+
+    def _sample(self, state: TrainState, step: int) -> None:
+        flow, noise, section = self.run.trainer.flow, self.run.trainer.noise, self.run.config.eval
+        labels, rows = samples.rows_by_class(section.samples, flow.num_classes)
+        images = sample(
+            flow,
+            state.variables(),
+            key_for(0, 0, Purpose.SAMPLE),
+            num=section.samples,
+            label=labels,
+            guidance=guidance_of(section),
+            denoise=noise.std if section.denoise else 0.0,
+            noise=noise.kind,
+        )
+        grid = make_grid(images, rows)
+        self.reporter.picture(step, "samples", grid)
+        save_png(self._picture(step), grid)
+        self.poll()
+
+    def _picture(self, step: int) -> Path:
+        return self.workdir / "samples" / f"step_{step:08d}.png"
+
+    def _save(self, state: TrainState, step: int) -> None:
+        """Start saving the state; the metrics up to it are on disk before."""
+        self._flush()
+        with self.reporter.pause():
+            self.checkpoints.save(step, state, self.run.resolved_config)
+
+    def _headline(self, start: int) -> str:
+        run = self.run
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
+        kind = run.config.flow.kind
+        lines = [
+            f"{kind} with {count:,} parameters on {run.mesh.size} {jax.default_backend()} device(s)",
+            f"train on {run.train_data.describe()}",
+            f"test on {run.test_data.describe()}",
+            f"steps {start} to {run.total_steps} of {run.config.train.batch_size} images each",
+        ]
+        return "\n".join(lines)
+
+    def _conclude(self) -> None:
+        """The last lines: the result, and where everything is."""
+        metric = bpd.metric_name(self.run.trainer.noise)
+        result = workdirs.read_result(self.workdir, metric, self.run.total_steps)
+        self.reporter.say(
+            f"done: step {self.run.total_steps}, held-out {bpd.describe(result)}\n"
+            f"samples      {self._picture(self.run.total_steps)}\n"
+            f"evaluation   {workdirs.result_path(self.workdir, metric, self.run.total_steps)}\n"
+            f"metrics      {self.workdir / 'metrics.jsonl'}, and TensorBoard events beside it\n"
+            f"checkpoints  {self.workdir / 'checkpoints'}"
+        )

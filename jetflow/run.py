@@ -1,0 +1,169 @@
+"""A config made into the objects of a training run, all of it checked before anything is written."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jetflow import optim, sharding
+from jetflow import state as states
+from jetflow.data import pipeline
+from jetflow.flows.build import build
+from jetflow.noise import Noise
+from jetflow.sampling.ancestral import check_guidance
+from jetflow.state import TrainState
+from jetflow.step import Trainer
+from jetflow.types import Guidance, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training run is made of.
+
+    Attributes:
+        config: as the user gave it.
+        trainer: the flow, and how it is trained.
+        mesh: of all devices.
+        train_data, test_data: the splits that are trained on, and held out.
+        total_steps: the length of the training.
+        abstract_state: shapes and shardings of the training state.
+    """
+
+    config: ConfigDict
+    trainer: Trainer
+    mesh: Mesh
+    train_data: pipeline.Dataset
+    test_data: pipeline.Dataset
+    total_steps: int
+    abstract_state: TrainState
+
+    @property
+    def resolved_config(self) -> dict[str, Any]:
+        """The config, and what it depends on beyond itself: enough to rebuild the flow."""
+        resolved = {
+            "image_shape": self.train_data.image_shape,
+            "num_classes": self.trainer.flow.num_classes,
+            "total_steps": self.total_steps,
+            "data_version": self.train_data.version,
+        }
+        return {**self.config.to_dict(), "resolved": resolved}
+
+    def fresh_state(self) -> TrainState:
+        """The state before the first step, made where it is to lie."""
+        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state)
+        return jax.jit(_creation(self.config, self.trainer), out_shardings=shardings)()
+
+
+def set_up(config: ConfigDict, data_dir: str | None = None) -> Run:
+    """Check a config and make its objects; prepares the data set where needed.
+
+    Raises:
+        UsageError: on the first thing that cannot work, with the field's name and a remedy.
+    """
+    _check_numbers(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(
+        "config.train.batch_size", config.train.batch_size, mesh, config.train.accumulation
+    )
+    sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
+    noise = Noise(**config.noise)
+    train_data = pipeline.load(config.data.name, config.data.train_split, data_dir=data_dir)
+    test_data = pipeline.load(config.data.name, config.data.test_split, data_dir=data_dir)
+    flow = build(
+        config.flow,
+        image_shape=train_data.image_shape,
+        num_classes=_num_classes(config, train_data),
+    )
+    check_guidance(flow, guidance_of(config.eval))
+    if config.eval.denoise and noise.kind != "gaussian":
+        raise UsageError(
+            f"config.eval.denoise needs gaussian noise, but config.noise.kind is {noise.kind!r}; "
+            "set one of them"
+        )
+    total_steps = count_steps(config.train, len(train_data))
+    tx, schedule = optim.adam(total_steps=total_steps, **config.optim)
+    trainer = Trainer(
+        flow=flow,
+        tx=tx,
+        schedule=schedule,
+        noise=noise,
+        seed=config.train.seed,
+        accumulation=config.train.accumulation,
+        ema_decay=config.train.ema_decay,
+    )
+    abstract = jax.eval_shape(_creation(config, trainer))
+    abstract = jax.tree.map(
+        lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
+        abstract,
+        sharding.state_shardings(mesh, abstract),
+    )
+    return Run(config, trainer, mesh, train_data, test_data, total_steps, abstract)
+
+
+def count_steps(train: ConfigDict, examples: int) -> int:
+    """Steps of a training whose length is given as steps, epochs or images."""
+    lengths = {name: train[name] for name in ("steps", "epochs", "images") if train[name]}
+    if len(lengths) != 1 or min(lengths.values()) < 0:
+        given = ", ".join(f"{name}={value}" for name, value in lengths.items()) or "none"
+        raise UsageError(
+            "expected exactly one of config.train.steps, config.train.epochs and "
+            f"config.train.images above 0, but got {given}; set the others to 0"
+        )
+    [(unit, length)] = lengths.items()
+    images = {"steps": length * train.batch_size, "epochs": length * examples, "images": length}
+    return math.ceil(images[unit] / train.batch_size)
+
+
+def guidance_of(section: ConfigDict) -> Guidance:
+    """The guidance that `config.eval` asks for."""
+    return Guidance(
+        scale=section.guidance,
+        what=section.guide_what,
+        temperature=section.attention_temperature,
+        annealed=section.annealed,
+    )
+
+
+def _creation(config: ConfigDict, trainer: Trainer):
+    return functools.partial(
+        states.create,
+        trainer.flow,
+        trainer.tx,
+        seed=config.train.seed,
+        use_ema=config.train.ema_decay > 0,
+    )
+
+
+def _num_classes(config: ConfigDict, data: pipeline.Dataset) -> int:
+    if not config.data.labels:
+        if config.noise.label_drop:
+            raise UsageError(
+                f"config.noise.label_drop is {config.noise.label_drop}, but the flow has no labels;"
+                " set config.data.labels=True, or the drop to 0"
+            )
+        return 0
+    if not data.num_classes:
+        raise UsageError(
+            f"config.data.labels is True, but data set {data.name} has no labels; set it to False"
+        )
+    return data.num_classes
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    least = {"log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "seed": 0,
+             "eval_every": 0, "sample_every": 0}  # fmt: skip
+    for section, limits in (("train", least), ("eval", {"draws": 1, "samples": 1})):
+        for name, limit in limits.items():
+            if config[section][name] < limit:
+                raise UsageError(
+                    f"config.{section}.{name} is {config[section][name]}; "
+                    f"expected {limit} or more"
+                )
+    if not 0 <= config.train.ema_decay < 1:
+        raise UsageError(
+            f"config.train.ema_decay is {config.train.ema_decay}; expected 0 <= decay < 1"
+        )

@@ -1,0 +1,136 @@
+"""A run's folder: its resolved config, and the model that any later command rebuilds from it."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jetflow import sharding
+from jetflow.checkpoint import Checkpoints
+from jetflow.flows.build import build
+from jetflow.flows.stack import Stack
+from jetflow.types import UsageError
+
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained flow.
+
+    Attributes:
+        config: the resolved config of its training, a tree of plain values.
+        flow, variables: the flow, with its averaged parameters where there are any.
+        step: of the checkpoint.
+    """
+
+    config: dict[str, Any]
+    flow: Stack
+    variables: dict[str, Any]
+    step: int
+
+
+def load_model(workdir: Path, step: int | None = None) -> Model:
+    """The flow of a run, at its newest sound checkpoint or the one of `step`.
+
+    Raises:
+        UsageError: if there is no run, no checkpoint, or none that is sound.
+    """
+    config = read_config(workdir)
+    if config is None:
+        raise UsageError(
+            f"no run in {workdir} (it has no {CONFIG}); "
+            f"start one with `jetflow train --config … --workdir {workdir}`"
+        )
+    resolved = config["resolved"]
+    flow = build(
+        config["flow"],
+        image_shape=tuple(resolved["image_shape"]),
+        num_classes=resolved["num_classes"],
+    )
+    image = jnp.zeros((1, *flow.image_shape))
+    label = jnp.zeros((1,), jnp.int32) if flow.num_classes else None
+    abstract = dict(jax.eval_shape(flow.init, jax.random.key(0), image, label))
+    abstract.pop("intermediates", None)
+    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
+        abstract,
+    )
+    weights = "ema" if config["train"]["ema_decay"] else "params"
+    wanted = {weights: abstract.pop("params"), "collections": abstract}
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        restored, step = checkpoints.restore(wanted, step)
+    return Model(config, flow, {"params": restored[weights], **restored["collections"]}, step)
+
+
+def read_config(workdir: Path) -> dict[str, Any] | None:
+    """The config of the run in `workdir`, or None if there is no run."""
+    path = workdir / CONFIG
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is not readable JSON ({error}); restore it") from error
+
+
+def claim(workdir: Path, config: dict[str, Any]) -> None:
+    """Make `workdir` the folder of a run with this config, or check that it is that already.
+
+    Raises:
+        UsageError: if another run lives there; the message names the fields that differ.
+    """
+    config = json.loads(json.dumps(config))
+    existing = read_config(workdir)
+    if existing is None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / CONFIG, config)
+    elif existing != config:
+        raise UsageError(
+            f"{workdir} holds a run with another config: {_differences(existing, config)}; "
+            "give that config to go on with it, or another --workdir for a new run"
+        )
+
+
+def result_path(workdir: Path, metric: str, step: int, suffix: str = "") -> Path:
+    """Where the value of a metric at a step is written."""
+    return workdir / "evals" / f"{metric}-{step:08d}{suffix}.json"
+
+
+def write_result(workdir: Path, result: dict[str, Any], suffix: str = "") -> Path:
+    """Write what an evaluation found; `result` has a metric and a step."""
+    path = result_path(workdir, result["metric"], result["step"], suffix)
+    write_json(path, result)
+    return path
+
+
+def read_result(workdir: Path, metric: str, step: int) -> dict[str, Any]:
+    return json.loads(result_path(workdir, metric, step).read_text())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file; a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    there, here = _flat(there), _flat(here)
+    fields = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    shown = [f"{name} is {there.get(name)} there and {here.get(name)} here" for name in fields[:4]]
+    return ", ".join(shown + ([f"and {len(fields) - 4} more"] if len(fields) > 4 else []))
+
+
+def _flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        name: value for key, node in tree.items() for name, value in _flat(node, f"{prefix}.{key}").items()
+    }

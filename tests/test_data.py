@@ -1,0 +1,323 @@
+"""Data sets, their order, and how it is shared among processes."""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits, load_sample_images
+
+from jetflow.data import Dataset, eval_batches, load, pipeline, train_batches
+from jetflow.data.builders import Digits, photos
+from jetflow.types import Batch, UsageError
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tensorflow_datasets")
+
+
+@pytest.fixture(scope="session")
+def digits(data_dir):
+    return load("digits", "test", data_dir=data_dir)
+
+
+@pytest.fixture(scope="session")
+def crops(data_dir):
+    return load("photos/16", "test", data_dir=data_dir)
+
+
+def toy(num_examples: int, *, labelled: bool = True) -> Dataset:
+    """Images of 2x2x1 pixels that hold their own index + 1, labels three times it."""
+    source = [
+        {"image": np.full((2, 2, 1), i + 1, np.uint8), "label": 3 * i} for i in range(num_examples)
+    ]
+    return Dataset("toy", "1.0.0", "train", (2, 2, 1), 1000 if labelled else 0, source)
+
+
+def take(batches, count: int) -> Batch:
+    """The first `count` batches, joined."""
+    return Batch(*(np.concatenate(x) for x in zip(*itertools.islice(batches, count), strict=True)))
+
+
+def global_batches(make_batches, process_count: int, count: int) -> list[Batch]:
+    """What all processes together hold in each of the first `count` batches."""
+    parts = [
+        itertools.islice(make_batches(process_index=p, process_count=process_count), count)
+        for p in range(process_count)
+    ]
+    steps = list(zip(*parts, strict=True))
+    assert len({len(part.index) for step in steps for part in step}) == 1
+    return [Batch(*(np.concatenate(x) for x in zip(*step, strict=True))) for step in steps]
+
+
+def assert_same(a: Batch, b: Batch):
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+# The data sets.
+
+
+def test_digits_are_the_shuffled_file(data_dir, digits):
+    order = np.random.default_rng(0).permutation(1797)
+    train = load("digits", "train", data_dir=data_dir)
+    file = load_digits()
+    for dataset, rows in [(train, order[:1500]), (digits, order[1500:])]:
+        batch = next(eval_batches(dataset, batch_size=len(rows)))
+        assert batch.image.shape == (len(rows), 8, 8, 1)
+        expected = (file.images[rows] * 255 / 16).round()
+        np.testing.assert_array_equal(batch.image[..., 0], expected)
+        np.testing.assert_array_equal(batch.label, file.target[rows])
+    assert digits.num_classes == 10
+    assert digits.describe() == "digits 1.0.0 test: 297 images of 8x8x1, 10 classes"
+
+
+def test_test_crops_are_the_published_ones(crops):
+    golden = np.load(GOLDEN / "photos16_test.npz")["images"]
+    batch = next(eval_batches(crops, batch_size=512))
+    np.testing.assert_array_equal(batch.image, golden)
+    assert (batch.label == -1).all()
+    assert crops.num_classes == 0
+    assert crops.describe() == "photos/16 1.0.0 test: 512 images of 16x16x3, no labels"
+
+
+def test_train_crops_lie_left_of_every_test_crop(data_dir):
+    train = load("photos/16", "train", data_dir=data_dir)
+    corners = list(photos.corners_of_train(16))
+    assert len(train) == len(corners) == 32_768
+    pictures = load_sample_images().images
+    for k in (0, 1, 12_345, 32_767):
+        picture, top, left = corners[k]
+        expected = pictures[picture][top : top + 16, left : left + 16]
+        np.testing.assert_array_equal(train.source[k]["image"], expected)
+
+    picture, top, left = np.transpose(corners)
+    assert (picture[:4] == [0, 1, 0, 1]).all()
+    # Every position that fits is reached, and no other.
+    assert (left.min(), left.max() + 16) == (0, 512)
+    assert (top.min(), top.max() + 16) == (0, 427)
+    assert min(left for _, _, left in photos.corners_of_test(16)) >= 512
+
+
+def test_checksum_covers_pixels_labels_and_order(digits):
+    images = [digits.source[i]["image"] for i in range(len(digits))]
+    labels = [np.int32(digits.source[i]["label"]) for i in range(len(digits))]
+    expected = hashlib.sha256(
+        b"".join(x.tobytes() + y.tobytes() for x, y in zip(images, labels, strict=True))
+    ).hexdigest()[:16]
+    assert digits.checksum() == expected == "155e0069c5c5089c"
+
+    rows = list(toy(5).source)
+    other_pixel, other_label = [dict(row) for row in rows], [dict(row) for row in rows]
+    other_pixel[4]["image"] = np.array([5, 5, 5, 6], np.uint8).reshape(2, 2, 1)
+    other_label[4]["label"] = 0
+    sources = [rows, other_pixel, other_label, rows[::-1], rows[:4]]
+    checksums = {dataclasses.replace(toy(5), source=source).checksum() for source in sources}
+    assert len(checksums) == len(sources)
+    assert toy(5, labelled=False).checksum() not in checksums
+
+
+# Finding and preparing them.
+
+
+def test_prepares_once_with_two_lines_on_stderr(tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    load("digits", "train")
+    out, err = capfd.readouterr()
+    begin, end = err.splitlines()
+    assert out == ""
+    assert begin == f"preparing data set digits in {tmp_path / 'digits' / '1.0.0'} (once)"
+    assert end == "prepared data set digits"
+    load("digits", "train")
+    load("digits", "test", data_dir=tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_explicit_data_dir_wins(digits, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    load("digits", "test", data_dir=data_dir)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_process_may_finish_first(tmp_path, monkeypatch, digits):
+    original = Digits._split_generators
+
+    def overtaken(self, dl_manager):
+        monkeypatch.setattr(Digits, "_split_generators", original)
+        load("digits", "train", data_dir=tmp_path)
+        return original(self, dl_manager)
+
+    monkeypatch.setattr(Digits, "_split_generators", overtaken)
+    assert load("digits", "test", data_dir=tmp_path).checksum() == digits.checksum()
+    assert Digits._split_generators is original  # it did come to the race
+    assert not list(tmp_path.rglob("*incomplete*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("digitz", "'digits'"), ("photos/17", "'photos/16'"), ("photos", "'photos/"), ("q", None)],
+)
+def test_unknown_name(name, nearest, data_dir):
+    with pytest.raises(UsageError) as error:
+        load(name, "train", data_dir=data_dir)
+    message = str(error.value)
+    assert message.startswith(f"config.data.name is {name!r}; known data sets: digits, photos/8, ")
+    assert f"did you mean {nearest}" in message if nearest else "did you mean" not in message
+
+
+@pytest.mark.parametrize("split", ["tran", "test[:", "test[:0]", "test[7:3]", ""])
+def test_unknown_split(split, digits, data_dir):
+    with pytest.raises(UsageError, match=r"train \(1,500\), test \(297\)") as error:
+        load("digits", split, data_dir=data_dir)
+    assert str(error.value).startswith(repr(split))
+
+
+def test_part_of_a_split(digits, data_dir):
+    part = load("digits", "test[100:110]", data_dir=data_dir)
+    assert len(part) == 10
+    np.testing.assert_array_equal(part.source[3]["image"], digits.source[103]["image"])
+    assert [len(load("digits", s, data_dir=data_dir)) for s in ("train[:90%]", "all")] == [
+        1350,
+        1797,
+    ]
+
+
+def test_unusable_data_dir(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    broken = tmp_path / "digits" / "1.0.0"
+    broken.mkdir(parents=True)
+    for directory, reason in [(file, "Not a directory"), (tmp_path, "delete it")]:
+        with pytest.raises(UsageError, match=f"not found in {directory}.*{reason}.*TFDS_DATA_DIR"):
+            load("digits", "train", data_dir=directory)
+
+
+# The stream of training batches.
+
+
+def test_every_epoch_is_a_new_permutation(digits):
+    size = len(digits)
+    index = take(train_batches(digits, batch_size=33, seed=1), 27).index.reshape(3, size)
+    np.testing.assert_array_equal(np.sort(index, axis=1), np.tile(np.arange(size), (3, 1)))
+    for a, b in [(index[0], index[1]), (index[1], index[2]), (index[0], np.arange(size))]:
+        assert np.mean(a == b) < 0.05
+
+
+def test_seeds_share_no_epoch(digits):
+    streams = [take(train_batches(digits, batch_size=297, seed=s), 3).index for s in (0, 1, 2)]
+    epochs = {tuple(epoch) for stream in streams for epoch in stream.reshape(3, -1)}
+    assert len(epochs) == 9
+    again = take(train_batches(digits, batch_size=297, seed=1), 3).index
+    np.testing.assert_array_equal(again, streams[1])
+
+
+def test_rows_are_the_examples_they_name(digits, crops):
+    for dataset in (digits, crops):
+        batch = next(train_batches(dataset, batch_size=16, seed=3))
+        assert [x.dtype for x in batch] == [np.uint8, np.int32, np.int32]
+        for image, label, index in zip(*batch, strict=True):
+            example = dataset.source[int(index)]
+            np.testing.assert_array_equal(image, example["image"])
+            assert label == example.get("label", -1)
+
+
+def test_batch_k_does_not_depend_on_where_the_run_starts(digits):
+    whole = list(itertools.islice(train_batches(digits, batch_size=32, seed=5), 12))
+    for start in (1, 9, 11):  # 32 does not divide 297: batch 9 spans two epochs
+        resumed = next(train_batches(digits, batch_size=32, seed=5, start_step=start))
+        assert_same(resumed, whole[start])
+    # Within the stream, the batch size does not matter either.
+    by_eight = take(train_batches(digits, batch_size=8, seed=5, start_step=8), 4)
+    assert_same(by_eight, whole[2])
+
+
+def test_a_late_start_reads_no_earlier_batch():
+    class Counting(list):
+        reads = 0
+
+        def __getitem__(self, i):
+            Counting.reads += 1
+            return super().__getitem__(i)
+
+    dataset = dataclasses.replace(toy(7), source=Counting(toy(7).source))
+    batch = next(train_batches(dataset, batch_size=4, seed=0, start_step=10**9))
+    assert sorted(batch.label // 3) == sorted(batch.index)
+    assert Counting.reads <= 4 * (1 + 2 * pipeline._READ_OPTIONS.prefetch_buffer_size)
+
+
+def test_processes_share_every_batch(digits):
+    def batches(**process):
+        return train_batches(digits, batch_size=32, seed=5, start_step=7, **process)
+
+    alone = global_batches(batches, 1, 5)
+    for process_count in (2, 4):
+        for a, b in zip(alone, global_batches(batches, process_count, 5), strict=True):
+            assert_same(a, b)
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    index = next(train_batches(toy(5), batch_size=20, seed=0)).index.reshape(4, 5)
+    assert (np.sort(index) == np.arange(5)).all()
+
+
+@pytest.mark.parametrize("batch_size", [30, 0, -4])
+def test_indivisible_batch(batch_size):
+    with pytest.raises(UsageError, match=rf"config\.train\.batch_size is {batch_size}; .* 4$"):
+        train_batches(toy(5), batch_size=batch_size, seed=0, process_count=4)
+    with pytest.raises(UsageError, match=rf"config\.eval\.batch_size is {batch_size}; .* 4$"):
+        eval_batches(toy(5), batch_size=batch_size, process_count=4)
+
+
+# The batches of an evaluation.
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_evaluation_sees_each_example_once_in_order(process_count):
+    # The last batch of 16 holds 3 examples: of 4 processes, three get padding only.
+    dataset = toy(35)
+    batches = global_batches(
+        lambda **process: eval_batches(dataset, batch_size=16, **process), process_count, 100
+    )
+    assert len(batches) == 3
+    joined = take(iter(batches), 3)
+    positions = np.concatenate([np.arange(35), np.full(13, -1)])
+    np.testing.assert_array_equal(joined.index, positions)
+    np.testing.assert_array_equal(joined.label, np.where(positions < 0, -1, 3 * positions))
+    np.testing.assert_array_equal(joined.image[:, 1, 1, 0], positions + 1)
+    assert [x.dtype for x in joined] == [np.uint8, np.int32, np.int32]
+
+
+def test_no_padding_where_none_is_needed():
+    assert [list(b.index) for b in eval_batches(toy(4), batch_size=2)] == [[0, 1], [2, 3]]
+
+
+# A process of its own.
+
+
+def test_a_run_may_stop_between_batches(digits, data_dir):
+    program = (
+        "import sys; from jetflow.data import load, train_batches\n"
+        "dataset = load('digits', 'train')\n"
+        "for batch in train_batches(dataset, batch_size=64, seed=0): break\n"
+        "assert not {'tensorflow', 'sklearn'} & set(sys.modules), 'not needed for reading'\n"
+        "print(batch.image.shape)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"TFDS_DATA_DIR": str(data_dir)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "(64, 8, 8, 1)\n", "")
