@@ -1,10 +1,10 @@
-"""Every field of a configuration, with its default. Experiments are small deltas from `jet` or `tarflow`."""
+"""Every field of a config, with its default; experiments are deltas from `jet` or `tarflow`."""
 
 from ml_collections import ConfigDict
 
 
 def jet() -> ConfigDict:
-    """Jet (arXiv 2412.15129), with the published recipe where it does not depend on the data."""
+    """Jet (arXiv 2412.15129), with what its published recipes have in common."""
     config = _common()
     config.flow = ConfigDict(
         dict(
@@ -29,7 +29,7 @@ def jet() -> ConfigDict:
 
 
 def tarflow() -> ConfigDict:
-    """TarFlow (arXiv 2412.06329), with the published recipe where it does not depend on the data."""
+    """TarFlow (arXiv 2412.06329), with what its published recipes have in common."""
     config = _common()
     config.flow = ConfigDict(
         dict(

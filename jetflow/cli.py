@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"jetflow: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside of training, which handles it itself
+        print("jetflow: interrupted", file=sys.stderr)
+        return 130
 
 
 def _overview() -> str:
@@ -63,8 +66,12 @@ def _overview() -> str:
 
 def _help(name: str, command: Command, values: flags.FlagValues) -> str:
     seen = dict.fromkeys(values[flag].name for flag in values)
-    lines = [f"  --{flag}: {values[flag].help}" for flag in sorted(seen)]
+    lines = [f"  --{flag}: {values[flag].help}{_default(values[flag])}" for flag in sorted(seen)]
     return "\n".join([command.summary, "", f"  {command.usage}", "", *lines])
+
+
+def _default(flag: flags.Flag) -> str:
+    return "" if flag.default in (None, False) else f" (default {flag.default_as_str})"
 
 
 def _required(values: flags.FlagValues, name: str, example: str) -> Any:
@@ -150,9 +157,11 @@ def _sample(values: flags.FlagValues) -> int:
     save_png(Path(values.out), make_grid(images, rows))
     print(f"{values.num} samples of step {model.step}: {values.out}")
     if values.npz:
-        extra = {} if labels is None else {"labels": np.broadcast_to(labels, (values.num,))}
+        named: dict[str, Any] = {"images": images}
+        if labels is not None:
+            named["labels"] = np.broadcast_to(labels, (values.num,))
         Path(values.npz).parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(values.npz, images=images, **extra)
+        np.savez_compressed(values.npz, **named)
         print(f"the same as arrays: {values.npz}")
     return 0
 
@@ -168,8 +177,8 @@ def _define_evaluate(values: flags.FlagValues, argv: Sequence[str]) -> None:
     _data_dir_flag(values)
     flag = _definer(values)
     flag(flags.DEFINE_list, "metrics", ["bpd"],
-         f"comma-separated, of {', '.join(METRICS)}: likelihood of dequantised images, or of images "
-         "with the gaussian noise of training")  # fmt: skip
+         f"some of {','.join(METRICS)}: likelihood of dequantised images, or of images with "
+         "the gaussian noise of training")  # fmt: skip
     flag(flags.DEFINE_string, "split", None, "default: the test split of the run's config")
     flag(flags.DEFINE_integer, "draws", 4, "noise draws for each example", lower_bound=1)
     flag(flags.DEFINE_integer, "seed", 0, "of the draws", lower_bound=0)
@@ -225,8 +234,8 @@ def _workdir_flag(values: flags.FlagValues) -> None:
 
 
 def _data_dir_flag(values: flags.FlagValues) -> None:
-    _definer(values)(flags.DEFINE_string, "data_dir", None,
-                     "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets")  # fmt: skip
+    text = "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
+    _definer(values)(flags.DEFINE_string, "data_dir", None, text)
 
 
 def _step_flag(values: flags.FlagValues) -> None:

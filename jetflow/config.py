@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from absl import flags
 from ml_collections import config_flags
 
 from jetflow.types import UsageError
+
+Config: TypeAlias = Any  # an ml_collections ConfigDict: sections of fields, as configs/base.py has
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -19,7 +22,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "a config file, FILE.py or FILE.py:ARGUMENT; --config.SECTION.FIELD=VALUE overrides a field",
+        "a config file, FILE.py or FILE.py:ARGUMENT; --config.SECTION.FIELD=VALUE overrides",
         flag_values=values,
         sys_argv=list(argv),
     )
@@ -37,7 +40,10 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         UsageError: on an unknown flag or field, with the nearest name, and on a wrong type.
     """
     try:
-        return values(list(argv))[1:]
+        rest = values(list(argv))[1:]
+        if "config" in values:
+            values["config"].value  # noqa: B018 — a file that cannot be read says so only now
+        return rest
     except flags.UnrecognizedFlagError as error:
         message = str(error).replace(" ?", "?")
         raise UsageError(f"{message}; see `jetflow {argv[0]} --help`") from error
@@ -45,10 +51,12 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         raise UsageError(_last_error(str(error))) from error
     except AttributeError as error:  # ml_collections, of a field that the config does not have
         field, _, hint = str(error).partition("\n")
-        overrides = [a for a in argv if a.partition("=")[0].endswith(field.strip("'"))]
-        raise UsageError(f"no field {' '.join(overrides) or field} in the config. {hint}") from error
+        field = field.strip("'\"")
+        given = [a.partition("=")[0] for a in argv if a.partition("=")[0].endswith(f".{field}")]
+        raise UsageError(f"the config has no field {' '.join(given) or field}. {hint}") from error
     except OSError as error:
-        raise UsageError(f"cannot read --config: {_last_error(str(error))}") from error
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UsageError(f"--config cannot be read: {reason}") from error
 
 
 def _last_error(text: str) -> str:

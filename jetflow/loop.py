@@ -223,7 +223,7 @@ class Session:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
         kind = run.config.flow.kind
         lines = [
-            f"{kind} with {count:,} parameters on {run.mesh.size} {jax.default_backend()} device(s)",
+            f"{kind} with {count:,} parameters on {run.mesh.size} x {jax.default_backend()}",
             f"train on {run.train_data.describe()}",
             f"test on {run.test_data.describe()}",
             f"steps {start} to {run.total_steps} of {run.config.train.batch_size} images each",

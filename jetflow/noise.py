@@ -86,7 +86,7 @@ class Noise:
         step: Int[Array, ""],
         pixel_scale: float,
     ) -> tuple[Float[Array, "B H W C"], Int[Array, "B"]]:
-        """The training input of `step`: noisy pixel values, and labels of which some are dropped."""
+        """The training input of `step`: noisy pixel values, and labels with some dropped."""
         if self.flip:
             mirrored = jax.random.bernoulli(key_for(seed, step, Purpose.FLIP), 0.5, label.shape)
             image = jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)

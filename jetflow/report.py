@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics as JSON lines and TensorBoard events, pictures, progress."""
+"""What a run leaves to look at: metrics (JSON lines, TensorBoard events), pictures, progress."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A config made into the objects of a training run, all of it checked before anything is written."""
+"""A config made into the objects of a training run, and checked before anything is written."""
 
 import dataclasses
 import functools
@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from jetflow import optim, sharding
 from jetflow import state as states
+from jetflow.config import Config
 from jetflow.data import pipeline
 from jetflow.flows.build import build
 from jetflow.noise import Noise
@@ -33,7 +33,7 @@ class Run:
         abstract_state: shapes and shardings of the training state.
     """
 
-    config: ConfigDict
+    config: Config
     trainer: Trainer
     mesh: Mesh
     train_data: pipeline.Dataset
@@ -58,7 +58,7 @@ class Run:
         return jax.jit(_creation(self.config, self.trainer), out_shardings=shardings)()
 
 
-def set_up(config: ConfigDict, data_dir: str | None = None) -> Run:
+def set_up(config: Config, data_dir: str | None = None) -> Run:
     """Check a config and make its objects; prepares the data set where needed.
 
     Raises:
@@ -104,7 +104,7 @@ def set_up(config: ConfigDict, data_dir: str | None = None) -> Run:
     return Run(config, trainer, mesh, train_data, test_data, total_steps, abstract)
 
 
-def count_steps(train: ConfigDict, examples: int) -> int:
+def count_steps(train: Config, examples: int) -> int:
     """Steps of a training whose length is given as steps, epochs or images."""
     lengths = {name: train[name] for name in ("steps", "epochs", "images") if train[name]}
     if len(lengths) != 1 or min(lengths.values()) < 0:
@@ -118,7 +118,7 @@ def count_steps(train: ConfigDict, examples: int) -> int:
     return math.ceil(images[unit] / train.batch_size)
 
 
-def guidance_of(section: ConfigDict) -> Guidance:
+def guidance_of(section: Config) -> Guidance:
     """The guidance that `config.eval` asks for."""
     return Guidance(
         scale=section.guidance,
@@ -128,7 +128,7 @@ def guidance_of(section: ConfigDict) -> Guidance:
     )
 
 
-def _creation(config: ConfigDict, trainer: Trainer):
+def _creation(config: Config, trainer: Trainer):
     return functools.partial(
         states.create,
         trainer.flow,
@@ -138,7 +138,7 @@ def _creation(config: ConfigDict, trainer: Trainer):
     )
 
 
-def _num_classes(config: ConfigDict, data: pipeline.Dataset) -> int:
+def _num_classes(config: Config, data: pipeline.Dataset) -> int:
     if not config.data.labels:
         if config.noise.label_drop:
             raise UsageError(
@@ -153,15 +153,14 @@ def _num_classes(config: ConfigDict, data: pipeline.Dataset) -> int:
     return data.num_classes
 
 
-def _check_numbers(config: ConfigDict) -> None:
+def _check_numbers(config: Config) -> None:
     least = {"log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "seed": 0,
              "eval_every": 0, "sample_every": 0}  # fmt: skip
     for section, limits in (("train", least), ("eval", {"draws": 1, "samples": 1})):
         for name, limit in limits.items():
             if config[section][name] < limit:
                 raise UsageError(
-                    f"config.{section}.{name} is {config[section][name]}; "
-                    f"expected {limit} or more"
+                    f"config.{section}.{name} is {config[section][name]}; expected {limit} or more"
                 )
     if not 0 <= config.train.ema_decay < 1:
         raise UsageError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,9 +104,7 @@ def loss(
     the TarFlow paper), see `_update_prior`.
     """
     variables = {"params": params, **collections}
-    (z, logdet), sown = flow.apply(
-        variables, x, label, method="forward", mutable=["intermediates"]
-    )
+    (z, logdet), sown = flow.apply(variables, x, label, method="forward", mutable=["intermediates"])
     prior = likelihood.bits_per_dim(likelihood.prior_nll(z), z).mean()
     volume = likelihood.bits_per_dim(-logdet, z).mean()
     metrics = {"bpd": prior + volume, "bpd_prior": prior, "bpd_logdet": volume}
@@ -121,14 +119,16 @@ def eval_step(
     flow: Stack, variables: Mapping[str, Any], x: Float[Array, "B H W C"], label: Int[Array, "B"]
 ) -> Float[Array, "B"]:
     """Bits per dimension of each example, at given pixel values."""
-    z, logdet = flow.apply(variables, x, label, method="forward")
+    z, logdet = cast(Any, flow.apply(variables, x, label, method="forward"))
     nats = likelihood.nll(z, logdet, likelihood.prior_variance(variables))
     return likelihood.bits_per_dim(nats, z)
 
 
 def _scales(sown: Mapping[str, Any]) -> Metrics:
     """The root mean square of what each block, or each layer of a scanned chain, puts out."""
-    values = [value for leaf in jax.tree.leaves(sown) for value in jnp.atleast_1d(leaf)]
+    blocks = sorted(sown, key=lambda name: int(name.rpartition("_")[2]))
+    leaves = [leaf for name in blocks for leaf in jax.tree.leaves(sown[name])]
+    values = [value for leaf in leaves for value in jnp.atleast_1d(leaf)]
     return {f"output_scale/{index:02d}": value for index, value in enumerate(values)}
 
 

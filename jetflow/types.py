@@ -1,4 +1,4 @@
-"""The words that every other module shares: axes, a batch, the `Flow` protocol, guidance, bad input.
+"""What all modules share: the axes, a batch, the `Flow` protocol, guidance, bad input.
 
 Axis glossary: B batch, H height, W width, C colour channels, T tokens (patches), D features of a
 token (patch_size² · C), L layers. Pixels are in pixel units, 0..256; log-determinants and
@@ -7,12 +7,15 @@ log-likelihoods are in nats, summed over an example, and at least float32.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 NO_LABEL = -1
+
+AnyArray: TypeAlias = np.ndarray | Array
 
 
 class UsageError(ValueError):

@@ -132,5 +132,7 @@ def _flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
-        name: value for key, node in tree.items() for name, value in _flat(node, f"{prefix}.{key}").items()
+        name: value
+        for key, node in tree.items()
+        for name, value in _flat(node, f"{prefix}.{key}").items()
     }

@@ -113,7 +113,7 @@ def measure(
 
 
 def metric_name(noise: Noise) -> str:
-    """"bpd" for dequantised images; data with gaussian noise has a likelihood of its own name."""
+    """ "bpd" for dequantised images; data with gaussian noise has a likelihood of its own name."""
     return "bpd" if noise.kind == "uniform" else "noised_bpd"
 
 

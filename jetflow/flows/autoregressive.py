@@ -72,6 +72,7 @@ class AutoregressiveBlock(nn.Module):
         x = self._in_order(x)
         log_scale, shift = self._predict(x, label)
         z, logdet = affine.normalise(x, log_scale, shift)
+        self.sow("intermediates", "output_scale", jnp.sqrt(jnp.mean(z**2)))
         return self._in_order(z), logdet
 
     def inverse(self, z: Float[Array, "B T D"], label, guidance: Guidance | None):
@@ -102,9 +103,7 @@ class AutoregressiveBlock(nn.Module):
                 strength = guidance.scale * ((index + 1) / (tokens - 1) if guidance.annealed else 1)
                 log_scale = _guide(log_scale, strength, "a" in guidance.what)
                 shift = _guide(shift, strength, "b" in guidance.what)
-            token, logdet = affine.denormalise(
-                next_z[:, None], log_scale[:, None], shift[:, None]
-            )
+            token, logdet = affine.denormalise(next_z[:, None], log_scale[:, None], shift[:, None])
             return _Decoding(token[:, 0], cache, carry.logdet + logdet), token[:, 0]
 
         # Token 0 has no past: its shift and log-scale are zero.

@@ -33,7 +33,7 @@ def jet(
 ) -> Stack:
     """Jet (arXiv 2412.15129): `num_couplings` couplings with nets of `block_depth` layers."""
     _divides("num_heads", num_heads, "width", width)
-    pixels = Pixels(tuple(image_shape), patch_size, scale=127.5, feature_order="hwc")
+    pixels = Pixels(image_shape, patch_size, scale=127.5, feature_order="hwc")
     couplings = Couplings(
         grid=pixels.grid,
         features=pixels.token_shape[1],
@@ -70,7 +70,7 @@ def tarflow(
     model for uniformly dequantised images, 127.5 in those trained with gaussian noise.
     """
     _divides("head_dim", head_dim, "width", width)
-    pixels = Pixels(tuple(image_shape), patch_size, scale=pixel_scale, feature_order="chw")
+    pixels = Pixels(image_shape, patch_size, scale=pixel_scale, feature_order="chw")
     depths = [layers_per_block] if isinstance(layers_per_block, int) else list(layers_per_block)
     depths = depths * num_blocks if len(depths) == 1 else depths
     if len(depths) != num_blocks:
@@ -120,7 +120,7 @@ def build(
             raise UsageError(
                 f"config.flow.{name} is no field of this flow; did you mean {' or '.join(nearest)}?"
             )
-    return constructor(image_shape=tuple(image_shape), num_classes=num_classes, **fields)
+    return constructor(image_shape=image_shape, num_classes=num_classes, **fields)
 
 
 _GIVEN = ("image_shape", "num_classes")

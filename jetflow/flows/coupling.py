@@ -84,12 +84,10 @@ class Couplings(nn.Module):
 
     def setup(self):
         splits = orders.splits(self.num_couplings, self.kinds, self.grid, self.features)
-        self.splits = orders.Splits(
-            *(
-                self.variable("constants", name, lambda value=value: jnp.asarray(value))
-                for name, value in splits._asdict().items()
-            )
-        )
+        self.splits = {
+            name: self.variable("constants", name, jnp.asarray, value)
+            for name, value in splits._asdict().items()
+        }
         encoder = Encoder(
             width=self.width,
             num_layers=self.block_depth,
@@ -112,7 +110,7 @@ class Couplings(nn.Module):
         def body(layer: Coupling, carry, split: orders.Splits):
             x, total = carry
             y, logdet = layer.forward(x, split, label)
-            layer.sow("intermediates", "scale", jnp.sqrt(jnp.mean(y**2)))
+            layer.sow("intermediates", "output_scale", jnp.sqrt(jnp.mean(y**2)))
             return (y, total + logdet), None
 
         return self._scan(body, x, reverse=False)
@@ -135,7 +133,7 @@ class Couplings(nn.Module):
             split_rngs={"params": True},
             reverse=reverse,
         )
-        splits = orders.Splits(*(variable.value for variable in self.splits))
+        splits = orders.Splits(**{name: split.value for name, split in self.splits.items()})
         (x,) = affine.widen(x)
         (x, logdet), _ = scanned(self.layers, (x, jnp.zeros(x.shape[0], x.dtype)), splits)
         return x, logdet

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jetflow.types import UsageError
+from jetflow.types import AnyArray, UsageError
 
 KINDS = ("channels", "spatial")
 SPATIAL_CYCLE = (
@@ -24,11 +24,11 @@ SPATIAL_CYCLE = (
 
 
 class Splits(NamedTuple):
-    """The splits of L coupling layers."""
+    """The splits of L coupling layers, or without the axis L that of one."""
 
-    token_order: Int[np.ndarray, "L T"]
-    feature_order: Int[np.ndarray, "L D"]
-    spatial: Bool[np.ndarray, "L"]
+    token_order: Int[AnyArray, "*L T"]
+    feature_order: Int[AnyArray, "*L D"]
+    spatial: Bool[AnyArray, "*L"]
 
 
 def token_pattern(name: str, grid: tuple[int, int]) -> Int[np.ndarray, "T"]:

@@ -1,6 +1,7 @@
 """Sampling: prior noise through the inverse, with guidance and a denoising step."""
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from jetflow import likelihood
 from jetflow.flows.stack import Stack
 from jetflow.noise import keys_by_example
-from jetflow.types import Guidance, UsageError
+from jetflow.types import AnyArray, Guidance, UsageError
 
 
 def sample(
@@ -19,7 +20,7 @@ def sample(
     key: Key[Array, ""],
     *,
     num: int,
-    label: int | Int[Array, "N"] | None = None,
+    label: int | Int[AnyArray, "N"] | None = None,
     guidance: Guidance | None = None,
     temperature: float = 1.0,
     denoise: float = 0.0,
@@ -53,7 +54,7 @@ def sample_pixels(
     key: Key[Array, ""],
     *,
     num: int,
-    label: int | Int[Array, "N"] | None = None,
+    label: int | Int[AnyArray, "N"] | None = None,
     guidance: Guidance | None = None,
     temperature: float = 1.0,
     denoise: float = 0.0,
@@ -100,7 +101,7 @@ def denoised(
     """
 
     def log_prob(x):
-        z, logdet = flow.apply(variables, x, label, method="forward")
+        z, logdet = cast(Any, flow.apply(variables, x, label, method="forward"))
         return -likelihood.nll(z, logdet).sum()
 
     return x + (std * flow.pixels.scale) ** 2 * jax.grad(log_prob)(x)

@@ -1,0 +1,170 @@
+"""The laws of `flow_laws` hold for every flow; `test_planted_bugs` shows that they can fail."""
+
+import functools
+import math
+
+import flow_laws
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flow_laws import FLOWS, LAWS, Evidence, case, evidence, jet, random_variables, tarflow
+
+import jetflow
+from jetflow.flows import orders
+from jetflow.flows.pixels import FEATURE_ORDERS, Pixels
+from jetflow.types import Flow, Guidance, UsageError
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@functools.cache
+def evidence_of(name: str) -> Evidence:
+    return evidence(case(name))
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("name", FLOWS)
+def test_law(name, law):
+    LAWS[law](evidence_of(name))
+
+
+@pytest.mark.parametrize("name", [name for name in FLOWS if name.startswith("tarflow")])
+def test_tokens_depend_on_their_past_alone(name):
+    flow_laws.tokens_depend_on_their_past_alone(case(name))
+
+
+@pytest.mark.parametrize("name", [name for name in FLOWS if "classes" in name])
+@pytest.mark.parametrize("law", [flow_laws.labels_matter, flow_laws.minus_one_is_no_label])
+def test_law_of_labels(name, law):
+    law(case(name))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_shapes_and_protocol(name):
+    found = evidence_of(name)
+    assert isinstance(found.case.flow, Flow)
+    assert found.z.shape == (3, *found.case.flow.latent_shape)
+    assert found.logdet.shape == found.back_logdet.shape == (3,)
+    assert found.z.dtype == found.logdet.dtype == jnp.float64
+
+
+# What holds for one of the two flows.
+
+
+def test_jet_is_the_identity_at_initialisation():
+    flow = jet(num_couplings=3)
+    x = flow_laws.random_images(flow)
+    variables = jax.jit(flow.init)(jax.random.key(0, impl="rbg"), x)
+    z, logdet = flow.apply(variables, x, method="forward")
+    tokens, tokens_logdet = flow.pixels.forward(x)
+    np.testing.assert_allclose(z, tokens, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(logdet, tokens_logdet, rtol=1e-12)
+
+
+def test_a_coupling_changes_one_half_and_sees_the_other():
+    """Layer by layer: the flow of n couplings differs from that of n − 1 in half of the values."""
+    flow, variables, x, label = case("jet, every spatial split")
+    (couplings,) = flow.blocks
+    row, column = np.indices(couplings.grid)
+    changed = [row + column, row + column + 1, column, column + 1, row, row + 1]
+    for layer, pattern in enumerate(changed):
+        one = jax.tree.map(lambda leaf: leaf[layer : layer + 1], variables)
+        flow_of_one = jet(kinds=("spatial",), num_couplings=1)
+        tokens = flow.pixels.forward(x)[0]
+        z = flow_of_one.apply(one, x, method="forward")[0]
+        is_changed = np.asarray(jnp.abs(z - tokens).min((0, 2)) > 0)
+        np.testing.assert_array_equal(is_changed, pattern.reshape(-1) % 2 == 1)
+
+
+def test_channel_splits_are_fixed_by_the_layer():
+    few, many = (orders.splits(n, ("channels",), (2, 2), 12).feature_order for n in (3, 5))
+    np.testing.assert_array_equal(few, many[:3])
+    assert len(np.unique(many, axis=0)) == 5
+    np.testing.assert_array_equal(np.sort(many), np.tile(np.arange(12), (5, 1)))
+
+
+@pytest.mark.parametrize("name", ["jet, two layers in a net", "jet, default cycle, colour"])
+def test_jet_expands_by_less_than_its_cap(name):
+    flow, variables, x, label = case(name)
+    sigmoids_to_one = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf + 12.0 * (path[-2].key == "proj_out") * (path[-1].key == "bias"),
+        variables["params"],
+    )
+    saturated = {**variables, "params": sigmoids_to_one}
+    _, logdet = flow.apply(saturated, x, label, method="forward")
+    stretched = logdet - flow.pixels.forward(x)[1]
+    assert (stretched < flow.logdet_cap).all()
+    assert (stretched > 0.999 * flow.logdet_cap).all()
+
+
+def test_a_single_token_has_no_past():
+    flow = tarflow((2, 2, 3))
+    x = flow_laws.random_images(flow)
+    variables = random_variables(flow)
+    z, logdet = flow.apply(variables, x, method="forward")
+    tokens, tokens_logdet = flow.pixels.forward(x)
+    np.testing.assert_array_equal(z, tokens)
+    np.testing.assert_array_equal(logdet, tokens_logdet)
+    guidance = Guidance(2.0, temperature=0.5, annealed=True)
+    back, _ = flow.apply(variables, z, None, guidance, method="inverse")
+    np.testing.assert_allclose(back, x, atol=1e-12)
+
+
+def test_volume_preserving_flows_keep_their_volume():
+    found = evidence_of("tarflow, volume preserving")
+    flow = found.case.flow
+    np.testing.assert_allclose(found.logdet, flow.pixels.forward(found.case.x)[1], rtol=1e-12)
+    assert found.case.variables["prior"]["variance"].shape == flow.latent_shape
+
+
+@pytest.mark.parametrize("order", FEATURE_ORDERS)
+def test_patches_are_ordered_row_by_row(order):
+    """Against the published rearrangements, by index."""
+    pixels = Pixels((4, 6, 3), 2, 127.5, order)
+    x = np.random.default_rng(0).uniform(0, 256, (2, 4, 6, 3))
+    tokens, logdet = pixels.forward(jnp.asarray(x))
+    for token, feature in np.ndindex(*pixels.token_shape):
+        shape = (2, 2, 3) if order == "hwc" else (3, 2, 2)
+        index = dict(zip(order, np.unravel_index(feature, shape), strict=True))
+        row, column = divmod(token, 3)
+        value = x[:, 2 * row + index["h"], 2 * column + index["w"], index["c"]]
+        np.testing.assert_allclose(tokens[:, token, feature], value / 127.5 - 1, rtol=1e-12)
+    np.testing.assert_allclose(logdet, -72 * math.log(127.5))
+    back, back_logdet = pixels.inverse(tokens)
+    np.testing.assert_allclose(back, x, rtol=1e-12)
+    np.testing.assert_allclose(back_logdet, -logdet)
+
+
+# What a user can get wrong.
+
+
+@pytest.mark.parametrize(
+    ("fields", "image_shape", "message"),
+    [
+        ({"kind": "glow"}, (4, 4, 1), "kind is 'glow'; expected one of jet, tarflow"),
+        ({"patch_size": 3}, (4, 4, 1), "height 4 is not divisible by patch 3"),
+        ({"patch_size": 0}, (4, 4, 1), "patch_size is 0"),
+        ({"num_head": 2}, (4, 4, 1), "num_head .* did you mean num_heads"),
+        ({"num_heads": 3}, (4, 4, 1), "width 8 is not divisible by num_heads 3"),
+        ({"dtype": "float16"}, (4, 4, 1), "dtype is 'float16'"),
+        ({"remat": "some"}, (4, 4, 1), "remat is 'some'"),
+        ({"kinds": ("diagonal",)}, (4, 4, 1), "kinds is"),
+        ({"kinds": ()}, (4, 4, 1), "kinds is"),
+        ({"kinds": ("spatial",)}, (6, 6, 1), "two halves of equal size"),
+        ({"kinds": ("channels",), "patch_size": 1}, (4, 4, 3), "even number of features"),
+        ({"kinds": ("spatial",), "patch_size": 1}, (4, 4, 3), "even number of features"),
+        (flow_laws.TARFLOW | {"layers_per_block": (1, 1, 1)}, (4, 4, 1), "3 entries for 2 blocks"),
+        (flow_laws.TARFLOW | {"head_dim": 5}, (4, 4, 1), "width 8 is not divisible by head_dim 5"),
+    ],
+)  # fmt: skip
+def test_impossible_flows_are_refused(fields, image_shape, message):
+    with pytest.raises(UsageError, match=message):
+        flow = jetflow.build(flow_laws.JET | fields, image_shape=image_shape)
+        jax.eval_shape(flow.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
+
+
+def test_images_of_another_size_are_refused():
+    flow, variables, *_ = case("jet, channel splits")
+    with pytest.raises(UsageError, match=r"images are \(4, 6, 1\); .* built for \(4, 4, 1\)"):
+        flow.apply(variables, jnp.zeros((1, 4, 6, 1)), method="forward")

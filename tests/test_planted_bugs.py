@@ -1,0 +1,186 @@
+"""Each law of `flow_laws` fails where it should: for a bug in the one function that it guards."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flow_laws
+import jax
+import jax.numpy as jnp
+import pytest
+from flow_laws import case, evidence
+
+from jetflow.flows import affine, coupling
+from jetflow.flows.autoregressive import AutoregressiveBlock
+from jetflow.flows.coupling import Couplings
+from jetflow.flows.pixels import FEATURE_ORDERS, Pixels
+from jetflow.nn import transformer
+from jetflow.nn.encoder import Encoder
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+# Planted bugs. Each takes the real function and returns a wrong one.
+
+
+def negative_logdet(real):
+    def wrong(*args):
+        value, logdet = real(*args)
+        return value, -logdet
+
+    return wrong
+
+
+def mean_logdet(real):
+    def wrong(*args):
+        value, logdet = real(*args)
+        return value, logdet / value[0].size
+
+    return wrong
+
+
+def no_logdet(real):
+    def wrong(*args):
+        value, logdet = real(*args)
+        return value, 0 * logdet
+
+    return wrong
+
+
+def sigmoid_alone(real):
+    return lambda x, bias, gate, limit: (real(x, bias, gate, limit)[0], real(x, bias, gate, 1.0)[1])
+
+
+def merge_without_inverting(real):
+    def wrong(x1, x2, split):
+        feature_order = jnp.argsort(split.feature_order)
+        return real(x1, x2, split._replace(feature_order=feature_order))
+
+    return wrong
+
+
+def merge_with_halves_swapped(real):
+    return lambda x1, x2, split: real(x2, x1, split)
+
+
+def unpatchify_with_the_order_of_patchify(real):
+    def wrong(self, tokens):
+        x = tokens.reshape(-1, *self.grid, 2, 2, self.image_shape[2])
+        return x.transpose(FEATURE_ORDERS["chw"]).reshape(-1, *self.image_shape)
+
+    return wrong
+
+
+def in_order_of_the_layers(real):
+    return lambda self, body, x, reverse: real(self, body, x, reverse=False)
+
+
+def without_shift_by_one_token(real):
+    def wrong(self, x, label):
+        hidden = self.proj_in(x) + self._in_order(self.position[None])
+        return self._split(self.proj_out(self.transformer(hidden)))
+
+    return wrong
+
+
+def attend_with_diagonal(offset):
+    def bug(real):
+        def wrong(query, key, value, causal):
+            logits = jnp.einsum("bsnh,btnh->bnst", query, key) / math.sqrt(query.shape[-1])
+            count = query.shape[1]
+            visible = jnp.eye(count) if offset is None else jnp.tri(count, k=offset)
+            weights = jax.nn.softmax(jnp.where(visible > 0, logits, -jnp.inf))
+            return jnp.einsum("bnst,btnh->bsnh", weights, value)
+
+        return wrong
+
+    return bug
+
+
+def always_in_image_order(real):
+    return lambda self, tokens: tokens
+
+
+def cache_written_one_too_late(real):
+    return lambda self, x, cache, layer, position, temperature: real(
+        self, x, cache, layer, position + 1, temperature
+    )
+
+
+def minus_one_is_the_last_class(real):
+    def wrong(self, label, batch):
+        return real(self, label if label is None else label % self.num_classes, batch)
+
+    return wrong
+
+
+def label_ignored(real):
+    return lambda self, label, batch: real(self, None, batch)
+
+
+def same_label_for_all(real):
+    return lambda self, label, batch: real(self, label if label is None else 0 * label, batch)
+
+
+ROUND_TRIP = flow_laws.inverse_undoes_forward
+JACOBIAN = flow_laws.logdet_is_that_of_the_jacobian
+CANCEL = flow_laws.logdets_of_both_directions_cancel
+CAUSAL = flow_laws.tokens_depend_on_their_past_alone
+LABELS = flow_laws.labels_matter
+NO_LABEL = flow_laws.minus_one_is_no_label
+
+
+class Bug(NamedTuple):
+    """`owner.name` is replaced by `plant(real)`; then `law` fails for `flow`."""
+
+    law: Callable[[Any], None]
+    flow: str
+    owner: Any
+    name: str
+    plant: Callable[[Callable], Callable]
+
+
+TARFLOW = "tarflow, 2 blocks, colour"
+CHANNELS, SPATIAL = "jet, channel splits", "jet, every spatial split"
+JET_CLASSES, TARFLOW_CLASSES = "jet, classes", "tarflow, classes"
+BLOCK = AutoregressiveBlock
+
+BUGS = [
+    Bug(JACOBIAN, TARFLOW, affine, "normalise", negative_logdet),
+    Bug(JACOBIAN, TARFLOW, affine, "normalise", mean_logdet),
+    Bug(CANCEL, TARFLOW, affine, "denormalise", negative_logdet),
+    Bug(JACOBIAN, CHANNELS, affine, "squash", mean_logdet),
+    Bug(JACOBIAN, CHANNELS, affine, "squash", sigmoid_alone),
+    Bug(CANCEL, CHANNELS, affine, "unsquash", no_logdet),
+    Bug(JACOBIAN, CHANNELS, Pixels, "forward", no_logdet),
+    Bug(CANCEL, TARFLOW, Pixels, "inverse", no_logdet),
+    Bug(ROUND_TRIP, TARFLOW, Pixels, "unpatchify", unpatchify_with_the_order_of_patchify),
+    Bug(ROUND_TRIP, CHANNELS, coupling, "merge", merge_without_inverting),
+    Bug(ROUND_TRIP, SPATIAL, coupling, "merge", merge_with_halves_swapped),
+    Bug(ROUND_TRIP, SPATIAL, Couplings, "_scan", in_order_of_the_layers),
+    Bug(ROUND_TRIP, TARFLOW, BLOCK, "_predict", without_shift_by_one_token),
+    Bug(CAUSAL, TARFLOW, BLOCK, "_predict", without_shift_by_one_token),
+    Bug(CAUSAL, TARFLOW, transformer, "attend", attend_with_diagonal(1)),
+    Bug(JACOBIAN, TARFLOW, transformer, "attend", attend_with_diagonal(1)),
+    Bug(CAUSAL, TARFLOW, transformer, "attend", attend_with_diagonal(None)),
+    Bug(CAUSAL, TARFLOW, BLOCK, "_in_order", always_in_image_order),
+    Bug(ROUND_TRIP, TARFLOW, transformer.TransformerLayer, "step", cache_written_one_too_late),
+    Bug(NO_LABEL, JET_CLASSES, Encoder, "_class_token", minus_one_is_the_last_class),
+    Bug(NO_LABEL, TARFLOW_CLASSES, BLOCK, "_class_token", minus_one_is_the_last_class),
+    Bug(LABELS, JET_CLASSES, Encoder, "_class_token", label_ignored),
+    Bug(LABELS, TARFLOW_CLASSES, BLOCK, "_class_token", same_label_for_all),
+]
+
+
+def name_of(bug: Bug) -> str:
+    return f"{bug.name} {bug.plant.__name__} breaks {bug.law.__name__}"
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=name_of)
+def test_bug_is_caught(bug, monkeypatch):
+    sound = case(bug.flow)  # made before the bug is planted
+    monkeypatch.setattr(bug.owner, bug.name, bug.plant(getattr(bug.owner, bug.name)))
+    on_evidence = bug.law.__name__ in flow_laws.LAWS
+    found = evidence(sound) if on_evidence else sound
+    with pytest.raises(AssertionError):
+        bug.law(found)
