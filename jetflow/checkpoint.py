@@ -8,7 +8,6 @@ of the optimizer can restore the params.
 """
 
 import gc
-import hashlib
 import json
 import os
 import sys
@@ -17,15 +16,14 @@ from logging import ERROR, getLogger
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Shaped, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jetflow import manifest
 from jetflow.types import UsageError
 
 T = TypeVar("T")
@@ -107,9 +105,9 @@ class Checkpoints:
             config: anything that JSON can hold.
             wait: return only when the checkpoint is on disk.
         """
-        arrays = _flatten(state)
-        content = {"config": config, "arrays": _describe(arrays)}
-        record = _seal(json.loads(json.dumps(content)))
+        arrays = manifest.flatten(state)
+        content = {"config": config, "arrays": manifest.describe(arrays)}
+        record = manifest.seal(json.loads(json.dumps(content)))
         manager = self._open_manager()
         manager.wait_until_finished()
         for damaged in self._damaged.intersection(manager.all_steps()):
@@ -189,13 +187,13 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
         record = self._read_record(step)
-        wanted = _flatten(abstract_state)
-        fields = _fields(abstract_state)
+        wanted = manifest.flatten(abstract_state)
+        fields = manifest.fields(abstract_state)
         entries = record["arrays"].items()
         stored = {path: entry for path, entry in entries if path.split("/", 1)[0] in fields}
-        _check_fit(stored, _types(wanted), f"checkpoint {step} in {self.directory}")
+        _check_fit(stored, manifest.types(wanted), f"checkpoint {step} in {self.directory}")
         arrays = _everywhere(lambda: _read_arrays(self.directory / str(step) / "state", wanted))
-        for path, entry in _describe(arrays).items():
+        for path, entry in manifest.describe(arrays).items():
             if entry != stored[path]:
                 raise Damage(f"the checksum of {path} is {entry[1]}, not {stored[path][1]}")
         if len(arrays) == len(record["arrays"]):
@@ -206,71 +204,11 @@ class Checkpoints:
         def read() -> dict:
             directory = self.directory / str(step) / "record"
             record = dict(ocp.JsonCheckpointHandler().restore(directory))
-            if record != _seal({"config": record["config"], "arrays": record["arrays"]}):
+            if record != manifest.seal({"config": record["config"], "arrays": record["arrays"]}):
                 raise Damage("its record does not match the record's digest")
             return record
 
         return _everywhere(read)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _fields(tree: Any) -> set[str]:
-    """The names of the top-level fields, also of those that hold no array."""
-    is_field = lambda node: node is not tree  # noqa: E731
-    return {_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_field)[0]}
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """Path -> leaf, in the order of the tree's leaves."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    flat = {_name(path): leaf for path, leaf in leaves}
-    if len(flat) < len(leaves):
-        raise ValueError('two leaves of the state share a path; avoid "/" in the keys of its dicts')
-    return flat
-
-
-def _types(arrays: dict[str, Any]) -> dict[str, str]:
-    """Path -> type and shape, as "float32[64,3]"."""
-    return {
-        path: f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-        for path, leaf in arrays.items()
-    }
-
-
-def _describe(arrays: dict[str, Any]) -> dict[str, list[str]]:
-    """Path -> [type and shape, checksum]: what the record says of each array."""
-    sums = jax.device_get({path: _checksum(array) for path, array in arrays.items()})
-    return {path: [kind, f"{int(sums[path]):08x}"] for path, kind in _types(arrays).items()}
-
-
-@jax.jit
-def _checksum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    """Σ bits(a_i)·w_i mod 2³², the weight w_i odd and hashed from the position i.
-
-    Sums of integers do not depend on their order, hence not on the sharding. An odd number has an
-    inverse mod 2³², so no change of a single element of up to 32 bits goes unnoticed.
-    """
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    width = min(array.dtype.itemsize, 4)  # of a wider element, 32-bit words in a trailing axis
-    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
-    position = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        position *= np.uint32(size % 2**32)
-        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    weight = (position + np.uint32(1)) * np.uint32(0x9E3779B1)  # 2³² / golden ratio
-    weight = (weight ^ (weight >> 15)) * np.uint32(0x85EBCA77)
-    weight = (weight ^ (weight >> 13)) | np.uint32(1)
-    return jnp.sum(bits * weight, dtype=jnp.uint32)
-
-
-def _seal(content: dict) -> dict:
-    """`content` and the digest of its canonical JSON."""
-    canonical = json.dumps(content, sort_keys=True)
-    return {**content, "digest": hashlib.sha256(canonical.encode()).hexdigest()}
 
 
 def _check_fit(stored: dict[str, list[str]], wanted: dict[str, str], where: str) -> None:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
-from jetflow import checkpoint
+from jetflow import checkpoint, manifest
 from jetflow.checkpoint import Checkpoints
 from jetflow.types import UsageError
 
@@ -145,7 +146,8 @@ from absl import logging
 logging.set_verbosity(logging.INFO)
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jetflow.checkpoint import Checkpoints, _checksum
+from jetflow.checkpoint import Checkpoints
+from jetflow.manifest import checksum
 
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 values = {"a": np.random.default_rng(0).normal(size=(512, 256)).astype("float32")}
@@ -156,7 +158,7 @@ with Checkpoints(sys.argv[1], keep=99) as checkpoints:
     for i, spec in enumerate(specs):
         place = jax.devices()[0] if spec is None else NamedSharding(mesh, spec)
         state = {"params": jax.device_put(values, place)}
-        sums.add(int(_checksum(state["params"]["a"])))
+        sums.add(int(checksum(state["params"]["a"])))
         checkpoints.save(i, state, {})
         step(state)
     assert len(sums) == 1, sums
@@ -196,8 +198,8 @@ def biggest_file(directory):
 def test_a_bit_that_orbax_misses(tmp_path, warnings):
     save_steps(tmp_path, 1, 2)
     flip(biggest_file(tmp_path / "2" / "state"))
-    flat = checkpoint._flatten(make_state(2))
-    raw = checkpoint._read_arrays(tmp_path / "2" / "state", flat)
+    flat = manifest.flatten(make_state(2))
+    raw = checkpoint._read_arrays(epath.Path(tmp_path / "2" / "state"), flat)
     assert sum(not np.array_equal(raw[path], flat[path]) for path in flat) == 1
     with Checkpoints(tmp_path) as checkpoints:
         restored, step = checkpoints.restore(abstract(make_state(1)))
@@ -448,7 +450,7 @@ def test_the_record_is_plain_json(tmp_path):
 def test_checksum_sees_every_bit_and_every_swap(dtype):
     rng = np.random.default_rng(0)
     values = np.asarray(jnp.asarray(rng.integers(0, 100, size=(3, 5, 2)), dtype))
-    checksum = checkpoint._checksum
+    checksum = manifest.checksum
     whole = int(checksum(values))
     assert whole != int(checksum(values.reshape(5, 3, 2).swapaxes(0, 1)))
     for bit in [0] if dtype == "bool" else range(8 * values.itemsize):
@@ -464,11 +466,11 @@ def test_checksum_sees_every_bit_and_every_swap(dtype):
 def test_checksum_of_64_bits():
     with jax.enable_x64(True):
         values = np.random.default_rng(0).normal(size=(4, 4))
-        whole = int(checkpoint._checksum(values))
+        whole = int(manifest.checksum(values))
         for bit in range(64):
             changed = values.copy()
             changed.view("uint64")[3, 1] ^= np.uint64(1 << bit)
-            assert int(checkpoint._checksum(changed)) != whole
+            assert int(manifest.checksum(changed)) != whole
 
 
 # Two processes

@@ -1,0 +1,76 @@
+"""What is recorded of a state's arrays, so that a restored one can be checked against it.
+
+An array is named by its path in the tree ("params/dense/kernel"); of each, its type, shape and a
+checksum are noted, and a digest seals the notes themselves.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped, UInt32
+
+from jetflow.types import AnyArray
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def fields(tree: Any) -> set[str]:
+    """The names of the top-level fields, also of those that hold no array."""
+    is_field = lambda node: node is not tree  # noqa: E731
+    return {_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_field)[0]}
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Path -> leaf, in the order of the tree's leaves."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = {_name(path): leaf for path, leaf in leaves}
+    if len(flat) < len(leaves):
+        raise ValueError('two leaves of the state share a path; avoid "/" in the keys of its dicts')
+    return flat
+
+
+def types(arrays: dict[str, Any]) -> dict[str, str]:
+    """Path -> type and shape, as "float32[64,3]"."""
+    return {
+        path: f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+        for path, leaf in arrays.items()
+    }
+
+
+def describe(arrays: dict[str, Any]) -> dict[str, list[str]]:
+    """Path -> [type and shape, checksum]: what the record says of each array."""
+    sums = jax.device_get({path: checksum(array) for path, array in arrays.items()})
+    return {path: [kind, f"{int(sums[path]):08x}"] for path, kind in types(arrays).items()}
+
+
+@jax.jit
+def checksum(array: Shaped[AnyArray, "..."]) -> UInt32[Array, ""]:
+    """Σ bits(a_i)·w_i mod 2³², the weight w_i odd and hashed from the position i.
+
+    Sums of integers do not depend on their order, hence not on the sharding. An odd number has an
+    inverse mod 2³², so no change of a single element of up to 32 bits goes unnoticed.
+    """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    width = min(array.dtype.itemsize, 4)  # of a wider element, 32-bit words in a trailing axis
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        position *= np.uint32(size % 2**32)
+        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    weight = (position + np.uint32(1)) * np.uint32(0x9E3779B1)  # 2³² / golden ratio
+    weight = (weight ^ (weight >> 15)) * np.uint32(0x85EBCA77)
+    weight = (weight ^ (weight >> 13)) | np.uint32(1)
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def seal(content: dict) -> dict:
+    """`content` and the digest of its canonical JSON."""
+    canonical = json.dumps(content, sort_keys=True)
+    return {**content, "digest": hashlib.sha256(canonical.encode()).hexdigest()}
