@@ -14,7 +14,7 @@ from jetflow.flows.stack import Stack
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.types import UsageError
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float64")}
 
 
 def jet(
@@ -99,12 +99,12 @@ FLOWS: dict[str, Callable[..., Stack]] = {"jet": jet, "tarflow": tarflow}
 
 
 def build(
-    config: Mapping[str, Any], *, image_shape: tuple[int, int, int], num_classes: int = 0
+    config: Any, *, image_shape: tuple[int, int, int], num_classes: int = 0
 ) -> Stack:
     """The flow of a config section: `kind`, and the keyword arguments of `jet` or `tarflow`.
 
     Args:
-        config: a mapping, such as `config.flow`.
+        config: a mapping, or an ml_collections section such as `config.flow`.
         image_shape: (height, width, channels).
         num_classes: 0 for a flow without labels.
 
