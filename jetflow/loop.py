@@ -59,8 +59,9 @@ def train(run: Run, workdir: Path) -> int:
     workdirs.claim(workdir, run.resolved_config)
     keep = run.config.train.keep_checkpoints
     with StopSignal() as stop, Checkpoints(workdir / "checkpoints", keep=keep) as checkpoints:
-        state, start = run.fresh_state(), 0
-        if checkpoints.latest() is not None:
+        if checkpoints.latest() is None:
+            state, start = run.fresh_state(), 0
+        else:
             state, start = checkpoints.restore(run.abstract_state)
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
             try:
@@ -86,7 +87,7 @@ class Session:
         self.reporter.say(self._headline(start))
         step = start
         try:
-            self._look(state, start)  # finish what an interruption cut off at this step
+            self._look(state, start, resumed=True)  # for what an interruption cut off
             if start < self.run.total_steps:
                 batches = self._batches(start)
                 batch = next(batches)
@@ -152,23 +153,27 @@ class Session:
             self.reporter.write(step, values)
         self.reporter.progress(step, bpd_now, train.batch_size, log=due)
 
-    def _look(self, state: TrainState, step: int) -> None:
-        """Held-out likelihood and a picture of samples, where they are due and not yet there."""
+    def _look(self, state: TrainState, step: int, *, resumed: bool = False) -> None:
+        """Held-out likelihood and a picture of samples, where they are due.
+
+        A resumed run makes up for those of its first step that are not there.
+        """
         train = self.run.config.train
         last = step == self.run.total_steps
-        name = f"test_{bpd.metric_name(self.run.trainer.noise)}"
+        metric = bpd.metric_name(self.run.trainer.noise)
         evaluates = last or (step and train.eval_every and step % train.eval_every == 0)
-        if evaluates and not self.reporter.has(step, name):
+        written = workdirs.result_path(self.workdir, metric, step).exists()
+        if evaluates and not (resumed and written and self.reporter.has(step, f"test_{metric}")):
             self._flush()
             with self.reporter.pause():
-                self._evaluate(state, step, name, draws=self.run.config.eval.draws if last else 1)
+                self._evaluate(state, step, draws=self.run.config.eval.draws if last else 1)
         samples_now = last or (step and train.sample_every and step % train.sample_every == 0)
-        if samples_now and not self._picture(step).exists():
+        if samples_now and not (resumed and self._picture(step).exists()):
             self._flush()
             with self.reporter.pause():
                 self._sample(state, step)
 
-    def _evaluate(self, state: TrainState, step: int, name: str, *, draws: int) -> None:
+    def _evaluate(self, state: TrainState, step: int, *, draws: int) -> None:
         noise = self.run.trainer.noise
         likelihood = bpd.measure(
             self.run.trainer.flow,
@@ -188,7 +193,7 @@ class Session:
             weights="params" if state.ema is None else "ema",
         )
         workdirs.write_result(self.workdir, result)
-        self.reporter.write(step, {name: likelihood.mean})
+        self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
         self.reporter.say(f"step {step}: held-out {bpd.describe(result)}")
 
     def _sample(self, state: TrainState, step: int) -> None:

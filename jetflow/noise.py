@@ -64,8 +64,8 @@ class Noise:
             raise UsageError(f"config.noise.label_drop is {self.label_drop}; expected 0 <= p < 1")
 
     def add(
-        self, image: UInt8[Array, "B H W C"], key: Key[Array, ""], pixel_scale: float
-    ) -> Float[Array, "B H W C"]:
+        self, image: UInt8[Array, "*B H W C"], key: Key[Array, ""], pixel_scale: float
+    ) -> Float[Array, "*B H W C"]:
         """Noisy pixel values, in pixel units."""
         if self.kind == "uniform":
             return image + jax.random.uniform(key, image.shape)

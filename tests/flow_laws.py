@@ -4,9 +4,10 @@ At initialisation a flow is the identity and every law holds there, whatever is 
 parameter stays where initialisation puts it, and `Case` asserts that the map is far from identity.
 """
 
+import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,15 @@ import numpy as np
 
 from jetflow import build
 from jetflow.flows.stack import Stack
+
+# A law runs once, so that its time is that of compilation: a third less without optimisation.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 
 JET = {"kind": "jet", "patch_size": 2, "width": 8, "num_heads": 2, "num_couplings": 2}
 JET |= {"block_depth": 1, "kinds": ("channels", "spatial"), "dtype": "float64"}
@@ -32,23 +42,17 @@ def tarflow(image_shape=(4, 4, 1), num_classes=0, **fields) -> Stack:
 FLOWS = {
     "jet, channel splits": lambda: jet(kinds=("channels",)),
     "jet, every spatial split": lambda: jet(kinds=("spatial",), num_couplings=6),
-    "jet, default cycle, colour": lambda: jet((4, 4, 3), kinds=("channels",) * 4 + ("spatial",),
-                                              num_couplings=6),
+    "jet, mixed splits, colour": lambda: jet((4, 4, 3), num_couplings=5),
     "jet, classes": lambda: jet(num_classes=3),
     "jet, two layers in a net": lambda: jet(block_depth=2, scale_factor=1.5),
     "jet, odd number of rows": lambda: jet((6, 4, 1), kinds=("spatial",), num_couplings=4),
-    "jet, odd grid": lambda: jet((6, 2, 1), kinds=("channels",)),
-    "jet, one token": lambda: jet((2, 2, 3), kinds=("channels",)),
     "tarflow, 1 block": lambda: tarflow(num_blocks=1),
-    "tarflow, 2 blocks, colour": lambda: tarflow((4, 4, 3)),
-    "tarflow, 3 blocks": lambda: tarflow(num_blocks=3),
+    "tarflow, 3 blocks, colour": lambda: tarflow((4, 4, 3), num_blocks=3),
     "tarflow, blocks of different depth": lambda: tarflow(layers_per_block=(2, 1)),
     "tarflow, classes": lambda: tarflow(num_classes=3),
     "tarflow, volume preserving": lambda: tarflow(volume_preserving=True),
-    "tarflow, volume preserving, classes": lambda: tarflow(num_classes=3, volume_preserving=True),
-    "tarflow, odd grid": lambda: tarflow((3, 3, 1), patch_size=1, pixel_scale=127.5),
-    "tarflow, wide image": lambda: tarflow((2, 8, 1)),
-}  # fmt: skip
+    "tarflow, odd grid": lambda: tarflow((3, 5, 1), patch_size=1, pixel_scale=127.5),
+}
 
 
 def random_variables(flow: Stack, dtype=jnp.float64, seed: int = 0) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def random_variables(flow: Stack, dtype=jnp.float64, seed: int = 0) -> dict[str,
     shapes = jax.eval_shape(init)
     others = [name for name in shapes if name not in ("params", "intermediates")]
     # Compiled without the random numbers of the parameters, whose compilation takes seconds.
-    rest = jax.jit(lambda: {name: init()[name] for name in others})() if others else {}
+    rest = jit(lambda: {name: init()[name] for name in others})() if others else {}
     return {"params": jax.tree_util.tree_map_with_path(draw, shapes["params"]), **rest}
 
 
@@ -79,8 +83,12 @@ def random_images(flow: Stack, count: int = 3, seed: int = 0) -> jax.Array:
     return jnp.asarray(rng.uniform(0, 256, (count, *flow.image_shape)))
 
 
-class Case(NamedTuple):
-    """A flow with variables and inputs; the last of the three labels is none."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A flow with variables and three examples, of which the last has no label.
+
+    What the laws compare is computed once, when a law asks for it.
+    """
 
     flow: Stack
     variables: dict[str, Any]
@@ -90,8 +98,37 @@ class Case(NamedTuple):
     def forward(self, x, label):
         return self.flow.apply(self.variables, x, label, method="forward")
 
-    def inverse(self, z, label):
-        return self.flow.apply(self.variables, z, label, method="inverse")
+    @functools.cached_property
+    def inverse(self):
+        return jit(functools.partial(self.flow.apply, self.variables, method="inverse"))
+
+    @property
+    def tokens(self) -> jax.Array:
+        """What the blocks get of the examples, [B, T, D]."""
+        return self.flow.pixels.forward(self.x)[0]
+
+    @functools.cached_property
+    def _there_and_jacobian(self):
+        def one(x, label):
+            z, logdet = self.forward(x[None], None if label is None else label[None])
+            return z.ravel(), (z[0], logdet[0])
+
+        return jit(jax.vmap(jax.jacfwd(one, has_aux=True)))(self.x, self.label)
+
+    @property
+    def there(self) -> tuple[jax.Array, jax.Array]:
+        return self._there_and_jacobian[1]
+
+    @functools.cached_property
+    def back(self) -> tuple[jax.Array, jax.Array]:
+        return self.inverse(self.there[0], self.label)
+
+    @property
+    def log_jacobian(self) -> np.ndarray:
+        """log |det| of each example's Jacobian, by brute force."""
+        size = math.prod(self.flow.image_shape)
+        jacobian = np.asarray(self._there_and_jacobian[0]).reshape(-1, size, size)
+        return np.linalg.slogdet(jacobian).logabsdet
 
 
 @functools.cache
@@ -101,104 +138,78 @@ def case(name: str) -> Case:
     return Case(flow, random_variables(flow), random_images(flow), label)
 
 
-class Evidence(NamedTuple):
-    """What the laws compare: an image's way there and back, and the Jacobian of the way there."""
-
-    case: Case
-    tokens: jax.Array
-    z: jax.Array
-    logdet: jax.Array
-    back: jax.Array
-    back_logdet: jax.Array
-    log_jacobian: jax.Array
+def close(actual, expected, atol: float = 1e-9) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
-def evidence(case: Case) -> Evidence:
-    @jax.jit
-    def compute(x, label):
-        z, logdet = case.forward(x, label)
-        back, back_logdet = case.inverse(z, label)
-
-        def one(x, label):
-            label = None if label is None else label[None]
-            return case.forward(x[None], label)[0].ravel()
-
-        jacobian = jax.vmap(jax.jacfwd(one))(x, label).reshape(len(x), z[0].size, -1)
-        log_jacobian = jnp.linalg.slogdet(jacobian).logabsdet
-        return case.flow.pixels.forward(x)[0], z, logdet, back, back_logdet, log_jacobian
-
-    return Evidence(case, *compute(case.x, case.label))
+# Laws of every flow.
 
 
-def is_far_from_identity(found: Evidence) -> None:
-    moved = jnp.sqrt(jnp.mean((found.z - found.tokens) ** 2, axis=(1, 2)))
+def is_far_from_identity(case: Case) -> None:
+    moved = jnp.sqrt(jnp.mean((case.there[0] - case.tokens) ** 2, axis=(1, 2)))
     assert moved.min() > 0.05
-    stretched = found.log_jacobian - found.case.flow.pixels.forward(found.case.x)[1]
-    assert found.case.flow.learned_prior or jnp.abs(stretched).min() > 0.05
+    stretched = case.log_jacobian - case.flow.pixels.forward(case.x)[1]
+    assert case.flow.learned_prior or jnp.abs(stretched).max() > 0.05
 
 
-def inverse_undoes_forward(found: Evidence) -> None:
-    np.testing.assert_allclose(found.back, found.case.x, rtol=0, atol=1e-9)
+def inverse_undoes_forward(case: Case) -> None:
+    close(case.back[0], case.x)
 
 
-def logdet_is_that_of_the_jacobian(found: Evidence) -> None:
-    np.testing.assert_allclose(found.logdet, found.log_jacobian, rtol=0, atol=1e-9)
+def logdet_is_that_of_the_jacobian(case: Case) -> None:
+    close(case.there[1], case.log_jacobian)
 
 
-def logdets_of_both_directions_cancel(found: Evidence) -> None:
-    np.testing.assert_allclose(found.back_logdet, -found.logdet, rtol=0, atol=1e-9)
+def logdets_of_both_directions_cancel(case: Case) -> None:
+    close(case.back[1], -case.there[1])
 
 
-LAWS = {
-    law.__name__: law
-    for law in (
-        is_far_from_identity,
-        inverse_undoes_forward,
-        logdet_is_that_of_the_jacobian,
-        logdets_of_both_directions_cancel,
-    )
-}
+LAWS = (
+    is_far_from_identity,
+    inverse_undoes_forward,
+    logdet_is_that_of_the_jacobian,
+    logdets_of_both_directions_cancel,
+)
 
 
-def influence(case: Case, block: int) -> np.ndarray:
-    """[T, T] of a TarFlow block: how much output token i depends on input token j."""
-    shape = case.flow.latent_shape
-    tokens = case.flow.pixels.forward(case.x[:1])[0]
-    label = None if case.label is None else case.label[:1]
-
-    @jax.jit
-    def run(tokens):
-        method = lambda flow, tokens: flow.blocks[block].forward(tokens, label)[0]  # noqa: E731
-        return case.flow.apply(case.variables, tokens, method=method)
-
-    jacobian = jax.jacfwd(run)(tokens).reshape(*shape, *shape)
-    return np.asarray(jnp.abs(jacobian).sum((1, 3)))
+# Laws of some.
 
 
 def tokens_depend_on_their_past_alone(case: Case) -> None:
-    """Blocks decode from the first token to the last and back, in turns."""
-    for block in range(len(case.flow.blocks)):
-        strength = influence(case, block)
-        in_order = strength[::-1, ::-1] if block % 2 else strength
-        assert (np.triu(in_order, 1) == 0).all(), f"block {block} sees tokens that come later"
-        past = in_order[np.tril_indices(len(in_order))]
-        assert (past > 1e-6).all(), f"block {block} does not see all tokens before"
+    """z_i = x_i·a + b, where a and b see all of the tokens before i, in the block's direction."""
+    label = None if case.label is None else case.label[:1]
+    tokens, features = case.flow.latent_shape
+    for index in range(len(case.flow.blocks)):
+
+        def block(x, index=index):
+            method = lambda flow, x: flow.blocks[index].forward(x, label)[0]  # noqa: E731
+            return case.flow.apply(case.variables, x[None], method=method)[0]
+
+        jacobian = np.abs(jit(jax.jacfwd(block))(case.tokens[0])).swapaxes(1, 2)
+        if index % 2:  # decodes from the last token to the first
+            jacobian = jacobian[::-1, ::-1]
+        row, column = np.indices((tokens, tokens))
+        assert (jacobian[row < column] == 0).all(), f"block {index} sees tokens that come later"
+        mixed = jacobian[row == column] * (1 - np.eye(features))
+        assert (mixed == 0).all(), f"block {index} sees the token that it transforms"
+        assert (jacobian[row == column].sum(1) > 0).all()
+        past = jacobian[row > column].sum((1, 2))
+        assert (past > 1e-6).all(), f"block {index} does not see all tokens before"
 
 
 def labels_matter(case: Case) -> None:
     """Each example is mapped by its own label, in both directions."""
-    x = jnp.tile(case.x[:1], (3, 1, 1, 1))
-    tokens = case.flow.pixels.forward(x)[0]
-    for function, same in ((case.forward, x), (case.inverse, tokens)):
-        value, logdet = jax.jit(function)(same, case.label)
+    same_x, same_tokens = (jnp.stack([value[0]] * 3) for value in (case.x, case.tokens))
+    for function, same in ((jit(case.forward), same_x), (case.inverse, same_tokens)):
+        value, logdet = function(same, case.label)
         for a, b in ((0, 1), (0, 2), (1, 2)):
             assert jnp.abs(value[a] - value[b]).max() > 1e-3
-            assert case.flow.learned_prior or jnp.abs(logdet[a] - logdet[b]) > 1e-4
+            assert jnp.abs(logdet[a] - logdet[b]) > 1e-4
 
 
 def minus_one_is_no_label(case: Case) -> None:
-    tokens = case.flow.pixels.forward(case.x)[0]
-    for function, value in ((case.forward, case.x), (case.inverse, tokens)):
-        dropped = jax.jit(function)(value, jnp.full(len(case.x), -1))
-        for actual, expected in zip(dropped, jax.jit(function)(value, None), strict=True):
-            np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    """The last example, whose label is -1, is mapped as all are without labels."""
+    there = jit(case.forward)(case.x, None)
+    back = case.inverse(case.there[0], None)
+    for actual, expected in zip(there + back, case.there + case.back, strict=True):
+        np.testing.assert_allclose(actual[-1], expected[-1], rtol=1e-12)

@@ -1,5 +1,6 @@
 """Each law of `flow_laws` fails where it should: for a bug in the one function that it guards."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import flow_laws
 import jax
 import jax.numpy as jnp
 import pytest
-from flow_laws import case, evidence
+from flow_laws import case
 
 from jetflow.flows import affine, coupling
 from jetflow.flows.autoregressive import AutoregressiveBlock
@@ -83,18 +84,18 @@ def without_shift_by_one_token(real):
     return wrong
 
 
-def attend_with_diagonal(offset):
-    def bug(real):
-        def wrong(query, key, value, causal):
-            logits = jnp.einsum("bsnh,btnh->bnst", query, key) / math.sqrt(query.shape[-1])
-            count = query.shape[1]
-            visible = jnp.eye(count) if offset is None else jnp.tri(count, k=offset)
-            weights = jax.nn.softmax(jnp.where(visible > 0, logits, -jnp.inf))
-            return jnp.einsum("bnst,btnh->bsnh", weights, value)
+def _attend(query, key, value, visible):
+    logits = jnp.einsum("bsnh,btnh->bnst", query, key) / math.sqrt(query.shape[-1])
+    weights = jax.nn.softmax(jnp.where(visible > 0, logits, -jnp.inf))
+    return jnp.einsum("bnst,btnh->bsnh", weights, value)
 
-        return wrong
 
-    return bug
+def attend_to_the_next_token(real):
+    return lambda query, *args: _attend(query, *args[:2], jnp.tri(query.shape[1], k=1))
+
+
+def attend_to_oneself_alone(real):
+    return lambda query, *args: _attend(query, *args[:2], jnp.eye(query.shape[1]))
 
 
 def always_in_image_order(real):
@@ -140,7 +141,7 @@ class Bug(NamedTuple):
     plant: Callable[[Callable], Callable]
 
 
-TARFLOW = "tarflow, 2 blocks, colour"
+TARFLOW, TWO_BLOCKS = "tarflow, 1 block", "tarflow, volume preserving"
 CHANNELS, SPATIAL = "jet, channel splits", "jet, every spatial split"
 JET_CLASSES, TARFLOW_CLASSES = "jet, classes", "tarflow, classes"
 BLOCK = AutoregressiveBlock
@@ -158,12 +159,10 @@ BUGS = [
     Bug(ROUND_TRIP, CHANNELS, coupling, "merge", merge_without_inverting),
     Bug(ROUND_TRIP, SPATIAL, coupling, "merge", merge_with_halves_swapped),
     Bug(ROUND_TRIP, SPATIAL, Couplings, "_scan", in_order_of_the_layers),
-    Bug(ROUND_TRIP, TARFLOW, BLOCK, "_predict", without_shift_by_one_token),
     Bug(CAUSAL, TARFLOW, BLOCK, "_predict", without_shift_by_one_token),
-    Bug(CAUSAL, TARFLOW, transformer, "attend", attend_with_diagonal(1)),
-    Bug(JACOBIAN, TARFLOW, transformer, "attend", attend_with_diagonal(1)),
-    Bug(CAUSAL, TARFLOW, transformer, "attend", attend_with_diagonal(None)),
-    Bug(CAUSAL, TARFLOW, BLOCK, "_in_order", always_in_image_order),
+    Bug(CAUSAL, TARFLOW, transformer, "attend", attend_to_the_next_token),
+    Bug(CAUSAL, TARFLOW, transformer, "attend", attend_to_oneself_alone),
+    Bug(CAUSAL, TWO_BLOCKS, BLOCK, "_in_order", always_in_image_order),
     Bug(ROUND_TRIP, TARFLOW, transformer.TransformerLayer, "step", cache_written_one_too_late),
     Bug(NO_LABEL, JET_CLASSES, Encoder, "_class_token", minus_one_is_the_last_class),
     Bug(NO_LABEL, TARFLOW_CLASSES, BLOCK, "_class_token", minus_one_is_the_last_class),
@@ -180,7 +179,5 @@ def name_of(bug: Bug) -> str:
 def test_bug_is_caught(bug, monkeypatch):
     sound = case(bug.flow)  # made before the bug is planted
     monkeypatch.setattr(bug.owner, bug.name, bug.plant(getattr(bug.owner, bug.name)))
-    on_evidence = bug.law.__name__ in flow_laws.LAWS
-    found = evidence(sound) if on_evidence else sound
     with pytest.raises(AssertionError):
-        bug.law(found)
+        bug.law(dataclasses.replace(sound))

@@ -98,9 +98,7 @@ def tarflow(
 FLOWS: dict[str, Callable[..., Stack]] = {"jet": jet, "tarflow": tarflow}
 
 
-def build(
-    config: Any, *, image_shape: tuple[int, int, int], num_classes: int = 0
-) -> Stack:
+def build(config: Any, *, image_shape: tuple[int, int, int], num_classes: int = 0) -> Stack:
     """The flow of a config section: `kind`, and the keyword arguments of `jet` or `tarflow`.
 
     Args:

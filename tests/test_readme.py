@@ -1,0 +1,42 @@
+"""What the README says can be run as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+from absl import flags
+
+from jetflow import cli, config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_example():
+    (example,) = blocks("python")
+    names = {}
+    exec(example, names)
+    assert names["images"].shape == (4, 16, 16, 3)
+    assert names["images"].dtype == "uint8"
+    assert names["bits"].shape == (8,)
+
+
+def test_commands_parse(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = [
+        part
+        for block in blocks("bash")
+        for line in block.splitlines()
+        for part in line.partition("#")[0].split("&&")
+        if part.strip().startswith("jetflow ")
+    ]
+    assert len(commands) >= 5
+    for command in commands:
+        name, *arguments = shlex.split(command)[1:]
+        values = flags.FlagValues()
+        cli.COMMANDS[name].define(values, [name, *arguments])
+        assert config.parse(values, [name, *arguments]) == [], command
