@@ -53,7 +53,7 @@ class Trainer:
         return self.update(state, x, label)
 
     def update(
-        self, state: TrainState, x: Float[Array, "B H W C"], label: Int[Array, "B"]
+        self, state: TrainState, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None
     ) -> tuple[TrainState, Metrics]:
         """One update from pixel values to which the noise has been added."""
         gradients, aux = self._gradients(state, x, label)
@@ -96,7 +96,7 @@ class Trainer:
 
 
 def loss(
-    flow: Stack, params: Any, collections: Mapping[str, Any], x: Array, label: Array
+    flow: Stack, params: Any, collections: Mapping[str, Any], x: Array, label: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Mean bits per dimension under a standard normal prior, and what is worth logging of it.
 
@@ -116,7 +116,10 @@ def loss(
 
 
 def eval_step(
-    flow: Stack, variables: Mapping[str, Any], x: Float[Array, "B H W C"], label: Int[Array, "B"]
+    flow: Stack,
+    variables: Mapping[str, Any],
+    x: Float[Array, "B H W C"],
+    label: Int[Array, "B"] | None,
 ) -> Float[Array, "B"]:
     """Bits per dimension of each example, at given pixel values."""
     z, logdet = cast(Any, flow.apply(variables, x, label, method="forward"))

@@ -141,7 +141,8 @@ class Bug(NamedTuple):
     plant: Callable[[Callable], Callable]
 
 
-TARFLOW, TWO_BLOCKS = "tarflow, 1 block", "tarflow, volume preserving"
+TARFLOW, COLOUR = "tarflow, 1 block", "tarflow, 3 blocks, colour"
+TWO_BLOCKS = "tarflow, volume preserving"
 CHANNELS, SPATIAL = "jet, channel splits", "jet, every spatial split"
 JET_CLASSES, TARFLOW_CLASSES = "jet, classes", "tarflow, classes"
 BLOCK = AutoregressiveBlock
@@ -155,7 +156,7 @@ BUGS = [
     Bug(CANCEL, CHANNELS, affine, "unsquash", no_logdet),
     Bug(JACOBIAN, CHANNELS, Pixels, "forward", no_logdet),
     Bug(CANCEL, TARFLOW, Pixels, "inverse", no_logdet),
-    Bug(ROUND_TRIP, TARFLOW, Pixels, "unpatchify", unpatchify_with_the_order_of_patchify),
+    Bug(ROUND_TRIP, COLOUR, Pixels, "unpatchify", unpatchify_with_the_order_of_patchify),
     Bug(ROUND_TRIP, CHANNELS, coupling, "merge", merge_without_inverting),
     Bug(ROUND_TRIP, SPATIAL, coupling, "merge", merge_with_halves_swapped),
     Bug(ROUND_TRIP, SPATIAL, Couplings, "_scan", in_order_of_the_layers),
