@@ -1,6 +1,8 @@
 """`jetflow <command>`: the commands, their flags, and errors as one line."""
 
 import dataclasses
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,6 +136,8 @@ def _sample(values: flags.FlagValues) -> int:
     noise = model.config["noise"]
     if values.denoise and noise["kind"] != "gaussian":
         raise UsageError("--denoise needs a flow trained with gaussian noise; leave it out")
+    for flag in ("out", "npz"):
+        _check_writable(flag, values[flag].value)
     labels, rows = rows_by_class(values.num, model.flow.num_classes)
     if values.label is not None:
         labels, rows = values.label, square_rows(values.num)
@@ -161,9 +165,19 @@ def _sample(values: flags.FlagValues) -> int:
         if labels is not None:
             named["labels"] = np.broadcast_to(labels, (values.num,))
         Path(values.npz).parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(values.npz, **named)
+        with open(values.npz, "wb") as file:  # of a path, savez would add to the name
+            np.savez_compressed(file, **named)
         print(f"the same as arrays: {values.npz}")
     return 0
+
+
+def _check_writable(flag: str, path: str | None) -> None:
+    """Before the work, not after it."""
+    if path is None:
+        return
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if Path(path).is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"--{flag} {path} cannot be written; give the path of a new file")
 
 
 # --- evaluate ----------------------------------------------------------------------------------
@@ -194,7 +208,7 @@ def _evaluate(values: flags.FlagValues) -> int:
     from jetflow.workdir import load_model, write_result
 
     workdir = Path(_required(values, "workdir", "runs/NAME"))
-    unknown = [metric for metric in values.metrics if metric not in METRICS]
+    unknown = [metric for metric in values.metrics or [""] if metric not in METRICS]
     if unknown:
         raise UsageError(f"--metrics has {unknown[0]!r}; expected some of {', '.join(METRICS)}")
     model = load_model(workdir, values.step)
@@ -214,8 +228,10 @@ def _evaluate(values: flags.FlagValues) -> int:
         )  # fmt: skip
         weights = "ema" if model.config["train"]["ema_decay"] else "params"
         result = bpd.record(likelihood, noise, dataset, step=model.step, weights=weights)
+        # The run's own result, of its test split, stays where it is.
+        suffix = "" if split == data["test_split"] else "-" + re.sub(r"\W+", "_", split).strip("_")
         print(f"step {model.step}: {bpd.describe(result)}")
-        print(f"written to {write_result(workdir, result)}")
+        print(f"written to {write_result(workdir, result, suffix)}")
     return 0
 
 

@@ -15,6 +15,12 @@ from jetflow.types import UsageError
 Config: TypeAlias = Any  # an ml_collections ConfigDict: sections of fields, as configs/base.py has
 
 SECTIONS = ("flow", "data", "noise", "optim", "train", "mesh", "eval")
+_KINDS = {  # part of what absl says of a value of the wrong type -> what was expected
+    "int()": "a whole number",
+    "to float": "a number",
+    "boolean flag": "true or false",
+    "as a ConfigDict": "the name of a field after it",
+}
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -42,16 +48,14 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
             config file that is missing or fails.
     """
     path = _path(argv) if "config" in values else None
-    if path and not Path(path).is_file():
-        raise UsageError(f"--config {path} is no file; expected one such as configs/NAME.py")
+    if path is not None and not Path(path).is_file():
+        raise UsageError(f"--config {path!r} is no file; expected one such as configs/NAME.py")
     try:
         rest = values(list(argv))[1:]
     except flags.UnrecognizedFlagError as error:
         message = str(error).replace(" ?", "?")
         raise UsageError(f"{message}; see `jetflow {argv[0]} --help`") from error
-    except flags.Error as error:
-        raise UsageError(_last_error(str(error))) from error
-    except Exception as error:  # whatever a config file raises, or ml_collections of an override
+    except Exception as error:  # absl's and ml_collections', and whatever a config file raises
         raise UsageError(_failure(error, path, argv)) from error
     if path:
         _check_sections(values["config"].value, path)
@@ -61,15 +65,25 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
 def _path(argv: Sequence[str]) -> str | None:
     """The config file that a command line names."""
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, _, value = argument.partition("=")
+        name, separator, value = argument.partition("=")
         if name in ("-config", "--config"):
-            return (value or following).partition(":")[0]
+            return (value if separator else following).partition(":")[0]
     return None
 
 
-def _failure(error: Exception, path: str | None, argv: Sequence[str]) -> str:
-    """What went wrong, and where: in an override, or in the config file."""
+def _failure(error: BaseException, path: str | None, argv: Sequence[str]) -> str:
+    """What went wrong, and where: in a flag, an override, or the config file."""
+    while "Error whilst parsing config file" in str(error):
+        error = error.__cause__ or error.__context__ or Exception(path)
     text = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
+    if value := re.fullmatch(r"flag --(\S+?)=(.*?): (.*)", text):
+        field, given, reason = value.groups()
+        expected = next((kind for sign, kind in _KINDS.items() if sign in reason), None)
+        name = field if field.startswith("config.") else f"--{field}"
+        return f"{name} is {given!r}; expected {expected}" if expected else text
+    if isinstance(error, flags.Error):
+        return text
+
     nearest = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
     unknown = nearest[2] if nearest else text.strip("'\"")
     remedy = f"did you mean {nearest[1]}?" if nearest else "configs/base.py lists the fields"
@@ -94,14 +108,3 @@ def _check_sections(config: Any, path: str) -> None:
                 f"--config {path} has no section {section}; start from configs/base.py, which has "
                 f"{', '.join(SECTIONS)}"
             )
-
-
-def _last_error(text: str) -> str:
-    """An error as one line; of a traceback, where it was raised and what was."""
-    head, traceback_, tail = text.partition("Traceback (most recent call last):")
-    lines = [line for line in (tail if traceback_ else head).splitlines() if line.strip()]
-    if traceback_:
-        places = [line.strip() for line in lines if line.startswith("  File ")]
-        errors = [line for line in lines if not line.startswith(" ")]
-        lines = [head.splitlines()[0], places[-1].replace("File ", "in ", 1), *errors]
-    return " ".join(line.strip() for line in lines)

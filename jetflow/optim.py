@@ -6,6 +6,7 @@ import optax
 from jetflow.types import UsageError
 
 DECAY_RULES = ("lr", "schedule")
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 def warmup_cosine(*, lr: float, min_lr: float, warmup_steps: int, total_steps: int):
@@ -47,6 +48,10 @@ def adam(
     if decay_rule not in DECAY_RULES:
         raise UsageError(
             f"config.optim.decay_rule is {decay_rule!r}; expected one of {', '.join(DECAY_RULES)}"
+        )
+    if mu_dtype not in MOMENT_DTYPES:
+        raise UsageError(
+            f"config.optim.mu_dtype is {mu_dtype!r}; expected one of {', '.join(MOMENT_DTYPES)}"
         )
     if not 0 <= warmup <= 1:
         raise UsageError(f"config.optim.warmup is {warmup}; expected a share of training, 0 to 1")

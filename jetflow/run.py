@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -154,15 +155,32 @@ def _num_classes(config: Config, data: pipeline.Dataset) -> int:
 
 
 def _check_numbers(config: Config) -> None:
-    least = {"log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "seed": 0,
-             "eval_every": 0, "sample_every": 0}  # fmt: skip
-    for section, limits in (("train", least), ("eval", {"draws": 1, "samples": 1})):
-        for name, limit in limits.items():
-            if config[section][name] < limit:
-                raise UsageError(
-                    f"config.{section}.{name} is {config[section][name]}; expected {limit} or more"
-                )
-    if not 0 <= config.train.ema_decay < 1:
-        raise UsageError(
-            f"config.train.ema_decay is {config.train.ema_decay}; expected 0 <= decay < 1"
-        )
+    for kind, (fields, holds) in _LIMITS.items():
+        for name in fields:
+            section, field = name.split(".")
+            value = config[section].get(field)  # a flow has some of the fields
+            if value is not None and not holds(value):
+                raise UsageError(f"config.{name} is {value}; expected {kind}")
+
+
+_LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
+    "1 or more": (
+        ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "eval.draws",
+         "eval.samples", "flow.width", "flow.num_couplings", "flow.block_depth",
+         "flow.num_blocks"),
+        lambda value: value >= 1,
+    ),
+    "0 or more": (
+        ("train.seed", "train.eval_every", "train.sample_every", "optim.min_lr",
+         "optim.weight_decay", "optim.clip_norm", "eval.guidance"),
+        lambda value: value >= 0,
+    ),
+    "more than 0": (
+        ("optim.lr", "optim.eps", "flow.pixel_scale", "flow.scale_factor"),
+        lambda value: value > 0,
+    ),
+    "0 <= value < 1": (
+        ("train.ema_decay", "optim.b1", "optim.b2"),
+        lambda value: 0 <= value < 1,
+    ),
+}  # fmt: skip

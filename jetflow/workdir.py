@@ -83,13 +83,19 @@ def claim(workdir: Path, config: dict[str, Any]) -> None:
     """Make `workdir` the folder of a run with this config, or check that it is that already.
 
     Raises:
-        UsageError: if another run lives there; the message names the fields that differ.
+        UsageError: if another run lives there (the message names the fields that differ), or it
+            cannot be written.
     """
     config = json.loads(json.dumps(config))
     existing = read_config(workdir)
     if existing is None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / CONFIG, config)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(workdir / CONFIG, config)
+        except OSError as error:
+            raise UsageError(
+                f"--workdir {workdir} cannot be written ({error}); give a folder that can"
+            ) from error
     elif existing != config:
         raise UsageError(
             f"{workdir} holds a run with another config: {_differences(existing, config)}; "

@@ -78,6 +78,10 @@ def tarflow(
             f"config.flow.layers_per_block has {len(depths)} entries for {num_blocks} blocks; "
             "give one number, or one a block"
         )
+    if not all(isinstance(depth, int) and depth >= 1 for depth in depths):
+        raise UsageError(
+            f"config.flow.layers_per_block is {layers_per_block!r}; expected numbers above 0"
+        )
     blocks = tuple(
         AutoregressiveBlock(
             token_shape=pixels.token_shape,

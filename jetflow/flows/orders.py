@@ -5,6 +5,7 @@ is the identity; the first half of what they order is x1, the second x2.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -54,8 +55,10 @@ def splits(
 ) -> Splits:
     """The splits of `num_couplings` layers, cycling through `kinds`.
 
-    Channel splits use a random permutation of the features, fixed by the layer's number; spatial
-    splits cycle through `SPATIAL_CYCLE`.
+    Channel splits use random permutations of the features, the same in every model; every second
+    one is the one before with its halves swapped, so that all features are transformed equally
+    often (a layer scales by a bounded factor, and few layers use most of that bound). Spatial
+    splits cycle through `SPATIAL_CYCLE`, which swaps its halves likewise.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
@@ -67,13 +70,21 @@ def splits(
         )
     tokens = grid[0] * grid[1]
     patterns = itertools.cycle(SPATIAL_CYCLE)
+    permutations = _permutations(features)
     token_order, feature_order, spatial = [], [], []
-    for layer, kind in zip(range(num_couplings), itertools.cycle(kinds), strict=False):
+    for kind in itertools.islice(itertools.cycle(kinds), num_couplings):
         is_spatial = kind == "spatial"
-        permutation = np.random.default_rng(layer).permutation(features)
         token_order.append(token_pattern(next(patterns), grid) if is_spatial else np.arange(tokens))
-        feature_order.append(np.arange(features) if is_spatial else permutation)
+        feature_order.append(np.arange(features) if is_spatial else next(permutations))
         spatial.append(is_spatial)
     return Splits(
         np.array(token_order, np.int32), np.array(feature_order, np.int32), np.array(spatial)
     )
+
+
+def _permutations(features: int) -> Iterator[Int[np.ndarray, "D"]]:
+    """Random orders of the features, each followed by itself with its halves swapped."""
+    for seed in itertools.count():
+        permutation = np.random.default_rng(seed).permutation(features)
+        yield permutation
+        yield np.roll(permutation, features // 2)
