@@ -1,4 +1,7 @@
-"""TarFlow on scikit-learn's handwritten digits: the first experiment."""
+"""TarFlow on scikit-learn's handwritten digits, with labels: the first experiment.
+
+Gaussian noise, guidance and denoising make for samples that one can read.
+"""
 
 from configs import base
 
@@ -15,8 +18,11 @@ def get_config():
     config.noise.std = 0.1
     config.noise.label_drop = 0.1
     config.optim.lr = 1e-3
-    config.train.batch_size = 128
-    config.train.steps = 500
-    config.eval.guidance = 1.0
+    config.train.batch_size = 32
+    config.train.steps = 1500
+    config.train.ema_decay = 0.99
+    config.train.log_every = 100
+    config.eval.samples = 80
+    config.eval.guidance = 2.0
     config.eval.denoise = True
     return config

@@ -56,9 +56,9 @@ class Guidance:
         annealed: multiply g by j / (T − 1) at the j-th decoded token, j = 0 … T − 1.
     """
 
-    scale: float = 0.0
+    scale: Any = 0.0  # a float, but an array where a function of it is traced
     what: str = "ab"
-    temperature: float = 1.0
+    temperature: Any = 1.0
     annealed: bool = False
 
 

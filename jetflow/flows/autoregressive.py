@@ -144,7 +144,7 @@ class AutoregressiveBlock(nn.Module):
         return tokens[:, ::-1] if self.backward else tokens
 
 
-def _guide(prediction: Float[Array, "2*B D"], strength, guided: bool) -> Float[Array, "B D"]:
+def _guide(prediction: Float[Array, "P D"], strength, guided: bool) -> Float[Array, "P//2 D"]:
     """c + g·(c − u) of the stacked conditional and unconditional predictions (Eq. 8)."""
     conditional, unconditional = jnp.split(prediction, 2)
     if not guided:

@@ -28,8 +28,8 @@ def divide(
 
 
 def merge(
-    x1: Float[Array, "B T D/2"], x2: Float[Array, "B T D/2"], split: orders.Splits
-) -> Float[Array, "B T D"]:
+    x1: Float[Array, "B T H"], x2: Float[Array, "B T H"], split: orders.Splits
+) -> Float[Array, "B T 2*H"]:
     """The inverse of `divide`."""
     batch, tokens, half = x1.shape
     by_token = jnp.stack([x1, x2], axis=1).reshape(batch, tokens, 2 * half)
