@@ -146,12 +146,16 @@ class Session:
         step, metrics = self._pending
         self._pending = None
         train = self.run.config.train
-        bpd_now = float(metrics["bpd"])  # waits for the step: never more than two are under way
+        metric = bpd.metric_name(self.run.trainer.noise)
+        now = float(metrics["bpd"])  # waits for the step: never more than two are under way
         if due := step % train.log_every == 0 or step in (1, self.run.total_steps):
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values = {
+                name.replace("bpd", metric): float(value)
+                for name, value in jax.device_get(metrics).items()
+            }
             values["images_per_second"] = self.reporter.images_per_second(step, train.batch_size)
             self.reporter.write(step, values)
-        self.reporter.progress(step, bpd_now, train.batch_size, log=due)
+        self.reporter.progress(step, f"{metric} {now:.3f}", train.batch_size, log=due)
 
     def _look(self, state: TrainState, step: int, *, resumed: bool = False) -> None:
         """Held-out likelihood and a picture of samples, where they are due.
@@ -194,7 +198,8 @@ class Session:
         )
         workdirs.write_result(self.workdir, result)
         self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
-        self.reporter.say(f"step {step}: held-out {bpd.describe(result)}")
+        if step < self.run.total_steps:
+            self.reporter.say(f"step {step}: held-out {bpd.describe(result)}")
 
     def _sample(self, state: TrainState, step: int) -> None:
         flow, noise, section = self.run.trainer.flow, self.run.trainer.noise, self.run.config.eval

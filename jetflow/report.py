@@ -70,13 +70,13 @@ class Reporter:
         """A context whose time does not count as training."""
         return self._clock
 
-    def progress(self, step: int, bpd: float, batch_size: int, *, log: bool) -> None:
+    def progress(self, step: int, metric: str, batch_size: int, *, log: bool) -> None:
         """A line that rewrites itself on a terminal; elsewhere a plain one, if `log`."""
         if not (log or self._live):
             return
         rate = self._clock.average(step)
         text = (
-            f"step {step}/{self._total} ({step / self._total:.0%})  bpd {bpd:.3f}  "
+            f"step {step}/{self._total} ({step / self._total:.0%})  {metric}  "
             f"{rate * batch_size:,.0f} images/s  ETA {_duration((self._total - step) / rate)}"
         )
         if not self._live:
