@@ -1,5 +1,7 @@
 """Shapes are checked: beartype and jaxtyping check every annotation of jetflow in every test."""
 
+import functools
+
 import pytest
 from jaxtyping import install_import_hook
 
@@ -7,6 +9,8 @@ from jaxtyping import install_import_hook
 install_import_hook("jetflow", "beartype.beartype")
 
 import jax  # noqa: E402
+import tiny_runs  # noqa: E402
+from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
 
 
 @pytest.fixture
@@ -14,3 +18,52 @@ def float64():
     """Double precision inside the test: production runs in single, laws are tested in double."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_dir(tmp_path_factory):
+    """Where all tests, and the processes that they start, find data sets: prepared only once."""
+    path = tmp_path_factory.mktemp("tensorflow_datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(path))
+        yield path
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+    """Lets tests that train the same tiny flow again and again compile it once.
+
+    In processes of their own, too; they compile from scratch in `test_kill.py`.
+    """
+    path = str(tmp_path_factory.mktemp("compiled"))
+    settings = {
+        "jax_compilation_cache_dir": path,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        reset_cache()  # JAX looks at the settings only once
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, compilation_cache):
+    """A function: the name of a flow of `tiny_runs` -> the workdir of its run, never interrupted.
+
+    Tests may read it, and evaluate and sample from it, but must train in a copy.
+    """
+
+    @functools.cache
+    def workdir(name):
+        path = tmp_path_factory.mktemp("trained") / name
+        assert tiny_runs.train(name, path) == 0
+        return path
+
+    return workdir

@@ -1,6 +1,7 @@
 """A bfloat16 net inside a float32 flow, rematerialisation, and what jit compiles."""
 
 import functools
+import math
 
 import flow_laws
 import jax
@@ -9,36 +10,135 @@ import numpy as np
 import pytest
 from flow_laws import jit
 
+from jetflow import likelihood
 from jetflow.flows import affine
+from jetflow.flows.autoregressive import AutoregressiveBlock
+from jetflow.nn.transformer import REMAT_POLICIES
 
-BUILDERS = {"jet": flow_laws.jet, "tarflow": functools.partial(flow_laws.tarflow, num_classes=3)}
-
-
-def apply(flow, variables, value, method):
-    label = jnp.array([0, 2, -1]) if flow.num_classes else None
-    return jit(functools.partial(flow.apply, method=method))(variables, value, label)
+BUILDERS = {"jet": flow_laws.jet, "tarflow": flow_laws.tarflow}
+LABEL = jnp.array([0, 2, -1])
 
 
-@pytest.fixture(params=BUILDERS, scope="module")
-def runs(request):
-    """dtype → (x, z, logdet, x again, its log-det)."""
-    found = {}
-    for dtype in ("float32", "bfloat16"):
-        flow = BUILDERS[request.param](dtype=dtype, image_shape=(8, 8, 1), width=16)
-        variables = flow_laws.random_variables(flow, jnp.float32)
-        x = flow_laws.random_images(flow)
-        there = apply(flow, variables, x, "forward")
-        found[dtype] = x, *there, *apply(flow, variables, there[0], "inverse")
-    return found
+def run(kind: str, dtype: str):
+    """(z, log-det, x − x again, sum of both log-dets) of a flow on float32 parameters."""
+    flow = BUILDERS[kind](num_classes=3, dtype=dtype)
+    variables = flow_laws.random_variables(flow, jnp.float32)
+    x = flow_laws.random_images(flow)
+    assert x.dtype == jnp.float32
+
+    z, logdet = jax.jit(functools.partial(flow.apply, method="forward"))(variables, x, LABEL)
+    inverse = jax.jit(functools.partial(flow.apply, method="inverse"))
+    back, back_logdet = inverse(variables, z, LABEL)
+    return z, logdet, back - x, back_logdet + logdet
 
 
+@functools.cache
+def run_once(kind: str, dtype: str):
+    return run(kind, dtype)
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_a_bfloat16_net_leaves_values_and_logdets_in_float32(kind):
+    assert [value.dtype for value in run_once(kind, "bfloat16")] == [jnp.float32] * 4
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_values_and_logdets_are_float32(runs, dtype):
-    assert [value.dtype for value in runs[dtype]] == [jnp.float32] * 5
+def test_a_bfloat16_net_can_be_inverted_as_well_as_a_float32_one(kind, dtype):
+    """The net's rounding errors cancel, as both directions make the same ones. In pixels."""
+    *_, error, logdet_error = run_once(kind, dtype)
+    assert jnp.abs(error).max() < 1e-3
+    assert jnp.abs(logdet_error).max() < 1e-3
 
 
-def test_x(runs):
-    for dtype in runs:
-        x, z, logdet, back, back_logdet = runs[dtype]
-        print(dtype, abs(back-x).max(), abs(logdet+back_logdet).max())
-    print(abs(runs["float32"][1]-runs["bfloat16"][1]).max(), abs(runs["float32"][2]-runs["bfloat16"][2]).max(), runs["float32"][2], z.std())
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_a_bfloat16_net_is_close_to_a_float32_one(kind):
+    """Measured: 0.014 of a latent and 0.030 nats of 16 dimensions at most."""
+    z, logdet, *_ = run_once(kind, "float32")
+    rounded_z, rounded_logdet, *_ = run_once(kind, "bfloat16")
+    assert 0 < jnp.abs(rounded_z - z).max() < 0.03
+    assert 0 < jnp.abs(rounded_logdet - logdet).max() < 0.06
+
+
+def test_bug_is_caught_affine_step_in_the_dtype_of_the_net(monkeypatch):
+    narrow = lambda *arrays: [array.astype(jnp.bfloat16) for array in arrays]  # noqa: E731
+    monkeypatch.setattr(affine, "widen", narrow)
+    with pytest.raises(AssertionError):
+        *_, error, _ = run("jet", "bfloat16")
+        assert jnp.abs(error).max() < 1e-3
+
+
+def test_bug_is_caught_forward_that_rounds_otherwise(monkeypatch):
+    """Position and label rounded before they are added up, unlike in the inverse."""
+
+    def wrong(self, x, label):
+        hidden = self.proj_in(x) + self._in_order(self.position[None]).astype(x.dtype)
+        hidden = hidden + self._class_token(label, len(x))[:, None].astype(self.dtype)
+        out = self.proj_out(self.transformer(hidden.astype(self.dtype)))
+        return self._split(jnp.pad(out[:, :-1], ((0, 0), (1, 0), (0, 0))))
+
+    monkeypatch.setattr(AutoregressiveBlock, "_predict", wrong)
+    with pytest.raises(AssertionError):
+        *_, error, _ = run("tarflow", "bfloat16")
+        assert jnp.abs(error).max() < 1e-3
+
+
+# Memory policies change neither values nor gradients.
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_remat_keeps_less_and_changes_no_value_and_no_gradient(kind):
+    fields = {"num_blocks": 1} if kind == "tarflow" else {}
+    variables = flow_laws.random_variables(BUILDERS[kind](**fields))
+    found, kept_size = {}, {}
+    for policy in REMAT_POLICIES:
+        flow = BUILDERS[kind](remat=policy, **fields)
+        x = flow_laws.random_images(flow)
+
+        def mean_nll(params, flow=flow, x=x):
+            z, logdet = flow.apply(variables | {"params": params}, x, method="forward")
+            return likelihood.nll(z, logdet).mean()
+
+        found[policy] = jit(jax.value_and_grad(mean_nll))(variables["params"])
+        kept = jax.eval_shape(lambda params, f=mean_nll: jax.vjp(f, params)[1], variables["params"])
+        kept_size[policy] = sum(leaf.size for leaf in jax.tree.leaves(kept))
+    assert kept_size["none"] > kept_size["dots"] > kept_size["full"]
+    for policy in ("dots", "full"):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13),
+            found[policy],
+            found["none"],
+        )
+
+
+# One program.
+
+
+@pytest.mark.parametrize(
+    ("kind", "few", "many"),
+    [
+        ("jet", {"num_couplings": 2}, {"num_couplings": 9}),
+        ("jet", {"block_depth": 1}, {"block_depth": 7}),
+        ("tarflow", {"layers_per_block": 1}, {"layers_per_block": 7}),
+    ],
+)
+def test_the_program_does_not_grow_with_depth(kind, few, many):
+    def size(method: str, fields) -> int:
+        flow = BUILDERS[kind](dtype="float32", **fields)
+        variables = flow_laws.random_variables(flow, jnp.float32)
+        value = jnp.zeros((3, *(flow.image_shape if method == "forward" else flow.latent_shape)))
+        function = functools.partial(flow.apply, method=method)
+        return len(str(jax.make_jaxpr(function)(variables, value)).splitlines())
+
+    for method in ("forward", "inverse"):
+        assert math.isclose(size(method, few), size(method, many), rel_tol=0.02)
+
+
+def test_other_values_are_not_compiled_again():
+    flow = flow_laws.tarflow(num_classes=3, dtype="float32")
+    variables = flow_laws.random_variables(flow, jnp.float32)
+    forward = jit(functools.partial(flow.apply, method="forward"))
+    for label in (0, 2, -1):
+        forward(variables, flow_laws.random_images(flow, seed=label + 1), jnp.full(3, label))
+    assert forward._cache_size() == 1
