@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,23 +17,19 @@ SHORTEST_SIDE = 512  # pixels; smaller grids are magnified by a whole number
 
 
 class Reporter:
-    """Writes metrics to `metrics.jsonl` and TensorBoard events, and progress to a stream.
+    """Writes metrics to `metrics.jsonl` and TensorBoard events, and progress to stderr.
 
     Opened for a run that resumes at `start_step`, it first drops what was written of later steps,
     so that an interrupted run leaves the same metrics as an uninterrupted one.
     """
 
-    def __init__(
-        self, workdir: Path, *, start_step: int, total_steps: int, stream: TextIO | None = None
-    ):
+    def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
         self._path = workdir / "metrics.jsonl"
         self._written = _drop_after(self._path, start_step)
         self._file = self._path.open("a")
-        self._events = SummaryWriter(
-            str(workdir), purge_step=start_step + 1 if start_step else None, flush_secs=20
-        )
+        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=20)
         self._total = total_steps
-        self._stream = stream or sys.stderr
+        self._stream = sys.stderr
         self._live = self._stream.isatty()
         self._line_length = 0
         self._clock = _Clock(start_step)
@@ -126,7 +122,7 @@ class _Clock:
         return max(step - since[0], 1e-9) / max(time.perf_counter() - since[1], 1e-9)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; one that a kill cut short is left out."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:

@@ -20,11 +20,6 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("tensorflow_datasets")
-
-
-@pytest.fixture(scope="session")
 def digits(data_dir):
     return load("digits", "test", data_dir=data_dir)
 

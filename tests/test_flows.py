@@ -86,6 +86,8 @@ def test_channel_splits_are_fixed_by_the_layer():
     np.testing.assert_array_equal(few, many[:3])
     assert len(np.unique(many, axis=0)) == 5
     np.testing.assert_array_equal(np.sort(many), np.tile(np.arange(12), (5, 1)))
+    # Two layers in a row transform every feature once.
+    np.testing.assert_array_equal(np.sort(np.concatenate([many[0, 6:], many[1, 6:]])), range(12))
 
 
 @pytest.mark.parametrize("name", ["jet, two layers in a net", "jet, mixed splits, colour"])
