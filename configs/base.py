@@ -20,7 +20,6 @@ def jet() -> ConfigDict:
             remat="none",  # recomputed in the backward pass: none, dots (all but matmuls), full
         )
     )
-    config.optim.b2 = 0.95
     config.optim.mu_dtype = "bfloat16"
     config.optim.clip_norm = 1.0
     config.optim.weight_decay = 1e-5
@@ -90,7 +89,9 @@ def _common() -> ConfigDict:
                 eval_every=0,  # steps between evaluations of held-out bpd; 0 for the end only
                 sample_every=0,  # steps between pictures of samples; 0 for the end only
                 checkpoint_every=500,  # steps between checkpoints; one more at the end
-                keep_checkpoints=2,  # newest ones kept
+                keep_checkpoints=2,  # newest ones kept,
+                keep_every=0,  # and for good those at multiples of so many steps; 0 for none
+                init_from="",  # a workdir of the same flow, whose weights to start from
             ),
             mesh=dict(
                 data=-1,  # devices over which the batch alone is split; -1 for all the rest

@@ -22,6 +22,8 @@ def get_config():
     config.train.steps = 1500
     config.train.ema_decay = 0.99
     config.train.log_every = 100
+    config.train.eval_every = 500
+    config.train.sample_every = 500
     config.eval.samples = 80
     config.eval.guidance = 2.0
     config.eval.denoise = True

@@ -18,4 +18,5 @@ def get_config(size="16"):
     config.optim.lr = 1e-3
     config.train.steps = 500
     config.train.eval_every = 250
+    config.train.sample_every = 250
     return config

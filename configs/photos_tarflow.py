@@ -17,4 +17,5 @@ def get_config(size="16"):
     config.optim.min_lr = 0.0
     config.train.steps = 500
     config.train.eval_every = 250
+    config.train.sample_every = 250
     return config

@@ -2,11 +2,11 @@
 
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from absl import flags
 
@@ -21,13 +21,15 @@ class Command:
     Attributes:
         summary: one line; usage: an example.
         define: adds the command's flags.
-        run: takes the parsed flags and returns the exit status.
+        run: takes the parsed flags and the arguments, and returns the exit status.
+        arguments: the names of the arguments that are no flags.
     """
 
     summary: str
     usage: str
     define: Callable[[flags.FlagValues, Sequence[str]], None]
-    run: Callable[[flags.FlagValues], int]
+    run: Callable[..., int]
+    arguments: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"-h", "--help", "--helpfull"} & set(arguments):
             print(_help(name, command, values))
             return 0
-        if rest := config.parse(values, [name, *arguments]):
-            raise UsageError(f"unexpected argument {rest[0]!r}; see `jetflow {name} --help`")
-        return command.run(values)
+        rest = config.parse(values, [name, *arguments])
+        if unexpected := rest[len(command.arguments) :]:
+            raise UsageError(f"unexpected argument {unexpected[0]!r}; see `jetflow {name} --help`")
+        if missing := command.arguments[len(rest) :]:
+            raise UsageError(f"{missing[0]} is missing; expected {command.usage}")
+        return command.run(values, *rest)
     except UsageError as error:
         print(f"jetflow: {error}", file=sys.stderr)
         return 2
@@ -194,9 +199,10 @@ def _define_evaluate(values: flags.FlagValues, argv: Sequence[str]) -> None:
          f"some of {','.join(METRICS)}: likelihood of dequantised images, or of images with "
          "the gaussian noise of training")  # fmt: skip
     flag(flags.DEFINE_string, "split", None, "default: the test split of the run's config")
-    flag(flags.DEFINE_integer, "draws", 4, "noise draws for each example", lower_bound=1)
+    flag(flags.DEFINE_integer, "draws", None, "noise draws for each example; default: the run's",
+         lower_bound=1)  # fmt: skip
     flag(flags.DEFINE_integer, "seed", 0, "of the draws", lower_bound=0)
-    flag(flags.DEFINE_integer, "batch_size", 128, "images at a time; no effect on the result",
+    flag(flags.DEFINE_integer, "batch_size", 128, "images at a time; no effect but rounding errors",
          lower_bound=1)  # fmt: skip
 
 
@@ -220,19 +226,37 @@ def _evaluate(values: flags.FlagValues) -> int:
     data = model.config["data"]
     split = values.split or data["test_split"]
     dataset = pipeline.load(data["name"], split, data_dir=values.data_dir)
+    draws = values.draws or model.config["eval"]["draws"]
+    # The results of the run itself stay where they are.
+    own = split, draws, values.seed
+    is_own = own == (data["test_split"], model.config["eval"]["draws"], 0)
+    suffix = "" if is_own else f"-{quote(split, safe='')}-draws{draws}-seed{values.seed}"
     for metric in values.metrics:
         noise = bpd.UNIFORM if metric == "bpd" else trained_with
         likelihood = bpd.measure(
             model.flow, model.variables, dataset, mesh=mesh, noise=noise, seed=values.seed,
-            draws=values.draws, batch_size=values.batch_size,
+            draws=draws, batch_size=values.batch_size,
         )  # fmt: skip
         weights = "ema" if model.config["train"]["ema_decay"] else "params"
         result = bpd.record(likelihood, noise, dataset, step=model.step, weights=weights)
-        # The run's own result, of its test split, stays where it is.
-        suffix = "" if split == data["test_split"] else "-" + re.sub(r"\W+", "_", split).strip("_")
         print(f"step {model.step}: {bpd.describe(result)}")
         print(f"written to {write_result(workdir, result, suffix)}")
     return 0
+
+
+# --- convert -----------------------------------------------------------------------------------
+
+
+def _define_convert(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    from jetflow.convert import command
+
+    command.define(values, argv)
+
+
+def _convert(values: flags.FlagValues, model: str, source: str) -> int:
+    from jetflow.convert import command
+
+    return command.run(values, model, source)
 
 
 # --- flags that commands share -----------------------------------------------------------------
@@ -277,6 +301,14 @@ COMMANDS = {
         "jetflow evaluate --workdir runs/digits --metrics bpd",
         _define_evaluate,
         _evaluate,
+    ),
+    "convert": Command(
+        "Make a workdir of a published checkpoint, or with --reverse a .pth of a workdir.",
+        "jetflow convert tarflow SRC.pth --out runs/published --image_size 64 --channels 3"
+        " --patch_size 2",
+        _define_convert,
+        _convert,
+        ("MODEL", "SRC"),
     ),
 }
 

@@ -1,5 +1,6 @@
 """Config files on the command line: `--config FILE.py[:arg]` and `--config.section.field=value`."""
 
+import os
 import re
 import sys
 import traceback
@@ -27,7 +28,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define --config; its overrides are looked for in `argv`.
 
     A config file can import its neighbours, as `from configs import base`: the folder above its
-    own joins the search path.
+    own joins the search path, and the current one after it.
     """
     config_flags.DEFINE_config_file(
         "config",
@@ -37,7 +38,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
         sys_argv=list(argv),
     )
     if path := _path(argv):
-        sys.path.insert(0, str(Path(path).resolve().parent.parent))
+        sys.path[:0] = [str(Path(path).resolve().parent.parent), os.getcwd()]
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
 from jetflow.data import pipeline
 from jetflow.evals import bpd, samples
-from jetflow.noise import Purpose, key_for
+from jetflow.noise import Noise, Purpose, key_for
 from jetflow.report import Reporter, make_grid, save_png
 from jetflow.run import Run, guidance_of
 from jetflow.sampling.ancestral import sample
@@ -42,7 +43,9 @@ class StopSignal:
 
     def _note(self, number: int, _frame) -> None:
         self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        for again in self.SIGNALS:
+            signal.signal(again, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")
 
     def poll(self) -> None:
         """Raise `Stopped` if a signal came."""
@@ -56,13 +59,15 @@ def train(run: Run, workdir: Path) -> int:
     Killed at any moment and called again, it ends with the same parameters, optimizer state,
     averages and metrics as if it had never been interrupted.
     """
-    workdirs.claim(workdir, run.resolved_config)
-    keep = run.config.train.keep_checkpoints
-    with StopSignal() as stop, Checkpoints(workdir / "checkpoints", keep=keep) as checkpoints:
-        if checkpoints.latest() is None:
-            state, start = run.fresh_state(), 0
-        else:
-            state, start = checkpoints.restore(run.abstract_state)
+    train = run.config.train
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep=train.keep_checkpoints, keep_every=train.keep_every or None
+    )
+    with StopSignal() as stop, checkpoints:
+        # What cannot start must leave nothing behind, what goes on must first fit its folder.
+        fresh = run.fresh_state() if checkpoints.latest() is None else None
+        workdirs.claim(workdir, run.resolved_config)
+        state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
             try:
                 Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start)
@@ -164,21 +169,25 @@ class Session:
         """
         train = self.run.config.train
         last = step == self.run.total_steps
-        metric = bpd.metric_name(self.run.trainer.noise)
         evaluates = last or (step and train.eval_every and step % train.eval_every == 0)
-        written = workdirs.result_path(self.workdir, metric, step).exists()
-        if evaluates and not (resumed and written and self.reporter.has(step, f"test_{metric}")):
-            self._flush()
-            with self.reporter.pause():
-                self._evaluate(state, step, draws=self.run.config.eval.draws if last else 1)
+        noises = [self.run.trainer.noise] if evaluates else []
+        if last and self.run.trainer.noise.kind != "uniform":
+            noises.append(bpd.UNIFORM)  # noised data has no bpd; the images have
+        for noise in noises:
+            metric = bpd.metric_name(noise)
+            written = workdirs.result_path(self.workdir, metric, step).exists()
+            if not (resumed and written and self.reporter.has(step, f"test_{metric}")):
+                self._flush()
+                draws = self.run.config.eval.draws if last else 1
+                with self.reporter.pause():
+                    self._evaluate(state, step, noise, draws=draws)
         samples_now = last or (step and train.sample_every and step % train.sample_every == 0)
         if samples_now and not (resumed and self._picture(step).exists()):
             self._flush()
             with self.reporter.pause():
                 self._sample(state, step)
 
-    def _evaluate(self, state: TrainState, step: int, *, draws: int) -> None:
-        noise = self.run.trainer.noise
+    def _evaluate(self, state: TrainState, step: int, noise: Noise, *, draws: int) -> None:
         likelihood = bpd.measure(
             self.run.trainer.flow,
             state.variables(),
@@ -189,16 +198,11 @@ class Session:
             batch_size=self.run.config.eval.batch_size,
             poll=self.poll,
         )
-        result = bpd.record(
-            likelihood,
-            noise,
-            self.run.test_data,
-            step=step,
-            weights="params" if state.ema is None else "ema",
-        )
+        weights = "params" if state.ema is None else "ema"
+        result = bpd.record(likelihood, noise, self.run.test_data, step=step, weights=weights)
         workdirs.write_result(self.workdir, result)
         self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
-        if step < self.run.total_steps:
+        if step < self.run.total_steps or noise.kind != "uniform":
             self.reporter.say(f"step {step}: held-out {bpd.describe(result)}")
 
     def _sample(self, state: TrainState, step: int) -> None:
@@ -242,12 +246,12 @@ class Session:
 
     def _conclude(self) -> None:
         """The last lines: the result, and where everything is."""
-        metric = bpd.metric_name(self.run.trainer.noise)
-        result = workdirs.read_result(self.workdir, metric, self.run.total_steps)
+        result = workdirs.read_result(self.workdir, "bpd", self.run.total_steps)
+        evaluation = workdirs.result_path(self.workdir, "bpd", self.run.total_steps)
         self.reporter.say(
             f"done: step {self.run.total_steps}, held-out {bpd.describe(result)}\n"
             f"samples      {self._picture(self.run.total_steps)}\n"
-            f"evaluation   {workdirs.result_path(self.workdir, metric, self.run.total_steps)}\n"
+            f"evaluation   {evaluation}\n"
             f"metrics      {self.workdir / 'metrics.jsonl'}, and TensorBoard events beside it\n"
             f"checkpoints  {self.workdir / 'checkpoints'}"
         )

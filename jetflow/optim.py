@@ -78,28 +78,28 @@ def _scale_by_adam(
 ) -> optax.GradientTransformation:
     """`optax.scale_by_adam`, with the arithmetic of a narrow first moment spelled out.
 
-    b1·m is a product of two bfloat16s: b1 is rounded (0.9 to 0.8984), and so is the product. Inside
-    a compiled step XLA may leave the second rounding out, and does on some backends; Jet's training
-    then drifts from the published one by 2 % of the gradient's norm within ten steps.
+    b1·m is a product of two narrow numbers: b1 is rounded (0.9 to 0.8984 in bfloat16), and so is
+    the product. Inside a compiled step XLA may leave the second rounding out, as it does on the
+    CPU; the published recipe has it.
     """
     precision = jnp.finfo(mu_dtype)
     decay = float(jnp.asarray(b1, mu_dtype))
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
-    def update(gradients, state, params=None):
+    def update(updates, state, params=None):
         def first_moment(gradient, old):
             old = decay * old.astype(gradient.dtype)
             rounded = jax.lax.reduce_precision(old, precision.nexp, precision.nmant)
             return (1 - b1) * gradient + rounded
 
-        mu = jax.tree.map(first_moment, gradients, state.mu)
-        nu = optax.tree.update_moment_per_elem_norm(gradients, state.nu, b2, 2)
+        mu = jax.tree.map(first_moment, updates, state.mu)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
         count = optax.safe_increment(state.count)
-        updates = jax.tree.map(
+        scaled = jax.tree.map(
             lambda m, v: m / (jnp.sqrt(v) + eps),
             optax.tree.bias_correction(mu, b1, count),
             optax.tree.bias_correction(nu, b2, count),
         )
-        return updates, optax.ScaleByAdamState(count, optax.tree.cast(mu, mu_dtype), nu)
+        return scaled, optax.ScaleByAdamState(count, optax.tree.cast(mu, mu_dtype), nu)
 
     return optax.GradientTransformation(adam.init, update)

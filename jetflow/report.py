@@ -1,6 +1,7 @@
 """What a run leaves to look at: metrics (JSON lines, TensorBoard events), pictures, progress."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -48,7 +49,11 @@ class Reporter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and a TensorBoard scalar for each metric."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            self.say(f"step {step}: not finite: {', '.join(broken)}")
+        values = {name: None if name in broken else value for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         self._written |= {(step, name) for name in metrics}
         for name, value in metrics.items():

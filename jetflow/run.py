@@ -4,13 +4,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jetflow import optim, sharding
 from jetflow import state as states
+from jetflow import workdir as workdirs
+from jetflow.checkpoint import Checkpoints
 from jetflow.config import Config
 from jetflow.data import pipeline
 from jetflow.flows.build import build
@@ -54,9 +58,34 @@ class Run:
         return {**self.config.to_dict(), "resolved": resolved}
 
     def fresh_state(self) -> TrainState:
-        """The state before the first step, made where it is to lie."""
+        """The state before the first step, made where it is to lie.
+
+        Raises:
+            UsageError: if `config.train.init_from` is no run of this flow.
+        """
         shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state)
-        return jax.jit(_creation(self.config, self.trainer), out_shardings=shardings)()
+        state = jax.jit(_creation(self.config, self.trainer), out_shardings=shardings)()
+        return self._start_from(state) if self.config.train.init_from else state
+
+    def _start_from(self, state: TrainState) -> TrainState:
+        """The fresh state with the weights of another run, averaged ones where it has them."""
+        source = Path(self.config.train.init_from)
+        try:
+            same = {name: self.config.flow[name] for name in ("dtype", "remat")}
+            _, there, weights = workdirs.read_flow(source, **same)
+            if there != self.trainer.flow:
+                raise UsageError("it holds another flow; its config.json has the fields to set")
+            wanted = {
+                weights: self.abstract_state.params,
+                "collections": self.abstract_state.collections,
+            }
+            with Checkpoints(source / "checkpoints") as checkpoints:
+                restored, _ = checkpoints.restore(wanted)
+        except UsageError as error:
+            raise UsageError(f"config.train.init_from is {source}: {error}") from error
+        params = restored[weights]
+        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+        return state.replace(params=params, collections=restored["collections"], ema=ema)
 
 
 def set_up(config: Config, data_dir: str | None = None) -> Run:
@@ -171,7 +200,7 @@ _LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
         lambda value: value >= 1,
     ),
     "0 or more": (
-        ("train.seed", "train.eval_every", "train.sample_every", "optim.min_lr",
+        ("train.seed", "train.eval_every", "train.keep_every", "train.sample_every", "optim.min_lr",
          "optim.weight_decay", "optim.clip_norm", "eval.guidance"),
         lambda value: value >= 0,
     ),

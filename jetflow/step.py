@@ -100,8 +100,8 @@ def loss(
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Mean bits per dimension under a standard normal prior, and what is worth logging of it.
 
-    A learned prior variance is no part of the objective: it follows the latents (section 3.2 of
-    the TarFlow paper), see `_update_prior`.
+    A learned prior variance is no part of the objective: it follows the latents, as in
+    the published TarFlow, see `_update_prior`.
     """
     variables = {"params": params, **collections}
     (z, logdet), sown = flow.apply(variables, x, label, method="forward", mutable=["intermediates"])

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How a sampler pushes away from the unconditional prediction (TarFlow, section 3.4).
+    """How a sampler pushes away from the unconditional prediction (TarFlow, arXiv 2412.06329).
 
     With c the conditional and u the unconditional prediction of log-scale and shift, both become
     c + scale·(c − u).

@@ -40,18 +40,7 @@ def load_model(workdir: Path, step: int | None = None) -> Model:
     Raises:
         UsageError: if there is no run, no checkpoint, or none that is sound.
     """
-    config = read_config(workdir)
-    if config is None:
-        raise UsageError(
-            f"no run in {workdir} (it has no {CONFIG}); "
-            f"start one with `jetflow train --config … --workdir {workdir}`"
-        )
-    resolved = config["resolved"]
-    flow = build(
-        config["flow"],
-        image_shape=tuple(resolved["image_shape"]),
-        num_classes=resolved["num_classes"],
-    )
+    config, flow, weights = read_flow(workdir)
     image = jnp.zeros((1, *flow.image_shape))
     label = jnp.zeros((1,), jnp.int32) if flow.num_classes else None
     abstract = dict(jax.eval_shape(flow.init, jax.random.key(0), image, label))
@@ -61,11 +50,34 @@ def load_model(workdir: Path, step: int | None = None) -> Model:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
         abstract,
     )
-    weights = "ema" if config["train"]["ema_decay"] else "params"
     wanted = {weights: abstract.pop("params"), "collections": abstract}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         restored, step = checkpoints.restore(wanted, step)
     return Model(config, flow, {"params": restored[weights], **restored["collections"]}, step)
+
+
+def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Stack, str]:
+    """The config of a run, its flow, and the field of its checkpoints with the weights to use.
+
+    Args:
+        overrides: fields of `config.flow` to change.
+
+    Raises:
+        UsageError: if there is no run.
+    """
+    config = read_config(workdir)
+    if config is None:
+        raise UsageError(
+            f"no run in {workdir} (it has no {CONFIG}); "
+            f"start one with `jetflow train --config … --workdir {workdir}`"
+        )
+    resolved = config["resolved"]
+    flow = build(
+        config["flow"] | overrides,
+        image_shape=tuple(resolved["image_shape"]),
+        num_classes=resolved["num_classes"],
+    )
+    return config, flow, "ema" if config["train"]["ema_decay"] else "params"
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:

@@ -42,9 +42,10 @@ def tarflow(image_shape=(4, 4, 1), num_classes=0, **fields) -> Stack:
 FLOWS = {
     "jet, channel splits": lambda: jet(kinds=("channels",)),
     "jet, every spatial split": lambda: jet(kinds=("spatial",), num_couplings=6),
-    "jet, mixed splits, colour": lambda: jet((4, 4, 3), num_couplings=5),
+    "jet, mixed splits, deep nets, colour": lambda: jet(
+        (4, 4, 3), num_couplings=5, block_depth=2, scale_factor=1.5
+    ),
     "jet, classes": lambda: jet(num_classes=3),
-    "jet, two layers in a net": lambda: jet(block_depth=2, scale_factor=1.5),
     "jet, odd number of rows": lambda: jet((6, 4, 1), kinds=("spatial",), num_couplings=4),
     "tarflow, 1 block": lambda: tarflow(num_blocks=1),
     "tarflow, 3 blocks, colour": lambda: tarflow((4, 4, 3), num_blocks=3),

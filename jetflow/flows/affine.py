@@ -21,7 +21,7 @@ def widen(*arrays: Array) -> list[Array]:
 
 
 def normalise(x, log_scale, shift) -> TokensAndLogDet:
-    """z = (x − shift)·exp(−log_scale): the autoregressive map of TarFlow (Eq. 5)."""
+    """z = (x − shift)·exp(−log_scale): the autoregressive map of TarFlow."""
     x, log_scale, shift = widen(x, log_scale, shift)
     return (x - shift) * jnp.exp(-log_scale), -log_scale.sum((1, 2))
 
@@ -33,7 +33,7 @@ def denormalise(z, log_scale, shift) -> TokensAndLogDet:
 
 
 def squash(x, bias, gate, limit: float) -> TokensAndLogDet:
-    """y = (x + bias)·limit·sigmoid(gate): the coupling map of Jet (section 3).
+    """y = (x + bias)·limit·sigmoid(gate): the coupling map of Jet.
 
     The log-determinant of a dimension is less than log(limit).
     """

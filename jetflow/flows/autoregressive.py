@@ -23,7 +23,7 @@ class _Decoding(NamedTuple):
 
 
 class AutoregressiveBlock(nn.Module):
-    """z_i = (x_i − μ_i)·exp(−α_i), with (α_i, μ_i) predicted from the tokens before i (Eq. 5).
+    """z_i = (x_i − μ_i)·exp(−α_i), with (α_i, μ_i) predicted from the tokens before i.
 
     Attributes:
         token_shape: (T, D).
@@ -117,8 +117,9 @@ class AutoregressiveBlock(nn.Module):
 
     def _predict(self, x, label):
         """Log-scale and shift of every token: the net's outputs, shifted by one token."""
-        hidden = self.proj_in(x) + self._in_order(self.position[None]).astype(self.dtype)
-        hidden = hidden + self._class_token(label, x.shape[0])[:, None].astype(self.dtype)
+        # Summed before it is rounded to the net's dtype, as in `inverse`.
+        embedding = self._in_order(self.position[None]) + self._class_token(label, len(x))[:, None]
+        hidden = self.proj_in(x) + embedding.astype(self.dtype)
         out = self.proj_out(self.transformer(hidden))
         out = jnp.pad(out[:, :-1], ((0, 0), (1, 0), (0, 0)))
         return self._split(out)
@@ -145,7 +146,7 @@ class AutoregressiveBlock(nn.Module):
 
 
 def _guide(prediction: Float[Array, "P D"], strength, guided: bool) -> Float[Array, "P//2 D"]:
-    """c + g·(c − u) of the stacked conditional and unconditional predictions (Eq. 8)."""
+    """c + g·(c − u) of the stacked conditional and unconditional predictions."""
     conditional, unconditional = jnp.split(prediction, 2)
     if not guided:
         return conditional

@@ -40,7 +40,7 @@ def merge(
 
 
 class Coupling(nn.Module):
-    """One layer: y2 = (x2 + b)·m·σ(s) with (b, s) = net(x1); y1 = x1 (section 3)."""
+    """One layer: y2 = (x2 + b)·m·σ(s) with (b, s) = net(x1); y1 = x1."""
 
     net: Encoder
     scale_factor: float

@@ -63,9 +63,9 @@ def splits(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise UsageError(f"config.flow.kinds is {tuple(kinds)}; expected a sequence out of {KINDS}")
-    if "channels" in kinds and features % 2:
+    if features % 2:
         raise UsageError(
-            f"a channel split needs an even number of features per patch, but there are {features};"
+            f"a coupling needs an even number of features per patch, but there are {features};"
             " set config.flow.patch_size to an even number"
         )
     tokens = grid[0] * grid[1]

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jetflow.flows.affine import widen
 from jetflow.types import UsageError
 
 # Order of the features in a patch: row, column, colour (Jet); or colour, row, column (TarFlow).
@@ -49,10 +50,12 @@ class Pixels:
         return math.prod(self.grid), self.patch_size**2 * self.image_shape[2]
 
     def forward(self, x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B T D"], Array]:
+        (x,) = widen(x)
         tokens = self.patchify(x / self.scale - 1.0)
         return tokens, jnp.full(x.shape[0], -self._log_scale, tokens.dtype)
 
     def inverse(self, tokens: Float[Array, "B T D"]) -> tuple[Float[Array, "B H W C"], Array]:
+        (tokens,) = widen(tokens)
         x = (self.unpatchify(tokens) + 1.0) * self.scale
         return x, jnp.full(x.shape[0], self._log_scale, x.dtype)
 

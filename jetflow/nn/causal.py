@@ -1,4 +1,4 @@
-"""The causal transformer of TarFlow's blocks (arXiv 2412.06329, section 3.1), with a KV cache."""
+"""The causal transformer of TarFlow's blocks (arXiv 2412.06329), with a KV cache."""
 
 import jax.numpy as jnp
 from flax import linen as nn

@@ -1,4 +1,4 @@
-"""The bidirectional encoder of Jet's coupling layers (arXiv 2412.15129, section 3)."""
+"""The bidirectional encoder of Jet's coupling layers (arXiv 2412.15129)."""
 
 import jax.numpy as jnp
 from flax import linen as nn

@@ -25,6 +25,7 @@ def sample(
     temperature: float = 1.0,
     denoise: float = 0.0,
     noise: str = "uniform",
+    method: str = "cached",
     batch_size: int = 64,
 ) -> UInt8[np.ndarray, "N H W C"]:
     """`num` images.
@@ -37,10 +38,13 @@ def sample(
         denoise: σ of one score step after sampling, see `denoised`; 0 for none.
         noise: the kind of noise that the flow was trained with: values of a dequantised pixel
             lie above it, those of a noisy one around it.
+        method: how a TarFlow is inverted: "cached", token by token with a KV cache.
 
     Raises:
         UsageError: on a label out of range, or guidance that cannot guide.
     """
+    if method != "cached":
+        raise UsageError(f"method is {method!r}; expected 'cached'")
     pixels = sample_pixels(
         flow, variables, key, num=num, label=label, guidance=guidance,
         temperature=temperature, denoise=denoise, batch_size=batch_size,
@@ -93,7 +97,10 @@ def _sample_batch(
 def denoised(
     flow: Stack, variables, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None, std
 ) -> Float[Array, "B H W C"]:
-    """x + σ²·∇ₓ log p(x): the mean of the clean image given a noisy one (TarFlow, Eq. 7).
+    """x + σ²·∇ₓ log p(x): the mean of the clean image given a noisy one (Tweedie's formula).
+
+    p is the density that training maximises: its prior is standard normal, also where sampling
+    uses a learned variance.
 
     Args:
         x: pixel values.
@@ -148,10 +155,10 @@ def check_guidance(flow: Stack, guidance: Guidance | None) -> Guidance | None:
     if guidance.temperature <= 0:
         raise UsageError(f"attention temperature is {guidance.temperature}; expected more than 0")
     if not flow.guidable:
-        raise UsageError("guidance needs a TarFlow; Jet's couplings define none; leave it out")
+        raise UsageError("guidance needs a TarFlow, as Jet's couplings define none; set it to 0")
     if not flow.num_classes and guidance.temperature == 1:
         raise UsageError(
-            "guidance of a flow without labels needs an attention temperature other than 1 "
-            "(--attention_temperature), else both passes are the same"
+            "guidance of a flow without labels needs an attention temperature other than 1, else "
+            "both passes are the same; set attention_temperature, or guidance to 0"
         )
     return guidance

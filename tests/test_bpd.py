@@ -1,0 +1,142 @@
+"""Held-out bits per dimension: right on a known density, and a property of the example alone."""
+
+import math
+
+import flow_laws
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flow_laws import jit
+
+import jetflow
+from jetflow import noise, sharding
+from jetflow.data import Dataset
+from jetflow.evals import bpd
+from jetflow.noise import Noise, keys_by_example
+
+KEY = jax.random.key(3)
+IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (7, 4, 4, 1)), jnp.uint8)
+LABEL = jnp.array([0, 2, -1, 1, 1, -1, 0])
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return flow_laws.tarflow(num_classes=3, num_blocks=1, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def variables(flow):
+    return flow_laws.random_variables(flow, jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def identity():
+    """A flow whose density is known: pixel v becomes the latent v/127.5 − 1."""
+    flow = flow_laws.jet(dtype="float32", num_couplings=1)
+    init = jit(flow.init)
+    return flow, init(jax.random.key(0, impl="rbg"), jnp.zeros((1, 4, 4, 1)))
+
+
+def bits_of_identity(second_moment: float) -> float:
+    """E[−log2 p] of a latent with this second moment."""
+    return (0.5 * (second_moment + math.log(2 * math.pi)) + math.log(127.5)) / math.log(2)
+
+
+def test_value_by_hand(identity):
+    key = keys_by_example(KEY, jnp.arange(7))
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, (4, 4, 1)))(key)
+    z = (np.asarray(IMAGES, np.float64) + np.asarray(drawn)) / 127.5 - 1
+    expected = [bits_of_identity((one**2).mean()) for one in z]
+    actual = jetflow.bits_per_dim(*identity, IMAGES, None, KEY)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", [Noise("uniform"), Noise("gaussian", std=0.3)])
+def test_mean_on_a_known_density(identity, how):
+    """Against the expectation in closed form."""
+    image, count = jnp.full((1, 4, 4, 1), 40, jnp.uint8), 2000
+    offset, variance = (0.5, 1 / 12 / 127.5**2) if how.kind == "uniform" else (0.0, 0.3**2)
+    expected = bits_of_identity(((40 + offset) / 127.5 - 1) ** 2 + variance)
+    bits = jetflow.bits_per_dim(*identity, jnp.tile(image, (count, 1, 1, 1)), None, KEY, noise=how)
+    assert bits.std() > 0
+    assert abs(bits.mean() - expected) < 5 * bits.std() / math.sqrt(count) + 1e-6
+
+
+def does_not_depend_on_the_batch(flow, variables) -> None:
+    whole = jetflow.bits_per_dim(flow, variables, IMAGES, LABEL, KEY)
+    order = jnp.array([5, 2, 6, 0, 1, 3, 4])
+    shuffled = jetflow.bits_per_dim(
+        flow, variables, IMAGES[order], LABEL[order], KEY, index=order
+    )  # fmt: skip
+    np.testing.assert_allclose(shuffled, whole[order], rtol=1e-6)
+    for rows in (slice(0, 4), slice(3, 7)):
+        index = jnp.arange(7)[rows]
+        part = jetflow.bits_per_dim(
+            flow, variables, IMAGES[rows], LABEL[rows], KEY, index=index
+        )  # fmt: skip
+        np.testing.assert_allclose(part, whole[rows], rtol=1e-6)
+
+
+def test_does_not_depend_on_the_batch(flow, variables):
+    does_not_depend_on_the_batch(flow, variables)
+
+
+def test_bug_is_caught_noise_by_row(flow, variables, monkeypatch):
+    monkeypatch.setattr(
+        bpd, "keys_by_example", lambda key, index: keys_by_example(key, jnp.arange(len(index)))
+    )
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        does_not_depend_on_the_batch(flow, variables)
+    jax.clear_caches()
+
+
+def test_keys_and_labels_matter(flow, variables):
+    bits = jetflow.bits_per_dim(flow, variables, IMAGES, LABEL, KEY)
+    other_key = jetflow.bits_per_dim(flow, variables, IMAGES, LABEL, jax.random.key(4))
+    other_label = jetflow.bits_per_dim(flow, variables, IMAGES, (LABEL + 2) % 3, KEY)
+    no_label = jetflow.bits_per_dim(flow, variables, IMAGES, None, KEY)
+    assert (bits != other_key).all() and (bits != other_label).all()
+    np.testing.assert_allclose(no_label[LABEL == -1], bits[LABEL == -1], rtol=1e-6)
+    assert (no_label != bits)[LABEL != -1].all()
+
+
+# Over a split.
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    source = [
+        {"image": np.asarray(image), "label": int(label) % 3}
+        for image, label in zip(IMAGES, LABEL, strict=True)
+    ]
+    return Dataset("seven", "1.0.0", "test", (4, 4, 1), 3, source)
+
+
+def measure(flow, variables, dataset, **fields):
+    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    return bpd.measure(flow, variables, dataset, mesh=mesh, seed=2, **fields)
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_each_example_counts_once(flow, variables, dataset, batch_size):
+    """Whether the last batch is padded or not."""
+    key = noise.key_for(2, 0, noise.Purpose.EVALUATE)
+    expected = jetflow.bits_per_dim(flow, variables, IMAGES, LABEL % 3, key).mean()
+    measured = measure(flow, variables, dataset, batch_size=batch_size)
+    assert measured.mean == pytest.approx(float(expected), rel=1e-6)
+    assert math.isnan(measured.standard_error)
+
+
+def test_standard_error_is_over_the_draws(flow, variables, dataset):
+    keys = [noise.key_for(2, draw, noise.Purpose.EVALUATE) for draw in range(4)]
+    means = [jetflow.bits_per_dim(flow, variables, IMAGES, LABEL % 3, k).mean() for k in keys]
+    polls = []
+    measured = measure(
+        flow, variables, dataset, batch_size=4, draws=4, poll=lambda: polls.append(1)
+    )  # fmt: skip
+    assert len(polls) == 8
+    assert measured.draws == 4
+    assert measured.mean == pytest.approx(np.mean(means), rel=1e-6)
+    assert measured.standard_error == pytest.approx(np.std(means, ddof=1) / 2, rel=0.02)

@@ -1,0 +1,101 @@
+"""Nats and bits: the density is one over pixel values, and bits per dimension are of it."""
+
+import math
+
+import flow_laws
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flow_laws import jit
+from jax.scipy.stats import norm
+
+from jetflow import likelihood
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+RNG = np.random.default_rng(0)
+Z = RNG.standard_normal((3, 4, 2))
+LOGDET = np.array([1.0, -2.0, 30.0])
+VARIANCE = RNG.uniform(0.5, 2, (4, 2))
+
+
+def prior_nll(variance):
+    variance = variance if isinstance(variance, float) else jnp.asarray(variance)
+    return likelihood.prior_nll(jnp.asarray(Z), variance)
+
+
+@pytest.mark.parametrize("variance", [1.0, VARIANCE], ids=["standard", "learned"])
+def test_prior_is_a_normal_distribution(variance):
+    expected = -norm.logpdf(Z, scale=jnp.sqrt(variance)).sum((1, 2))
+    np.testing.assert_allclose(prior_nll(variance), expected, rtol=1e-12)
+
+
+def test_nll_is_by_the_change_of_variables():
+    nll = likelihood.nll(*map(jnp.asarray, (Z, LOGDET, VARIANCE)))
+    np.testing.assert_allclose(nll, prior_nll(VARIANCE) - LOGDET, rtol=1e-12)
+
+
+def test_bits_per_dim_by_hand():
+    """ln 4 nats an example of 8 dimensions are 2 bits, a quarter of a bit for each."""
+    bits = likelihood.bits_per_dim(jnp.full(3, math.log(4)), jnp.asarray(Z))
+    np.testing.assert_allclose(bits, [0.25] * 3, rtol=1e-12)
+
+
+def test_prior_variance_is_that_of_the_collection_or_one():
+    assert likelihood.prior_variance({"params": {}}) == 1.0
+    variance = jnp.asarray(VARIANCE)
+    assert likelihood.prior_variance({"prior": {"variance": variance}}) is variance
+
+
+# A density over the pixel values of two-pixel images, integrated over the plane.
+
+TWO_PIXELS = {
+    "jet": lambda: flow_laws.jet((1, 1, 2), patch_size=1, kinds=("channels",)),
+    "tarflow": lambda: flow_laws.tarflow((1, 2, 1), patch_size=1),
+    "volume preserving": lambda: flow_laws.tarflow(
+        (1, 2, 1), patch_size=1, volume_preserving=True, pixel_scale=127.5
+    ),
+}
+
+
+def density_integrates_to_one(kind: str) -> None:
+    flow = TWO_PIXELS[kind]()
+    variables = flow_laws.random_variables(flow)
+    if flow.learned_prior:
+        variables = variables | {"prior": {"variance": jnp.array([[0.5], [3.0]])}}
+    side = np.linspace(-1000, 1000, 251)
+    x = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, *flow.image_shape)
+
+    @jit
+    def density(x):
+        z, logdet = flow.apply(variables, x, method="forward")
+        return jnp.exp(-likelihood.nll(z, logdet, likelihood.prior_variance(variables)))
+
+    cell = (side[1] - side[0]) ** 2
+    np.testing.assert_allclose(density(x).sum() * cell, 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", TWO_PIXELS)
+def test_density_integrates_to_one(kind):
+    density_integrates_to_one(kind)
+
+
+def plus_logdet(z, logdet, variance):
+    return likelihood.prior_nll(z, variance) + logdet
+
+
+def without_normalisation_of_the_variance(z, variance):
+    return 0.5 * (z**2 / variance + math.log(2 * math.pi)).sum((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "wrong"),
+    [
+        ("jet", "nll", plus_logdet),
+        ("volume preserving", "prior_nll", without_normalisation_of_the_variance),
+    ],
+)
+def test_bug_is_caught(kind, name, wrong, monkeypatch):
+    monkeypatch.setattr(likelihood, name, wrong)
+    with pytest.raises(AssertionError):
+        density_integrates_to_one(kind)

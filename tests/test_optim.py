@@ -1,0 +1,103 @@
+"""The schedule, the two papers' weight-decay rules, the clipping: against updates by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jetflow import optim
+from jetflow.types import UsageError
+
+FIELDS = {"total_steps": 100, "lr": 1e-2, "min_lr": 1e-3, "warmup": 0.1, "b1": 0.9, "b2": 0.95}
+FIELDS |= {"eps": 1e-8, "weight_decay": 0.3, "decay_rule": "lr", "clip_norm": 0.0}
+FIELDS |= {"mu_dtype": "float32"}
+GRADIENTS = ({"a": 2.0, "b": -0.5}, {"a": -1.0, "b": 3.0}, {"a": 0.25, "b": 1.0})
+PARAMS = {"a": jnp.array(5.0), "b": jnp.array(-7.0)}
+
+
+def adam(**fields):
+    return optim.adam(**FIELDS | fields)
+
+
+@pytest.mark.parametrize("min_lr", [0.0, 1e-3])
+def test_schedule_rises_linearly_and_falls_as_a_cosine(min_lr):
+    _, schedule = adam(min_lr=min_lr)
+    values = np.array([schedule(step) for step in (0, 5, 10, 55, 100)])
+    mean = (1e-2 + min_lr) / 2
+    np.testing.assert_allclose(values, [min_lr, mean, 1e-2, mean, min_lr], rtol=1e-5, atol=1e-9)
+
+
+def test_schedule_without_warmup_starts_at_its_peak():
+    _, schedule = adam(warmup=0.0)
+    assert schedule(0) == pytest.approx(1e-2)
+
+
+def updates_follow_the_rule(rule: str) -> None:
+    """Three steps of Adam with decoupled decay, written out."""
+    tx, _ = adam(decay_rule=rule)
+    params, state = PARAMS, tx.init(PARAMS)
+    expected = {name: float(value) for name, value in PARAMS.items()}
+    mu, nu = dict.fromkeys(PARAMS, 0.0), dict.fromkeys(PARAMS, 0.0)
+    for step, gradient in enumerate(GRADIENTS):
+        updates, state = tx.update(jax.tree.map(jnp.array, gradient), state, params)
+        params = optax.apply_updates(params, updates)
+        lr = 1e-3 + (1e-2 - 1e-3) * step / 10
+        decay = {"lr": lr * 0.3, "schedule": lr / 1e-2 * 0.3}[rule]
+        for name, g in gradient.items():
+            mu[name] = 0.9 * mu[name] + 0.1 * g
+            nu[name] = 0.95 * nu[name] + 0.05 * g**2
+            direction = mu[name] / (1 - 0.9 ** (step + 1))
+            direction /= (nu[name] / (1 - 0.95 ** (step + 1))) ** 0.5 + 1e-8
+            expected[name] -= lr * direction + decay * expected[name]
+    for name in PARAMS:
+        assert abs(params[name] / float(PARAMS[name]) - 1) > 1e-4  # it moves
+        assert float(params[name]) == pytest.approx(expected[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", optim.DECAY_RULES)
+def test_updates_follow_the_rule(rule):
+    updates_follow_the_rule(rule)
+
+
+@pytest.mark.parametrize("rule", optim.DECAY_RULES)
+def test_bug_is_caught_rules_confused(rule, monkeypatch):
+    (other,) = set(optim.DECAY_RULES) - {rule}
+    real = optim.adam
+    monkeypatch.setattr(
+        optim, "adam", lambda **fields: real(**fields | {"decay_rule": other})
+    )  # fmt: skip
+    with pytest.raises(AssertionError):
+        updates_follow_the_rule(rule)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
+def test_gradient_is_clipped_by_its_global_norm(clip_norm):
+    """As Adam hides the gradient's scale, look at its first moment."""
+    tx, _ = adam(clip_norm=clip_norm)
+    _, state = tx.update({"a": jnp.array(3.0), "b": jnp.array(-4.0)}, tx.init(PARAMS), PARAMS)
+    scale = 0.5 / 5 if clip_norm == 0.5 else 1.0
+    mu = optax.tree.get(state, "mu")
+    assert float(mu["a"]) == pytest.approx(0.1 * 3 * scale, rel=1e-5)
+    assert float(mu["b"]) == pytest.approx(-0.1 * 4 * scale, rel=1e-5)
+
+
+def test_first_moment_is_kept_in_its_dtype():
+    tx, _ = adam(mu_dtype="bfloat16")
+    updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert optax.tree.get(state, "mu")["a"].dtype == jnp.bfloat16
+    assert optax.tree.get(state, "nu")["a"].dtype == updates["a"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"decay_rule": "none"}, "config.optim.decay_rule is 'none'; expected one of lr, schedule"),
+        ({"warmup": 1.5}, "config.optim.warmup is 1.5"),
+        ({"lr": 0.0}, "config.optim.lr is 0.0"),
+        ({"mu_dtype": "int8"}, "config.optim.mu_dtype is 'int8'"),
+    ],
+)
+def test_impossible_values_are_refused(fields, message):
+    with pytest.raises(UsageError, match=message):
+        adam(**fields)

@@ -1,0 +1,395 @@
+"""The published implementations' figures, in float32: forward, inverse, sampling, training."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from published import JETS, TARFLOWS, Case, case, settings_of, to_nhwc
+from test_planted_bugs import mean_logdet, without_shift_by_one_token
+
+from jetflow import optim
+from jetflow.flows import affine, pixels
+from jetflow.flows.autoregressive import AutoregressiveBlock
+from jetflow.nn import transformer
+from jetflow.noise import Noise
+from jetflow.sampling.ancestral import denoised
+from jetflow.state import TrainState
+from jetflow.step import Trainer
+from jetflow.types import Batch, Guidance
+
+LATENT = 1e-5  # of the largest entry
+SAMPLE = 1e-4  # in [-1, 1] units
+TRAINING = 1e-4  # relative
+
+both = pytest.mark.parametrize("name", TARFLOWS + JETS)
+tarflows = pytest.mark.parametrize("name", TARFLOWS)
+jets = pytest.mark.parametrize("name", JETS)
+
+
+def assert_close(actual, expected, relative: float) -> None:
+    """Within `relative` of the largest entry."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= relative * np.abs(expected).max()
+
+
+def assert_same_logdet(actual, expected) -> None:
+    """Within 1e-4 nats or 1e-5 of the value, whichever is larger."""
+    assert (np.abs(actual - expected) <= np.maximum(1e-4, 1e-5 * np.abs(expected))).all()
+
+
+# --- forward -------------------------------------------------------------------------------------
+
+
+def blocks_forward(found: Case, label) -> tuple[list[jax.Array], jax.Array]:
+    """What each block puts out, and the sum of their log-dets in nats, without the pixels' part.
+
+    That part, a constant in the thousands, would round the sum to 1e-4.
+    """
+
+    def run(flow, tokens):
+        outputs, total = [], 0.0
+        for block in flow.blocks:
+            tokens, logdet = block.forward(tokens, label)
+            outputs.append(tokens)
+            total = total + logdet
+        return outputs, total
+
+    tokens = found.flow.pixels.patchify(jnp.asarray(found.arrays["x"]))
+    return jax.jit(lambda tokens: found.flow.apply(found.variables, tokens, method=run))(tokens)
+
+
+def latents(found: Case) -> np.ndarray:
+    """The published latents as tokens."""
+    z = found.arrays["z"]
+    return np.asarray(found.flow.pixels.patchify(jnp.asarray(z))) if z.ndim == 4 else z
+
+
+def forward_is_as_published(found: Case) -> None:
+    outputs, logdet = blocks_forward(found, found.label)
+    assert_close(outputs[-1], latents(found), LATENT)
+    if "logdet_mean_per_example" in found.arrays:
+        assert_same_logdet(logdet, found.arrays["logdet_mean_per_example"] * found.size)
+        for index, output in enumerate(outputs):
+            assert_close(output, found.arrays[f"block_output_{index}"], LATENT)
+        loss = 0.5 * (outputs[-1] ** 2).mean() - (logdet / found.size).mean()
+        assert loss == pytest.approx(float(found.arrays["loss"]), rel=1e-5)
+    else:
+        assert_same_logdet(logdet, found.arrays["logdet_sum_per_example"])
+
+
+@both
+def test_forward(name):
+    forward_is_as_published(case(name))
+
+
+@pytest.mark.parametrize("name", ["cond", "spatial_only"])
+def test_forward_in_pixel_units(name):
+    """The same through the whole flow, from pixels on; the log-det with that of the pixels."""
+    found = case(name)
+    x = found.pixels(found.arrays["x"])
+    run = jax.jit(functools.partial(found.flow.apply, method="forward"))
+    z, logdet = run(found.variables, x, found.label)
+    assert_close(z, latents(found), LATENT)
+    if name in TARFLOWS:
+        expected = found.arrays["logdet_mean_per_example"] * found.size
+    else:
+        expected = found.arrays["logdet_sum_per_example"]
+    assert_same_logdet(logdet, expected - found.size * math.log(127.5))
+
+
+@pytest.mark.parametrize("kind", ["dropped", "no_label"])
+def test_forward_without_label(kind):
+    """A label of -1 and no label at all: the mean over the class embeddings."""
+    found = case("cond")
+    label = jnp.asarray(found.arrays["y_dropped"], jnp.int32) if kind == "dropped" else None
+    outputs, logdet = blocks_forward(found, label)
+    assert_close(outputs[-1], found.arrays[f"z_{kind}"], LATENT)
+    assert_same_logdet(logdet, found.arrays[f"logdet_{kind}"] * found.size)
+
+
+# --- samples -------------------------------------------------------------------------------------
+
+
+def inverse(found: Case, z, label, guidance: Guidance | None = None) -> tuple[Any, Any]:
+    """Images in [-1, 1] units, and the log-det."""
+    run = jax.jit(functools.partial(found.flow.apply, method="inverse"))
+    x, logdet = run(found.variables, z, label, guidance)
+    return np.asarray(x) / 127.5 - 1, logdet
+
+
+def prior_noise(found: Case) -> jax.Array:
+    if found.flow.learned_prior:
+        return found.arrays["noise"] * jnp.sqrt(found.variables["prior"]["variance"])
+    return jnp.asarray(found.arrays["noise"])
+
+
+@tarflows
+def test_sample(name):
+    found = case(name)
+    x, _ = inverse(found, prior_noise(found), found.label)
+    np.testing.assert_allclose(x, to_nhwc(found.arrays["sample"]), rtol=0, atol=SAMPLE)
+
+
+@jets
+def test_inverse(name):
+    found = case(name)
+    z = found.flow.pixels.patchify(jnp.asarray(found.arrays["noise"]))
+    x, _ = inverse(found, z, None)
+    np.testing.assert_allclose(x, found.arrays["sample"], rtol=0, atol=SAMPLE)
+    without_pixels = lambda flow, z: flow.blocks[0].inverse(z, None, None)[1]  # noqa: E731
+    logdet = jax.jit(lambda z: found.flow.apply(found.variables, z, method=without_pixels))(z)
+    assert_same_logdet(logdet, found.arrays["sample_logdet"])
+
+
+GUIDED = [(name, index) for name in TARFLOWS for index in range(len(settings_of(name)["guided"]))]
+
+
+@pytest.mark.parametrize(("name", "index"), GUIDED)
+def test_guided_sample(name, index):
+    found = case(name)
+    given = found.settings["guided"][index]
+    guidance = Guidance(
+        scale=given["guidance"],
+        what=given["guide_what"],
+        temperature=given.get("attn_temp", 1.0),
+        annealed=given.get("annealed_guidance", False),
+    )
+    x, _ = inverse(found, prior_noise(found), found.label, guidance)
+    expected = to_nhwc(found.arrays[f"sample_guided_{index}"])
+    np.testing.assert_allclose(x, expected, rtol=0, atol=SAMPLE)
+    assert np.abs(expected - to_nhwc(found.arrays["sample"])).max() > 100 * SAMPLE  # it guides
+
+
+@pytest.mark.parametrize("kind", ["dropped", "no_label"])
+def test_sample_without_label(kind):
+    """Sampling has the same null label as training: it undoes the published forward pass."""
+    found = case("cond")
+    label = jnp.asarray(found.arrays["y_dropped"], jnp.int32) if kind == "dropped" else None
+    x, _ = inverse(found, found.arrays[f"z_{kind}"], label)
+    np.testing.assert_allclose(x, found.arrays["x"], rtol=0, atol=SAMPLE)
+
+
+@tarflows
+def test_denoised(name):
+    found = case(name)
+    sample = found.pixels(to_nhwc(found.arrays["sample"]))
+    std = found.settings["denoise_noise_std"]
+    step = jax.jit(lambda x: denoised(found.flow, found.variables, x, found.label, std))
+    expected = to_nhwc(found.arrays["denoised"])
+    np.testing.assert_allclose(step(sample) / 127.5 - 1, expected, rtol=0, atol=SAMPLE)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(Noise):
+    """The noise is in the images already."""
+
+    def augment(self, image, label, **_):
+        return image, label
+
+
+class Trajectory(NamedTuple):
+    """Of each step the loss in bits per dim and the gradient norm; and the last state."""
+
+    bpd: np.ndarray
+    gradient_norm: np.ndarray
+    state: TrainState
+
+
+def optimizer(found: Case):
+    recipe = found.settings["train"]
+    common = {name: recipe[name] for name in ("total_steps", "lr", "eps")}
+    if found.name in JETS:
+        return optim.adam(
+            **common, min_lr=0.0, warmup=recipe["warmup_fraction"], b1=recipe["b1"],
+            b2=recipe["b2"], weight_decay=recipe["wd"], decay_rule="schedule",
+            clip_norm=recipe["grad_clip_norm"], mu_dtype=recipe["mu_dtype"],
+        )  # fmt: skip
+    b1, b2 = recipe["betas"]
+    return optim.adam(
+        **common, min_lr=recipe["min_lr"], warmup=recipe["warmup_steps"] / recipe["total_steps"],
+        b1=b1, b2=b2, weight_decay=recipe["weight_decay"], decay_rule="lr", clip_norm=0.0,
+        mu_dtype="float32",
+    )  # fmt: skip
+
+
+def training_images(found: Case) -> np.ndarray:
+    """Of each step a batch in pixel units, with its noise."""
+    arrays = found.arrays
+    if found.name in JETS:
+        return arrays["train_images_uint8"] + arrays["train_uniform"]
+    noisy = arrays["train_images"] + found.settings["train"]["noise_std"] * arrays["train_eps"]
+    return np.asarray((noisy + 1) * 127.5, np.float32)
+
+
+@functools.cache
+def training(name: str) -> Callable[[np.ndarray], Trajectory]:
+    """A function from the batches of a training to what it does."""
+    found = case(name)
+    tx, schedule = optimizer(found)
+    step = jax.jit(Trainer(found.flow, tx, schedule, Given(), seed=0).train_step)
+    variables = dict(found.variables)
+    params = variables.pop("params")
+    start = TrainState(jnp.int32(0), params, variables, tx.init(params), None)
+
+    def run(images: np.ndarray) -> Trajectory:
+        state, metrics = start, []
+        for index, batch in enumerate(images):
+            label = found.arrays.get("train_labels", np.full(images.shape[:2], -1))[index]
+            label = jnp.asarray(label, jnp.int32)
+            state, values = step(state, Batch(batch, label, np.arange(len(batch))))
+            metrics.append((float(values["bpd"]), float(values["gradient_norm"])))
+        return Trajectory(*np.array(metrics).T, state)
+
+    return run
+
+
+@functools.cache
+def trained(name: str) -> Trajectory:
+    return training(name)(training_images(case(name)))
+
+
+@tarflows
+def test_training_of_tarflow(name):
+    """In bits, the loss is that in nats plus constants, and the gradient 1/ln 2 times as long."""
+    found, run = case(name), trained(name)
+    constant = math.log(127.5) + 0.5 * math.log(2 * math.pi)
+    losses = run.bpd * math.log(2) - constant
+    np.testing.assert_allclose(losses, found.arrays["train_losses"], rtol=TRAINING)
+    norms = run.gradient_norm * math.log(2)
+    np.testing.assert_allclose(norms, found.arrays["train_grad_norms"], rtol=TRAINING)
+    kernel = np.asarray(run.state.params["blocks_0"]["proj_in"]["kernel"])
+    assert_close(kernel.T, found.arrays["train_final_proj_in_0"], TRAINING)
+    if found.flow.learned_prior:
+        variance = run.state.collections["prior"]["variance"]
+        assert_close(variance, found.arrays["train_final_var"], TRAINING)
+
+
+def test_first_moment_is_rounded_as_published():
+    """In bfloat16: b1, its product with the moment, and the sum, also where XLA compiles it."""
+    gradients = np.random.default_rng(0).standard_normal((3, 10_000)).astype(np.float32)
+    tx, _ = optim.adam(
+        total_steps=10, lr=1.0, min_lr=0.0, warmup=0.1, b1=0.9, b2=0.95, eps=1e-8,
+        weight_decay=0.0, decay_rule="lr", clip_norm=0.0, mu_dtype="bfloat16",
+    )  # fmt: skip
+    params = jnp.zeros(10_000)
+    state, update = tx.init(params), jax.jit(tx.update)
+    moment = np.zeros(10_000, jnp.bfloat16)
+    for gradient in gradients:
+        _, state = update(gradient, state, params)
+        decayed = np.asarray(0.9, jnp.bfloat16) * moment
+        assert decayed.dtype == jnp.bfloat16
+        exact = np.float32(0.1) * gradient + decayed.astype(np.float32)
+        moment = exact.astype(jnp.bfloat16)
+    different = optax.tree.get(state, "mu") != moment
+    assert different.mean() < 1e-3  # a product fused with its sum may fall on another side
+
+
+# Where rounding alone moves the published gradient norms of Jet by more than the tolerance.
+#
+# The published losses, norms and final tensors can be reproduced to the bit, with the published
+# operations in their order. When there the images alone are rounded differently, by 1 unit in the
+# last place, then the norm of step 8 moves by 3.6e-4, and one entry of the final kernel of `mixed`
+# by 1.05e-4 of the largest: a bfloat16 moment that falls on the other side of a tie. jetflow adds
+# up in another order. So these figures are known no better, on any machine but that one.
+ROUNDED = {("spatial_only", 8): 1e-3, ("spatial_only", 9): 3e-4}
+ROUNDED |= {("spatial_only", 10): 7e-4, ("spatial_only", 11): 3e-4}
+LARGEST_FLIP = 3e-4  # of an entry whose moment was rounded to the other side
+
+
+def training_of_jet_is_as_published(found: Case, run: Trajectory) -> None:
+    np.testing.assert_allclose(run.bpd, found.arrays["train_bits_per_dim"], rtol=TRAINING)
+    errors = np.abs(run.gradient_norm / found.arrays["train_grad_norms"] - 1)
+    for step, error in enumerate(errors):
+        assert error <= ROUNDED.get((found.name, step), TRAINING), f"step {step}"
+    kernel = run.state.params["blocks_0"]["layers"]["net"]["proj_in"]["kernel"]
+    expected = found.arrays["train_final_init_proj_kernel"]
+    errors = np.abs(kernel - expected) / np.abs(expected).max()
+    assert (errors > TRAINING).mean() < 1e-4
+    assert errors.max() <= LARGEST_FLIP
+
+
+@jets
+def test_training_of_jet(name):
+    training_of_jet_is_as_published(case(name), trained(name))
+
+
+@jets
+def test_rounding_of_the_images_moves_no_other_norm(name):
+    """The tolerances of `ROUNDED` are needed, and where there are none, none are."""
+    images = training_images(case(name))
+    rng = np.random.default_rng(0)
+    moved = []
+    for _ in range(6):
+        towards = rng.choice(np.array([0, 256], np.float32), images.shape)
+        other = training(name)(np.nextafter(images, towards))
+        moved.append(np.abs(other.gradient_norm / trained(name).gradient_norm - 1))
+    moved = np.max(moved, axis=0)
+    needed = {(name, step) for step, change in enumerate(moved) if change > TRAINING / 2}
+    assert needed <= set(ROUNDED)
+    assert name == "mixed" or moved[8] > TRAINING / 2
+
+
+# --- planted mistakes ----------------------------------------------------------------------------
+
+
+def other_feature_order(monkeypatch) -> None:
+    """(h, w, c) for (c, h, w), and the other way round."""
+    orders = pixels.FEATURE_ORDERS
+    for name, order in {"hwc": orders["chw"], "chw": orders["hwc"]}.items():
+        monkeypatch.setitem(orders, name, order)
+
+
+def mean_for_sum(monkeypatch) -> None:
+    for name in ("normalise", "squash"):
+        monkeypatch.setattr(affine, name, mean_logdet(getattr(affine, name)))
+
+
+def other_gelu(monkeypatch) -> None:
+    real = jax.nn.gelu
+    other = lambda x, approximate: real(x, approximate=not approximate)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "gelu", other)
+
+
+def other_epsilon(monkeypatch) -> None:
+    """1e-5 for 1e-6, and the other way round."""
+
+    def norm(self):
+        epsilon = {1e-5: 1e-6, 1e-6: 1e-5}[self.norm_epsilon]
+        return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, use_fast_variance=False)
+
+    monkeypatch.setattr(transformer.TransformerLayer, "_norm", norm)
+
+
+def no_shift(monkeypatch) -> None:
+    wrong = without_shift_by_one_token(AutoregressiveBlock._predict)
+    monkeypatch.setattr(AutoregressiveBlock, "_predict", wrong)
+
+
+@pytest.mark.parametrize("name", ["uncond", "spatial_only"])
+@pytest.mark.parametrize("plant", [other_feature_order, mean_for_sum, other_gelu, other_epsilon])
+def test_mistake_is_caught(plant, name, monkeypatch):
+    if plant is other_feature_order:
+        name = {"uncond": "cond", "spatial_only": "mixed"}[name]  # in colour
+    found = case(name)
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        forward_is_as_published(found)
+
+
+def test_missing_shift_by_one_token_is_caught(monkeypatch):
+    found = case("uncond")
+    no_shift(monkeypatch)
+    with pytest.raises(AssertionError):
+        forward_is_as_published(found)

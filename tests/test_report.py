@@ -1,0 +1,189 @@
+"""What a run leaves to look at, and what it says on a terminal and elsewhere."""
+
+import io
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jetflow import report
+from jetflow.evals.samples import rows_by_class, square_rows
+from jetflow.report import PADDING, SHORTEST_SIDE, Reporter, make_grid, read_metrics, save_png
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def screen(written: str) -> list[str]:
+    """The lines that a terminal shows after this: a carriage return goes back to overwrite."""
+    lines = []
+    for text in written.split("\n"):
+        line = ""
+        for part in text.split("\r"):
+            line = part + line[len(part) :]
+        lines.append(line.rstrip())
+    return lines
+
+
+def progress(reporter, step, *, log=False, value="bpd 3.500"):
+    reporter.progress(step, value, 16, log=log)
+
+
+def test_a_terminal_has_one_line_of_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Reporter(tmp_path, start_step=0, total_steps=1000) as reporter:
+        for step in (998, 999):
+            progress(reporter, step, value="bpd 12345.500")
+        progress(reporter, 1, value="bpd 3.5")  # shorter than the line before
+        assert len(screen(terminal.getvalue())) == 1
+        (line,) = screen(terminal.getvalue())
+        assert line.startswith("step 1/1000 (0%)  bpd 3.5  ") and line.count("ETA") == 1
+        reporter.say("held-out bpd 3.25")
+        progress(reporter, 1000, log=True)
+        held_out, line = screen(terminal.getvalue())
+        assert held_out == "held-out bpd 3.25"
+        assert line.startswith("step 1000/1000 (100%)  bpd 3.500  ")
+        assert line.endswith("ETA 0:00")
+    assert screen(terminal.getvalue()) == ["held-out bpd 3.25", ""]
+
+
+def test_elsewhere_lines_are_plain_and_few(tmp_path, capsys):
+    with Reporter(tmp_path, start_step=0, total_steps=10) as reporter:
+        for step in range(1, 11):
+            progress(reporter, step, log=step % 5 == 0)
+    written = capsys.readouterr().err
+    assert "\r" not in written
+    starts = [line.partition(" (")[0] for line in written.splitlines()]
+    assert starts == ["step 5/10", "step 10/10"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A function that lets seconds pass for the reporter."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def advance(seconds):
+        now[0] += seconds
+
+    return advance
+
+
+def test_speed_is_that_of_training(tmp_path, clock, capsys):
+    """Evaluations do not count; the line shows the average, the metrics the last stretch."""
+    with Reporter(tmp_path, start_step=100, total_steps=1000) as reporter:
+        clock(10)
+        assert reporter.images_per_second(120, 16) == pytest.approx(20 * 16 / 10)
+        with reporter.pause():
+            clock(1000)
+        clock(10)
+        progress(reporter, 160, log=True)
+        assert reporter.images_per_second(160, 16) == pytest.approx(40 * 16 / 10)
+    # 60 steps in 20 seconds, and 840 to go.
+    assert "  48 images/s  ETA 4:40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599.0, "59:59"), (90061.0, "25:01:01")]
+)
+def test_durations(seconds, text):
+    assert report._duration(seconds) == text
+
+
+def write(workdir, start_step, steps):
+    with Reporter(workdir, start_step=start_step, total_steps=9) as reporter:
+        for step in steps:
+            reporter.write(step, {"bpd": step / 2})
+
+
+def test_metrics_of_later_steps_are_dropped_on_resume(tmp_path):
+    write(tmp_path, 0, [1, 2, 3, 4])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "bp')  # cut short by a kill
+    with Reporter(tmp_path, start_step=2, total_steps=9) as reporter:
+        assert reporter.has(2, "bpd") and not reporter.has(2, "test_bpd")
+        assert not reporter.has(3, "bpd") and not reporter.has(5, "bpd")
+        reporter.write(3, {"bpd": 7.0, "test_bpd": 8.0})
+        assert reporter.has(3, "bpd") and reporter.has(3, "test_bpd")
+        # On disk at once, for a kill may come.
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert lines == [
+        {"step": 1, "bpd": 0.5},
+        {"step": 2, "bpd": 1.0},
+        {"step": 3, "bpd": 7.0, "test_bpd": 8.0},
+    ]
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines
+
+
+def test_no_metrics_yet(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def image(value: int, channels: int) -> np.ndarray:
+    return np.full((4, 6, channels), value, np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_holds_every_image_in_its_row(channels):
+    images = np.stack([image(value, channels) for value in (10, 20, 30)])
+    grid = make_grid(images, [2, 1])
+    height, width = 2 * (4 + PADDING) + PADDING, 2 * (6 + PADDING) + PADDING
+    factor = SHORTEST_SIDE // height
+    assert factor > 1
+    assert grid.shape == (height * factor, width * factor, 3)
+    small = grid[::factor, ::factor]
+    assert (grid == small.repeat(factor, axis=0).repeat(factor, axis=1)).all()
+    for value, (row, column) in zip((10, 20, 30), ((0, 0), (0, 1), (1, 0)), strict=True):
+        top, left = PADDING + row * (4 + PADDING), PADDING + column * (6 + PADDING)
+        assert (small[top : top + 4, left : left + 6] == value).all()
+        small[top : top + 4, left : left + 6] = 255
+    assert (small == 255).all()
+
+
+def test_colours_and_large_images_stay_as_they_are():
+    images = np.random.default_rng(0).integers(0, 256, (1, 600, 600, 3)).astype(np.uint8)
+    grid = make_grid(images, [1])
+    assert (grid[PADDING:-PADDING, PADDING:-PADDING] == images[0]).all()
+
+
+def test_a_grid_has_a_place_for_each_image():
+    with pytest.raises(ValueError):
+        make_grid(np.stack([image(0, 1)] * 3), [2])
+
+
+def test_pictures_are_written_whole(tmp_path, monkeypatch):
+    """A failed save leaves the old picture."""
+    path = tmp_path / "samples" / "grid.png"
+    picture = np.random.default_rng(0).integers(0, 256, (8, 5, 3)).astype(np.uint8)
+    save_png(path, picture)
+
+    def fail(self, file, format):
+        file.write_bytes(b"half of it")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", fail)
+        with pytest.raises(OSError):
+            save_png(path, picture[::-1])
+    with Image.open(path) as written:
+        assert (np.asarray(written) == picture).all()
+
+
+@pytest.mark.parametrize(
+    ("num", "num_classes", "rows"),
+    [(20, 10, [2] * 10), (13, 5, [3, 3, 3, 2, 2]), (3, 10, [1, 1, 1]), (7, 0, [3, 3, 1])],
+)
+def test_rows(num, num_classes, rows):
+    labels, counts = rows_by_class(num, num_classes)
+    assert counts == rows
+    if num_classes:
+        assert labels is not None
+        assert list(labels) == [label for label, count in enumerate(rows) for _ in range(count)]
+    else:
+        assert labels is None
+        assert counts == square_rows(num)

@@ -1,0 +1,202 @@
+"""The sampler: what an image depends on, the denoising step, rounding, and what is refused."""
+
+import functools
+
+import flow_laws
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flow_laws import jit
+
+import jetflow
+from jetflow import likelihood
+from jetflow.noise import keys_by_example
+from jetflow.sampling import ancestral
+from jetflow.sampling.ancestral import denoised, quantise, sample_pixels
+from jetflow.types import Guidance, UsageError
+
+KEY = jax.random.key(7)
+
+
+@functools.cache
+def setting(kind: str = "tarflow", num_classes: int = 3):
+    small = {"jet": {"num_couplings": 2}, "tarflow": {"num_blocks": 1}}[kind]
+    flow = getattr(flow_laws, kind)(num_classes=num_classes, dtype="float32", **small)
+    return flow, flow_laws.random_variables(flow, jnp.float32)
+
+
+def prior_noise(flow, num: int):
+    """The latents of images 0 to num − 1."""
+    keys = keys_by_example(KEY, jnp.arange(num))
+    return jax.vmap(lambda key: jax.random.normal(key, flow.latent_shape))(keys)
+
+
+def inverse(flow, variables, z, label=None):
+    return jit(functools.partial(flow.apply, method="inverse"))(variables, z, label)[0]
+
+
+# What image i depends on.
+
+
+def an_image_depends_on_its_number_alone(kind: str) -> None:
+    flow, variables = setting(kind)
+    label = np.array([0, 1, 2, -1, 1])
+    whole = jetflow.sample(flow, variables, KEY, num=5, label=label)
+    assert whole.shape == (5, 4, 4, 1)
+    assert whole.dtype == np.uint8
+    assert len(np.unique(whole, axis=0)) == 5
+    in_parts = jetflow.sample(flow, variables, KEY, num=5, label=label, batch_size=2)
+    np.testing.assert_array_equal(in_parts, whole)
+    fewer = jetflow.sample(flow, variables, KEY, num=3, label=label[:3], batch_size=2)
+    np.testing.assert_array_equal(fewer, whole[:3])
+
+
+@pytest.mark.parametrize("kind", ["jet", "tarflow"])
+def test_an_image_depends_on_its_number_alone(kind):
+    an_image_depends_on_its_number_alone(kind)
+
+
+def test_bug_is_caught_noise_of_the_batch(monkeypatch):
+    monkeypatch.setattr(
+        ancestral,
+        "keys_by_example",
+        lambda key, index: jax.random.split(jax.random.fold_in(key, index[0]), len(index)),
+    )
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        an_image_depends_on_its_number_alone("jet")
+    jax.clear_caches()
+
+
+def test_a_sample_is_the_inverse_of_prior_noise():
+    flow, variables = setting()
+    label = jnp.array([2, 2, 2])
+    z = prior_noise(flow, 3)
+    for temperature in (1.0, 0.5):
+        pixels = sample_pixels(flow, variables, KEY, num=3, label=2, temperature=temperature)
+        expected = inverse(flow, variables, temperature * z, label)
+        np.testing.assert_allclose(pixels, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_samples_have_the_learned_variance():
+    flow = flow_laws.tarflow(volume_preserving=True, num_blocks=1, dtype="float32")
+    variables = flow_laws.random_variables(flow, jnp.float32)
+    variance = jnp.asarray(np.random.default_rng(0).uniform(0.2, 3, flow.latent_shape), jnp.float32)
+    variables = variables | {"prior": {"variance": variance}}
+    expected = inverse(flow, variables, jnp.sqrt(variance) * prior_noise(flow, 3))
+    np.testing.assert_allclose(
+        sample_pixels(flow, variables, KEY, num=3), expected, atol=1e-3
+    )  # fmt: skip
+
+
+def test_labels_and_guidance_at_rest():
+    """One label for all is a label for each, −1 is none, guidance 0 is none."""
+    flow, variables = setting()
+    pixels = functools.partial(sample_pixels, flow, variables, KEY, num=3)
+    np.testing.assert_array_equal(pixels(label=1), pixels(label=np.array([1, 1, 1])))
+    np.testing.assert_allclose(pixels(label=-1), pixels(), atol=1e-3)
+    np.testing.assert_array_equal(pixels(label=1, guidance=Guidance(0.0)), pixels(label=1))
+    guided = pixels(label=1, guidance=Guidance(2.0))
+    assert np.abs(guided - pixels(label=1)).max() > 0.1
+
+
+def test_one_program_for_all_batches_and_strengths():
+    flow, variables = setting()
+    jax.clear_caches()
+    for scale, tau, temperature in ((1.0, 1.0, 1.0), (2.0, 0.7, 0.9)):
+        guidance = Guidance(scale, temperature=tau)
+        sample_pixels(
+            flow, variables, KEY, num=5, label=1, batch_size=2,
+            guidance=guidance, temperature=temperature,
+        )  # fmt: skip
+    assert ancestral._sample_batch._cache_size() == 1
+
+
+# Denoising.
+
+
+def follows_the_score(denoised) -> None:
+    """Against central differences of log p, at two σ."""
+    with jax.enable_x64(True):
+        flow = flow_laws.tarflow(num_classes=3, num_blocks=1)
+        variables = flow_laws.random_variables(flow)
+        x, label = flow_laws.random_images(flow, 1), jnp.array([2])
+
+        @jit
+        def log_prob(x):
+            label = jnp.full(len(x), 2)
+            return -likelihood.nll(*flow.apply(variables, x, label, method="forward"))
+
+        steps = 1e-3 * np.eye(x.size).reshape(-1, *flow.image_shape)
+        score = (log_prob(x + steps) - log_prob(x - steps)) / 2e-3
+        assert jnp.abs(score).max() > 1e-3
+        step = jit(functools.partial(denoised, flow))
+        for std in (0.05, 0.3):
+            moved = step(variables, x, label, std) - x
+            expected = (std * 128) ** 2 * score.reshape(x.shape)
+            np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_denoising_follows_the_score():
+    follows_the_score(denoised)
+
+
+@pytest.mark.parametrize("wrong", [jnp.sqrt, lambda std: std / 128], ids=["variance", "units"])
+def test_bug_is_caught_in_denoising(wrong):
+    with pytest.raises(AssertionError):
+        follows_the_score(
+            lambda flow, variables, x, label, std: denoised(flow, variables, x, label, wrong(std))
+        )
+
+
+def test_samples_are_denoised():
+    flow, variables = setting("tarflow", 0)
+    noisy = sample_pixels(flow, variables, KEY, num=3)
+    clean = sample_pixels(flow, variables, KEY, num=3, denoise=0.1)
+    expected = jit(functools.partial(denoised, flow))(variables, jnp.asarray(noisy), None, 0.1)
+    np.testing.assert_allclose(clean, expected, atol=1e-3)
+    assert np.abs(clean - noisy).max() > 0.1
+
+
+# Rounding.
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"), [("uniform", [0, 0, 0, 1, 254, 255, 255, 0]),
+                            ("gaussian", [0, 0, 1, 2, 255, 255, 255, 0])],
+)  # fmt: skip
+def test_values_are_rounded_as_the_noise_was_added(noise, expected):
+    pixels = np.array([-7.0, 0.2, 0.9, 1.7, 254.6, 255.9, 700.0, np.nan], np.float32)
+    actual = quantise(pixels.reshape(1, 2, 4, 1), noise)
+    assert actual.dtype == np.uint8
+    np.testing.assert_array_equal(actual.ravel(), expected)
+
+
+def test_dequantised_images_come_back():
+    image = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    u = np.random.default_rng(0).uniform(0, 0.999, image.shape).astype(np.float32)
+    np.testing.assert_array_equal(quantise(image + u, "uniform"), image)
+    np.testing.assert_array_equal(quantise(image + 0.4 * (2 * u - 1), "gaussian"), image)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_classes", "fields", "message"),
+    [
+        ("tarflow", 3, {"label": 3}, "label 3 is out of range; expected 0 to 2, or -1"),
+        ("tarflow", 3, {"label": -2}, "label -2 is out of range"),
+        ("tarflow", 3, {"label": np.array([0, 9])}, "label 9 is out of range"),
+        ("tarflow", 0, {"label": 1}, "this flow was trained without labels; leave it out"),
+        ("jet", 3, {"label": 1, "guidance": Guidance(1.0)}, "guidance needs a TarFlow"),
+        ("tarflow", 0, {"guidance": Guidance(1.0)}, "needs an attention temperature other than 1"),
+        ("tarflow", 3, {"guidance": Guidance(1.0, "c")}, "guide_what is 'c'; expected a"),
+        ("tarflow", 3, {"guidance": Guidance(1.0, temperature=0.0)}, "attention temperature is 0"),
+    ],
+)
+def test_impossible_wishes_are_refused(kind, num_classes, fields, message):
+    flow, variables = setting(kind, num_classes)
+    with pytest.raises(UsageError, match=message):
+        jetflow.sample(flow, variables, KEY, num=2, **fields)

@@ -1,0 +1,369 @@
+"""Training: stopped and resumed to the same bits, its length, and what it writes and says."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import signal
+import struct
+
+import numpy as np
+import pytest
+import tiny_runs
+from ml_collections import ConfigDict
+from PIL import Image
+from tensorboardX.proto import event_pb2
+from tiny_runs import FLOWS, STEPS, assert_same, remains
+
+from jetflow import loop, report, run
+from jetflow.report import read_metrics
+from jetflow.types import UsageError
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A signal that nobody handles fails the test and does not end pytest; none is left behind."""
+
+    def unhandled(number, _frame):
+        raise AssertionError(f"nobody handled signal {number}")
+
+    numbers = loop.StopSignal.SIGNALS
+    before = [signal.signal(number, unhandled) for number in numbers]
+    yield
+    after = [signal.signal(number, old) for number, old in zip(numbers, before, strict=True)]
+    assert after == [unhandled] * len(numbers), "training left its own handlers"
+
+
+def first_call(function, action):
+    """`function`, with `action` just before its first call."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        if not calls:
+            calls.append(args)
+            action()
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def at_compilation(patch, number):
+    batches = first_call(loop.Session._batches, lambda: tiny_runs.send(number))
+    patch.setattr(loop.Session, "_batches", batches)
+
+
+def after_step(step):
+    def plant(patch, number):
+        progress = report.Reporter.progress
+
+        def noticed(self, now, *args, **kwargs):
+            if now == step:
+                tiny_runs.send(number)
+            progress(self, now, *args, **kwargs)
+
+        patch.setattr(report.Reporter, "progress", noticed)
+
+    return plant
+
+
+def at_evaluation(patch, number):
+    patch.setattr(loop.bpd, "measure", first_call(loop.bpd.measure, lambda: tiny_runs.send(number)))
+
+
+def at_sampling(patch, number):
+    patch.setattr(loop, "sample", first_call(loop.sample, lambda: tiny_runs.send(number)))
+
+
+# When the signal comes, which one, and the step at which the run has then stopped. The metrics of
+# a step are read while the next one runs.
+INTERRUPTIONS = [
+    (at_compilation, signal.SIGTERM, 0),
+    (after_step(2), signal.SIGINT, 3),
+    (at_evaluation, signal.SIGTERM, 6),
+    (at_sampling, signal.SIGINT, 6),
+    (at_evaluation, signal.SIGTERM, 12),
+]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_interrupted_runs_end_the_same(name, trained, tmp_path, capsys):
+    expected = remains(trained(name))
+    assert expected.step == STEPS
+    interruptions = INTERRUPTIONS[1:3] if name == "volume preserving" else INTERRUPTIONS
+    for plant, number, step in interruptions:
+        with pytest.MonkeyPatch.context() as patch:
+            plant(patch, number)
+            capsys.readouterr()
+            assert tiny_runs.train(name, tmp_path) == 128 + number
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message == (
+            f"stopped at step {step} of {STEPS}, all saved in {tmp_path}: "
+            "run the same command again to go on"
+        )
+        stopped, _ = tiny_runs.read_state(tmp_path)
+        assert stopped == step
+    assert tiny_runs.train(name, tmp_path) == 0
+    assert f"steps {step} to {STEPS}" in capsys.readouterr().err
+    assert_same(remains(tmp_path), expected)
+
+
+def test_the_comparison_sees_a_difference(trained):
+    """Of another seed, a checkpoint of another step, and a single bit."""
+    expected = remains(trained("tarflow"))
+    path = next(path for path in expected.state if path.startswith("ema/"))
+    changed = expected.state[path].copy()
+    changed.view(np.uint8).reshape(-1)[0] ^= 1
+    for difference in (
+        {"state": expected.state | {path: changed}},
+        {"metrics": expected.metrics[:-1]},
+        {"pictures": {}},
+    ):
+        other = dataclasses.replace(expected, **difference)
+        with pytest.raises(AssertionError):
+            assert_same(other, expected)
+    fields = {path.partition("/")[0] for path in expected.state}
+    assert {"step", "params", "opt_state", "ema"} <= fields
+    averaged = expected.state["ema/" + path.removeprefix("ema/")]
+    assert (averaged != expected.state["params/" + path.removeprefix("ema/")]).any()
+
+
+def test_volume_preserving_runs_keep_their_prior(trained):
+    state = remains(trained("volume preserving")).state
+    (path,) = (path for path in state if path.startswith("collections/prior/"))
+    assert not np.allclose(state[path], 1.0)
+
+
+def test_a_killed_start_leaves_no_stale_metrics(trained, tmp_path, monkeypatch):
+    """A run that dies before its first checkpoint starts anew, and writes each line once."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Session, "_save", die)
+        with pytest.raises(Killed):
+            tiny_runs.train("tarflow", tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 4]
+    assert tiny_runs.train("tarflow", tmp_path) == 0
+    assert_same(remains(tmp_path), remains(trained("tarflow")))
+    assert_events_are_the_metrics(tmp_path)
+
+
+def test_a_finished_run_is_left_alone(trained, tmp_path, capsys):
+    shutil.copytree(trained("tarflow"), tmp_path, dirs_exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
+    assert tiny_runs.train("tarflow", tmp_path) == 0
+    assert f"done: step {STEPS}, held-out noised_bpd" in capsys.readouterr().err
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
+    assert after == before
+    assert_same(remains(tmp_path), remains(trained("tarflow")))
+
+
+def test_what_was_deleted_of_a_finished_run_is_made_again(trained, tmp_path):
+    shutil.copytree(trained("tarflow"), tmp_path, dirs_exist_ok=True)
+    expected = remains(tmp_path)
+    (tmp_path / "samples" / f"step_{STEPS:08d}.png").unlink()
+    (tmp_path / "evals" / f"noised_bpd-{STEPS:08d}.json").unlink()
+    assert tiny_runs.train("tarflow", tmp_path) == 0
+    made = remains(tmp_path)
+    assert (made.pictures, made.evaluations) == (expected.pictures, expected.evaluations)
+
+
+def test_a_damaged_checkpoint_costs_only_its_steps(trained, tmp_path, caplog):
+    shutil.copytree(trained("jet"), tmp_path, dirs_exist_ok=True)
+    files = (tmp_path / "checkpoints" / str(STEPS) / "state").rglob("*")
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with caplog.at_level("WARNING", logger="absl"):
+        assert tiny_runs.train("jet", tmp_path) == 0
+    assert f"checkpoint {STEPS}" in caplog.text and "damaged" in caplog.text
+    assert_same(remains(tmp_path), remains(trained("jet")))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_metrics(name, trained):
+    lines = read_metrics(trained(name) / "metrics.jsonl")
+    bpd = "noised_bpd" if name == "tarflow" else "bpd"  # which has gaussian noise
+    trains = [line for line in lines if bpd in line]
+    tests = [line for line in lines if f"test_{bpd}" in line]
+    assert [line["step"] for line in trains] == [1, 4, 8, 12]
+    assert [line["step"] for line in tests] == [6, 12]
+    assert len(trains) + len(tests) == len(lines)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+    blocks = 5 if name == "jet" else 2
+    fields = {"step", bpd, f"{bpd}_prior", f"{bpd}_logdet", "gradient_norm", "learning_rate"}
+    fields |= {"images_per_second", *(f"output_scale/{block:02d}" for block in range(blocks))}
+    fields |= {"logdet_cap_share"} if name == "jet" else set()
+    for line in trains:
+        assert line.keys() == fields
+        assert line[bpd] == pytest.approx(line[f"{bpd}_prior"] + line[f"{bpd}_logdet"], rel=1e-6)
+        assert line["images_per_second"] > 0
+        assert line["gradient_norm"] > 0
+    assert trains[-1][bpd] < trains[0][bpd]
+    assert trains[1]["learning_rate"] > trains[-1]["learning_rate"] > 0
+    if name == "jet":
+        # The identity at first: σ(0) = 1/2, which the factor 2 makes up for.
+        assert trains[0]["logdet_cap_share"] == pytest.approx(0, abs=1e-6)
+        assert 0 < trains[-1]["logdet_cap_share"] < 1
+
+
+def events(workdir):
+    """All TensorBoard events of a run: records of a length, its checksum, data, its checksum."""
+    for path in sorted(workdir.glob("events.*")):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            yield event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+
+
+def shown(workdir):
+    """What TensorBoard shows: (name, step, value), where a picture has no value.
+
+    A new session takes the place of what older ones wrote from its first step on.
+    """
+    points = []
+    for event in events(workdir):
+        if event.session_log.status == event_pb2.SessionLog.START:
+            points = [point for point in points if point[1] < event.step]
+        for value in event.summary.value:
+            number = None if value.HasField("image") else value.simple_value
+            points.append((value.tag, event.step, number))
+    return points
+
+
+def assert_events_are_the_metrics(workdir):
+    expected = {
+        (name, line["step"]): value
+        for line in read_metrics(workdir / "metrics.jsonl")
+        for name, value in line.items()
+        if name != "step"
+    }
+    points = shown(workdir)
+    scalars = {(name, step): value for name, step, value in points if value is not None}
+    assert scalars == pytest.approx(expected, rel=1e-6)
+    pictures = [(name, step) for name, step, value in points if value is None]
+    assert pictures == [("samples", 6), ("samples", STEPS)]
+    assert len(points) == len(scalars) + len(pictures)
+
+
+def test_tensorboard_events(trained):
+    assert_events_are_the_metrics(trained("jet"))
+
+
+def test_pictures_have_a_row_for_each_class(trained):
+    for step in (6, STEPS):
+        with Image.open(trained("tarflow") / "samples" / f"step_{step:08d}.png") as picture:
+            width, height = picture.size
+    rows, columns, cell, border = 10, 2, 8 + report.PADDING, report.PADDING
+    assert width * (rows * cell + border) == height * (columns * cell + border)
+    assert min(width, height) > report.SHORTEST_SIDE / 2
+
+
+def test_what_is_said(tmp_path, capsys):
+    """On no terminal: plain lines, each of which is there to stay."""
+    assert tiny_runs.train("tarflow", tmp_path) == 0
+    text = capsys.readouterr().err
+    assert "\r" not in text
+    lines = text.splitlines()
+    assert re.fullmatch(r"tarflow with [\d,]+ parameters on 1 x cpu", lines[0])
+    assert lines[1] == "train on digits 1.0.0 train: 1,500 images of 8x8x1, 10 classes"
+    assert lines[2] == "test on digits 1.0.0 test: 297 images of 8x8x1, 10 classes"
+    assert lines[3] == f"steps 0 to {STEPS} of 16 images each"
+    progress = [line for line in lines if re.match(r"step \d+/", line)]
+    pattern = r"step (\d+)/12 \(\d+%\)  noised_bpd \d\.\d{3}  [\d,]+ images/s  ETA \d:\d\d"
+    assert [int(re.fullmatch(pattern, line)[1]) for line in progress] == [1, 4, 8, 12]
+    held_out = [line for line in lines if "held-out noised_bpd" in line]
+    assert [line.partition(":")[0] for line in held_out] == ["step 6", "done"]
+    assert "1 noise draw)" in held_out[0] and "± " in held_out[1] and "2 noise" in held_out[1]
+    assert all("297 examples, checksum " in line for line in held_out)
+    assert text.count("not comparable with a bpd of dequantised images") == len(held_out)
+    last = dict(line.split(maxsplit=1) for line in lines[-4:])
+    assert list(last) == ["samples", "evaluation", "metrics", "checkpoints"]
+    for place in last.values():
+        assert tmp_path in [*loop.Path(place.partition(",")[0]).parents]
+        assert loop.Path(place.partition(",")[0]).exists()
+
+
+def test_the_workdir_knows_its_config(trained):
+    config = json.loads((trained("jet") / "config.json").read_text())
+    assert config["flow"]["num_couplings"] == 5
+    assert config["train"]["ema_decay"] == 0.9
+    resolved = config["resolved"]
+    assert (resolved["image_shape"], resolved["num_classes"]) == ([8, 8, 1], 10)
+    assert (resolved["total_steps"], resolved["data_version"]) == (STEPS, "1.0.0")
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"epochs": 1}, 94),  # 1,500 / 16 = 93.75
+        ({"epochs": 4}, 375),
+        ({"images": 160}, 10),
+        ({"images": 161}, 11),
+    ],
+)
+def test_length(length, steps):
+    none = {"steps": 0, "epochs": 0, "images": 0, "batch_size": 16}
+    assert run.count_steps(ConfigDict(none | length), 1500) == steps
+
+
+@pytest.mark.parametrize("length", [{}, {"steps": 1, "epochs": 1}, {"images": -1}])
+def test_no_length(length):
+    none = {"steps": 0, "epochs": 0, "images": 0, "batch_size": 16}
+    with pytest.raises(UsageError, match="expected exactly one of"):
+        run.count_steps(ConfigDict(none | length), 1500)
+
+
+def test_images_are_seen_in_the_order_of_the_seed(trained, tmp_path):
+    """The seed changes a run, and nothing else does: not how often it looks or saves."""
+    looks_less = {"train__eval_every": 0, "train__sample_every": 0, "train__checkpoint_every": 7}
+    assert tiny_runs.train("tarflow", tmp_path / "less", **looks_less) == 0
+    _, expected = tiny_runs.read_state(trained("tarflow"))
+    _, actual = tiny_runs.read_state(tmp_path / "less")
+    for path, array in expected.items():
+        assert array.tobytes() == actual[path].tobytes(), path
+
+
+PLAIN_SAMPLES = {"eval__guidance": 0.0, "eval__denoise": False}  # faster to compile
+
+
+def test_bfloat16(trained, tmp_path):
+    assert tiny_runs.train("tarflow", tmp_path, flow__dtype="bfloat16", **PLAIN_SAMPLES) == 0
+    for half, whole in zip(
+        read_metrics(tmp_path / "metrics.jsonl"),
+        read_metrics(trained("tarflow") / "metrics.jsonl"),
+        strict=True,
+    ):
+        assert half != whole
+        for name in set(half) - {"images_per_second"}:
+            assert half[name] == pytest.approx(whole[name], rel=0.02), name
+    _, state = tiny_runs.read_state(tmp_path)
+    assert all(np.isfinite(array.astype(np.float64)).all() for array in state.values())
+    assert {array.dtype for path, array in state.items() if path.startswith("params")} == {
+        np.dtype("float32")
+    }
+
+
+def test_four_devices(trained, tmp_path):
+    arguments = tiny_runs.arguments("tarflow", tmp_path, mesh__fsdp=2, **PLAIN_SAMPLES)
+    process = tiny_runs.start(arguments, JAX_NUM_CPU_DEVICES="4")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "on 4 x cpu" in said
+    actual = read_metrics(tmp_path / "metrics.jsonl")
+    expected = read_metrics(trained("tarflow") / "metrics.jsonl")
+    for several, one in zip(actual, expected, strict=True):
+        assert several.keys() == one.keys()
+        for name in set(one) - {"images_per_second"}:
+            assert several[name] == pytest.approx(one[name], rel=1e-5), name
