@@ -63,29 +63,32 @@ class Run:
         Raises:
             UsageError: if `config.train.init_from` is no run of this flow.
         """
+        weights = self._initial_weights() if self.config.train.init_from else None
         shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state)
         state = jax.jit(_creation(self.config, self.trainer), out_shardings=shardings)()
-        return self._start_from(state) if self.config.train.init_from else state
+        if weights is None:
+            return state
+        params, collections = weights
+        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+        return state.replace(params=params, collections=collections, ema=ema)
 
-    def _start_from(self, state: TrainState) -> TrainState:
-        """The fresh state with the weights of another run, averaged ones where it has them."""
+    def _initial_weights(self) -> tuple[Any, Any]:
+        """Parameters, averaged ones where there are any, and collections of another run."""
         source = Path(self.config.train.init_from)
+        same = {name: self.config.flow[name] for name in ("dtype", "remat")}
         try:
-            same = {name: self.config.flow[name] for name in ("dtype", "remat")}
-            _, there, weights = workdirs.read_flow(source, **same)
-            if there != self.trainer.flow:
-                raise UsageError("it holds another flow; its config.json has the fields to set")
-            wanted = {
-                weights: self.abstract_state.params,
-                "collections": self.abstract_state.collections,
-            }
+            _, flow, weights = workdirs.read_flow(source, **same)
+            if flow != self.trainer.flow:
+                raise UsageError(
+                    f"it holds another flow; take config.flow from its {workdirs.CONFIG}"
+                )
+            abstract = self.abstract_state
+            wanted = {weights: abstract.params, "collections": abstract.collections}
             with Checkpoints(source / "checkpoints") as checkpoints:
                 restored, _ = checkpoints.restore(wanted)
         except UsageError as error:
             raise UsageError(f"config.train.init_from is {source}: {error}") from error
-        params = restored[weights]
-        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-        return state.replace(params=params, collections=restored["collections"], ema=ema)
+        return restored[weights], restored["collections"]
 
 
 def set_up(config: Config, data_dir: str | None = None) -> Run:

@@ -162,7 +162,7 @@ BAD_FIELDS = {
         {"eval.guidance": 1},
         ["guidance of a flow without labels", "temperature other than 1"],
     ),
-    "guidance of Jet": ("jet", {"eval.guidance": 1}, ["guidance needs a TarFlow", "leave it out"]),
+    "guidance of Jet": ("jet", {"eval.guidance": 1}, ["guidance needs a TarFlow", "set it to 0"]),
     "denoising of uniform noise": (
         "jet",
         {"eval.denoise": True},
@@ -339,7 +339,7 @@ BAD_SAMPLES = {
     "guidance without labels": (
         "volume preserving",
         ["--guidance", 1],
-        "needs an attention temperature other than 1 (--attention_temperature)",
+        "needs an attention temperature other than 1",
     ),
     "guidance of Jet": ("jet", ["--guidance", 1], "guidance needs a TarFlow"),
     "guided by nothing": ("tarflow", ["--guidance", 1, "--guide_what", "c"], "'c'; expected a"),
@@ -606,5 +606,5 @@ def test_evaluation_does_not_depend_on_the_batch_size(evaluate):
 def test_evaluation_of_another_split_leaves_the_run_its_own(evaluate):
     _, results = evaluate("jet", "--split", "test[:20]", "--draws", 1)
     ((file, result),) = results.items()
-    assert file == "bpd-00000012-test_20.json"
+    assert file == "bpd-00000012-test%5B%3A20%5D-draws1-seed0.json"
     assert (result["data"]["split"], result["data"]["examples"]) == ("test[:20]", 20)

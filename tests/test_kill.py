@@ -96,26 +96,29 @@ def test_killed_runs_end_the_same(name, uninterrupted, tmp_path):
     assert_same(remains(tmp_path), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals(number, uninterrupted, tmp_path):
-    expected = uninterrupted("tarflow")
-    process = start("tarflow", tmp_path)
-    wait_for(lambda: last_logged(tmp_path) >= 1, process)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 128 + number, said
-    assert "Traceback" not in said
-    message = re.fullmatch(
-        rf"stopped at step (\d+) of {STEPS}, all saved in {re.escape(str(tmp_path))}: "
-        "run the same command again to go on",
-        said.splitlines()[-1],
-    )
-    assert message, said
-    step, _ = tiny_runs.read_state(tmp_path)
-    assert step == int(message[1]) < STEPS
+def test_signals(uninterrupted, tmp_path):
+    """SIGTERM, then Ctrl-C: each stops the run, and the same command goes on from there."""
+    start_step = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start("tarflow", tmp_path)
+        wait_for(lambda before=start_step: last_logged(tmp_path) > before, process)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 128 + number, said
+        assert "Traceback" not in said
+        assert f"steps {start_step} to {STEPS}" in said
+        message = re.fullmatch(
+            rf"stopped at step (\d+) of {STEPS}, all saved in {re.escape(str(tmp_path))}: "
+            "run the same command again to go on",
+            said.splitlines()[-1],
+        )
+        assert message, said
+        stopped, _ = tiny_runs.read_state(tmp_path)
+        assert start_step < stopped == int(message[1]) < STEPS
+        start_step = stopped
 
     process = start("tarflow", tmp_path)
     _, said = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, said
-    assert f"steps {step} to {STEPS}" in said
-    assert_same(remains(tmp_path), expected)
+    assert f"steps {start_step} to {STEPS}" in said
+    assert_same(remains(tmp_path), uninterrupted("tarflow"))

@@ -77,11 +77,11 @@ def at_sampling(patch, number):
     patch.setattr(loop, "sample", first_call(loop.sample, lambda: tiny_runs.send(number)))
 
 
-# When the signal comes, which one, and the step at which the run has then stopped. The metrics of
-# a step are read while the next one runs.
+# When the signal comes, which one, and the step at which the run has then stopped: the metrics of
+# a step are read while the next one runs. Those of step 4 are logged, and not yet read at the stop.
 INTERRUPTIONS = [
     (at_compilation, signal.SIGTERM, 0),
-    (after_step(2), signal.SIGINT, 3),
+    (after_step(3), signal.SIGINT, 4),
     (at_evaluation, signal.SIGTERM, 6),
     (at_sampling, signal.SIGINT, 6),
     (at_evaluation, signal.SIGTERM, 12),
@@ -159,7 +159,7 @@ def test_a_finished_run_is_left_alone(trained, tmp_path, capsys):
     shutil.copytree(trained("tarflow"), tmp_path, dirs_exist_ok=True)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
     assert tiny_runs.train("tarflow", tmp_path) == 0
-    assert f"done: step {STEPS}, held-out noised_bpd" in capsys.readouterr().err
+    assert f"done: step {STEPS}, held-out bpd" in capsys.readouterr().err
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
     assert after == before
     assert_same(remains(tmp_path), remains(trained("tarflow")))
@@ -194,9 +194,13 @@ def test_metrics(name, trained):
     bpd = "noised_bpd" if name == "tarflow" else "bpd"  # which has gaussian noise
     trains = [line for line in lines if bpd in line]
     tests = [line for line in lines if f"test_{bpd}" in line]
+    of_images = [line for line in lines if "test_bpd" in line]
     assert [line["step"] for line in trains] == [1, 4, 8, 12]
     assert [line["step"] for line in tests] == [6, 12]
-    assert len(trains) + len(tests) == len(lines)
+    assert of_images[-1]["step"] == STEPS  # of any noise, the end has the bpd of the images
+    noised = len(of_images) if name == "tarflow" else 0
+    assert len(trains) + len(tests) + noised == len(lines)
+    assert noised <= 1
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
     blocks = 5 if name == "jet" else 2
@@ -283,10 +287,12 @@ def test_what_is_said(tmp_path, capsys):
     pattern = r"step (\d+)/12 \(\d+%\)  noised_bpd \d\.\d{3}  [\d,]+ images/s  ETA \d:\d\d"
     assert [int(re.fullmatch(pattern, line)[1]) for line in progress] == [1, 4, 8, 12]
     held_out = [line for line in lines if "held-out noised_bpd" in line]
-    assert [line.partition(":")[0] for line in held_out] == ["step 6", "done"]
+    assert [line.partition(":")[0] for line in held_out] == ["step 6", "step 12"]
     assert "1 noise draw)" in held_out[0] and "± " in held_out[1] and "2 noise" in held_out[1]
     assert all("297 examples, checksum " in line for line in held_out)
     assert text.count("not comparable with a bpd of dequantised images") == len(held_out)
+    (done,) = [line for line in lines if line.startswith("done: step 12, held-out bpd ")]
+    assert "2 noise draws" in done
     last = dict(line.split(maxsplit=1) for line in lines[-4:])
     assert list(last) == ["samples", "evaluation", "metrics", "checkpoints"]
     for place in last.values():

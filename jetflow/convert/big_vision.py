@@ -28,7 +28,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = Path(path)
     try:
         tensors = _read_npz(path) if path.is_file() else _read_folder(_newest(path))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, UsageError):
             raise
         reason = " ".join(str(error).split())[:240]

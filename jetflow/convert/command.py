@@ -128,6 +128,7 @@ def _write(published: Published, out: Path, *, noise_std: float, data: str) -> N
             "flip": False,
         },
         "train": {"ema_decay": 0.0},
+        "eval": {"draws": 4},
         "resolved": {
             "image_shape": published.image_shape,
             "num_classes": published.num_classes,
