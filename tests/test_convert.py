@@ -17,7 +17,8 @@ from published import GOLDEN, JETS, case, jet_arguments, settings_of, tarflow_ar
 
 import jetflow
 from jetflow import cli, convert
-from jetflow.convert import big_vision, torch_file, torch_writer
+from jetflow.convert import big_vision, tables, torch_file, torch_writer
+from jetflow.convert.mapping import from_published
 from jetflow.flows import orders
 from jetflow.types import UsageError
 from jetflow.workdir import load_model
@@ -347,6 +348,14 @@ def test_names_of_jet_that_do_not_match_are_listed(tmp_path):
         convert.jet(tmp_path / "a.npz", **jet_arguments(settings_of("mixed")))
     assert "missing: couplings/dnn/vit/encoderblock_0/LayerNorm_1/bias" in str(error.value)
     assert "unknown: couplings/dnn/MultiHeadDotProductAttention_0/key/bias" in str(error.value)
+
+
+def test_variables_that_nothing_fills_are_listed():
+    tensors, variables = torch_file.read(PTH / "cond.pth"), case("cond").variables
+    more = {**variables, "params": {**variables["params"], "scale": np.zeros(3), "blocks_9": {}}}
+    more["extra"] = {"bias": np.zeros(3)}
+    with pytest.raises(UsageError, match="nothing fills: params/scale, extra/bias"):
+        from_published(tables.TARFLOW, tensors, more)
 
 
 @pytest.mark.parametrize(

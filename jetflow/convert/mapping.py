@@ -67,7 +67,7 @@ def from_published(table: Table, tensors: Tensors, abstract: Variables) -> Varia
         UsageError: if a tensor is left over, a variable is not filled, or something does not fit;
             the message lists all such names.
     """
-    variables = flatten_dict(abstract, sep="/")
+    variables: dict[str, Any] = flatten_dict(abstract, sep="/")  # type: ignore[assignment]
     sources = {path: list(_sources(table, path, leaf.shape)) for path, leaf in variables.items()}
     expected = {name for found in sources.values() for name, _, _ in found}
     constants = {name: _constant(table, name) for name in tensors if name not in expected}

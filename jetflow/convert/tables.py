@@ -8,7 +8,7 @@ from jetflow.convert.mapping import Layout, Row, Table
 def _orders(masks: np.ndarray) -> np.ndarray:
     """0/1 matrices [L, N, N], x_new = x·mask, to orders [L, N]; a zero matrix is no change."""
     size = masks.shape[-1]
-    used = masks.any((1, 2))
+    used = masks.max((1, 2)) > 0
     permutes = ((masks == 0) | (masks == 1)).all() and (masks[used].sum(1) == 1).all()
     if not permutes or not (masks[used].sum(2) == 1).all():
         raise ValueError("a split matrix is no permutation, with one 1 in each row and column")
@@ -23,7 +23,7 @@ HEADS_OUT = Layout(lambda a: a.reshape(*a.shape[:2], -1))  # [L, W, heads, H]
 HEADS_BIAS = Layout(lambda a: a.reshape(a.shape[0], -1))  # [L, heads, H]
 HEADS_IN = Layout(lambda a: a.reshape(a.shape[0], -1, a.shape[-1]))  # [L, heads, H, W]
 ORDERS = Layout(_orders)
-IS_SPLIT = Layout(lambda masks: masks.any((1, 2)))
+IS_SPLIT = Layout(lambda masks: masks.max((1, 2)) > 0)
 
 _BLOCK = "params/blocks_{block}/"
 _LAYERS = _BLOCK + "transformer/layers/"
