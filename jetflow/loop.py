@@ -15,7 +15,7 @@ from jetflow.checkpoint import Checkpoints
 from jetflow.data import pipeline
 from jetflow.evals import bpd, samples
 from jetflow.noise import Noise, Purpose, key_for
-from jetflow.report import Reporter, make_grid, save_png
+from jetflow.report import METRICS, Reporter, make_grid, save_png
 from jetflow.run import Run, guidance_of
 from jetflow.sampling.ancestral import sample
 from jetflow.state import TrainState
@@ -252,6 +252,6 @@ class Session:
             f"done: step {self.run.total_steps}, held-out {bpd.describe(result)}\n"
             f"samples      {self._picture(self.run.total_steps)}\n"
             f"evaluation   {evaluation}\n"
-            f"metrics      {self.workdir / 'metrics.jsonl'}, and TensorBoard events beside it\n"
+            f"metrics      {self.workdir / METRICS}, and TensorBoard events beside it\n"
             f"checkpoints  {self.workdir / 'checkpoints'}"
         )

@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+METRICS = "metrics.jsonl"
 PADDING = 2  # pixels between the images of a grid, before magnification
 SHORTEST_SIDE = 512  # pixels; smaller grids are magnified by a whole number
 
@@ -25,7 +26,7 @@ class Reporter:
     """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS
         self._written = _drop_after(self._path, start_step)
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=20)

@@ -1,14 +1,16 @@
 """What training carries from step to step, and what a checkpoint holds."""
 
+import functools
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Key
 
-from jetflow.flows.stack import Stack
 from jetflow.noise import Purpose, key_for
+from jetflow.types import Flow
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -33,15 +35,10 @@ class TrainState(flax.struct.PyTreeNode):
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
 
 
-def create(
-    flow: Stack, tx: optax.GradientTransformation, *, seed: int, use_ema: bool
-) -> TrainState:
+def create(flow: Flow, tx: optax.GradientTransformation, *, seed: int, use_ema: bool) -> TrainState:
     """The state before the first step. Pure, so that it can be traced for shapes and shardings."""
-    image = jnp.zeros((1, *flow.image_shape))
-    label = jnp.zeros((1,), jnp.int32) if flow.num_classes else None
-    variables = dict(flow.init(key_for(seed, 0, Purpose.INIT), image, label))
+    variables = _init(flow, key_for(seed, 0, Purpose.INIT))
     params = variables.pop("params")
-    variables.pop("intermediates", None)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -49,3 +46,16 @@ def create(
         opt_state=tx.init(params),
         ema=jax.tree.map(jnp.copy, params) if use_ema else None,
     )
+
+
+def abstract_variables(flow: Flow) -> dict[str, Any]:
+    """The shapes and types of a flow's variables."""
+    return jax.eval_shape(functools.partial(_init, flow), jax.random.key(0))
+
+
+def _init(flow: Flow, key: Key[Array, ""]) -> dict[str, Any]:
+    image = jnp.zeros((1, *flow.image_shape))
+    label = jnp.zeros((1,), jnp.int32) if flow.num_classes else None
+    variables = dict(flow.init(key, image, label))
+    variables.pop("intermediates", None)  # what the forward pass sows is no state
+    return variables

@@ -10,10 +10,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jetflow import likelihood
-from jetflow.flows.stack import Stack
 from jetflow.noise import Noise
 from jetflow.state import TrainState
-from jetflow.types import Batch
+from jetflow.types import Batch, Flow
 
 PRIOR_RATE = 0.1
 
@@ -33,7 +32,7 @@ class Trainer:
         ema_decay: of the moving average of the parameters; 0 for none.
     """
 
-    flow: Stack
+    flow: Flow
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     noise: Noise
@@ -48,7 +47,7 @@ class Trainer:
             batch.label,
             seed=self.seed,
             step=state.step,
-            pixel_scale=self.flow.pixels.scale,
+            pixel_scale=self.flow.pixel_scale,
         )
         return self.update(state, x, label)
 
@@ -96,7 +95,7 @@ class Trainer:
 
 
 def loss(
-    flow: Stack, params: Any, collections: Mapping[str, Any], x: Array, label: Array | None
+    flow: Flow, params: Any, collections: Mapping[str, Any], x: Array, label: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Mean bits per dimension under a standard normal prior, and what is worth logging of it.
 
@@ -110,13 +109,12 @@ def loss(
     metrics = {"bpd": prior + volume, "bpd_prior": prior, "bpd_logdet": volume}
     metrics |= _scales(sown["intermediates"])
     if flow.logdet_cap is not None:
-        _, pixels_logdet = flow.pixels.forward(x[:1])
-        metrics["logdet_cap_share"] = (logdet.mean() - pixels_logdet[0]) / flow.logdet_cap
+        metrics["logdet_cap_share"] = (logdet.mean() - flow.pixel_logdet) / flow.logdet_cap
     return metrics["bpd"], {"metrics": metrics, "square": jnp.mean(z**2, axis=0)}
 
 
 def eval_step(
-    flow: Stack,
+    flow: Flow,
     variables: Mapping[str, Any],
     x: Float[Array, "B H W C"],
     label: Int[Array, "B"] | None,

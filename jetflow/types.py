@@ -68,10 +68,44 @@ class Flow(Protocol):
 
     Every flow is a Flax linen module: `flow.apply(variables, x, label, method="forward")`.
     Preprocessing (rescaling, patches) is part of the map, and so of its log-determinant.
+
+    Attributes:
+        image_shape: (H, W, C).
+        latent_shape: (T, D).
+        num_classes: 0 for a flow without labels.
+        pixel_scale: pixel values per unit of what the blocks see.
+        pixel_logdet: the log-determinant of the preprocessing, in nats.
+        logdet_cap: the least upper bound of the blocks' log-determinant, in nats; None: unbounded.
+        guidable: whether the inverse takes guidance.
     """
 
-    image_shape: tuple[int, int, int]
     num_classes: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int]: ...
+
+    @property
+    def pixel_scale(self) -> float: ...
+
+    @property
+    def pixel_logdet(self) -> float: ...
+
+    @property
+    def logdet_cap(self) -> float | None: ...
+
+    @property
+    def guidable(self) -> bool: ...
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Variables, as of a linen module."""
+        ...
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call of a method, as of a linen module."""
+        ...
 
     def forward(
         self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jetflow import sharding
 from jetflow.checkpoint import Checkpoints
 from jetflow.flows.build import build
-from jetflow.flows.stack import Stack
-from jetflow.types import UsageError
+from jetflow.report import METRICS, read_metrics
+from jetflow.state import abstract_variables
+from jetflow.types import Flow, UsageError
 
 CONFIG = "config.json"
 
@@ -29,7 +29,7 @@ class Model:
     """
 
     config: dict[str, Any]
-    flow: Stack
+    flow: Flow
     variables: dict[str, Any]
     step: int
 
@@ -41,10 +41,7 @@ def load_model(workdir: Path, step: int | None = None) -> Model:
         UsageError: if there is no run, no checkpoint, or none that is sound.
     """
     config, flow, weights = read_flow(workdir)
-    image = jnp.zeros((1, *flow.image_shape))
-    label = jnp.zeros((1,), jnp.int32) if flow.num_classes else None
-    abstract = dict(jax.eval_shape(flow.init, jax.random.key(0), image, label))
-    abstract.pop("intermediates", None)
+    abstract = abstract_variables(flow)
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     abstract = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
@@ -56,7 +53,7 @@ def load_model(workdir: Path, step: int | None = None) -> Model:
     return Model(config, flow, {"params": restored[weights], **restored["collections"]}, step)
 
 
-def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Stack, str]:
+def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, str]:
     """The config of a run, its flow, and the field of its checkpoints with the weights to use.
 
     Args:
@@ -67,8 +64,11 @@ def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Stack, s
     """
     config = read_config(workdir)
     if config is None:
+        with Checkpoints(workdir / "checkpoints") as checkpoints:
+            config = checkpoints.restore_config() if checkpoints.latest() is not None else None
+    if config is None:
         raise UsageError(
-            f"no run in {workdir} (it has no {CONFIG}); "
+            f"no run in {workdir} (it has neither {CONFIG} nor checkpoints); "
             f"start one with `jetflow train --config … --workdir {workdir}`"
         )
     resolved = config["resolved"]
@@ -96,11 +96,11 @@ def claim(workdir: Path, config: dict[str, Any]) -> None:
 
     Raises:
         UsageError: if another run lives there (the message names the fields that differ), or it
-            cannot be written.
+            cannot be written. A run that never made a step is no run.
     """
     config = json.loads(json.dumps(config))
     existing = read_config(workdir)
-    if existing is None:
+    if existing is None or not _has_begun(workdir):
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(workdir / CONFIG, config)
@@ -137,6 +137,11 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def _has_begun(workdir: Path) -> bool:
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        return checkpoints.latest() is not None or bool(read_metrics(workdir / METRICS))
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:

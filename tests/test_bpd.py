@@ -11,9 +11,11 @@ from flow_laws import jit
 
 import jetflow
 from jetflow import noise, sharding
-from jetflow.data import Dataset
+from jetflow.data.pipeline import Dataset
 from jetflow.evals import bpd
+from jetflow.flows.labels import check_labels
 from jetflow.noise import Noise, keys_by_example
+from jetflow.types import UsageError
 
 KEY = jax.random.key(3)
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (7, 4, 4, 1)), jnp.uint8)
@@ -90,6 +92,14 @@ def test_bug_is_caught_noise_by_row(flow, variables, monkeypatch):
     with pytest.raises(AssertionError):
         does_not_depend_on_the_batch(flow, variables)
     jax.clear_caches()
+
+
+def test_impossible_labels_are_refused(flow, variables):
+    with pytest.raises(UsageError, match="label 3 is out of range; expected 0 to 2"):
+        jetflow.bits_per_dim(flow, variables, IMAGES[:3], jnp.array([0, 1, 3]), KEY)
+    for label in (np.zeros(2, int), np.zeros(3)):
+        with pytest.raises(UsageError, match="expected one integer, or 3"):
+            check_labels(flow, label, 3)
 
 
 def test_keys_and_labels_matter(flow, variables):

@@ -11,7 +11,8 @@ import pytest
 import tiny_runs
 from PIL import Image
 
-from jetflow import cli, data
+from jetflow import cli
+from jetflow.data import pipeline
 from jetflow.report import make_grid
 
 pytestmark = pytest.mark.usefixtures("compilation_cache", "digits")
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("compilation_cache", "digits")
 @pytest.fixture(scope="module")
 def digits(data_dir):
     """Prepared, so that no test is the first and sees the line that says so."""
-    return data.load("digits", "test")
+    return pipeline.load("digits", "test")
 
 
 def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
@@ -317,6 +318,18 @@ def test_workdir_of_another_config(refused, trained):
     assert "config.flow.kind" in message or "more" in message
 
 
+def test_a_run_that_made_no_step_gives_way(trained, tmp_path):
+    shutil.copy(trained("tarflow") / "config.json", tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    assert tiny_runs.train("tarflow", tmp_path, optim__lr=0.5, train__steps=1) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr"] == 0.5
+
+
+def test_a_lost_config_is_found_in_the_checkpoints(trained, tmp_path):
+    shutil.copytree(trained("tarflow") / "checkpoints", tmp_path / "checkpoints")
+    assert cli.main(["evaluate", "--workdir", str(tmp_path), "--draws=1"]) == 0
+
+
 def test_unreadable_config_of_a_run(refused, trained, tmp_path):
     (tmp_path / "config.json").write_text('{"flow": ')
     for arguments in (tiny_runs.arguments("tarflow", tmp_path), ["sample", "--workdir", tmp_path]):
@@ -437,8 +450,8 @@ def test_a_process_says_it_in_one_line():
 def test_help(arguments, capsys):
     assert cli.main(arguments) == (0 if arguments else 2)
     text = capsys.readouterr().out
-    for name, command in cli.COMMANDS.items():
-        assert f"  {name} " in text and command.summary in text
+    for name, summary in cli.SUMMARIES.items():
+        assert f"  {name} " in text and summary in text
 
 
 @pytest.mark.parametrize(
@@ -455,7 +468,7 @@ def test_help_of_commands(name, flags, asked, capsys):
     assert cli.main([name, asked]) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    assert cli.COMMANDS[name].usage in said.out
+    assert cli.load(name).USAGE in said.out
     for flag in flags:
         assert f"\n  --{flag}: " in said.out
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits, load_sample_images
 
-from jetflow.data import Dataset, eval_batches, load, pipeline, train_batches
+from jetflow.data import pipeline
 from jetflow.data.builders import Digits, photos
+from jetflow.data.pipeline import Dataset, eval_batches, load, train_batches
 from jetflow.types import Batch, UsageError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -301,7 +302,7 @@ def test_no_padding_where_none_is_needed():
 
 def test_a_run_may_stop_between_batches(digits, data_dir):
     program = (
-        "import sys; from jetflow.data import load, train_batches\n"
+        "import sys; from jetflow.data.pipeline import load, train_batches\n"
         "dataset = load('digits', 'train')\n"
         "for batch in train_batches(dataset, batch_size=64, seed=0): break\n"
         "assert not {'tensorflow', 'sklearn'} & set(sys.modules), 'not needed for reading'\n"

@@ -22,7 +22,9 @@ FLOORS = (
     ("evals",),
     ("run", "workdir"),
     ("loop", "plan", "bench"),
-    ("convert", "cli"),
+    ("convert",),
+    ("commands",),
+    ("cli",),
 )
 MATHEMATICS = {name for floor in FLOORS[:6] for name in floor} - {"config"}
 

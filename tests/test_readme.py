@@ -35,9 +35,10 @@ def test_commands_parse(monkeypatch):
         if part.strip().startswith("jetflow ")
     ]
     assert len(commands) >= 5
-    for command in commands:
-        name, *arguments = shlex.split(command)[1:]
+    for line in commands:
+        name, *arguments = shlex.split(line)[1:]
         values = flags.FlagValues()
-        cli.COMMANDS[name].define(values, [name, *arguments])
+        command = cli.load(name)
+        command.define(values, [name, *arguments])
         rest = config.parse(values, [name, *arguments])
-        assert len(rest) == len(cli.COMMANDS[name].arguments), command
+        assert len(rest) == len(command.ARGUMENTS), line

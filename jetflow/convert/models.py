@@ -5,8 +5,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jetflow.convert import big_vision, tables, torch_file, torch_writer
@@ -15,7 +13,8 @@ from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.flows.build import build
 from jetflow.flows.pixels import Pixels
 from jetflow.flows.stack import Stack
-from jetflow.types import UsageError
+from jetflow.state import abstract_variables
+from jetflow.types import Flow, UsageError
 
 
 class Published(NamedTuple):
@@ -103,13 +102,15 @@ def jet(
     return published.flow, published.variables
 
 
-def to_tarflow(path: str | os.PathLike, flow: Stack, variables: Variables) -> None:
+def to_tarflow(path: str | os.PathLike, flow: Flow, variables: Variables) -> None:
     """Write a TarFlow as a state dict of apple/ml-tarflow, which `torch.load` reads.
 
     Raises:
         UsageError: if the flow is no TarFlow.
     """
-    if not all(isinstance(block, AutoregressiveBlock) for block in flow.blocks):
+    if not isinstance(flow, Stack) or not all(
+        isinstance(block, AutoregressiveBlock) for block in flow.blocks
+    ):
         raise UsageError("only a TarFlow can be written as a .pth of apple/ml-tarflow")
     tensors = to_published(tables.TARFLOW, variables)
     tokens, _ = flow.latent_shape
@@ -185,14 +186,9 @@ def read_jet(
 
 def _published(path, table, tensors, section, image_shape, num_classes) -> Published:
     published = Published(section, image_shape, num_classes, {})
-    flow = published.flow
-    label = jnp.zeros((1,), jnp.int32) if num_classes else None
-    abstract = dict(
-        jax.eval_shape(flow.init, jax.random.key(0), jnp.zeros((1, *image_shape)), label)
-    )
-    abstract.pop("intermediates", None)
+    wanted = abstract_variables(published.flow)
     try:
-        return published._replace(variables=from_published(table, tensors, abstract))
+        return published._replace(variables=from_published(table, tensors, wanted))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
 

@@ -13,16 +13,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jetflow.data import pipeline
-from jetflow.flows.stack import Stack
+from jetflow.flows.labels import check_labels
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
 from jetflow.sharding import put_batch
 from jetflow.step import eval_step
+from jetflow.types import Flow
 
 UNIFORM = Noise("uniform")
 
 
 def bits_per_dim(
-    flow: Stack,
+    flow: Flow,
     variables: Any,
     images: UInt8[Array, "B H W C"],
     label: Int[Array, "B"] | None,
@@ -41,14 +42,18 @@ def bits_per_dim(
         images: pixel values 0..255.
         label: None or -1 for none.
         key: of the draw; row i uses it with `index[i]`, by default i.
+
+    Raises:
+        UsageError: on a label that the flow does not have.
     """
     index = jnp.arange(images.shape[0]) if index is None else index
+    label = check_labels(flow, label, images.shape[0])
     return _bits_per_dim(flow, noise, variables, images, label, key, index)
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "noise"))
 def _bits_per_dim(flow, noise, variables, images, label, key, index):
-    x = noise.add_by_example(images, keys_by_example(key, index), flow.pixels.scale)
+    x = noise.add_by_example(images, keys_by_example(key, index), flow.pixel_scale)
     return eval_step(flow, variables, x, label)
 
 
@@ -68,7 +73,7 @@ class Likelihood:
 
 
 def measure(
-    flow: Stack,
+    flow: Flow,
     variables: Any,
     dataset: pipeline.Dataset,
     *,
@@ -99,9 +104,7 @@ def measure(
         ):
             batch = put_batch(batch, mesh)
             label = batch.label if flow.num_classes else None
-            values = bits_per_dim(
-                flow, variables, batch.image, label, key, index=batch.index, noise=noise
-            )
+            values = _bits_per_dim(flow, noise, variables, batch.image, label, key, batch.index)
             gathered = multihost_utils.process_allgather((values, batch.index), tiled=True)
             bits.append(gathered[0])
             seen.append(gathered[1])

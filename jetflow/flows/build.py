@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jetflow.flows.autoregressive import AutoregressiveBlock
@@ -44,7 +45,7 @@ def jet(
         block_depth=block_depth,
         num_heads=num_heads,
         num_classes=num_classes,
-        dtype=_one_of("dtype", dtype, DTYPES),
+        dtype=_dtype(dtype),
         remat=_policy(remat),
     )
     return Stack(pixels, (couplings,), num_classes)
@@ -91,7 +92,7 @@ def tarflow(
             num_classes=num_classes,
             backward=index % 2 == 1,
             volume_preserving=volume_preserving,
-            dtype=_one_of("dtype", dtype, DTYPES),
+            dtype=_dtype(dtype),
             remat=_policy(remat),
         )
         for index, depth in enumerate(depths)
@@ -132,6 +133,13 @@ def _one_of(field: str, value: Any, choices: Mapping[str, Any]) -> Any:
     if value not in choices:
         raise UsageError(f"config.flow.{field} is {value!r}; expected one of {', '.join(choices)}")
     return choices[value]
+
+
+def _dtype(name: str) -> jnp.dtype:
+    dtype = _one_of("dtype", name, DTYPES)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise UsageError(f"config.flow.dtype is {name!r}, which needs JAX_ENABLE_X64=1; set it")
+    return dtype
 
 
 def _policy(name: str) -> str:

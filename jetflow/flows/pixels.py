@@ -52,16 +52,17 @@ class Pixels:
     def forward(self, x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B T D"], Array]:
         (x,) = widen(x)
         tokens = self.patchify(x / self.scale - 1.0)
-        return tokens, jnp.full(x.shape[0], -self._log_scale, tokens.dtype)
+        return tokens, jnp.full(x.shape[0], self.logdet, tokens.dtype)
 
     def inverse(self, tokens: Float[Array, "B T D"]) -> tuple[Float[Array, "B H W C"], Array]:
         (tokens,) = widen(tokens)
         x = (self.unpatchify(tokens) + 1.0) * self.scale
-        return x, jnp.full(x.shape[0], self._log_scale, x.dtype)
+        return x, jnp.full(x.shape[0], -self.logdet, x.dtype)
 
     @property
-    def _log_scale(self) -> float:
-        return math.prod(self.image_shape) * math.log(self.scale)
+    def logdet(self) -> float:
+        """Of `forward`, in nats."""
+        return -math.prod(self.image_shape) * math.log(self.scale)
 
     def patchify(self, x: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
         rows, columns = self.grid

@@ -40,6 +40,15 @@ class Stack(nn.Module):
         return self.pixels.token_shape
 
     @property
+    def pixel_scale(self) -> float:
+        return self.pixels.scale
+
+    @property
+    def pixel_logdet(self) -> float:
+        """In nats, the same for every image."""
+        return self.pixels.logdet
+
+    @property
     def guidable(self) -> bool:
         """Whether the inverse takes guidance."""
         return self.logdet_cap is None

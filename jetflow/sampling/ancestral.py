@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jetflow import likelihood
-from jetflow.flows.stack import Stack
+from jetflow.flows.labels import check_labels
 from jetflow.noise import keys_by_example
-from jetflow.types import AnyArray, Guidance, UsageError
+from jetflow.types import AnyArray, Flow, Guidance, UsageError
 
 
 def sample(
-    flow: Stack,
+    flow: Flow,
     variables,
     key: Key[Array, ""],
     *,
@@ -53,7 +53,7 @@ def sample(
 
 
 def sample_pixels(
-    flow: Stack,
+    flow: Flow,
     variables,
     key: Key[Array, ""],
     *,
@@ -95,7 +95,7 @@ def _sample_batch(
 
 
 def denoised(
-    flow: Stack, variables, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None, std
+    flow: Flow, variables, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None, std
 ) -> Float[Array, "B H W C"]:
     """x + σ²·∇ₓ log p(x): the mean of the clean image given a noisy one (Tweedie's formula).
 
@@ -111,7 +111,7 @@ def denoised(
         z, logdet = cast(Any, flow.apply(variables, x, label, method="forward"))
         return -likelihood.nll(z, logdet).sum()
 
-    return x + (std * flow.pixels.scale) ** 2 * jax.grad(log_prob)(x)
+    return x + (std * flow.pixel_scale) ** 2 * jax.grad(log_prob)(x)
 
 
 def quantise(pixels: Float[np.ndarray, "N H W C"], noise: str) -> UInt8[np.ndarray, "N H W C"]:
@@ -120,27 +120,7 @@ def quantise(pixels: Float[np.ndarray, "N H W C"], noise: str) -> UInt8[np.ndarr
     return np.nan_to_num(np.clip(whole, 0, 255)).astype(np.uint8)
 
 
-def check_labels(flow: Stack, label, num: int) -> Int[Array, "N"] | None:
-    """Labels as int32 [N], or None.
-
-    Raises:
-        UsageError: if the flow has no labels, or not this one.
-    """
-    if label is None:
-        return None
-    labels = np.broadcast_to(np.asarray(label, np.int32), (num,))
-    if not flow.num_classes:
-        raise UsageError("label given, but this flow was trained without labels; leave it out")
-    wrong = labels[(labels < -1) | (labels >= flow.num_classes)]
-    if wrong.size:
-        raise UsageError(
-            f"label {wrong[0]} is out of range; expected 0 to {flow.num_classes - 1}, "
-            "or -1 for no label"
-        )
-    return jnp.asarray(labels)
-
-
-def check_guidance(flow: Stack, guidance: Guidance | None) -> Guidance | None:
+def check_guidance(flow: Flow, guidance: Guidance | None) -> Guidance | None:
     """The guidance, or None where its strength is zero.
 
     Raises:

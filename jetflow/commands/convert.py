@@ -14,6 +14,8 @@ from jetflow.convert.models import Published
 from jetflow.types import UsageError
 from jetflow.workdir import CONFIG, load_model, read_config, write_json
 
+USAGE = "jetflow convert tarflow SRC.pth --out runs/tar --image_size 64 --channels 3 --patch_size 2"
+ARGUMENTS = ("MODEL", "SRC")
 MODELS = ("tarflow", "jet")
 NEEDED = {
     "tarflow": {"image_size": "64", "channels": "3", "patch_size": "2"},

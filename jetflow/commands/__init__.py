@@ -1,0 +1,57 @@
+"""The commands of `jetflow`, a file each, and the flags that they share.
+
+A command's file has `USAGE`, an example; `ARGUMENTS`, the names of what is no flag;
+`define(values, argv)`, which adds its flags; and `run(values, *arguments)`, which does the work and
+returns the exit status.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from jetflow.types import UsageError
+
+
+def definer(values: flags.FlagValues) -> Callable[..., None]:
+    """`define(kind, name, default, text, …)`, which adds a flag to `values`."""
+
+    def define(kind: Callable, name: str, default: Any, text: str, **options) -> None:
+        kind(name, default, text, flag_values=values, **options)
+
+    return define
+
+
+def define_workdir(values: flags.FlagValues) -> None:
+    definer(values)(flags.DEFINE_string, "workdir", None, "the folder of the run")
+
+
+def define_data_dir(values: flags.FlagValues) -> None:
+    text = "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
+    definer(values)(flags.DEFINE_string, "data_dir", None, text)
+
+
+def define_step(values: flags.FlagValues) -> None:
+    definer(values)(flags.DEFINE_integer, "step", None, "of the checkpoint; default: the newest")
+
+
+def required(values: flags.FlagValues, name: str, example: str) -> Any:
+    """The value of a flag that has no default.
+
+    Raises:
+        UsageError: if it was not given.
+    """
+    if values[name].value is None:
+        raise UsageError(f"--{name} is missing; expected --{name} {example}")
+    return values[name].value
+
+
+def check_writable(flag: str, path: str | None) -> None:
+    """Raise a UsageError if a file cannot be written there: before the work, not after it."""
+    if path is None:
+        return
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if Path(path).is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"--{flag} {path} cannot be written; give the path of a new file")

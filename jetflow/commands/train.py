@@ -1,0 +1,27 @@
+"""`jetflow train`: a flow from a config file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from jetflow import commands, config, loop
+from jetflow.run import set_up
+
+USAGE = (
+    "jetflow train --config configs/digits_tarflow.py --workdir runs/digits"
+    " --config.train.steps=1000"
+)
+ARGUMENTS = ()
+
+
+def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    config.define(values, argv)
+    commands.define_workdir(values)
+    commands.define_data_dir(values)
+
+
+def run(values: flags.FlagValues) -> int:
+    experiment = commands.required(values, "config", "configs/NAME.py")
+    workdir = Path(commands.required(values, "workdir", "runs/NAME"))
+    return loop.train(set_up(experiment, values.data_dir), workdir)
