@@ -7,6 +7,7 @@ log-likelihoods are in nats, summed over an example, and at least float32.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -60,6 +61,30 @@ class Guidance:
     what: str = "ab"
     temperature: Any = 1.0
     annealed: bool = False
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("tolerance",),
+    meta_fields=("window", "cache_dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How a block of a TarFlow is inverted.
+
+    Its tokens x are the fixed point of x = z·exp(α(x)) + μ(x), where token i depends on those
+    before it alone. A sweep evaluates a window of tokens at once, from guesses of those before.
+
+    Attributes:
+        window: tokens a sweep; 1 decodes token by token.
+        tolerance: a guess is taken for right if a sweep changes it by no more, in units of the
+            block's tokens; 0 gives what token by token gives, to rounding.
+        cache_dtype: of cached keys and values, "bfloat16" say; None for that of the net.
+    """
+
+    window: int = 1
+    tolerance: Any = 0.0  # a float, but an array where a function of it is traced
+    cache_dtype: str | None = None
 
 
 @runtime_checkable
@@ -118,6 +143,11 @@ class Flow(Protocol):
         z: Float[Array, "B T D"],
         label: Int[Array, "B"] | None = None,
         guidance: Guidance | None = None,
+        decoding: Sequence[Decoding] | None = None,
     ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
-        """Latent to image, and log |det ∂x/∂z| in nats: the log-det of this map."""
+        """Latent to image, and log |det ∂x/∂z| in nats: the log-det of this map.
+
+        Args:
+            decoding: of each block; default: token by token.
+        """
         ...

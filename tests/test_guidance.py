@@ -167,8 +167,8 @@ def annealed_from_zero(real):
 @pytest.mark.parametrize(
     ("name", "owner", "function", "bug"),
     [
-        ("annealed", transformer, "attend_one", temperature_inverted),
-        ("annealed", transformer, "attend_one", temperature_on_both_passes),
+        ("annealed", transformer, "attend_cached", temperature_inverted),
+        ("annealed", transformer, "attend_cached", temperature_on_both_passes),
         ("both", autoregressive, "_guide", from_the_unconditional),
         ("a", autoregressive, "_guide", guides_what_it_should_not),
         ("annealed", autoregressive, "_guide", annealed_from_zero),

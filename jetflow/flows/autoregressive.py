@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -9,17 +10,36 @@ from jaxtyping import Array, Float, Int
 from jetflow.flows import affine
 from jetflow.nn.causal import CausalTransformer, fan_in_uniform
 from jetflow.nn.transformer import KVCache, at_least_float32, uniform_init
-from jetflow.types import Guidance
+from jetflow.types import Decoding, Guidance
 
 EMBEDDING_INIT = nn.initializers.normal(stddev=1e-2)
 
 
-class _Decoding(NamedTuple):
-    """The carry of the sampling loop: the last decoded token, the caches, and the log-det."""
+class _Given(NamedTuple):
+    """What the decoding of all tokens is given; P rows are B, or with guidance twice as many."""
+
+    position: Float[Array, "N W"]  # embeddings in decoding order, and zeros past the end
+    condition: Float[Array, "P W"]
+    temperature: Float[Array, "P"]
+
+
+class _Sequence(NamedTuple):
+    """The carry of sequential decoding: the last token, the caches, and the log-det."""
 
     token: Float[Array, "B D"]
     cache: KVCache
     logdet: Float[Array, "B"]
+
+
+class _Window(NamedTuple):
+    """The carry of windowed decoding: tokens before `done` are final, those after are guesses."""
+
+    done: Int[Array, ""]
+    tokens: Float[Array, "B N D"]
+    cache: KVCache
+    logdet: Float[Array, "B"]
+    sweeps: Int[Array, ""]
+    residual: Float[Array, ""]
 
 
 class AutoregressiveBlock(nn.Module):
@@ -75,45 +95,116 @@ class AutoregressiveBlock(nn.Module):
         self.sow("intermediates", "output_scale", jnp.sqrt(jnp.mean(z**2)))
         return self._in_order(z), logdet
 
-    def inverse(self, z: Float[Array, "B T D"], label, guidance: Guidance | None):
-        """Token by token with a KV cache, in one scan of T − 1 steps.
+    def inverse(
+        self,
+        z: Float[Array, "B T D"],
+        label: Int[Array, "B"] | None,
+        guidance: Guidance | None,
+        decoding: Decoding | None = None,
+    ):
+        """Token by token, or a window of tokens at a time, against a KV cache.
 
         With guidance the conditional and the unconditional pass are two halves of one batch.
         """
+        decoding = decoding or Decoding()
         (z,) = affine.widen(self._in_order(z))
+        decode = self._sequentially if decoding.window == 1 else self._by_windows
+        x, logdet, sweeps, residual = decode(z, label, guidance, decoding)
+        x = self._in_order(x)
+        for name, value in (("sweeps", sweeps), ("residual", residual), ("tokens", x)):
+            self.sow("intermediates", name, value)
+        return x, logdet
+
+    def _sequentially(self, z, label, guidance, decoding):
+        """T − 1 steps, each of one token."""
         batch, tokens, _ = z.shape
-        passes = 1 if guidance is None else 2
-        conditioning = self._class_token(label, batch)
-        temperature = jnp.ones(batch)
+        given = self._given(label, batch, guidance, 0)
+        cache = self.transformer.empty_cache(len(given.condition), tokens, decoding.cache_dtype)
+
+        def body(block: AutoregressiveBlock, carry: _Sequence, inputs):
+            index, next_z = inputs
+            last = carry.token[:, None]
+            log_scale, shift, cache = block._extend(last, index, carry.cache, given, guidance)
+            token, logdet = affine.denormalise(next_z[:, None], log_scale, shift)
+            return _Sequence(token[:, 0], cache, carry.logdet + logdet), token[:, 0]
+
+        # Token 0 has no past: its shift and log-scale are zero.
+        carry = _Sequence(z[:, 0], cache, jnp.zeros(batch, z.dtype))
+        scanned = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
+        inputs = (jnp.arange(tokens - 1), z[:, 1:].swapaxes(0, 1))
+        carry, rest = scanned(self, carry, inputs)
+        x = jnp.concatenate([z[:, :1], rest.swapaxes(0, 1)], axis=1)
+        return x, carry.logdet, jnp.array(tokens - 1), jnp.zeros((), z.dtype)
+
+    def _by_windows(self, z, label, guidance, decoding):
+        """Gauss–Seidel–Jacobi: sweep a window of guesses, keep the leading ones that came true.
+
+        A token follows from those before it. So the first token of the window is right after one
+        sweep, and each one further as long as the guesses before it did not change by more than
+        the tolerance. The window then starts behind them.
+        """
+        batch, tokens, _ = z.shape
+        width = min(decoding.window, tokens - 1)
+        ahead = jnp.arange(width)
+        given = self._given(label, batch, guidance, width)
+        z = jnp.pad(z, ((0, 0), (0, width), (0, 0)))
+
+        def unfinished(block: AutoregressiveBlock, carry: _Window):
+            return carry.done < tokens
+
+        def sweep(block: AutoregressiveBlock, carry: _Window):
+            before = _window(carry.tokens, carry.done - 1, width)
+            log_scale, shift, cache = block._extend(
+                before, carry.done - 1, carry.cache, given, guidance
+            )
+            found, _ = affine.denormalise(_window(z, carry.done, width), log_scale, shift)
+            change = jnp.abs(found - _window(carry.tokens, carry.done, width)).max((0, 2))
+            agreed = jnp.cumprod(change <= decoding.tolerance)
+            count = jnp.minimum(1 + agreed[:-1].sum(), tokens - carry.done)
+            kept = jnp.where((ahead < count)[:, None], log_scale, 0.0)
+            return _Window(
+                carry.done + count,
+                jax.lax.dynamic_update_slice_in_dim(carry.tokens, found, carry.done, axis=1),
+                cache,
+                carry.logdet + kept.sum((1, 2)),
+                carry.sweeps + 1,
+                jnp.maximum(carry.residual, jnp.where(ahead < count - 1, change, 0.0).max()),
+            )
+
+        cache = self.transformer.empty_cache(
+            len(given.condition), tokens + width, decoding.cache_dtype
+        )
+        zero = jnp.zeros((), z.dtype)
+        first = _Window(jnp.array(1), z, cache, jnp.zeros(batch, z.dtype), jnp.array(0), zero)
+        last = nn.while_loop(unfinished, sweep, self, first, split_rngs={"params": False})
+        return last.tokens[:, :tokens], last.logdet, last.sweeps, last.residual
+
+    def _given(self, label, batch: int, guidance: Guidance | None, padding: int) -> _Given:
+        condition, temperature = self._class_token(label, batch), jnp.ones(batch)
         if guidance is not None:
-            null = self._class_token(None, batch)
-            conditioning = jnp.concatenate([conditioning, null])
+            condition = jnp.concatenate([condition, self._class_token(None, batch)])
             temperature = jnp.concatenate(
                 [temperature, jnp.full(batch, guidance.temperature, temperature.dtype)]
             )
-        embedding = self._in_order(self.position[None])[0]
+        position = jnp.pad(self._in_order(self.position[None])[0], ((0, padding), (0, 0)))
+        return _Given(position, condition, temperature)
 
-        def body(block: AutoregressiveBlock, carry: _Decoding, inputs):
-            index, position, next_z = inputs
-            hidden = block.proj_in(jnp.tile(carry.token, (passes, 1)))
-            hidden = hidden + (position + conditioning).astype(hidden.dtype)
-            hidden, cache = block.transformer.step(hidden, carry.cache, index, temperature)
-            log_scale, shift = block._split(block.proj_out(hidden))
-            if guidance is not None:
-                strength = guidance.scale * ((index + 1) / (tokens - 1) if guidance.annealed else 1)
-                log_scale = _guide(log_scale, strength, "a" in guidance.what)
-                shift = _guide(shift, strength, "b" in guidance.what)
-            token, logdet = affine.denormalise(next_z[:, None], log_scale[:, None], shift[:, None])
-            return _Decoding(token[:, 0], cache, carry.logdet + logdet), token[:, 0]
-
-        # Token 0 has no past: its shift and log-scale are zero.
-        cache = self.transformer.empty_cache(passes * batch, tokens)
-        carry = _Decoding(z[:, 0], cache, jnp.zeros(batch, z.dtype))
-        scanned = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
-        inputs = (jnp.arange(tokens - 1), embedding[:-1], z[:, 1:].swapaxes(0, 1))
-        carry, rest = scanned(self, carry, inputs)
-        x = jnp.concatenate([z[:, :1], rest.swapaxes(0, 1)], axis=1)
-        return self._in_order(x), carry.logdet
+    def _extend(self, x: Float[Array, "B S D"], start, cache: KVCache, given: _Given, guidance):
+        """Log-scale and shift of the tokens after each of x, which are the tokens from `start`."""
+        batch, size, _ = x.shape
+        position = jax.lax.dynamic_slice_in_dim(given.position, start, size)
+        hidden = self.proj_in(jnp.tile(x, (len(given.condition) // batch, 1, 1)))
+        hidden = hidden + (position + given.condition[:, None]).astype(hidden.dtype)
+        hidden, cache = self.transformer.extend(hidden, cache, start, given.temperature)
+        log_scale, shift = self._split(self.proj_out(hidden))
+        if guidance is not None:
+            strength = guidance.scale
+            if guidance.annealed:
+                index = start + jnp.arange(size)[:, None]
+                strength = strength * ((index + 1) / (self.token_shape[0] - 1))
+            log_scale = _guide(log_scale, strength, "a" in guidance.what)
+            shift = _guide(shift, strength, "b" in guidance.what)
+        return log_scale, shift, cache
 
     def _predict(self, x, label):
         """Log-scale and shift of every token: the net's outputs, shifted by one token."""
@@ -145,9 +236,13 @@ class AutoregressiveBlock(nn.Module):
         return tokens[:, ::-1] if self.backward else tokens
 
 
-def _guide(prediction: Float[Array, "P D"], strength, guided: bool) -> Float[Array, "P//2 D"]:
+def _guide(prediction: Float[Array, "P S D"], strength, guided: bool) -> Float[Array, "P//2 S D"]:
     """c + g·(c − u) of the stacked conditional and unconditional predictions."""
     conditional, unconditional = jnp.split(prediction, 2)
     if not guided:
         return conditional
     return conditional + strength * (conditional - unconditional)
+
+
+def _window(tokens: Float[Array, "B N D"], start, size: int) -> Float[Array, "B S D"]:
+    return jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jetflow.flows import affine, orders
 from jetflow.nn.encoder import Encoder
-from jetflow.types import Guidance, UsageError
+from jetflow.types import Decoding, Guidance, UsageError
 
 
 def divide(
@@ -115,13 +115,20 @@ class Couplings(nn.Module):
 
         return self._scan(body, x, reverse=False)
 
-    def inverse(self, z: Float[Array, "B T D"], label, guidance: Guidance | None):
-        if guidance is not None:
-            raise UsageError("guidance needs a TarFlow; Jet's couplings define none")
+    def inverse(
+        self,
+        z: Float[Array, "B T D"],
+        label: Int[Array, "B"] | None,
+        guidance: Guidance | None,
+        decoding: Decoding | None = None,
+    ):
+        if guidance is not None or decoding is not None:
+            raise UsageError("guidance and decoding need a TarFlow; Jet's couplings have neither")
 
         def body(layer: Coupling, carry, split: orders.Splits):
             y, total = carry
             x, logdet = layer.inverse(y, split, label)
+            layer.sow("intermediates", "tokens", x)
             return (x, total + logdet), None
 
         return self._scan(body, z, reverse=True)

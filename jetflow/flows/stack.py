@@ -1,13 +1,14 @@
 """A flow: preprocessing, then a chain of blocks."""
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows.pixels import Pixels
-from jetflow.types import Guidance, UsageError
+from jetflow.types import Decoding, Guidance, UsageError
 
 
 class Stack(nn.Module):
@@ -15,7 +16,7 @@ class Stack(nn.Module):
 
     Attributes:
         pixels: the preprocessing.
-        blocks: modules with `forward(x, label)` and `inverse(z, label, guidance)`.
+        blocks: modules with `forward(x, label)` and `inverse(z, label, guidance, decoding)`.
         num_classes: 0 for a flow without labels.
         learned_prior: keep the prior variance of each latent dimension in the collection
             `prior`, as the mean square of the latents; else the prior is standard normal.
@@ -81,11 +82,13 @@ class Stack(nn.Module):
         z: Float[Array, "B T D"],
         label: Int[Array, "B"] | None = None,
         guidance: Guidance | None = None,
+        decoding: Sequence[Decoding] | None = None,
     ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
         """Latent to image in pixel units, and the log-determinant of this map in nats."""
         total = jnp.zeros(z.shape[0])
-        for block in reversed(self.blocks):
-            z, logdet = block.inverse(z, label, guidance)
+        each = decoding or (None,) * len(self.blocks)
+        for block, how in reversed(list(zip(self.blocks, each, strict=True))):
+            z, logdet = block.inverse(z, label, guidance, how)
             total = total + logdet
         x, logdet = self.pixels.inverse(z)
         return x, total + logdet

@@ -13,7 +13,7 @@ def fan_in_uniform() -> nn.initializers.Initializer:
 
 
 class CausalTransformer(nn.Module):
-    """Causal layers over embedded tokens; `__call__` on all tokens, `step` on one with a cache.
+    """Causal layers over embedded tokens; `__call__` on all tokens, `extend` on some with a cache.
 
     Attributes:
         width, num_layers, num_heads: num_heads divides width.
@@ -47,22 +47,23 @@ class CausalTransformer(nn.Module):
         )
         return scanned(self.layers, x, None)[0]
 
-    def empty_cache(self, batch: int, tokens: int) -> KVCache:
-        zeros = jnp.zeros((self.num_layers, tokens, batch, self.width), self.dtype)
+    def empty_cache(self, batch: int, tokens: int, dtype: str | None = None) -> KVCache:
+        """Room for so many tokens, by default in the dtype of the net."""
+        zeros = jnp.zeros((self.num_layers, tokens, batch, self.width), dtype or self.dtype)
         return KVCache(zeros, zeros)
 
-    def step(
+    def extend(
         self,
-        x: Float[Array, "B W"],
+        x: Float[Array, "B S W"],
         cache: KVCache,
-        position: Int[Array, ""],
+        start: Int[Array, ""],
         temperature: Float[Array, "B"],
-    ) -> tuple[Float[Array, "B W"], KVCache]:
-        """The token at `position`, given the cache of the tokens before it."""
+    ) -> tuple[Float[Array, "B S W"], KVCache]:
+        """The S tokens from `start` on, given the cache of those before."""
 
         def body(layer: TransformerLayer, carry, index):
             x, cache = carry
-            return layer.step(x, cache, index, position, temperature), None
+            return layer.extend(x, cache, index, start, temperature), None
 
         scanned = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": False})
         (x, cache), _ = scanned(self.layers, (x, cache), jnp.arange(self.num_layers))

@@ -118,25 +118,26 @@ class TransformerLayer(nn.Module):
         x = x + self.out(mixed.reshape(x.shape))
         return x + self.mlp(x)
 
-    def step(
+    def extend(
         self,
-        x: Float[Array, "B W"],
+        x: Float[Array, "B S W"],
         cache: KVCache,
         layer: Int[Array, ""],
-        position: Int[Array, ""],
+        start: Int[Array, ""],
         temperature: Float[Array, "B"],
-    ) -> tuple[Float[Array, "B W"], KVCache]:
-        """One token at `position`, which sees the cached tokens before it and itself.
+    ) -> tuple[Float[Array, "B S W"], KVCache]:
+        """The S tokens from `start` on; each sees the cached ones before them, and causally itself.
 
-        The attention logits of row b are divided by temperature[b].
+        What the cache held of these positions is replaced. The attention logits of row b are
+        divided by temperature[b].
         """
         query, key, value = jnp.split(self.qkv(self.norm_attention(x)), 3, axis=-1)
         cache = KVCache(
-            cache.key.at[layer, position].set(key.astype(cache.key.dtype)),
-            cache.value.at[layer, position].set(value.astype(cache.value.dtype)),
+            _written(cache.key, key, layer, start), _written(cache.value, value, layer, start)
         )
-        visible = jnp.arange(cache.key.shape[1]) <= position
-        mixed = attend_one(
+        tokens = jnp.arange(cache.key.shape[1])
+        visible = tokens <= start + jnp.arange(x.shape[1])[:, None]
+        mixed = attend_cached(
             query, cache.key[layer], cache.value[layer], visible, temperature, self.num_heads
         )
         x = x + self.out(mixed)
@@ -160,23 +161,30 @@ def attend(
     return jnp.einsum("bnst,btnh->bsnh", weights.astype(value.dtype), value)
 
 
-def attend_one(
-    query: Float[Array, "B W"],
+def attend_cached(
+    query: Float[Array, "B S W"],
     keys: Float[Array, "T B W"],
     values: Float[Array, "T B W"],
-    visible: Bool[Array, "T"],
+    visible: Bool[Array, "S T"],
     temperature: Float[Array, "B"],
     num_heads: int,
-) -> Float[Array, "B W"]:
-    """Attention of one query token to the visible ones of a cache."""
+) -> Float[Array, "B S W"]:
+    """Attention of a few query tokens to the visible ones of a cache."""
     tokens, batch, width = keys.shape
-    heads = (batch, num_heads, width // num_heads)
-    query = query.reshape(heads)
-    logits = jnp.einsum("bnh,tbnh->bnt", query, keys.reshape(tokens, *heads))
-    scale = temperature[:, None, None] * math.sqrt(heads[-1])
+    heads = (num_heads, width // num_heads)
+    query = query.reshape(batch, -1, *heads)
+    logits = jnp.einsum("bsnh,tbnh->bnst", query, keys.reshape(tokens, batch, *heads))
+    scale = temperature[:, None, None, None] * math.sqrt(heads[-1])
     weights = _softmax(logits, scale, visible).astype(query.dtype)
-    mixed = jnp.einsum("bnt,tbnh->bnh", weights, values.reshape(tokens, *heads))
-    return mixed.reshape(batch, width).astype(query.dtype)
+    mixed = jnp.einsum("bnst,tbnh->bsnh", weights, values.reshape(tokens, batch, *heads))
+    return mixed.reshape(batch, -1, width).astype(query.dtype)
+
+
+def _written(
+    cache: Float[Array, "L T B W"], new: Float[Array, "B S W"], layer: Array, start: Array
+) -> Float[Array, "L T B W"]:
+    new = new.swapaxes(0, 1)[None].astype(cache.dtype)
+    return jax.lax.dynamic_update_slice(cache, new, (layer, start, 0, 0))
 
 
 def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Array:
