@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jetflow import sharding
 from jetflow import workdir as workdirs
@@ -17,7 +18,8 @@ from jetflow.evals import bpd, samples
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.report import METRICS, Reporter, make_grid, save_png
 from jetflow.run import Run, guidance_of
-from jetflow.sampling.ancestral import sample
+from jetflow.sampling.ancestral import Sampler, draw_all, quantise
+from jetflow.sampling.decoding import decodings
 from jetflow.state import TrainState
 from jetflow.step import Metrics
 from jetflow.types import Batch
@@ -208,20 +210,22 @@ class Session:
     def _sample(self, state: TrainState, step: int) -> None:
         flow, noise, section = self.run.trainer.flow, self.run.trainer.noise, self.run.config.eval
         labels, rows = samples.rows_by_class(section.samples, flow.num_classes)
-        images = sample(
+        sampler = Sampler(
             flow,
             state.variables(),
-            key_for(0, 0, Purpose.SAMPLE),
-            num=section.samples,
-            label=labels,
             guidance=guidance_of(section),
             denoise=noise.std if section.denoise else 0.0,
-            noise=noise.kind,
+            decoding=decodings(flow),
+            mesh=self.run.mesh,
         )
-        grid = make_grid(images, rows)
+        images = []
+        key = key_for(0, 0, Purpose.SAMPLE)
+        for drawn in draw_all(sampler, key, num=section.samples, label=labels):
+            images.append(quantise(drawn.pixels, noise.kind))
+            self.poll()
+        grid = make_grid(np.concatenate(images), rows)
         self.reporter.picture(step, "samples", grid)
         save_png(self._picture(step), grid)
-        self.poll()
 
     def _picture(self, step: int) -> Path:
         return self.workdir / "samples" / f"step_{step:08d}.png"

@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 
 METRICS = "metrics.jsonl"
 PADDING = 2  # pixels between the images of a grid, before magnification
+FRAME = 150  # milliseconds of an animation
 SHORTEST_SIDE = 512  # pixels; smaller grids are magnified by a whole number
 
 
@@ -170,6 +171,16 @@ def save_png(path: Path, grid: UInt8[np.ndarray, "H W 3"]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     Image.fromarray(grid).save(temporary, format="png")
+    temporary.replace(path)
+
+
+def save_gif(path: Path, frames: list[UInt8[np.ndarray, "H W 3"]]) -> None:
+    """Write an animation of pictures of one size, which stands still on the last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    durations = [FRAME] * len(others) + [10 * FRAME]
+    first.save(temporary, "gif", save_all=True, append_images=others, duration=durations, loop=0)
     temporary.replace(path)
 
 

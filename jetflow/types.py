@@ -101,7 +101,8 @@ class Flow(Protocol):
         pixel_scale: pixel values per unit of what the blocks see.
         pixel_logdet: the log-determinant of the preprocessing, in nats.
         logdet_cap: the least upper bound of the blocks' log-determinant, in nats; None: unbounded.
-        guidable: whether the inverse takes guidance.
+        decoded_blocks: blocks that are decoded token by token, and so take guidance and a
+            `Decoding`; 0 for a flow that is inverted in one pass.
     """
 
     num_classes: int
@@ -122,7 +123,11 @@ class Flow(Protocol):
     def logdet_cap(self) -> float | None: ...
 
     @property
-    def guidable(self) -> bool: ...
+    def decoded_blocks(self) -> int: ...
+
+    def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "... H W C"]:
+        """The preprocessing's inverse: what latents or tokens between two blocks look like."""
+        ...
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Variables, as of a linen module."""

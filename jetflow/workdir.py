@@ -23,11 +23,13 @@ class Model:
     """A trained flow.
 
     Attributes:
+        workdir: of the run.
         config: the resolved config of its training, a tree of plain values.
         flow, variables: the flow, with its averaged parameters where there are any.
         step: of the checkpoint.
     """
 
+    workdir: Path
     config: dict[str, Any]
     flow: Flow
     variables: dict[str, Any]
@@ -50,7 +52,9 @@ def load_model(workdir: Path, step: int | None = None) -> Model:
     wanted = {weights: abstract.pop("params"), "collections": abstract}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         restored, step = checkpoints.restore(wanted, step)
-    return Model(config, flow, {"params": restored[weights], **restored["collections"]}, step)
+    return Model(
+        workdir, config, flow, {"params": restored[weights], **restored["collections"]}, step
+    )
 
 
 def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, str]:

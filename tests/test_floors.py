@@ -21,7 +21,7 @@ FLOORS = (
     ("data", "checkpoint", "manifest", "report"),
     ("evals",),
     ("run", "workdir"),
-    ("loop", "plan", "bench"),
+    ("archive", "bench", "loop", "plan"),
     ("convert",),
     ("commands",),
     ("cli",),

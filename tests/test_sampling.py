@@ -13,7 +13,8 @@ import jetflow
 from jetflow import likelihood
 from jetflow.noise import keys_by_example
 from jetflow.sampling import ancestral
-from jetflow.sampling.ancestral import denoised, quantise, sample_pixels
+from jetflow.sampling.ancestral import Sampler, draw_all, quantise
+from jetflow.sampling.denoise import denoised
 from jetflow.types import Guidance, UsageError
 
 KEY = jax.random.key(7)
@@ -24,6 +25,13 @@ def setting(kind: str = "tarflow", num_classes: int = 3):
     small = {"jet": {"num_couplings": 2}, "tarflow": {"num_blocks": 1}}[kind]
     flow = getattr(flow_laws, kind)(num_classes=num_classes, dtype="float32", **small)
     return flow, flow_laws.random_variables(flow, jnp.float32)
+
+
+def sample_pixels(flow, variables, key, *, num, label=None, batch_size=64, **settings):
+    """`jetflow.sample` before rounding."""
+    sampler = Sampler(flow, variables, **settings)
+    batches = draw_all(sampler, key, num=num, label=label, batch_size=batch_size)
+    return np.concatenate([drawn.pixels for drawn in batches])
 
 
 def prior_noise(flow, num: int):
@@ -110,7 +118,7 @@ def test_one_program_for_all_batches_and_strengths():
             flow, variables, KEY, num=5, label=1, batch_size=2,
             guidance=guidance, temperature=temperature,
         )  # fmt: skip
-    assert ancestral._sample_batch._cache_size() == 1
+    assert (ancestral._decode._cache_size(), ancestral._latents._cache_size()) == (1, 1)
 
 
 # Denoising.
@@ -194,9 +202,14 @@ def test_dequantised_images_come_back():
         ("tarflow", 0, {"guidance": Guidance(1.0)}, "needs an attention temperature other than 1"),
         ("tarflow", 3, {"guidance": Guidance(1.0, "c")}, "guide_what is 'c'; expected a"),
         ("tarflow", 3, {"guidance": Guidance(1.0, temperature=0.0)}, "attention temperature is 0"),
+        ("tarflow", 3, {"num": 0}, "num is 0; expected 1 or more"),
+        ("tarflow", 3, {"batch_size": 0}, "batch_size is 0; expected 1 or more"),
+        ("tarflow", 3, {"temperature": -1.0}, "temperature is -1.0; expected 0 or more"),
+        ("tarflow", 3, {"denoise": float("nan")}, "denoise is nan; expected 0 or more"),
+        ("tarflow", 3, {"method": "fast"}, "method is 'fast'; expected cached or jacobi"),
     ],
 )
 def test_impossible_wishes_are_refused(kind, num_classes, fields, message):
     flow, variables = setting(kind, num_classes)
     with pytest.raises(UsageError, match=message):
-        jetflow.sample(flow, variables, KEY, num=2, **fields)
+        jetflow.sample(flow, variables, KEY, **{"num": 2, **fields})

@@ -19,7 +19,7 @@ def definer(values: flags.FlagValues) -> Callable[..., None]:
     """`define(kind, name, default, text, …)`, which adds a flag to `values`."""
 
     def define(kind: Callable, name: str, default: Any, text: str, **options) -> None:
-        kind(name, default, text, flag_values=values, **options)
+        kind(name, default, help=text, flag_values=values, **options)
 
     return define
 
@@ -46,6 +46,17 @@ def required(values: flags.FlagValues, name: str, example: str) -> Any:
     if values[name].value is None:
         raise UsageError(f"--{name} is missing; expected --{name} {example}")
     return values[name].value
+
+
+def whole_number(flag: str, text: str) -> int:
+    """A number from a list flag.
+
+    Raises:
+        UsageError: unless it is whole and above 0.
+    """
+    if not text.isdecimal() or not int(text):
+        raise UsageError(f"--{flag} has {text!r}; expected whole numbers above 0")
+    return int(text)
 
 
 def check_writable(flag: str, path: str | None) -> None:

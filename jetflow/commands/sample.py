@@ -1,32 +1,41 @@
 """`jetflow sample`: images from a trained flow, as a picture and as arrays."""
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import flags
+from jaxtyping import Int
+from tqdm import tqdm
 
-from jetflow import commands
-from jetflow.evals.samples import rows_by_class, square_rows
+from jetflow import commands, sharding
+from jetflow.archive import Archive
+from jetflow.commands import decoding, explore
+from jetflow.evals.samples import corner, rows_by_class, square_rows
+from jetflow.flows.labels import check_labels
 from jetflow.noise import Purpose, key_for
 from jetflow.report import make_grid, save_png
-from jetflow.sampling.ancestral import quantise, sample_pixels
+from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, quantise
 from jetflow.types import Guidance, UsageError
-from jetflow.workdir import load_model
+from jetflow.workdir import Model, load_model
 
 USAGE = "jetflow sample --workdir runs/digits --num 64 --guidance 1 --denoise --out grid.png"
 ARGUMENTS = ()
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    del argv
     commands.define_workdir(values)
     commands.define_step(values)
+    commands.define_data_dir(values)
     flag = commands.definer(values)
     flag(flags.DEFINE_string, "out", "grid.png", "the picture to write")
-    flag(flags.DEFINE_string, "npz", None, "also write the images, uint8 [N, H, W, C], and labels")
-    flag(flags.DEFINE_integer, "num", 64, "number of images", lower_bound=1)
+    flag(flags.DEFINE_string, "npz", None, "also write the images, uint8 [N, H, W, C], and labels; "
+         "if a kill cuts it short, the same command goes on")  # fmt: skip
+    flag(flags.DEFINE_integer, "num", None, "number of images; default: 64, in other modes 8",
+         lower_bound=1)  # fmt: skip
     flag(flags.DEFINE_integer, "label", None, "class of all images; default: one row a class")
     flag(flags.DEFINE_integer, "seed", 0, "image i depends on the seed and i alone", lower_bound=0)
     flag(flags.DEFINE_float, "temperature", 1.0, "of the prior: multiplies its standard deviation",
@@ -37,44 +46,111 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
          "of guidance's unconditional pass; must differ from 1 without labels")  # fmt: skip
     flag(flags.DEFINE_bool, "annealed", False, "let guidance grow from the first token to the last")
     flag(flags.DEFINE_bool, "denoise", False, "one denoising step, for gaussian training noise")
+    flag(flags.DEFINE_float, "denoise_std", None, "strength of that step: the standard deviation "
+         "that it takes the noise to have; default: that of training", lower_bound=0.0)  # fmt: skip
     flag(flags.DEFINE_integer, "batch_size", 64, "images made at a time", lower_bound=1)
+    decoding.define_method(values)
+    decoding.define(values)
+    explore.define(values)
 
 
 def run(values: flags.FlagValues) -> int:
+    for name in ("out", "npz"):
+        commands.check_writable(name, values[name].value)
     model = load_model(Path(commands.required(values, "workdir", "runs/NAME")), values.step)
+    sampler = _sampler(values, model)
+    if values.mode != "samples":
+        return explore.run(values, model, sampler)
+    num = values.num or 64
+    labels, rows = rows_by_class(num, model.flow.num_classes)
+    if values.label is not None:
+        labels, rows = check_labels(model.flow, values.label, num), square_rows(num)
+    sampler = decoding.with_method(
+        sampler, values.method, values, model, min(values.batch_size, num)
+    )
+    archive = _archive(values, model, labels, num) if values.npz else None
+    images = _draw(sampler, values, model, labels, num, archive)
+    shown, rows = corner(rows)
+    save_png(Path(values.out), make_grid(images(shown), rows))
+    print(f"{num:,} samples of step {model.step}: {values.out}")
+    if archive is not None:
+        archive.finish(None if labels is None else np.asarray(labels))
+        print(f"the same as arrays: {values.npz}")
+    return 0
+
+
+def _sampler(values: flags.FlagValues, model: Model) -> Sampler:
     noise = model.config["noise"]
     if values.denoise and noise["kind"] != "gaussian":
         raise UsageError("--denoise needs a flow trained with gaussian noise; leave it out")
-    for flag in ("out", "npz"):
-        commands.check_writable(flag, values[flag].value)
-    labels, rows = rows_by_class(values.num, model.flow.num_classes)
-    if values.label is not None:
-        labels, rows = values.label, square_rows(values.num)
-    pixels = sample_pixels(
+    if values.denoise_std is not None and not values.denoise:
+        raise UsageError(f"--denoise_std is {values.denoise_std}, but --denoise is missing; add it")
+    std = noise["std"] if values.denoise_std is None else values.denoise_std
+    guidance = Guidance(
+        values.guidance, values.guide_what, values.attention_temperature, values.annealed
+    )
+    return Sampler(
         model.flow,
         model.variables,
-        key_for(values.seed, 0, Purpose.SAMPLE),
-        num=values.num,
-        label=labels,
-        guidance=Guidance(
-            values.guidance, values.guide_what, values.attention_temperature, values.annealed
-        ),
+        guidance=guidance,
         temperature=values.temperature,
-        denoise=noise["std"] if values.denoise else 0.0,
-        batch_size=values.batch_size,
+        denoise=std if values.denoise else 0.0,
+        mesh=sharding.make_mesh(data=-1, fsdp=1),
     )
-    broken = int((~np.isfinite(pixels)).any(axis=(1, 2, 3)).sum())
+
+
+def _archive(
+    values: flags.FlagValues, model: Model, labels: Int[np.ndarray, "N"] | None, num: int
+) -> Archive:
+    """The .npz, begun or taken up again with all that its images depend on."""
+    names = (
+        "label", "seed", "temperature", "guidance", "guide_what", "attention_temperature",
+        "annealed", "denoise", "denoise_std", "batch_size", "method", "window", "tolerance",
+        "cache_dtype",
+    )  # fmt: skip
+    settings = {"workdir": str(model.workdir.resolve()), "step": model.step}
+    settings |= {name: values[name].value for name in names}
+    return Archive(Path(values.npz), num=num, image_shape=model.flow.image_shape, settings=settings)
+
+
+def _draw(sampler: Sampler, values, model: Model, labels, num: int, archive: Archive | None):
+    """Draw the images; returns a function that gives those of some numbers."""
+    kind, kept, broken, total = model.config["noise"]["kind"], [], 0, Drawn(np.empty(0))
+    start = archive.done if archive else 0
+    if start:
+        print(f"going on behind {start:,} images of {values.npz}.partial")
+    batches = draw_all(
+        sampler, key_for(values.seed, 0, Purpose.SAMPLE), num=num, label=labels,
+        batch_size=values.batch_size, start=start,
+    )  # fmt: skip
+    clock = time.perf_counter()
+    with tqdm(total=num, initial=start, unit=" images", disable=None, leave=False) as bar:
+        for drawn in batches:
+            broken += int((~np.isfinite(drawn.pixels)).any(axis=(1, 2, 3)).sum())
+            images = quantise(drawn.pixels, kind)
+            archive.append(images) if archive else kept.append(images)
+            total = Drawn(
+                total.pixels,
+                tuple(map(max, drawn.sweeps, total.sweeps or drawn.sweeps)),
+                max(total.residual, drawn.residual),
+            )
+            bar.update(len(images))
+    _report(sampler, total, num - start, time.perf_counter() - clock)
     if broken:
-        print(f"jetflow: {broken} of {values.num} images are not finite", file=sys.stderr)
-    images = quantise(pixels, noise["kind"])
-    save_png(Path(values.out), make_grid(images, rows))
-    print(f"{values.num} samples of step {model.step}: {values.out}")
-    if values.npz:
-        named: dict[str, Any] = {"images": images}
-        if labels is not None:
-            named["labels"] = np.broadcast_to(labels, (values.num,))
-        Path(values.npz).parent.mkdir(parents=True, exist_ok=True)
-        with open(values.npz, "wb") as file:  # of a path, savez would add to the name
-            np.savez_compressed(file, **named)
-        print(f"the same as arrays: {values.npz}")
-    return 0
+        print(f"jetflow: {broken} of {num - start} images are not finite", file=sys.stderr)
+    if archive is not None:
+        return archive.first
+    return lambda index: np.concatenate(kept)[index]
+
+
+def _report(sampler: Sampler, total: Drawn, images: int, seconds: float) -> None:
+    """What the decoding took."""
+    if images and total.sweeps and max(how.window for how in sampler.decoding or ()) > 1:
+        tokens = (sampler.flow.latent_shape[0] - 1) * len(total.sweeps)
+        print(
+            f"sweeps of the blocks: {', '.join(map(str, total.sweeps))}, at most; "
+            f"{sum(total.sweeps) / tokens:.0%} of the {tokens:,} evaluations token by token; "
+            f"largest residual {total.residual:.1e}"
+        )
+    if images:
+        print(f"{images / seconds:,.2f} images/s, compilation included")

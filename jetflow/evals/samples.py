@@ -20,3 +20,11 @@ def square_rows(num: int) -> list[int]:
     """The rows of a grid of `num` images that is about square."""
     columns = int(np.ceil(np.sqrt(num)))
     return [min(columns, num - start) for start in range(0, num, columns)]
+
+
+def corner(rows: list[int], limit: int = 20) -> tuple[Int[np.ndarray, "K"], list[int]]:
+    """The numbers of the images in the first `limit` rows and columns of a grid, and its rows."""
+    starts = np.cumsum([0, *rows[:-1]])
+    shown = [min(count, limit) for count in rows[:limit]]
+    numbers = [start + np.arange(count) for start, count in zip(starts, shown, strict=False)]
+    return np.concatenate(numbers), shown

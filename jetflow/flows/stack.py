@@ -50,15 +50,20 @@ class Stack(nn.Module):
         return self.pixels.logdet
 
     @property
-    def guidable(self) -> bool:
-        """Whether the inverse takes guidance."""
-        return self.logdet_cap is None
+    def decoded_blocks(self) -> int:
+        """Blocks that take guidance and a `Decoding`: those of a TarFlow."""
+        return len(self.blocks) if self.logdet_cap is None else 0
 
     @property
     def logdet_cap(self) -> float | None:
         """The blocks' least upper bound on an example's log-det, in nats; None if unbounded."""
         caps = [getattr(block, "logdet_cap", math.inf) for block in self.blocks]
         return None if math.inf in caps else sum(caps)
+
+    def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "... H W C"]:
+        """The pixel values of tokens."""
+        x, _ = self.pixels.inverse(tokens.reshape(-1, *self.latent_shape))
+        return x.reshape(*tokens.shape[:-2], *self.image_shape)
 
     def __call__(self, x, label=None):
         return self.forward(x, label)

@@ -1,17 +1,134 @@
 """Sampling: prior noise through the inverse, with guidance and a denoising step."""
 
+import dataclasses
 import functools
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from jetflow import likelihood
+from jetflow import likelihood, sharding
 from jetflow.flows.labels import check_labels
 from jetflow.noise import keys_by_example
-from jetflow.types import AnyArray, Flow, Guidance, UsageError
+from jetflow.sampling.decoding import decodings
+from jetflow.sampling.denoise import denoised
+from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError
+
+
+class Drawn(NamedTuple):
+    """A batch of images.
+
+    Attributes:
+        pixels: pixel values as the flow gives them, unrounded and unclipped; on the host.
+        sweeps: evaluations of each block's net, in the order of the blocks; empty for a Jet.
+        residual: the largest change of a guess that was taken for right, see `Decoding`.
+    """
+
+    pixels: Float[np.ndarray, "B H W C"]
+    sweeps: tuple[int, ...] = ()
+    residual: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """A flow and how images are drawn from it.
+
+    Attributes:
+        flow, variables: the model.
+        guidance: see `Guidance`; for flows with labels, or with a temperature other than 1.
+        temperature: multiplies the standard deviation of the prior.
+        denoise: σ of one score step after sampling, see `denoised`; 0 for none.
+        decoding: of each block, for a TarFlow; default: token by token.
+        mesh: devices over which batches are split; default: the first device alone.
+
+    Raises:
+        UsageError: on guidance that cannot guide, or a number out of range.
+    """
+
+    flow: Flow
+    variables: Any
+    guidance: Guidance | None = None
+    temperature: float = 1.0
+    denoise: float = 0.0
+    decoding: tuple[Decoding, ...] | None = None
+    mesh: Mesh | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "guidance", check_guidance(self.flow, self.guidance))
+        for name in ("temperature", "denoise"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or more")
+
+    def draw(
+        self, key: Key[Array, ""], index: Int[AnyArray, "B"], label: Int[AnyArray, "B"] | None
+    ) -> Drawn:
+        """The images of these numbers: image i depends on the key, its label and i alone."""
+        index, label = self._placed(index), None if label is None else self._placed(label)
+        z = _latents(self.flow, self.variables, key, index, self.temperature)
+        return self.decode(z, label)
+
+    def latents(self, key: Key[Array, ""], index: Int[AnyArray, "B"]) -> Float[Array, "B T D"]:
+        """Noise of the prior for the images of these numbers."""
+        return _latents(self.flow, self.variables, key, self._placed(index), self.temperature)
+
+    def decode(self, z: Float[Array, "B T D"], label: Int[Array, "B"] | None) -> Drawn:
+        """The images of latents."""
+        x, stats = _decode(*self._inputs(z, label), denoising=self.denoise > 0)
+        x, stats = multihost_utils.process_allgather((x, stats), tiled=True)
+        sweeps, residuals = stats
+        residual = max(map(float, residuals), default=0.0)
+        return Drawn(np.asarray(x), tuple(int(count) for count in sweeps), residual)
+
+    def program_bytes(self, index: Int[AnyArray, "B"], label: Int[AnyArray, "B"] | None) -> int:
+        """Memory that `decode` takes on a device for such a batch: arguments, results, the rest."""
+        z = self.latents(jax.random.key(0), index)
+        label = None if label is None else self._placed(label)
+        lowered = _decode.lower(*self._inputs(z, label), denoising=self.denoise > 0)
+        memory: Any = lowered.compile().memory_analysis()
+        parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes)
+        return sum(parts) + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+    def _inputs(self, z, label):
+        return (
+            self.flow, self.variables, z, label, self.guidance, self.denoise, self.decoding
+        )  # fmt: skip
+
+    def _placed(self, array: Int[AnyArray, "B"]) -> Int[Array, "B"]:
+        if self.mesh is None:
+            return jnp.asarray(array)
+        return jax.device_put(array, sharding.batch_sharding(self.mesh))
+
+
+def draw_all(
+    sampler: Sampler,
+    key: Key[Array, ""],
+    *,
+    num: int,
+    label: int | Int[AnyArray, "N"] | None = None,
+    batch_size: int = 64,
+    start: int = 0,
+) -> Iterator[Drawn]:
+    """The images start, …, num − 1 in batches.
+
+    All batches have the size `batch_size`, rounded up to a multiple of the mesh, so that one
+    program serves them; of the last, what is too much is cut off.
+    """
+    for name, value in (("num", num), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}; expected 1 or more")
+    labels = check_labels(sampler.flow, label, num)
+    devices = 1 if sampler.mesh is None else sampler.mesh.size
+    batch_size = -(-min(batch_size, num) // devices) * devices
+    for first in range(start, num, batch_size):
+        index = np.arange(first, first + batch_size)
+        part = None if labels is None else labels[np.minimum(index, num - 1)]
+        drawn = sampler.draw(key, index, part)
+        yield drawn._replace(pixels=drawn.pixels[: num - first])
 
 
 def sample(
@@ -25,93 +142,48 @@ def sample(
     temperature: float = 1.0,
     denoise: float = 0.0,
     noise: str = "uniform",
-    method: str = "cached",
+    method: str | Sequence[Decoding] = "cached",
     batch_size: int = 64,
+    mesh: Mesh | None = None,
 ) -> UInt8[np.ndarray, "N H W C"]:
     """`num` images.
 
     Args:
-        key: image i depends on the key and on i alone, not on `num` or `batch_size`.
+        key: image i depends on the key and on i alone, not on `num`, `batch_size` or `mesh`.
         label: one class for all images, or one an image; None or -1 for no label.
-        guidance: see `Guidance`; for flows with labels, or with a temperature other than 1.
-        temperature: multiplies the standard deviation of the prior.
-        denoise: σ of one score step after sampling, see `denoised`; 0 for none.
+        guidance, temperature, denoise, mesh: see `Sampler`.
         noise: the kind of noise that the flow was trained with: values of a dequantised pixel
             lie above it, those of a noisy one around it.
-        method: how a TarFlow is inverted: "cached", token by token with a KV cache.
+        method: how a TarFlow is inverted: "cached", token by token; "jacobi", by windows of
+            tokens, see `Decoding`; or the `Decoding` of each block.
 
     Raises:
-        UsageError: on a label out of range, or guidance that cannot guide.
+        UsageError: on a label out of range, guidance that cannot guide, or an unknown method.
     """
-    if method != "cached":
-        raise UsageError(f"method is {method!r}; expected 'cached'")
-    pixels = sample_pixels(
-        flow, variables, key, num=num, label=label, guidance=guidance,
-        temperature=temperature, denoise=denoise, batch_size=batch_size,
-    )  # fmt: skip
-    return quantise(pixels, noise)
+    how = decodings(flow, method) if isinstance(method, str) else tuple(method)
+    sampler = Sampler(flow, variables, guidance, temperature, denoise, how, mesh)
+    batches = draw_all(sampler, key, num=num, label=label, batch_size=batch_size)
+    return np.concatenate([quantise(drawn.pixels, noise) for drawn in batches])
 
 
-def sample_pixels(
-    flow: Flow,
-    variables,
-    key: Key[Array, ""],
-    *,
-    num: int,
-    label: int | Int[AnyArray, "N"] | None = None,
-    guidance: Guidance | None = None,
-    temperature: float = 1.0,
-    denoise: float = 0.0,
-    batch_size: int = 64,
-) -> Float[np.ndarray, "N H W C"]:
-    """`sample` before rounding: pixel values as the flow gives them, unclipped."""
-    labels = check_labels(flow, label, num)
-    guidance = check_guidance(flow, guidance)
-    batch_size = min(batch_size, num)
-    images = []
-    for start in range(0, num, batch_size):
-        index = np.arange(start, start + batch_size)
-        part = None if labels is None else labels[np.minimum(index, num - 1)]
-        images.append(
-            np.asarray(
-                _sample_batch(
-                    flow, variables, key, jnp.asarray(index), part, guidance, temperature,
-                    denoise, denoise > 0,
-                )
-            )
-        )  # fmt: skip
-    return np.concatenate(images)[:num]
+@functools.partial(jax.jit, static_argnames="flow")
+def _latents(flow, variables, key, index, temperature) -> Float[Array, "B T D"]:
+    keys = keys_by_example(key, index)
+    z = jax.vmap(lambda key: jax.random.normal(key, flow.latent_shape))(keys)
+    return z * temperature * jnp.sqrt(likelihood.prior_variance(variables))
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "denoising"))
-def _sample_batch(
-    flow, variables, key, index, label, guidance, temperature, denoise, denoising
-) -> Float[Array, "B H W C"]:
-    keys = keys_by_example(key, index)
-    z = jax.vmap(lambda key: jax.random.normal(key, flow.latent_shape))(keys)
-    z = z * temperature * jnp.sqrt(likelihood.prior_variance(variables))
-    x, _ = flow.apply(variables, z, label, guidance, method="inverse")
-    return denoised(flow, variables, x, label, denoise) if denoising else x
-
-
-def denoised(
-    flow: Flow, variables, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None, std
-) -> Float[Array, "B H W C"]:
-    """x + σ²·∇ₓ log p(x): the mean of the clean image given a noisy one (Tweedie's formula).
-
-    p is the density that training maximises: its prior is standard normal, also where sampling
-    uses a learned variance.
-
-    Args:
-        x: pixel values.
-        std: σ, in the [-1, 1] units of `Noise.std`.
-    """
-
-    def log_prob(x):
-        z, logdet = cast(Any, flow.apply(variables, x, label, method="forward"))
-        return -likelihood.nll(z, logdet).sum()
-
-    return x + (std * flow.pixel_scale) ** 2 * jax.grad(log_prob)(x)
+def _decode(flow, variables, z, label, guidance, denoise, decoding, *, denoising):
+    """Pixels [B, H, W, C], and sweeps and residual of each block."""
+    (x, _), sown = flow.apply(
+        variables, z, label, guidance, decoding, method="inverse", mutable=["intermediates"]
+    )
+    blocks = [
+        sown["intermediates"].get(f"blocks_{index}", {}) for index in range(len(decoding or ()))
+    ]
+    stats = [[block[name][0] for block in blocks] for name in ("sweeps", "residual")]
+    return (denoised(flow, variables, x, label, denoise) if denoising else x), stats
 
 
 def quantise(pixels: Float[np.ndarray, "N H W C"], noise: str) -> UInt8[np.ndarray, "N H W C"]:
@@ -134,7 +206,7 @@ def check_guidance(flow: Flow, guidance: Guidance | None) -> Guidance | None:
         )
     if guidance.temperature <= 0:
         raise UsageError(f"attention temperature is {guidance.temperature}; expected more than 0")
-    if not flow.guidable:
+    if not flow.decoded_blocks:
         raise UsageError("guidance needs a TarFlow, as Jet's couplings define none; set it to 0")
     if not flow.num_classes and guidance.temperature == 1:
         raise UsageError(

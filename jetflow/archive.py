@@ -1,0 +1,89 @@
+"""Images written to an .npz as they come, in constant memory, so that a kill costs one batch."""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jetflow.types import UsageError
+
+
+class Archive:
+    """An .npz of `images`, uint8 [N, H, W, C], and `labels`, int32 [N], where there are any.
+
+    Until it is complete, the images lie in the folder FILE.partial, beside what they were made
+    with: made again with the same settings, the archive goes on behind the last whole batch.
+
+    Args:
+        path: the .npz file.
+        num, image_shape: N and (H, W, C).
+        settings: all that the images depend on.
+
+    Raises:
+        UsageError: if the folder holds images of other settings.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        num: int,
+        image_shape: tuple[int, int, int],
+        settings: Mapping[str, Any],
+    ):
+        self._path = path
+        self._folder = path.with_name(path.name + ".partial")
+        self._settings = json.loads(json.dumps({"num": num, **settings}))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        state = self._read()
+        if state is not None and state["settings"] != self._settings:
+            differing = [k for k, v in self._settings.items() if state["settings"].get(k) != v]
+            raise UsageError(
+                f"{self._folder} holds {state['done']} images of another sampling "
+                f"({', '.join(differing)} differ); delete it, or give another --npz"
+            )
+        self.done = state["done"] if state else 0
+        file = self._folder / "images.npy"
+        self._images = np.lib.format.open_memmap(
+            file, "r+" if state else "w+", np.uint8, (num, *image_shape)
+        )
+        if not state:
+            self._note()
+
+    def append(self, images: UInt8[np.ndarray, "B H W C"]) -> None:
+        """The next images; on disk when this returns."""
+        self._images[self.done : self.done + len(images)] = images
+        self._images.flush()
+        self.done += len(images)
+        self._note()
+
+    def first(self, index: Int[np.ndarray, "K"]) -> UInt8[np.ndarray, "K H W C"]:
+        """Some of the images, by number."""
+        return np.array(self._images[index])
+
+    def finish(self, labels: Int[np.ndarray, "N"] | None) -> None:
+        """Make the .npz of what was appended, and remove the folder."""
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            archive.write(self._folder / "images.npy", "images.npy")
+            if labels is not None:
+                with archive.open("labels.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(labels, np.int32))
+        os.replace(temporary, self._path)
+        del self._images
+        shutil.rmtree(self._folder)
+
+    def _read(self) -> dict[str, Any] | None:
+        path = self._folder / "progress.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _note(self) -> None:
+        temporary = self._folder / "progress.json.tmp"
+        temporary.write_text(json.dumps({"settings": self._settings, "done": self.done}))
+        os.replace(temporary, self._folder / "progress.json")

@@ -1,0 +1,139 @@
+"""How fast sampling is here: throughput, sweeps and memory, and the best window of each block."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jetflow.flows.stack import Stack
+from jetflow.sampling.ancestral import Sampler
+from jetflow.types import Decoding
+
+REPEATS = 3
+PATIENCE = 2  # windows in a row that are slower than the best so far, before the search ends
+
+
+def calibrate(
+    sampler: Sampler, base: Decoding, batch_size: int
+) -> tuple[list[int], list[dict[int, float]]]:
+    """The window with which each block of a TarFlow decodes fastest on this device.
+
+    Each block gets the tokens that it gets in sampling, so it is given as many sweeps as there.
+
+    Args:
+        base: its tolerance and cache are used.
+        batch_size: of the images that are decoded.
+
+    Returns:
+        The window of each block, and for each block the seconds by window.
+    """
+    flow, params = sampler.flow, sampler.variables["params"]
+    assert isinstance(flow, Stack)
+    tokens = flow.latent_shape[0]
+    candidates = [1, *(2**power for power in range(3, 20) if 2**power < tokens - 1), tokens - 1]
+    label = jnp.arange(batch_size) % flow.num_classes if flow.num_classes else None
+    z = sampler.latents(jax.random.key(0), np.arange(batch_size))
+    measured = []
+    for index in reversed(range(len(flow.blocks))):
+        decode = functools.partial(
+            _decode_block, flow.blocks[index], {"params": params[f"blocks_{index}"]}, z, label,
+            sampler.guidance,
+        )  # fmt: skip
+        measured.append(_seconds_by_window(decode, base, candidates))
+        z = decode(base)
+    measured = measured[::-1]
+    return [min(times, key=times.__getitem__) for times in measured], measured
+
+
+def _seconds_by_window(
+    decode: Callable[[Decoding], Any], base: Decoding, candidates: list[int]
+) -> dict[int, float]:
+    """The median time of a block's decoding, by window, until wider ones only get slower."""
+    times: dict[int, float] = {}
+    for window in candidates:
+        how = dataclasses.replace(base, window=window)
+        times[window] = statistics.median(timed(functools.partial(decode, how), REPEATS))
+        best = min(times, key=times.__getitem__)
+        if len(times) - list(times).index(best) > PATIENCE:
+            break
+    return times
+
+
+def _decode_block(block, variables, z, label, guidance, decoding):
+    """The inverse of one block; the blocks that are alike share a program."""
+    return _jitted_block(block.clone(name=None), variables, z, label, guidance, decoding)[0]
+
+
+_jitted_block = jax.jit(
+    lambda block, variables, *inputs: block.apply(variables, *inputs, method="inverse"),
+    static_argnums=0,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What drawing a batch of images takes.
+
+    Attributes:
+        method, batch_size: what was measured.
+        seconds: of a batch: the median of the repeats, after one that compiles.
+        seconds_range: the least and the most.
+        images_per_second, ms_per_image: by the median.
+        windows: tokens a sweep, of each block of a TarFlow.
+        sweeps: evaluations of each block's net; token_by_token: those without windows.
+        residual: the largest change of a token that was taken for settled.
+        peak_bytes: memory of the compiled program on a device: its weights, caches and the rest.
+    """
+
+    method: str
+    batch_size: int
+    seconds: float
+    seconds_range: tuple[float, float]
+    images_per_second: float
+    ms_per_image: float
+    windows: tuple[int, ...]
+    sweeps: tuple[int, ...]
+    token_by_token: tuple[int, ...]
+    residual: float
+    peak_bytes: int
+
+
+def sampling(sampler: Sampler, method: str, batch_size: int, repeats: int = REPEATS) -> Speed:
+    """Measure `sampler` on batches of so many images; `method` is the name of its decoding."""
+    flow = sampler.flow
+    index = np.arange(batch_size)
+    label = index % flow.num_classes if flow.num_classes else None
+    key = jax.random.key(0)
+    drawn = sampler.draw(key, index, label)
+    times = timed(lambda: sampler.draw(key, index, label), repeats)
+    median = statistics.median(times)
+    return Speed(
+        method=method,
+        batch_size=batch_size,
+        seconds=median,
+        seconds_range=(min(times), max(times)),
+        images_per_second=batch_size / median,
+        ms_per_image=1000 * median / batch_size,
+        windows=tuple(how.window for how in sampler.decoding or ()),
+        sweeps=drawn.sweeps,
+        token_by_token=(flow.latent_shape[0] - 1,) * flow.decoded_blocks,
+        residual=drawn.residual,
+        peak_bytes=sampler.program_bytes(index, label),
+    )
+
+
+def timed(function: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each call, after one that compiles."""
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return times

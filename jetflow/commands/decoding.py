@@ -1,0 +1,81 @@
+"""The flags on how a TarFlow is decoded, which `sample` and `bench` share."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+from absl import flags
+
+from jetflow import bench, commands
+from jetflow.sampling.ancestral import Sampler
+from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW, decodings
+from jetflow.types import Decoding
+from jetflow.workdir import Model, write_json
+
+
+def define(values: flags.FlagValues) -> None:
+    """--window, --tolerance and --cache_dtype."""
+    flag = commands.definer(values)
+    flag(flags.DEFINE_integer, "window", WINDOW, "of jacobi: tokens a sweep", lower_bound=1)
+    flag(flags.DEFINE_float, "tolerance", TOLERANCE, "of jacobi and auto: a token is settled"
+         " once a sweep changes those before it by no more; of [-1, 1]",
+         lower_bound=0.0)  # fmt: skip
+    flag(flags.DEFINE_enum, "cache_dtype", None, "of cached keys and values; default: the net's",
+         enum_values=["float32", "bfloat16"])  # fmt: skip
+
+
+def define_method(values: flags.FlagValues) -> None:
+    """--method."""
+    commands.definer(values)(
+        flags.DEFINE_enum, "method", "cached", "how a TarFlow is inverted: token by token, by "
+        "windows of tokens in parallel, or as is fastest here, which is measured once",
+        enum_values=[*METHODS, "auto"],
+    )  # fmt: skip
+
+
+def with_method(
+    sampler: Sampler, method: str, values: flags.FlagValues, model: Model, batch_size: int
+) -> Sampler:
+    """The sampler, decoding as the flags say; "auto" is measured where that was not yet done.
+
+    Raises:
+        UsageError: if the flow has no such method.
+    """
+    if method != "auto":
+        how = decodings(
+            model.flow, method, window=values.window, tolerance=values.tolerance,
+            cache_dtype=values.cache_dtype,
+        )  # fmt: skip
+        return dataclasses.replace(sampler, decoding=how)
+    base = Decoding(1, values.tolerance, values.cache_dtype)
+    if not model.flow.decoded_blocks:
+        decodings(model.flow, "jacobi")  # which says why not
+    windows = _windows(sampler, model, base, batch_size)
+    how = tuple(dataclasses.replace(base, window=window) for window in windows)
+    return dataclasses.replace(sampler, decoding=how)
+
+
+def _windows(sampler: Sampler, model: Model, base: Decoding, batch_size: int) -> list[int]:
+    """The windows of the blocks, from the calibrations beside the checkpoint, or measured now."""
+    conditions = {
+        "step": model.step,
+        "device": jax.devices()[0].device_kind,
+        "devices": 1 if sampler.mesh is None else sampler.mesh.size,
+        "batch_size": batch_size,
+        "tolerance": base.tolerance,
+        "cache_dtype": base.cache_dtype,
+        "guidance": None if sampler.guidance is None else dataclasses.asdict(sampler.guidance),
+    }
+    path = model.workdir / "checkpoints" / "decoding.json"
+    known: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    for entry in known:
+        if entry["conditions"] == conditions:
+            return entry["windows"]
+    print(f"measuring how each block decodes fastest, for {path}", flush=True)
+    windows, seconds = bench.calibrate(sampler, base, batch_size)
+    entry = {"conditions": conditions, "windows": windows, "seconds": seconds}
+    if jax.process_index() == 0:
+        write_json(path, [*known, entry])
+    print(f"windows of the blocks: {', '.join(map(str, windows))}", flush=True)
+    return windows

@@ -1,0 +1,129 @@
+"""`jetflow sample --mode …`: reconstructions, interpolations, and the image block by block."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from jaxtyping import UInt8
+from PIL import Image
+
+from jetflow import commands
+from jetflow.commands import decoding
+from jetflow.data import pipeline
+from jetflow.flows.labels import check_labels
+from jetflow.noise import Purpose, key_for
+from jetflow.report import make_grid, save_gif, save_png
+from jetflow.sampling import explore
+from jetflow.sampling.ancestral import Sampler, quantise
+from jetflow.types import UsageError
+from jetflow.workdir import Model
+
+MODES = ("reconstruct", "interpolate", "trace")
+LARGEST_STRIP = 17  # stages of a trace that are shown
+
+
+def define(values: flags.FlagValues) -> None:
+    flag = commands.definer(values)
+    flag(flags.DEFINE_enum, "mode", "samples", "samples; reconstruct: images encoded and decoded "
+         "again, above and below; interpolate: a path through latent space between two images or "
+         "samples; trace: samples after each block, noise to picture",
+         enum_values=["samples", *MODES])  # fmt: skip
+    flag(flags.DEFINE_list, "images", None, "picture files for reconstruct (default: the first of "
+         "the test split) and interpolate (default: two samples)")  # fmt: skip
+
+
+def run(values: flags.FlagValues, model: Model, sampler: Sampler) -> int:
+    """Raises a UsageError on flags that the mode does not have, or pictures that do not fit."""
+    if values.npz:
+        raise UsageError(f"--npz is for samples, not for --mode {values.mode}; leave it out")
+    if values.images and values.mode == "trace":
+        raise UsageError("--images is for reconstruct and interpolate; leave it out")
+    mode = {"reconstruct": _reconstruct, "interpolate": _interpolate, "trace": _trace}
+    frames, rows = mode[values.mode](values, model, sampler)
+    out = Path(values.out)
+    if out.suffix == ".gif":
+        save_gif(out, [make_grid(frame, [len(frame)]) for frame in frames])
+    else:
+        save_png(out, make_grid(np.concatenate(frames), rows))
+    print(f"{values.mode} of step {model.step}: {out}")
+    return 0
+
+
+def _reconstruct(values, model: Model, sampler: Sampler):
+    """Two frames: the originals, and what is decoded from their latents."""
+    images, labels = _given_images(values, model, values.num or 8)
+    label = check_labels(model.flow, labels, len(images))
+    sampler = decoding.with_method(sampler, values.method, values, model, len(images))
+    kind = model.config["noise"]["kind"]
+    z = explore.encode(sampler, images, label, kind)
+    pixels = sampler.decode(z, label).pixels
+    error = pixels - (images + explore.centre(kind))
+    print(
+        f"error of {len(images)} reconstructions, in pixel values 0..255: "
+        f"largest {np.abs(error).max():.1e}, root mean square {np.sqrt((error**2).mean()):.1e}"
+    )
+    return [images, quantise(pixels, kind)], [len(images)] * 2
+
+
+def _interpolate(values, model: Model, sampler: Sampler):
+    """A frame a point of the path."""
+    num = values.num or 8
+    sampler = decoding.with_method(sampler, values.method, values, model, num)
+    label = check_labels(model.flow, values.label, num)
+    kind = model.config["noise"]["kind"]
+    if values.images:
+        images, _ = _given_images(values, model, 2)
+        ends = explore.encode(sampler, images, None if label is None else label[:2], kind)
+    else:
+        ends = sampler.latents(key_for(values.seed, 0, Purpose.SAMPLE), np.arange(2))
+    path = explore.interpolate(ends[0], ends[1], num)
+    images = quantise(sampler.decode(path, label).pixels, kind)
+    return list(images[:, None]), [num]
+
+
+def _trace(values, model: Model, sampler: Sampler):
+    """A frame a stage; in the picture, a row an image."""
+    num = values.num or 8
+    sampler = decoding.with_method(sampler, values.method, values, model, num)
+    label = check_labels(model.flow, values.label, num)
+    z = sampler.latents(key_for(values.seed, 0, Purpose.SAMPLE), np.arange(num))
+    stages = explore.trace(sampler, z, label)
+    chosen = np.linspace(0, len(stages) - 1, min(len(stages), LARGEST_STRIP)).round().astype(int)
+    frames = quantise(stages[chosen], model.config["noise"]["kind"])
+    if Path(values.out).suffix == ".gif":
+        return list(frames), []
+    return list(frames.swapaxes(0, 1)), [len(chosen)] * num
+
+
+def _given_images(values, model: Model, num: int) -> tuple[UInt8[np.ndarray, "N H W C"], Any]:
+    """The pictures of --images, or the first of the test split; with their labels."""
+    if values.images:
+        images = _read(values.images, model.flow.image_shape)
+        if values.mode == "interpolate" and len(images) != 2:
+            raise UsageError(f"--images names {len(images)} pictures; interpolate needs two")
+        return images, values.label
+    data = model.config["data"]
+    dataset = pipeline.load(data["name"], data["test_split"], data_dir=values.data_dir)
+    batch = next(pipeline.eval_batches(dataset, batch_size=min(num, len(dataset))))
+    return batch.image, batch.label if model.flow.num_classes else None
+
+
+def _read(paths: Sequence[str], shape: tuple[int, int, int]) -> UInt8[np.ndarray, "N H W C"]:
+    height, width, channels = shape
+    images = []
+    for path in paths:
+        try:
+            picture = Image.open(path).convert("L" if channels == 1 else "RGB")
+        except OSError as error:
+            raise UsageError(
+                f"--images has {path}, which is no readable picture ({error})"
+            ) from error
+        if picture.size != (width, height):
+            raise UsageError(
+                f"--images has {path} of {picture.size[0]}x{picture.size[1]} pixels; this flow "
+                f"needs {width}x{height}: scale or crop it"
+            )
+        images.append(np.asarray(picture).reshape(shape))
+    return np.stack(images)

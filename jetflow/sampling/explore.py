@@ -1,0 +1,85 @@
+"""Looking into a flow: latents of images, paths between them, and the image block by block."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from jetflow.sampling.ancestral import Sampler
+
+
+def encode(
+    sampler: Sampler,
+    images: UInt8[np.ndarray, "B H W C"],
+    label: Int[Array, "B"] | None,
+    noise: str,
+) -> Float[Array, "B T D"]:
+    """The latents of images, without a draw of the noise.
+
+    Args:
+        noise: the kind of noise that the flow was trained with; of a dequantised pixel value v, the
+            middle v + 1/2 is encoded.
+    """
+    return _encode(sampler.flow, sampler.variables, images + centre(noise), label)
+
+
+def centre(noise: str) -> np.float32:
+    """Where the noise of training centres, above a pixel value."""
+    return np.float32(0.5 if noise == "uniform" else 0.0)
+
+
+@functools.partial(jax.jit, static_argnames="flow")
+def _encode(flow, variables, x, label):
+    return flow.apply(variables, x, label, method="forward")[0]
+
+
+def interpolate(
+    first: Float[Array, "T D"], last: Float[Array, "T D"], num: int
+) -> Float[Array, "{num} T D"]:
+    """`num` latents from the first to the last, both included, on a great circle.
+
+    Spherical interpolation keeps the norm between those of the ends, where a gaussian of many
+    dimensions has its mass; on a straight line it would shrink towards the middle.
+    """
+    share = jnp.linspace(0.0, 1.0, num)[:, None, None]
+    cosine = jnp.vdot(first, last) / (jnp.linalg.norm(first) * jnp.linalg.norm(last))
+    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+    on_circle = jnp.sin((1 - share) * angle) * first + jnp.sin(share * angle) * last
+    straight = (1 - share) * first + share * last
+    nearly_parallel = jnp.sin(angle) < 1e-4
+    return jnp.where(
+        nearly_parallel, straight, on_circle / jnp.where(nearly_parallel, 1.0, jnp.sin(angle))
+    )
+
+
+def trace(
+    sampler: Sampler, z: Float[Array, "B T D"], label: Int[Array, "B"] | None
+) -> Float[np.ndarray, "S B H W C"]:
+    """The image at each stage: the latents, then after each block's inverse, in order of sampling.
+
+    The stages of a Jet are its couplings.
+    """
+    tokens = _stages(sampler.flow, sampler.variables, z, label, sampler.guidance, sampler.decoding)
+    return np.asarray(sampler.flow.as_image(tokens))
+
+
+@functools.partial(jax.jit, static_argnames="flow")
+def _stages(flow, variables, z, label, guidance, decoding) -> Float[Array, "S B T D"]:
+    _, sown = flow.apply(
+        variables, z, label, guidance, decoding, method="inverse", mutable=["intermediates"]
+    )
+    stages = [z[None]]
+    blocks = sown["intermediates"]
+    for name in sorted(blocks, key=lambda name: -int(name.rpartition("_")[2])):
+        [(tokens,)] = [leaf for path, leaf in _tuples(blocks[name]) if path == "tokens"]
+        stages.append(tokens[None] if tokens.ndim == z.ndim else tokens[::-1])
+    return jnp.concatenate(stages)
+
+
+def _tuples(tree, name: str = ""):
+    """What was sown: (its name, the tuple of its values)."""
+    if isinstance(tree, tuple):
+        return [(name, tree)]
+    return [found for key, part in tree.items() for found in _tuples(part, key)]

@@ -1,0 +1,164 @@
+"""Parallel decoding of TarFlow: the same images as token by token, in fewer evaluations."""
+
+import functools
+
+import flow_laws
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flow_laws import jit
+
+import jetflow
+from jetflow.flows import autoregressive
+from jetflow.sampling.ancestral import Sampler
+from jetflow.sampling.decoding import decodings
+from jetflow.types import Decoding, Guidance, UsageError
+
+SHAPE = (8, 8, 1)  # 16 tokens
+LABELS = jnp.array([0, 2, -1])
+GUIDANCES = {
+    "none": None,
+    "both": Guidance(1.5),
+    "log-scale, annealed": Guidance(2.0, "a", annealed=True),
+    "shift": Guidance(1.0, "b", temperature=0.7),
+}
+
+
+@functools.cache
+def setting(dtype: str = "float32", volume_preserving: bool = False, strength: float = 1.0):
+    """A flow, its variables, and latents.
+
+    Args:
+        strength: of the tokens' dependence on those before: a weak one converges in few sweeps.
+    """
+    flow = flow_laws.tarflow(
+        SHAPE, 3, num_blocks=2, layers_per_block=2, volume_preserving=volume_preserving, dtype=dtype
+    )
+    variables = flow_laws.random_variables(flow, jnp.dtype(dtype))
+    for block in variables["params"].values():
+        block["proj_out"]["kernel"] *= strength
+    z = np.random.default_rng(1).standard_normal((3, *flow.latent_shape))
+    return flow, variables, jnp.asarray(z, dtype)
+
+
+def inverse(how, guidance=None, *, dtype="float64", **fields):
+    """Images, log-determinants, and the sweeps and residual of each block."""
+    flow, variables, z = setting(dtype, **fields)
+    function = jit(functools.partial(flow.apply, method="inverse", mutable=["intermediates"]))
+    (x, logdet), sown = function(variables, z, LABELS, guidance, how)
+    stats = [
+        [float(sown["intermediates"][f"blocks_{index}"][name][0]) for index in range(2)]
+        for name in ("sweeps", "residual")
+    ]
+    return x, logdet, *stats
+
+
+def windows_change_nothing(window: int, name: str, **fields) -> None:
+    how = (Decoding(window), Decoding(max(window - 3, 1)))
+    x, logdet, sweeps, residual = inverse(how, GUIDANCES[name], **fields)
+    expected = inverse(None, GUIDANCES[name], **fields)
+    assert expected[2] == [15, 15]
+    np.testing.assert_allclose(x, expected[0], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(logdet, expected[1], rtol=1e-11)
+    assert residual == [0, 0]
+    assert max(sweeps) <= 15
+
+
+@pytest.mark.parametrize(
+    ("window", "name"),
+    [(2, "shift"), (5, "log-scale, annealed"), (15, "none"), (40, "both")],
+)
+def test_windows_change_nothing(window, name, float64):
+    windows_change_nothing(window, name)
+
+
+def test_windows_change_nothing_of_a_learned_prior(float64):
+    windows_change_nothing(6, "none", volume_preserving=True)
+
+
+def test_a_tolerance_saves_sweeps_and_bounds_the_error(float64):
+    exact = inverse(None, strength=0.1)[0]
+    before = 15
+    for tolerance in (1e-12, 1e-6, 1e-2):
+        x, _, sweeps, residual = inverse((Decoding(15, tolerance),) * 2, strength=0.1)
+        assert max(sweeps) <= before
+        assert 0 <= max(residual) <= tolerance
+        assert jnp.abs(x - exact).max() <= 2e4 * tolerance
+        before = max(sweeps)
+    assert before < 10
+    assert max(residual) > 0
+    assert jnp.abs(x - exact).max() > 0
+
+
+def test_float32_is_exact_to_rounding():
+    sequential = inverse(None, dtype="float32")[0]
+    for window in (4, 15):
+        x = inverse((Decoding(window),) * 2, dtype="float32")[0]
+        np.testing.assert_allclose(x, sequential, rtol=0, atol=2e-3)
+
+
+def test_broken_images_come_to_an_end():
+    """Not a number never converges, but each sweep settles one token."""
+    flow, variables, z = setting()
+    z = z.at[0].set(jnp.nan)
+    sampler = Sampler(flow, variables, decoding=(Decoding(8),) * 2)
+    drawn = sampler.decode(z, LABELS)
+    assert drawn.sweeps == (15, 15)
+    assert np.isnan(drawn.pixels[0]).all()
+    assert np.isfinite(drawn.pixels[1:]).all()
+
+
+def test_the_cache_may_be_narrow():
+    sequential = inverse(None, dtype="float32")[0]
+    narrow = inverse((Decoding(cache_dtype="bfloat16"),) * 2, dtype="float32")[0]
+    difference = np.abs(narrow - sequential).max()
+    assert 1e-3 < difference < 16, difference
+
+
+@pytest.mark.parametrize("method", ["cached", "jacobi"])
+def test_samples_by_method(method):
+    flow, variables, _ = setting(strength=0.1)
+    key = jax.random.key(0)
+    expected = jetflow.sample(flow, variables, key, num=4, label=1)
+    images = jetflow.sample(flow, variables, key, num=4, label=1, method=method)
+    given = jetflow.sample(flow, variables, key, num=4, label=1, method=decodings(flow, method))
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    np.testing.assert_array_equal(images, given)
+
+
+# Planted bugs.
+
+
+def test_bug_is_caught_one_token_too_many(monkeypatch, float64):
+    real = jnp.minimum
+    monkeypatch.setattr(autoregressive.jnp, "minimum", lambda a, b: real(a + 1, b))
+    with pytest.raises(AssertionError):
+        windows_change_nothing(5, "none")
+
+
+def test_bug_is_caught_annealing_by_the_place_in_the_window(monkeypatch, float64):
+    real = autoregressive._guide
+
+    def guide(prediction, strength, guided):
+        place = jnp.arange(prediction.shape[1])[:, None]
+        return real(prediction, 2.0 * (place + 1) / 15, guided)
+
+    monkeypatch.setattr(autoregressive, "_guide", guide)
+    with pytest.raises(AssertionError):
+        windows_change_nothing(5, "log-scale, annealed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("tarflow", {"method": "fast"}, "method is 'fast'; expected cached or jacobi"),
+        ("tarflow", {"method": "jacobi", "window": 0}, "window is 0; expected 1 or more"),
+        ("tarflow", {"method": "jacobi", "tolerance": -1.0}, "tolerance is -1.0; expected 0"),
+        ("tarflow", {"cache_dtype": "int8"}, "cache_dtype is 'int8'; expected float32 or bfloat16"),
+        ("jet", {"method": "jacobi"}, "Jet is inverted in one pass"),
+    ],
+)
+def test_impossible_methods_are_refused(kind, settings, message):
+    with pytest.raises(UsageError, match=message):
+        decodings(getattr(flow_laws, kind)(dtype="float32"), **settings)
