@@ -77,10 +77,17 @@ class Run:
         source = Path(self.config.train.init_from)
         same = {name: self.config.flow[name] for name in ("dtype", "remat")}
         try:
-            _, flow, weights = workdirs.read_flow(source, **same)
+            config, flow, weights = workdirs.read_flow(source, **same)
             if flow != self.trainer.flow:
+                there = _flow_fields({**config["flow"], **same}, config["resolved"])
+                here = _flow_fields(self.config.flow.to_dict(), self.resolved_config["resolved"])
+                differing = [
+                    f"{name} is {there.get(name)} there and {here.get(name)} here"
+                    for name in {**there, **here}
+                    if there.get(name) != here.get(name)
+                ]
                 raise UsageError(
-                    f"it holds another flow; take config.flow from its {workdirs.CONFIG}"
+                    f"it holds another flow: {', '.join(differing)}; set what is there"
                 )
             abstract = self.abstract_state
             wanted = {weights: abstract.params, "collections": abstract.collections}
@@ -159,6 +166,21 @@ def guidance_of(section: Config) -> Guidance:
         temperature=section.attention_temperature,
         annealed=section.annealed,
     )
+
+
+def _flow_fields(section: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+    """All that a flow is made of, by name; each value in one of its spellings."""
+    fields = {f"config.flow.{name}": value for name, value in section.items()}
+    if depths := section.get("layers_per_block"):
+        depths = [depths] if isinstance(depths, int) else list(depths)
+        fields["config.flow.layers_per_block"] = (
+            depths * section["num_blocks"] if len(depths) == 1 else depths
+        )
+    fields["the shape of the images"] = resolved["image_shape"]
+    fields["the number of classes"] = resolved["num_classes"]
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
 
 
 def _creation(config: Config, trainer: Trainer):

@@ -92,3 +92,11 @@ def is_nchw(key: str) -> bool:
 
 def to_nhwc(images: np.ndarray) -> np.ndarray:
     return np.moveaxis(images, -3, -1)
+
+
+def assert_equal(actual, expected) -> None:
+    """The same arrays of the same names, types and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()

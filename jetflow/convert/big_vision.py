@@ -10,6 +10,7 @@ from jetflow.types import UsageError
 
 PREFIX = "params/"
 POINTER = "-LAST"  # CHECKPOINT-LAST holds the suffix of the newest folder CHECKPOINT-SUFFIX
+COMPLETE = {"fill_missing_data_reads": False}  # a chunk that is not there is damage, no zeros
 EXPECTED = (
     "expected an .npz, a checkpoint.bv-… folder, or a workdir with the pointer checkpoint.bv-LAST"
 )
@@ -70,6 +71,6 @@ def _read_folder(folder: Path) -> dict[str, np.ndarray]:
     for array in sorted(folder.glob(PREFIX.replace("/", "~") + "*")):
         kvstore = {"driver": "file", "path": f"{array.resolve()}/"}
         opened[array.name.replace("~", "/").removeprefix(PREFIX)] = tensorstore.open(
-            {"driver": "zarr", "kvstore": kvstore}, open=True, read=True
+            {"driver": "zarr", "kvstore": kvstore, **COMPLETE}, open=True, read=True
         )
     return {name: np.asarray(array.result().read().result()) for name, array in opened.items()}

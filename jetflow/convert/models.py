@@ -1,20 +1,21 @@
 """Published checkpoints as jetflow's flows and variables, and TarFlow's back."""
 
-import os
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jetflow.convert import big_vision, tables, torch_file, torch_writer
-from jetflow.convert.mapping import Tensors, Variables, from_published, to_published
+from jetflow.convert.mapping import Table, Tensors, Variables, from_published, to_published
+from jetflow.convert.sizes import Path, check_patches, check_positive, count_parts, shape_of
 from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.flows.build import build
 from jetflow.flows.pixels import Pixels
 from jetflow.flows.stack import Stack
 from jetflow.state import abstract_variables
 from jetflow.types import Flow, UsageError
+
+HEAD_DIM = 64  # of every published TarFlow, whose files do not say it
 
 
 class Published(NamedTuple):
@@ -37,13 +38,13 @@ class Published(NamedTuple):
 
 
 def tarflow(
-    path: str | os.PathLike,
+    path: Path,
     *,
     image_size: int,
     channels: int,
     patch_size: int,
     pixel_scale: float = 127.5,
-    head_dim: int = 64,
+    head_dim: int = HEAD_DIM,
 ) -> tuple[Stack, Variables]:
     """The model of a state dict of apple/ml-tarflow.
 
@@ -57,7 +58,8 @@ def tarflow(
         channels: of the image.
         patch_size: in pixels.
         pixel_scale: pixels v become v / pixel_scale - 1: 127.5 in the models trained with gaussian
-            noise, 128 in those with uniform noise.
+            noise, 128 in that with uniform noise. The file does not say which one it is; all but
+            one of the published models have gaussian noise, hence the default.
         head_dim: features of an attention head; 64 in the published models.
 
     Raises:
@@ -71,9 +73,9 @@ def tarflow(
 
 
 def jet(
-    path: str | os.PathLike,
+    path: Path,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: Sequence[int],
     patch_size: int,
     num_heads: int,
     kinds: Sequence[str],
@@ -102,116 +104,133 @@ def jet(
     return published.flow, published.variables
 
 
-def to_tarflow(path: str | os.PathLike, flow: Flow, variables: Variables) -> None:
+def to_tarflow(path: Path, flow: Flow, variables: Variables) -> None:
     """Write a TarFlow as a state dict of apple/ml-tarflow, which `torch.load` reads.
 
     Raises:
-        UsageError: if the flow is no TarFlow.
+        UsageError: if the flow is no TarFlow, or one that the published code would read as another.
     """
-    if not isinstance(flow, Stack) or not all(
-        isinstance(block, AutoregressiveBlock) for block in flow.blocks
-    ):
-        raise UsageError("only a TarFlow can be written as a .pth of apple/ml-tarflow")
+    blocks = flow.blocks if isinstance(flow, Stack) else ()
+    if not blocks or not all(isinstance(block, AutoregressiveBlock) for block in blocks):
+        raise UsageError(
+            "only a TarFlow can be written as a .pth of apple/ml-tarflow, and this is none; give "
+            "the workdir of a TarFlow"
+        )
+    for head_dim in {block.width // block.num_heads for block in blocks} - {HEAD_DIM}:  # type: ignore[attr-defined]
+        raise UsageError(
+            f"config.flow.head_dim is {head_dim}, but apple/ml-tarflow divides every width into "
+            f"heads of {HEAD_DIM} and would read another model; train with head_dim {HEAD_DIM}"
+        )
     tensors = to_published(tables.TARFLOW, variables)
     tokens, _ = flow.latent_shape
-    for block in range(len(flow.blocks)):
+    for block in range(len(blocks)):
         tensors[f"blocks.{block}.attn_mask"] = np.tril(np.ones((tokens, tokens), np.float32))
     tensors.setdefault("var", np.ones(flow.latent_shape, np.float32))
     torch_writer.write(path, tensors)
 
 
 def read_tarflow(
-    path: str | os.PathLike, *, image_size: int, channels: int, patch_size: int,
-    pixel_scale: float, head_dim: int,
+    path: Path, *, image_size: int, channels: int, patch_size: int, pixel_scale: float,
+    head_dim: int,
 ) -> Published:  # fmt: skip
     """See `tarflow`."""
+    check_positive(
+        image_size=image_size, channels=channels, patch_size=patch_size, pixel_scale=pixel_scale,
+        head_dim=head_dim,
+    )  # fmt: skip
     tensors = torch_file.read(path)
-    width, features = _shape(path, tensors, "blocks.0.proj_in.weight", 2)
-    tokens, _ = _shape(path, tensors, "blocks.0.pos_embed", 2)
-    outputs, _ = _shape(path, tensors, "blocks.0.proj_out.weight", 2)
+    width, features = shape_of(path, tensors, "blocks.0.proj_in.weight", 2)
+    tokens, _ = shape_of(path, tensors, "blocks.0.pos_embed", 2)
+    outputs, _ = shape_of(path, tensors, "blocks.0.proj_out.weight", 2)
+    num_classes = 0
+    if "blocks.0.class_embed" in tensors:
+        num_classes, _, _ = shape_of(path, tensors, "blocks.0.class_embed", 3)
     image_shape = (image_size, image_size, channels)
     given = Pixels(image_shape, patch_size, pixel_scale, "chw").token_shape
-    _check(f"image_size {image_size}, channels {channels}", patch_size, given, (tokens, features))
-    blocks = _count(tensors, r"blocks\.(\d+)\..*")
+    check_patches(
+        f"image_size {image_size}, channels {channels}", patch_size, given, (tokens, features)
+    )
+    blocks = count_parts(tensors, "blocks.")
     section = {
         "kind": "tarflow",
         "patch_size": patch_size,
         "width": width,
         "num_blocks": blocks,
         "layers_per_block": tuple(
-            _count(tensors, rf"blocks\.{block}\.attn_blocks\.(\d+)\..*") for block in range(blocks)
+            count_parts(tensors, f"blocks.{block}.attn_blocks.") for block in range(blocks)
         ),
         "head_dim": head_dim,
         "volume_preserving": outputs == features,
         "pixel_scale": pixel_scale,
     }
-    num_classes = len(tensors.get("blocks.0.class_embed", ()))
     return _published(path, tables.TARFLOW, tensors, section, image_shape, num_classes)
 
 
 def read_jet(
-    path: str | os.PathLike, *, image_shape: tuple[int, int, int], patch_size: int,
-    num_heads: int, kinds: Sequence[str], scale_factor: float,
+    path: Path, *, image_shape: Sequence[int], patch_size: int, num_heads: int,
+    kinds: Sequence[str], scale_factor: float,
 ) -> Published:  # fmt: skip
     """See `jet`."""
+    if len(image_shape) != 3:
+        raise UsageError(f"image_shape is {image_shape}; expected (height, width, channels)")
+    height, width, channels = image_shape
+    check_positive(
+        height=height, width=width, channels=channels, patch_size=patch_size,
+        scale_factor=scale_factor,
+    )  # fmt: skip
     tensors = big_vision.read(path)
-    couplings, half, width = _shape(path, tensors, "couplings/dnn/init_proj/kernel", 3)
-    _, _, tokens, _ = _shape(path, tensors, "couplings/dnn/posemb", 4)
+    couplings, half, features = shape_of(path, tensors, "couplings/dnn/init_proj/kernel", 3)
+    _, _, tokens, _ = shape_of(path, tensors, "couplings/dnn/posemb", 4)
     query = "couplings/dnn/vit/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
-    heads = _shape(path, tensors, query, 4)[2]
-    given = Pixels(image_shape, patch_size, 127.5, "hwc").token_shape
-    _check(f"image_shape {image_shape}", patch_size, given, (tokens, 2 * half))
+    heads = shape_of(path, tensors, query, 4)[2]
+    given = Pixels((height, width, channels), patch_size, 127.5, "hwc").token_shape
+    check_patches(f"image_shape {tuple(image_shape)}", patch_size, given, (tokens, 2 * half))
     if num_heads != heads:
         raise UsageError(f"num_heads is {num_heads}, but {path} has {heads}; set it to that")
     section = {
         "kind": "jet",
         "patch_size": patch_size,
-        "width": width,
+        "width": features,
         "num_heads": num_heads,
         "num_couplings": couplings,
-        "block_depth": _count(tensors, r"couplings/dnn/vit/encoderblock_(\d+)/.*"),
+        "block_depth": count_parts(tensors, "couplings/dnn/vit/encoderblock_"),
         "kinds": tuple(kinds),
         "scale_factor": scale_factor,
     }
-    published = _published(path, tables.JET, tensors, section, image_shape, num_classes=0)
-    spatial = np.asarray(published.variables["constants"]["blocks_0"]["spatial"])
+    table = tables.jet(num_heads, features)
+    published = _published(path, table, tensors, section, (height, width, channels), 0)
+    _check_kinds(path, tensors, kinds)
+    return published
+
+
+def _check_kinds(path: Path, tensors: Tensors, kinds: Sequence[str]) -> None:
+    """Raise if the couplings' splits are not those of the cycle `kinds`."""
+    masks = [tensors[f"{kind}_coupling_masks-FREEZE_ME"] for kind in ("channel", "spatial")]
+    channel, spatial = (tables.is_split(mask) for mask in masks)
+    if wrong := np.flatnonzero(channel == spatial).tolist():
+        raise UsageError(
+            f"{path}: the couplings {wrong} have split matrices of both kinds or of none; expected "
+            "exactly one that is not zero; check that the checkpoint is of this model"
+        )
     there = ["spatial" if is_spatial else "channels" for is_spatial in spatial]
-    if there != [kinds[layer % len(kinds)] for layer in range(couplings)]:
+    if there != [kinds[layer % len(kinds)] for layer in range(len(there))]:
         raise UsageError(
             f"kinds is {tuple(kinds)}, but the couplings of {path} are {', '.join(there)}; "
             "set it to their cycle"
         )
-    return published
 
 
-def _published(path, table, tensors, section, image_shape, num_classes) -> Published:
+def _published(
+    path: Path,
+    table: Table,
+    tensors: Tensors,
+    section: dict[str, Any],
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+) -> Published:
     published = Published(section, image_shape, num_classes, {})
     wanted = abstract_variables(published.flow)
     try:
         return published._replace(variables=from_published(table, tensors, wanted))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
-
-
-def _shape(path, tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
-    """The shape of a tensor that the sizes of the model are read off."""
-    if name not in tensors:
-        first = ", ".join(list(tensors)[:3])
-        raise UsageError(f"{path} is not of this model: it has no tensor {name}, but {first}, …")
-    if tensors[name].ndim != axes:
-        raise UsageError(f"{path}: {name} is {tensors[name].shape}; expected {axes} axes")
-    return tensors[name].shape
-
-
-def _check(image: str, patch_size: int, given: tuple[int, int], there: tuple[int, int]) -> None:
-    if given != there:
-        raise UsageError(
-            f"{image} and patch_size {patch_size} make {given[0]} patches of {given[1]} features, "
-            f"but the checkpoint has {there[0]} of {there[1]}; correct them"
-        )
-
-
-def _count(tensors: Tensors, pattern: str) -> int:
-    """One more than the highest number that the names have there."""
-    found = [match for name in tensors if (match := re.fullmatch(pattern, name))]
-    return max((int(match[1]) for match in found), default=0) + 1

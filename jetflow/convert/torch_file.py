@@ -1,54 +1,26 @@
 """PyTorch's .pth files, read without PyTorch.
 
 Such a file is a pickle, which may ask for any object of any module, plus the bytes of the tensors.
-Here it can ask for tensors and nothing else: every other name is refused before it is looked up.
+Here it can ask for tensors and nothing else, see `torch_pickle`.
 """
 
 import io
 import math
 import os
-import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from jetflow.convert import torch_pickle
+from jetflow.convert.torch_pickle import REMEDY, Storage, StoredTensor
 from jetflow.types import UsageError
 
-DTYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(jnp.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LARGEST_EXPANDED = 2**28  # bytes of a tensor that repeats the elements of its storage
-
-
-class Storage(NamedTuple):
-    """A run of `count` elements in the file, named by its key."""
-
-    key: str
-    dtype: np.dtype
-    count: int
-
-
-class StoredTensor(NamedTuple):
-    """A view of a storage; offset and strides count elements."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+ROOM = 2**28  # bytes by which all tensors together may exceed the file, where they share storages
+COPY_AGAIN = "copy or download it again"
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -68,159 +40,141 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except UsageError as error:
         raise UsageError(f"{path} {error}") from error
     except Exception as error:  # a damaged pickle raises many types
-        reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
         raise UsageError(
-            f"{path} is no readable PyTorch file ({reason}); expected a state dict as torch.save "
+            f"{path} is no readable PyTorch file ({reason!a}); expected a state dict as torch.save "
             "writes it"
         ) from error
 
 
-def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_zip(file: io.BufferedReader) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise UsageError("is a compressed zip file; PyTorch writes uncompressed ones")
+            raise UsageError(
+                "is a compressed zip file, but PyTorch writes uncompressed ones; unzip it, and "
+                "zip the folder again with `zip -0 -r`"
+            )
         names = set(archive.namelist())
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise UsageError("is a zip file but no state dict: it has no data.pkl")
+            raise UsageError(
+                "is a zip file, but no state dict: it has no data.pkl; expected what torch.save "
+                "writes"
+            )
         root = pickles[0].removesuffix("data.pkl")
         order = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
-        tensors = _state_dict(_Unpickler(io.BytesIO(archive.read(pickles[0]))).load())
+        tensors = _state_dict(torch_pickle.load(io.BytesIO(archive.read(pickles[0]))))
 
         def content(storage: Storage) -> bytes:
-            return archive.read(f"{root}data/{storage.key}")
+            member = f"{root}data/{storage.key}"
+            if member not in names:
+                raise UsageError(f"is damaged: it has no storage {member!r}; {COPY_AGAIN}")
+            return archive.read(member)
 
-        return _materialise(tensors, content, order.decode())
+        return _materialise(tensors, content, order.decode("ascii", "replace"), _size(file))
 
 
-def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_legacy(file: io.BufferedReader) -> dict[str, np.ndarray]:
     """Pickles of a magic number, a version, the system, the state dict and its storages' keys."""
-    if _Unpickler(file).load() != LEGACY_MAGIC:
-        raise UsageError("is no PyTorch file: it does not start with PyTorch's magic number")
-    _Unpickler(file).load()
-    system = _Unpickler(file).load()
-    tensors = _state_dict(_Unpickler(file).load())
-    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
-    contents = {}
-    for key in _Unpickler(file).load():
-        count = int.from_bytes(file.read(8), "little", signed=True)
-        if key not in storages or count != storages[key].count:
-            raise UsageError(f"is damaged: storage {key} has {count} elements")
-        contents[key] = file.read(count * storages[key].dtype.itemsize)
-    order = "little" if system["little_endian"] else "big"
-    return _materialise(tensors, lambda storage: contents[storage.key], order)
-
-
-class _Refused(UsageError):
-    pass
-
-
-class _Callable:
-    """What a pickle may call, and can do nothing else with: not even set an attribute of it."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable):
-        object.__setattr__(self, "_function", function)
-
-    def __call__(self, *arguments):
-        return self._function(*arguments)
-
-    def __setattr__(self, name, value):
-        raise _Refused("is refused: it alters PyTorch's own functions")
-
-
-class _Dict(dict):
-    """A dict whose further state, such as a state dict's version numbers, is dropped."""
-
-    def __setstate__(self, state):
-        pass
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *_) -> StoredTensor:
-    return StoredTensor(storage, offset, tuple(shape), tuple(strides))
-
-
-_ADMITTED: dict[tuple[str, str], Callable] = {
-    ("collections", "OrderedDict"): _Callable(_Dict),
-    ("torch._utils", "_rebuild_tensor"): _Callable(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Callable(_rebuild_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Callable(lambda tensor, *_: tensor),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits tensors, plain values and dicts; of any other object it raises with the name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ADMITTED:
-            return _ADMITTED[module, name]
-        if module == "torch" and name in DTYPES:
-            return name
-        raise _Refused(
-            f"asks for {module}.{name}; refused, nothing was executed: only tensors are read. "
-            "Save the model's state_dict() alone"
+    if torch_pickle.load(file) != LEGACY_MAGIC:
+        raise UsageError(
+            "is no PyTorch file: it does not start with PyTorch's magic number; expected what "
+            "torch.save writes"
         )
+    torch_pickle.load(file)
+    system = torch_pickle.load(file)
+    tensors = _state_dict(torch_pickle.load(file))
+    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    size, contents = _size(file), {}
+    for key in torch_pickle.load(file):
+        count = int.from_bytes(file.read(8), "little", signed=True)
+        if type(key) is not str or key not in storages or count != storages[key].count:
+            raise UsageError(f"is damaged: a storage has {count} elements; {COPY_AGAIN}")
+        contents[key] = file.read(min(storages[key].size, size))
+    order = "little" if system["little_endian"] else "big"
+    return _materialise(tensors, lambda storage: contents[storage.key], order, size)
 
-    def persistent_load(self, pid: Any) -> Storage:
-        kind, dtype, key, _, count, *view = pid
-        if kind != "storage" or dtype not in DTYPES or type(count) is not int or any(view):
-            raise _Refused(f"refers to {pid!r}; expected the storage of a tensor")
-        return Storage(str(key), DTYPES[dtype], count)
+
+def _size(file: io.BufferedReader) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def _state_dict(content: Any) -> dict[str, StoredTensor]:
-    if not isinstance(content, dict):
+    """A pickle's content, if it is a dict of tensors that have storages."""
+    if type(content) is not dict:
         raise UsageError(f"holds one {type(content).__name__}; expected a dict of tensors")
     wrong = [
         f"{key!r} ({type(value).__name__})"
-        for key, value in dict.items(content)
-        if not isinstance(key, str) or not isinstance(value, StoredTensor)
+        for key, value in content.items()
+        if type(key) is not str or type(value) is not StoredTensor
     ]
     if wrong:
-        raise UsageError(
-            f"holds more than tensors: {', '.join(wrong)}; save the model's state_dict() alone"
-        )
-    return dict(content)
+        raise UsageError(f"holds more than tensors: {', '.join(wrong)}; {REMEDY}")
+    for name, tensor in content.items():
+        if type(tensor.storage) is not Storage:
+            raise UsageError(f"is damaged: {name!r} has no storage; {COPY_AGAIN}")
+    return content
 
 
 def _materialise(
-    tensors: Mapping[str, StoredTensor], content: Callable[[Storage], bytes], order: str
+    tensors: Mapping[str, StoredTensor],
+    content: Callable[[Storage], bytes],
+    order: str,
+    size: int,
 ) -> dict[str, np.ndarray]:
-    """Copies of the tensors; each storage is read once, whatever shares it."""
-    storages: dict[str, np.ndarray] = {}
-    arrays = {}
+    """Copies of the tensors; each storage is read once, whatever shares it.
+
+    Args:
+        content: the bytes of a storage.
+        order: of the bytes of a number, "little" or "big".
+        size: of the file, in bytes.
+    """
+    if order not in ("little", "big"):
+        raise UsageError(f"has the byte order {order!r}; expected little or big; {COPY_AGAIN}")
+    storages: dict[str, tuple[Storage, np.ndarray]] = {}
+    arrays: dict[str, np.ndarray] = {}
+    left = size + ROOM
     for name, tensor in tensors.items():
         storage = tensor.storage
-        if not isinstance(storage, Storage):
-            raise UsageError(f"is damaged: {name} has no storage")
         if storage.key not in storages:
-            raw = content(storage)
-            if len(raw) < storage.count * storage.dtype.itemsize:
-                raise UsageError(f"is damaged: the storage of {name} is cut short")
-            values = np.frombuffer(raw, storage.dtype, storage.count)
-            storages[storage.key] = values if order == sys.byteorder else values.byteswap()
-        values = storages[storage.key]
-        if values.dtype != storage.dtype or len(values) != storage.count:
-            raise UsageError(f"is damaged: the storage of {name} is described in two ways")
-        arrays[name] = _view(name, tensor, values).copy()
+            storages[storage.key] = storage, _values(name, storage, content(storage), order)
+        described, values = storages[storage.key]
+        if described != storage:
+            raise UsageError(
+                f"is damaged: the storage of {name!r} is described in two ways; {COPY_AGAIN}"
+            )
+        view = _view(name, tensor, values)
+        left -= view.nbytes
+        if left < 0:
+            raise UsageError(
+                f"makes tensors far larger than itself, up to {name!r}, by repeating elements; "
+                "save contiguous copies of them"
+            )
+        arrays[name] = view.copy()
     return arrays
+
+
+def _values(name: str, storage: Storage, raw: bytes, order: str) -> np.ndarray:
+    """The elements of a storage, in this machine's byte order."""
+    if not 0 <= storage.size <= len(raw):
+        raise UsageError(f"is damaged: the storage of {name!r} is cut short; {COPY_AGAIN}")
+    values = np.frombuffer(raw, storage.dtype, storage.count)
+    return values if order == sys.byteorder else values.byteswap()
 
 
 def _view(name: str, tensor: StoredTensor, values: np.ndarray) -> np.ndarray:
     """The part of a storage that a tensor is; raises where it would reach out of it."""
-    numbers = (tensor.offset, *tensor.shape, *tensor.strides)
-    if len(tensor.shape) != len(tensor.strides) or not all(type(n) is int for n in numbers):
-        raise UsageError(f"is damaged: the shape of {name} is {tensor.shape}")
-    size = math.prod(tensor.shape)
-    last = tensor.offset + sum(
-        (length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True)
-    )
+    offset, shape, strides = tensor.offset, tensor.shape, tensor.strides
+    numbers = (offset, *shape, *strides)
+    if not all(type(n) is int and abs(n) < 2**62 for n in numbers) or len(shape) > 32:
+        raise UsageError(f"is damaged: {name!r} has no proper shape; {COPY_AGAIN}")
+    if len(shape) != len(strides):
+        raise UsageError(f"is damaged: the shape of {name!r} is {shape}; {COPY_AGAIN}")
+    size = math.prod(shape)
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if min(numbers) < 0 or (size and last >= len(values)):
-        raise UsageError(f"is damaged: {name} reaches out of its storage")
-    if size > len(values) and size * values.itemsize > LARGEST_EXPANDED:
-        raise UsageError(f"is damaged: {name} repeats few elements to a size of {size}")
+        raise UsageError(f"is damaged: {name!r} reaches out of its storage; {COPY_AGAIN}")
     if not size:
-        return np.empty(tensor.shape, values.dtype)
-    strides = [stride * values.itemsize for stride in tensor.strides]
-    return np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.shape, strides)
+        return np.empty(shape, values.dtype)
+    steps = [stride * values.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(values[offset:], shape, steps)
