@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from planted_bugs import mean_logdet, without_shift_by_one_token
 from published import JETS, TARFLOWS, Case, case, settings_of, to_nhwc
-from test_planted_bugs import mean_logdet, without_shift_by_one_token
 
 from jetflow import optim
 from jetflow.flows import affine, pixels
@@ -25,7 +25,9 @@ from jetflow.state import TrainState
 from jetflow.step import Trainer
 from jetflow.types import Batch, Guidance
 
-LATENT = 2e-6  # of the largest entry: at 1e-5 another epsilon of the layer norms would pass
+# Latents are compared relative to the largest entry of the array, not entry by entry: an entry near
+# zero is a difference of larger ones. At 1e-5 another epsilon of the layer norms would pass.
+LATENT = 2e-6
 SAMPLE = 1e-4  # in [-1, 1] units
 TRAINING = 1e-4  # relative
 
@@ -200,10 +202,11 @@ class Given(Noise):
 
 
 class Trajectory(NamedTuple):
-    """Of each step the loss in bits per dim and the gradient norm; and the last state."""
+    """Of each step the loss in bits per dim, the gradient norm, the rate; and the last state."""
 
     bpd: np.ndarray
     gradient_norm: np.ndarray
+    learning_rate: np.ndarray
     state: TrainState
 
 
@@ -233,8 +236,11 @@ def training_images(found: Case) -> np.ndarray:
     return np.asarray((noisy + 1) * 127.5, np.float32)
 
 
+Train = Callable[[np.ndarray], Trajectory]
+
+
 @functools.cache
-def training(name: str) -> Callable[[np.ndarray], Trajectory]:
+def training(name: str) -> Train:
     """A function from the batches of a training to what it does."""
     found = case(name)
     tx, schedule = optimizer(found)
@@ -249,7 +255,7 @@ def training(name: str) -> Callable[[np.ndarray], Trajectory]:
             label = found.arrays.get("train_labels", np.full(images.shape[:2], -1))[index]
             label = jnp.asarray(label, jnp.int32)
             state, values = step(state, Batch(batch, label, np.arange(len(batch))))
-            metrics.append((float(values["bpd"]), float(values["gradient_norm"])))
+            metrics.append([float(values[name]) for name in Trajectory._fields[:-1]])
         return Trajectory(*np.array(metrics).T, state)
 
     return run
@@ -296,49 +302,99 @@ def test_first_moment_is_rounded_as_published():
     assert different.mean() < 1e-3  # a product fused with its sum may fall on another side
 
 
-# Where rounding alone moves the published gradient norms of Jet by more than the tolerance.
+# The training of Jet is chaotic in its rounding.
 #
-# The published losses, norms and final tensors can be reproduced to the bit, with the published
-# operations in their order. When there the images alone are rounded differently, by 1 unit in the
-# last place, then the norm of step 8 moves by 3.6e-4, and one entry of the final kernel of `mixed`
-# by 1.05e-4 of the largest: a bfloat16 moment that falls on the other side of a tie. jetflow adds
-# up in another order. So these figures are known no better, on any machine but that one.
-ROUNDED = {("spatial_only", 8): 1e-3, ("spatial_only", 9): 3e-4}
-ROUNDED |= {("spatial_only", 10): 7e-4, ("spatial_only", 11): 3e-4}
-LARGEST_FLIP = 3e-4  # of an entry whose moment was rounded to the other side
+# Its first moment is rounded to bfloat16, and where one falls on the other side of a tie, all that
+# follows moves. When the images alone are rounded differently, by 1 unit in the last place (ulp),
+# the norm of step 8 of `spatial_only` moves by up to 6e-4 of its value, and the largest error of
+# the final kernel of `mixed` is anything from 6e-5 to 1.2e-4. jetflow adds up in another order than
+# the published code does, so it is chance which of these trajectories the given images take.
+# What is no chance: some of them meet every figure at once, within the tolerance of 1e-4, and none
+# does after a mistake as small as one rounding left out (`test_mistake_in_the_recipe_is_caught`).
 
 
-def training_of_jet_is_as_published(found: Case, run: Trajectory) -> None:
-    np.testing.assert_allclose(run.bpd, found.arrays["train_bits_per_dim"], rtol=TRAINING)
-    errors = np.abs(run.gradient_norm / found.arrays["train_grad_norms"] - 1)
-    for step, error in enumerate(errors):
-        assert error <= ROUNDED.get((found.name, step), TRAINING), f"step {step}"
+def errors_of_jet(found: Case, run: Trajectory) -> dict[str, np.ndarray]:
+    """Of losses and norms relative to each, of the final kernel to its largest entry."""
     kernel = run.state.params["blocks_0"]["layers"]["net"]["proj_in"]["kernel"]
     expected = found.arrays["train_final_init_proj_kernel"]
-    errors = np.abs(kernel - expected) / np.abs(expected).max()
-    assert (errors > TRAINING).mean() < 1e-4
-    assert errors.max() <= LARGEST_FLIP
+    return {
+        "bpd": np.abs(run.bpd / found.arrays["train_bits_per_dim"] - 1),
+        "gradient_norm": np.abs(run.gradient_norm / found.arrays["train_grad_norms"] - 1),
+        "kernel": np.abs(kernel - expected) / np.abs(expected).max(),
+    }
+
+
+def moved_by_an_ulp(images: np.ndarray, seed: int) -> np.ndarray:
+    """Each pixel of each step up or down, at random."""
+    towards = np.random.default_rng(seed).choice(np.array([0, 256], np.float32), images.shape)
+    return np.nextafter(images, towards)
+
+
+def errors_nearby(name: str, train: Train, count: int) -> Iterator[dict[str, np.ndarray]]:
+    """The errors for the given images, and for `count` that differ from them by an ulp."""
+    found = case(name)
+    images = training_images(found)
+    yield errors_of_jet(found, train(images))
+    for seed in range(count):
+        yield errors_of_jet(found, train(moved_by_an_ulp(images, seed)))
+
+
+def is_met(errors: dict[str, np.ndarray]) -> bool:
+    return all(error.max() <= TRAINING for error in errors.values())
 
 
 @jets
 def test_training_of_jet(name):
-    training_of_jet_is_as_published(case(name), trained(name))
+    """Losses, norms and final kernel at once; one in 4 trainings does, and of `mixed` one in 16."""
+    assert any(map(is_met, errors_nearby(name, training(name), 200)))
+
+
+# What the given images themselves need beyond the tolerance, and no more.
+UNMOVED_NORMS = {("spatial_only", 8): 2.5e-4, ("spatial_only", 10): 1.5e-4}
+UNMOVED_ENTRIES = {"mixed": [1.1e-4]}  # the largest errors of the kernel, one an entry
 
 
 @jets
-def test_rounding_of_the_images_moves_no_other_norm(name):
-    """The tolerances of `ROUNDED` are needed, and where there are none, none are."""
-    images = training_images(case(name))
-    rng = np.random.default_rng(0)
-    moved = []
-    for _ in range(6):
-        towards = rng.choice(np.array([0, 256], np.float32), images.shape)
-        other = training(name)(np.nextafter(images, towards))
-        moved.append(np.abs(other.gradient_norm / trained(name).gradient_norm - 1))
-    moved = np.max(moved, axis=0)
-    needed = {(name, step) for step, change in enumerate(moved) if change > TRAINING / 2}
-    assert needed <= set(ROUNDED)
-    assert name == "mixed" or moved[8] > TRAINING / 2
+def test_training_of_jet_on_the_given_images(name):
+    found, run = case(name), trained(name)
+    errors = errors_of_jet(found, run)
+    assert errors["bpd"].max() <= TRAINING
+    for step, error in enumerate(errors["gradient_norm"]):
+        assert error <= UNMOVED_NORMS.get((name, step), TRAINING), f"step {step}"
+    allowed = UNMOVED_ENTRIES.get(name, [])
+    *others, largest = np.sort(errors["kernel"].ravel())[-1 - len(allowed) :]
+    assert largest <= max([TRAINING, *allowed])
+    assert all(error <= TRAINING for error in others)
+
+
+@jets
+def test_learning_rate_of_jet(name):
+    published = case(name).arrays["train_lr"]
+    np.testing.assert_allclose(trained(name).learning_rate, published, rtol=1e-6)
+
+
+def test_an_ulp_moves_what_is_known_no_better():
+    """The allowances above are needed: 1 ulp moves those figures by more than the tolerance."""
+    nearby = errors_nearby("spatial_only", training("spatial_only"), 24)
+    norms = [errors["gradient_norm"] for errors in nearby]
+    moved = np.ptp(norms, axis=0)
+    assert moved[8] > 3 * TRAINING and moved[10] > TRAINING
+    assert moved[:8].max() < TRAINING
+    kernels = [errors["kernel"].max() for errors in errors_nearby("mixed", training("mixed"), 24)]
+    assert max(kernels) > TRAINING
+
+
+def unrounded_product(monkeypatch) -> None:
+    """b1 times the moment is left in float32."""
+    monkeypatch.setattr(jax.lax, "reduce_precision", lambda x, *_: x)
+
+
+@jets
+def test_mistake_in_the_recipe_is_caught(name, monkeypatch):
+    """However small, and for all roundings of the images."""
+    unrounded_product(monkeypatch)
+    wrong = training.__wrapped__(name)  # kept out of the cache
+    assert not any(map(is_met, errors_nearby(name, wrong, 40)))
 
 
 # --- planted mistakes ----------------------------------------------------------------------------
