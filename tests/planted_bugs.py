@@ -87,8 +87,8 @@ def always_in_image_order(real):
 
 
 def cache_written_one_too_late(real):
-    return lambda self, x, cache, layer, position, temperature: real(
-        self, x, cache, layer, position + 1, temperature
+    return lambda self, x, cache, layer, start, temperature: real(
+        self, x, cache, layer, start + 1, temperature
     )
 
 

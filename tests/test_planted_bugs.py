@@ -58,7 +58,9 @@ BUGS = [
     Bug(CAUSAL, TARFLOW, transformer, "attend", bugs.attend_to_the_next_token),
     Bug(CAUSAL, TARFLOW, transformer, "attend", bugs.attend_to_oneself_alone),
     Bug(CAUSAL, TWO_BLOCKS, BLOCK, "_in_order", bugs.always_in_image_order),
-    Bug(ROUND_TRIP, TARFLOW, transformer.TransformerLayer, "step", bugs.cache_written_one_too_late),
+    Bug(
+        ROUND_TRIP, TARFLOW, transformer.TransformerLayer, "extend", bugs.cache_written_one_too_late
+    ),
     Bug(NO_LABEL, JET_CLASSES, Encoder, "_class_token", bugs.minus_one_is_the_last_class),
     Bug(NO_LABEL, TARFLOW_CLASSES, BLOCK, "_class_token", bugs.minus_one_is_the_last_class),
     Bug(LABELS, TARFLOW_CLASSES, BLOCK, "_class_token", bugs.same_label_for_all),

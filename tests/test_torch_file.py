@@ -209,7 +209,7 @@ def test_admitted_functions_cannot_be_altered(name, state, tmp_path):
     assert_equal(torch_file.read(PTH / "uncond.pth"), before)
 
 
-def nested(opener: bytes, depth: int = 100_000) -> bytes:
+def nested(opener: bytes, depth: int = 300_000) -> bytes:
     """A dict whose key is nested in tuples so deep that to hash it would end the process."""
     return b"\x80\x02}" + opener + b"\x85" * depth + b"K\x01s."
 
