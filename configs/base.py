@@ -84,7 +84,7 @@ def _common() -> ConfigDict:
                 epochs=0,  # passes over the training split,
                 images=0,  # and images
                 accumulation=1,  # parts of a batch that are computed one after another
-                ema_decay=0.0,  # of averaged parameters, used in evaluation; 0 for none
+                ema_decay=0.0,  # of averaged parameters, which evaluation uses; 0 for none
                 log_every=50,  # steps between lines of metrics
                 eval_every=0,  # steps between evaluations of held-out bpd; 0 for the end only
                 sample_every=0,  # steps between pictures of samples; 0 for the end only
@@ -101,7 +101,8 @@ def _common() -> ConfigDict:
                 batch_size=128,  # images per step of an evaluation, over all devices
                 draws=4,  # of the noise, in the evaluation at the end
                 samples=64,  # images in a picture of samples
-                guidance=0.0,  # of those samples: strength; 0 for none
+                temperature=1.0,  # of those samples: multiplies the prior's standard deviation
+                guidance=0.0,  # strength; 0 for none
                 guide_what="ab",  # guided predictions: a log-scale, b shift, ab both
                 attention_temperature=1.0,  # of the unguided pass; flows without labels need != 1
                 annealed=False,  # guidance that grows from the first token to the last

@@ -17,14 +17,15 @@ def get_config():
     config.noise.kind = "gaussian"
     config.noise.std = 0.1
     config.noise.label_drop = 0.1
-    config.optim.lr = 1e-3
+    config.optim.lr = 2e-3
     config.train.batch_size = 32
-    config.train.steps = 1500
+    config.train.steps = 2000
     config.train.ema_decay = 0.99
     config.train.log_every = 100
     config.train.eval_every = 500
     config.train.sample_every = 500
     config.eval.samples = 80
+    config.eval.temperature = 0.7
     config.eval.guidance = 2.0
     config.eval.denoise = True
     return config

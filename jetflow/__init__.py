@@ -4,15 +4,18 @@ from jetflow import convert
 from jetflow.evals.bpd import bits_per_dim
 from jetflow.flows.build import build
 from jetflow.sampling.ancestral import sample
-from jetflow.types import Batch, Flow, Guidance, UsageError
+from jetflow.types import Batch, Decoding, Flow, Guidance, UsageError
+from jetflow.workdir import load_model
 
 __all__ = [
     "Batch",
+    "Decoding",
     "Flow",
     "Guidance",
     "UsageError",
     "bits_per_dim",
     "build",
     "convert",
+    "load_model",
     "sample",
 ]

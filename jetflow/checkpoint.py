@@ -166,7 +166,7 @@ class Checkpoints:
         if not steps:
             raise UsageError(
                 f"no checkpoint in {self.directory}; train first with "
-                f"`jetflow train --workdir {self.directory.parent}`"
+                f"`jetflow train --config … --workdir {self.directory.parent}`"
             )
         if step is not None and step not in steps:
             raise UsageError(f"no checkpoint of step {step} in {self.directory}; it has {steps}")

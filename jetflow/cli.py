@@ -1,6 +1,7 @@
 """`jetflow COMMAND`: which file does what, help, and errors as one line."""
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"jetflow {importlib.metadata.version('jetflow')}")
+        return 0
     name, arguments = argv[0], argv[1:]
     try:
         command = load(name)
@@ -75,7 +79,8 @@ def _help(name: str, command: Any, values: flags.FlagValues) -> str:
 
 
 def _default(flag: flags.Flag) -> str:
-    return "" if flag.default in (None, False) else f" (default {flag.default_as_str})"
+    silent = flag.default is None or flag.default is False
+    return "" if silent else f" (default {flag.default_as_str})"
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         rest = values(list(argv))[1:]
     except flags.UnrecognizedFlagError as error:
         message = str(error).replace(" ?", "?")
+        name = re.match(r"Unknown command line flag '(\w+)\.", message)
+        if name and name[1] in SECTIONS:
+            message = f"{message}; fields of the config are --config.{name[1]}.…"
         raise UsageError(f"{message}; see `jetflow {argv[0]} --help`") from error
     except Exception as error:  # absl's and ml_collections', and whatever a config file raises
         raise UsageError(_failure(error, path, argv)) from error

@@ -29,6 +29,10 @@ class Stopped(Exception):
     """A signal asked the run to stop."""
 
 
+class Diverged(Exception):
+    """The loss or its gradient is not finite; the message says since when."""
+
+
 class StopSignal:
     """Notes SIGTERM and Ctrl-C, so that a run can save before it ends; a second one ends it."""
 
@@ -47,7 +51,8 @@ class StopSignal:
         self.number = number
         for again in self.SIGNALS:
             signal.signal(again, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")
+        os.write(2, b"\nstopping as soon as this step, or its compilation, is done; "
+                    b"a second signal ends the run at once\n")  # fmt: skip
 
     def poll(self) -> None:
         """Raise `Stopped` if a signal came."""
@@ -56,7 +61,8 @@ class StopSignal:
 
 
 def train(run: Run, workdir: Path) -> int:
-    """Train, or go on training, in `workdir`. The exit status: 0, or 128 + the signal's number.
+    """Train, or go on training, in `workdir`. The exit status: 0; 1 where the loss is no longer
+    finite; or 128 + the signal's number.
 
     Killed at any moment and called again, it ends with the same parameters, optimizer state,
     averages and metrics as if it had never been interrupted.
@@ -68,13 +74,18 @@ def train(run: Run, workdir: Path) -> int:
     with StopSignal() as stop, checkpoints:
         # What cannot start must leave nothing behind, what goes on must first fit its folder.
         fresh = run.fresh_state() if checkpoints.latest() is None else None
-        workdirs.claim(workdir, run.resolved_config)
-        state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
-        with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
-            try:
-                Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start)
-            except Stopped:
-                return 128 + (stop.number or 0)
+        with workdirs.claimed(workdir, run.resolved_config):
+            state, start = (
+                (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
+            )
+            with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
+                try:
+                    Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start)
+                except Stopped:
+                    return 128 + (stop.number or 0)
+                except Diverged as error:
+                    reporter.say(f"jetflow: {error}")
+                    return 1
     return 0
 
 
@@ -137,6 +148,7 @@ class Session:
         step = jax.jit(
             self.run.trainer.train_step, donate_argnums=0, out_shardings=(shardings, None)
         )
+        self.reporter.say("compiling the training step")
         with self.reporter.pause():
             compiled = step.lower(state, batch).compile()
         self.poll()
@@ -155,6 +167,13 @@ class Session:
         train = self.run.config.train
         metric = bpd.metric_name(self.run.trainer.noise)
         now = float(metrics["bpd"])  # waits for the step: never more than two are under way
+        if not math.isfinite(now + float(metrics["gradient_norm"])):
+            self.checkpoints.wait()
+            raise Diverged(
+                f"step {step}: the loss or its gradient is not finite, so the training ended; the "
+                f"checkpoints before it are kept: {self.checkpoints.steps()}; lower "
+                "config.optim.lr, or set config.optim.clip_norm, in another --workdir"
+            )
         if due := step % train.log_every == 0 or step in (1, self.run.total_steps):
             values = {
                 name.replace("bpd", metric): float(value)
@@ -214,6 +233,7 @@ class Session:
             flow,
             state.variables(),
             guidance=guidance_of(section),
+            temperature=section.temperature,
             denoise=noise.std if section.denoise else 0.0,
             decoding=decodings(flow),
             mesh=self.run.mesh,
@@ -244,9 +264,18 @@ class Session:
             f"{kind} with {count:,} parameters on {run.mesh.size} x {jax.default_backend()}",
             f"train on {run.train_data.describe()}",
             f"test on {run.test_data.describe()}",
-            f"steps {start} to {run.total_steps} of {run.config.train.batch_size} images each",
+            self._plan(start),
         ]
         return "\n".join(lines)
+
+    def _plan(self, start: int) -> str:
+        total, size = self.run.total_steps, self.run.config.train.batch_size
+        if start >= total:
+            return f"all {total} steps were done before"
+        if start:
+            return f"resumed at step {start} of {total}, of {size} images each"
+        source = self.run.config.train.init_from
+        return f"{total} steps of {size} images each" + (f", from {source}" if source else "")
 
     def _conclude(self) -> None:
         """The last lines: the result, and where everything is."""

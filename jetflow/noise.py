@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jetflow.types import NO_LABEL, UsageError
 
+LARGEST_SEED = 2**32 - 1  # keys are made of 32 bits
+
 
 class Purpose(enum.IntEnum):
     """What a key is for; part of the key, so the numbers never change."""

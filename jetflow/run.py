@@ -18,7 +18,7 @@ from jetflow.checkpoint import Checkpoints
 from jetflow.config import Config
 from jetflow.data import pipeline
 from jetflow.flows.build import build
-from jetflow.noise import Noise
+from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import check_guidance
 from jetflow.state import TrainState
 from jetflow.step import Trainer
@@ -110,6 +110,7 @@ def set_up(config: Config, data_dir: str | None = None) -> Run:
         "config.train.batch_size", config.train.batch_size, mesh, config.train.accumulation
     )
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
+    count_steps(config.train, examples=1)  # for what it refuses, before any data is prepared
     noise = Noise(**config.noise)
     train_data = pipeline.load(config.data.name, config.data.train_split, data_dir=data_dir)
     test_data = pipeline.load(config.data.name, config.data.test_split, data_dir=data_dir)
@@ -148,10 +149,11 @@ def count_steps(train: Config, examples: int) -> int:
     """Steps of a training whose length is given as steps, epochs or images."""
     lengths = {name: train[name] for name in ("steps", "epochs", "images") if train[name]}
     if len(lengths) != 1 or min(lengths.values()) < 0:
-        given = ", ".join(f"{name}={value}" for name, value in lengths.items()) or "none"
+        given = ", ".join(f"{name}={value}" for name, value in lengths.items())
         raise UsageError(
             "expected exactly one of config.train.steps, config.train.epochs and "
-            f"config.train.images above 0, but got {given}; set the others to 0"
+            "config.train.images above 0, but "
+            + (f"got {given}; set the others to 0" if given else "all are 0; set one")
         )
     [(unit, length)] = lengths.items()
     images = {"steps": length * train.batch_size, "epochs": length * examples, "images": length}
@@ -213,7 +215,7 @@ def _check_numbers(config: Config) -> None:
         for name in fields:
             section, field = name.split(".")
             value = config[section].get(field)  # a flow has some of the fields
-            if value is not None and not holds(value):
+            if value is not None and not (math.isfinite(value) and holds(value)):
                 raise UsageError(f"config.{name} is {value}; expected {kind}")
 
 
@@ -224,12 +226,13 @@ _LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
          "flow.num_blocks"),
         lambda value: value >= 1,
     ),
+    f"0 to {LARGEST_SEED}": (("train.seed",), lambda value: 0 <= value <= LARGEST_SEED),
     "0 or more": (
-        ("train.seed", "train.eval_every", "train.keep_every", "train.sample_every", "optim.min_lr",
-         "optim.weight_decay", "optim.clip_norm", "eval.guidance"),
+        ("train.eval_every", "train.keep_every", "train.sample_every", "optim.min_lr",
+         "optim.weight_decay", "optim.clip_norm", "eval.guidance", "eval.temperature"),
         lambda value: value >= 0,
     ),
-    "more than 0": (
+    "a finite number above 0": (
         ("optim.lr", "optim.eps", "flow.pixel_scale", "flow.scale_factor"),
         lambda value: value > 0,
     ),

@@ -1,8 +1,11 @@
 """A run's folder: its resolved config, and the model that any later command rebuilds from it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from jetflow.state import abstract_variables
 from jetflow.types import Flow, UsageError
 
 CONFIG = "config.json"
+LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +40,13 @@ class Model:
     step: int
 
 
-def load_model(workdir: Path, step: int | None = None) -> Model:
+def load_model(workdir: str | os.PathLike, step: int | None = None) -> Model:
     """The flow of a run, at its newest sound checkpoint or the one of `step`.
 
     Raises:
         UsageError: if there is no run, no checkpoint, or none that is sound.
     """
+    workdir = Path(workdir)
     config, flow, weights = read_flow(workdir)
     abstract = abstract_variables(flow)
     mesh = sharding.make_mesh(data=-1, fsdp=1)
@@ -95,28 +100,41 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
         raise UsageError(f"{path} is not readable JSON ({error}); restore it") from error
 
 
-def claim(workdir: Path, config: dict[str, Any]) -> None:
-    """Make `workdir` the folder of a run with this config, or check that it is that already.
+@contextlib.contextmanager
+def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
+    """Make `workdir` the folder of a run with this config, and keep other trainings out.
+
+    Out as long as in this context: the lock goes with the process, however it ends.
 
     Raises:
-        UsageError: if another run lives there (the message names the fields that differ), or it
-            cannot be written. A run that never made a step is no run.
+        UsageError: if another run lives there (the message names the fields that differ; one that
+            never made a step gives way), if a process trains there, or it cannot be written.
     """
     config = json.loads(json.dumps(config))
     existing = read_config(workdir)
-    if existing is None or not _has_begun(workdir):
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(workdir / CONFIG, config)
-        except OSError as error:
-            raise UsageError(
-                f"--workdir {workdir} cannot be written ({error}); give a folder that can"
-            ) from error
-    elif existing != config:
+    if existing not in (None, config) and _has_begun(workdir):
         raise UsageError(
             f"{workdir} holds a run with another config: {_differences(existing, config)}; "
-            "give that config to go on with it, or another --workdir for a new run"
+            "give that config to go on with it, or another --workdir for a new run, which can "
+            f"start from these weights: --config.train.init_from={workdir}"
         )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / LOCK, "w")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(
+            f"--workdir {workdir} cannot be written ({error}); give a folder that can"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another process trains in {workdir}; wait for its end, or give another --workdir"
+            ) from error
+        if existing != config:
+            write_json(workdir / CONFIG, config)
+        yield
 
 
 def result_path(workdir: Path, metric: str, step: int, suffix: str = "") -> Path:

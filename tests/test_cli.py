@@ -73,7 +73,7 @@ BAD_FIELDS = {
     "other flow": (
         "tarflow",
         {"flow.kind": "jet"},
-        ["config.flow.head_dim is no field of this flow"],
+        ["config.flow.head_dim is no field of a jet; it has patch_size,"],
     ),
     "no flow": ("tarflow", {"flow.kind": "glow"}, ["config.flow.kind is 'glow'", "jet, tarflow"]),
     "word for a whole number": (
@@ -145,7 +145,11 @@ BAD_FIELDS = {
         {"train.epochs": 3},
         ["exactly one of config.train.steps", "got steps=12, epochs=3", "set the others to 0"],
     ),
-    "no length": ("tarflow", {"train.steps": 0}, ["exactly one of config.train.steps", "none"]),
+    "no length": (
+        "tarflow",
+        {"train.steps": 0},
+        ["exactly one of config.train.st", "all are 0; set one"],
+    ),
     "negative length": ("tarflow", {"train.steps": -5}, ["above 0", "steps=-5"]),
     "unknown noise": ("tarflow", {"noise.kind": "pink"}, ["config.noise.kind is 'pink'"]),
     "uniform noise with a width": (
@@ -163,7 +167,11 @@ BAD_FIELDS = {
         {"eval.guidance": 1},
         ["guidance of a flow without labels", "temperature other than 1"],
     ),
-    "guidance of Jet": ("jet", {"eval.guidance": 1}, ["guidance needs a TarFlow", "set it to 0"]),
+    "guidance of Jet": (
+        "jet",
+        {"eval.guidance": 1},
+        ["guidance is 1.0, but needs", "set it to 0"],
+    ),
     "denoising of uniform noise": (
         "jet",
         {"eval.denoise": True},
@@ -176,7 +184,17 @@ BAD_FIELDS = {
     ),
     "blocks": ("tarflow", {"flow.num_blocks": 0}, ["config.flow.num_blocks is 0", "1 or more"]),
     "type of the net": ("tarflow", {"flow.dtype": "int8"}, ["config.flow.dtype is 'int8'"]),
-    "learning rate": ("tarflow", {"optim.lr": -1}, ["config.optim.lr is -1.0", "more than 0"]),
+    "learning rate": (
+        "tarflow",
+        {"optim.lr": -1},
+        ["config.optim.lr is -1.0", "number above 0"],
+    ),
+    "endless rate": ("tarflow", {"optim.lr": "inf"}, ["config.optim.lr is inf", "finite"]),
+    "large seed": (
+        "tarflow",
+        {"train.seed": 2**32},
+        ["train.seed is 4294967296; expected 0 to"],
+    ),
     "moment's type": ("tarflow", {"optim.mu_dtype": "x"}, ["config.optim.mu_dtype is 'x'"]),
     "averaging": ("tarflow", {"train.ema_decay": 1}, ["config.train.ema_decay is 1.0", "< 1"]),
     "interval": ("tarflow", {"train.log_every": 0}, ["config.train.log_every is 0", "1 or more"]),
@@ -312,7 +330,7 @@ def test_workdir_of_another_config(refused, trained):
     workdir = trained("tarflow")
     message = refused(tiny_runs.arguments("tarflow", workdir, optim__lr=0.5), workdir)
     assert f"{workdir} holds a run with another config" in message
-    assert "config.optim.lr is 0.001 there and 0.5 here" in message
+    assert "config.optim.lr is 0.002 there and 0.5 here" in message
     assert "another --workdir" in message
     message = refused(tiny_runs.arguments("jet", workdir), workdir)
     assert "config.flow.kind" in message or "more" in message
@@ -354,7 +372,26 @@ BAD_SAMPLES = {
         ["--guidance", 1],
         "needs an attention temperature other than 1",
     ),
-    "guidance of Jet": ("jet", ["--guidance", 1], "guidance needs a TarFlow"),
+    "guidance of Jet": ("jet", ["--guidance", 1], "guidance is 1.0, but needs a TarFlow"),
+    "endless guidance": ("tarflow", ["--guidance", "inf"], "guidance is inf; expected a finite"),
+    "no temperature": ("tarflow", ["--temperature", "nan"], "temperature is nan; expected 0 or"),
+    "large seed": ("tarflow", ["--seed", 2**70], "--seed"),
+    "no picture": ("tarflow", ["--out", "images.npz"], "--out is images.npz; expected a file"),
+    "window": ("tarflow", ["--method", "jacobi", "--window", 0], "window"),
+    "method of Jet": ("jet", ["--method", "auto"], "Jet is inverted in one pass"),
+    "strength without denoising": ("tarflow", ["--denoise_std", 0.1], "--denoise is missing"),
+    "arrays of a trace": ("tarflow", ["--mode=trace", "--npz=a.npz"], "--npz is for samples"),
+    "pictures of a trace": ("tarflow", ["--mode=trace", "--images=a.png"], "--images is for recon"),
+    "no picture file": (
+        "tarflow",
+        ["--mode=reconstruct", "--images=a.png"],
+        "not a readable",
+    ),
+    "picture of another size": (
+        "tarflow",
+        ["--mode=reconstruct", f"--images={tiny_runs.ROOT}/docs/digits.png"],
+        "this flow needs 8x8",
+    ),
     "guided by nothing": ("tarflow", ["--guidance", 1, "--guide_what", "c"], "'c'; expected a"),
     "temperature": (
         "tarflow",
@@ -596,7 +633,7 @@ def test_evaluation(evaluate, digits):
         assert 5 < result["value"] < 10
     assert bpd["value"] != noised["value"]
     lines = said.splitlines()
-    assert lines[0].startswith(f"step 12: bpd {bpd['value']:.4f} ± {bpd['standard_error']:.4f} (2 ")
+    assert lines[0].startswith(f"step 12: bpd {bpd['value']:.4f} ± {bpd['standard_error']:.2g} (")
     for part in ("digits 1.0.0 test", "297 examples", digits.checksum()):
         assert part in lines[0] and part in lines[2]
     assert lines[2].startswith(f"step 12: noised_bpd {noised['value']:.4f} ± ")

@@ -19,6 +19,7 @@ from tiny_runs import FLOWS, STEPS, assert_same, remains
 from jetflow import loop, report, run
 from jetflow.report import read_metrics
 from jetflow.types import UsageError
+from jetflow.workdir import claimed
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -74,7 +75,7 @@ def at_evaluation(patch, number):
 
 
 def at_sampling(patch, number):
-    patch.setattr(loop, "sample", first_call(loop.sample, lambda: tiny_runs.send(number)))
+    patch.setattr(loop, "draw_all", first_call(loop.draw_all, lambda: tiny_runs.send(number)))
 
 
 # When the signal comes, which one, and the step at which the run has then stopped: the metrics of
@@ -106,7 +107,9 @@ def test_interrupted_runs_end_the_same(name, trained, tmp_path, capsys):
         stopped, _ = tiny_runs.read_state(tmp_path)
         assert stopped == step
     assert tiny_runs.train(name, tmp_path) == 0
-    assert f"steps {step} to {STEPS}" in capsys.readouterr().err
+    resumed = f"resumed at step {step} of {STEPS}"
+    headline = resumed if step < STEPS else f"all {STEPS} steps were done before"
+    assert headline in capsys.readouterr().err
     assert_same(remains(tmp_path), expected)
 
 
@@ -153,6 +156,26 @@ def test_a_killed_start_leaves_no_stale_metrics(trained, tmp_path, monkeypatch):
     assert tiny_runs.train("tarflow", tmp_path) == 0
     assert_same(remains(tmp_path), remains(trained("tarflow")))
     assert_events_are_the_metrics(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    """The checkpoints from before stay; none is made of what is broken."""
+    fields = {"optim__lr": 1e30, "train__checkpoint_every": 1, "optim__warmup": 0.0}
+    assert tiny_runs.train("tarflow", tmp_path, **fields) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"jetflow: step \d+: the loss or its gradient is not finite", message)
+    assert "lower config.optim.lr" in message
+    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert saved and saved[-1] < int(re.search(r"step (\d+)", message)[1])
+    assert f"the checkpoints before it are kept: {saved};" in message
+
+
+def test_a_workdir_has_one_training_at_a_time(tmp_path, capsys):
+    with claimed(tmp_path, {}):
+        (tmp_path / "config.json").unlink()
+        assert tiny_runs.train("tarflow", tmp_path) == 2
+    assert f"another process trains in {tmp_path}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_finished_run_is_left_alone(trained, tmp_path, capsys):
@@ -282,13 +305,15 @@ def test_what_is_said(tmp_path, capsys):
     assert re.fullmatch(r"tarflow with [\d,]+ parameters on 1 x cpu", lines[0])
     assert lines[1] == "train on digits 1.0.0 train: 1,500 images of 8x8x1, 10 classes"
     assert lines[2] == "test on digits 1.0.0 test: 297 images of 8x8x1, 10 classes"
-    assert lines[3] == f"steps 0 to {STEPS} of 16 images each"
+    assert lines[3] == f"{STEPS} steps of 16 images each"
+    assert lines.pop(4) == "compiling the training step"
     progress = [line for line in lines if re.match(r"step \d+/", line)]
     pattern = r"step (\d+)/12 \(\d+%\)  noised_bpd \d\.\d{3}  [\d,]+ images/s  ETA \d:\d\d"
     assert [int(re.fullmatch(pattern, line)[1]) for line in progress] == [1, 4, 8, 12]
     held_out = [line for line in lines if "held-out noised_bpd" in line]
     assert [line.partition(":")[0] for line in held_out] == ["step 6", "step 12"]
-    assert "1 noise draw)" in held_out[0] and "± " in held_out[1] and "2 noise" in held_out[1]
+    assert "1 noise draw, averaged weights)" in held_out[0]
+    assert "± " in held_out[1] and "2 noise" in held_out[1]
     assert all("297 examples, checksum " in line for line in held_out)
     assert text.count("not comparable with a bpd of dequantised images") == len(held_out)
     (done,) = [line for line in lines if line.startswith("done: step 12, held-out bpd ")]

@@ -44,18 +44,15 @@ def run(values: flags.FlagValues, what: str) -> int:
         if method not in (*METHODS, "auto"):
             raise UsageError(f"--methods has {method!r}; expected some of cached, jacobi and auto")
     model = load_model(Path(commands.required(values, "workdir", "runs/NAME")), values.step)
-    sampler = Sampler(
-        model.flow,
-        model.variables,
-        guidance=Guidance(values.guidance, temperature=values.attention_temperature),
-        mesh=sharding.make_mesh(data=-1, fsdp=1),
-    )
+    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    guidance = Guidance(values.guidance, temperature=values.attention_temperature)
+    sampler = Sampler(model.flow, model.variables, guidance=guidance, mesh=mesh)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     if not values.json:
         print(f"sampling from step {model.step} of {model.workdir} on {device}")
         print("method    batch  images/s  ms/image      MB  sweeps (tokens a sweep)")
     for size in sizes:
-        sharding.check_batch("--batch_sizes", size, sampler.mesh)
+        sharding.check_batch("--batch_sizes", size, mesh)
         for method in values.methods if model.flow.decoded_blocks else ["cached"]:
             chosen = decoding.with_method(sampler, method, values, model, size)
             speed = bench.sampling(chosen, method, size, values.repeats)

@@ -9,7 +9,7 @@ from absl import flags
 from jetflow import commands, sharding
 from jetflow.data import pipeline
 from jetflow.evals import bpd
-from jetflow.noise import Noise
+from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.types import UsageError
 from jetflow.workdir import load_model, write_result
 
@@ -29,7 +29,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flag(flags.DEFINE_string, "split", None, "default: the test split of the run's config")
     flag(flags.DEFINE_integer, "draws", None, "noise draws for each example; default: the run's",
          lower_bound=1)  # fmt: skip
-    flag(flags.DEFINE_integer, "seed", 0, "of the draws", lower_bound=0)
+    flag(flags.DEFINE_integer, "seed", 0, "of the draws", lower_bound=0, upper_bound=LARGEST_SEED)
     flag(flags.DEFINE_integer, "batch_size", 128, "images at a time; no effect but rounding errors",
          lower_bound=1)  # fmt: skip
 
@@ -46,7 +46,11 @@ def run(values: flags.FlagValues) -> int:
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     sharding.check_batch("--batch_size", values.batch_size, mesh)
     data = model.config["data"]
-    split = values.split or data["test_split"]
+    split = data["test_split"] if values.split is None else values.split
+    if not data["name"]:
+        raise UsageError(
+            f"{workdir} names no data set; convert it again with --data NAME, to another --out"
+        )
     dataset = pipeline.load(data["name"], split, data_dir=values.data_dir)
     draws = values.draws or model.config["eval"]["draws"]
     # The results of the run itself stay where they are.

@@ -117,9 +117,7 @@ def _read(paths: Sequence[str], shape: tuple[int, int, int]) -> UInt8[np.ndarray
         try:
             picture = Image.open(path).convert("L" if channels == 1 else "RGB")
         except OSError as error:
-            raise UsageError(
-                f"--images has {path}, which is no readable picture ({error})"
-            ) from error
+            raise UsageError(f"--images has {path}, not a readable picture ({error})") from error
         if picture.size != (width, height):
             raise UsageError(
                 f"--images has {path} of {picture.size[0]}x{picture.size[1]} pixels; this flow "

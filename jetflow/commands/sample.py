@@ -15,7 +15,7 @@ from jetflow.archive import Archive
 from jetflow.commands import decoding, explore
 from jetflow.evals.samples import corner, rows_by_class, square_rows
 from jetflow.flows.labels import check_labels
-from jetflow.noise import Purpose, key_for
+from jetflow.noise import LARGEST_SEED, Purpose, key_for
 from jetflow.report import make_grid, save_png
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, quantise
 from jetflow.types import Guidance, UsageError
@@ -37,7 +37,8 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flag(flags.DEFINE_integer, "num", None, "number of images; default: 64, in other modes 8",
          lower_bound=1)  # fmt: skip
     flag(flags.DEFINE_integer, "label", None, "class of all images; default: one row a class")
-    flag(flags.DEFINE_integer, "seed", 0, "image i depends on the seed and i alone", lower_bound=0)
+    flag(flags.DEFINE_integer, "seed", 0, "image i depends on the seed and i alone",
+         lower_bound=0, upper_bound=LARGEST_SEED)  # fmt: skip
     flag(flags.DEFINE_float, "temperature", 1.0, "of the prior: multiplies its standard deviation",
          lower_bound=0.0)  # fmt: skip
     flag(flags.DEFINE_float, "guidance", 0.0, "strength of guidance", lower_bound=0.0)
@@ -57,6 +58,10 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def run(values: flags.FlagValues) -> int:
     for name in ("out", "npz"):
         commands.check_writable(name, values[name].value)
+    if values.mode == "samples" and values.out.endswith(".gif"):
+        raise UsageError(f"--out is {values.out}, but samples do not move; give a .png")
+    if Path(values.out).suffix not in (".png", ".gif") or values.out == values.npz:
+        raise UsageError(f"--out is {values.out}; expected a file NAME.png, or NAME.gif")
     model = load_model(Path(commands.required(values, "workdir", "runs/NAME")), values.step)
     sampler = _sampler(values, model)
     if values.mode != "samples":
@@ -64,7 +69,8 @@ def run(values: flags.FlagValues) -> int:
     num = values.num or 64
     labels, rows = rows_by_class(num, model.flow.num_classes)
     if values.label is not None:
-        labels, rows = check_labels(model.flow, values.label, num), square_rows(num)
+        labels = np.asarray(check_labels(model.flow, values.label, num))
+        rows = square_rows(num)
     sampler = decoding.with_method(
         sampler, values.method, values, model, min(values.batch_size, num)
     )
@@ -74,7 +80,7 @@ def run(values: flags.FlagValues) -> int:
     save_png(Path(values.out), make_grid(images(shown), rows))
     print(f"{num:,} samples of step {model.step}: {values.out}")
     if archive is not None:
-        archive.finish(None if labels is None else np.asarray(labels))
+        archive.finish(labels)
         print(f"the same as arrays: {values.npz}")
     return 0
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -126,8 +127,8 @@ def record(
     """What is written of a likelihood: the value and everything that it depends on."""
     return {
         "metric": metric_name(noise),
-        "value": likelihood.mean,
-        "standard_error": likelihood.standard_error if likelihood.draws > 1 else None,
+        "value": _finite(likelihood.mean),
+        "standard_error": _finite(likelihood.standard_error),
         "draws": likelihood.draws,
         "noise": {"kind": noise.kind, "std": noise.std},
         "data": {
@@ -142,14 +143,21 @@ def record(
     }
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def describe(result: Mapping[str, Any]) -> str:
     """A `record` for a person."""
     data, draws = result["data"], result["draws"]
-    error = f" ± {result['standard_error']:.4f}" if draws > 1 else ""
+    value, error = result["value"], result["standard_error"]
+    number = "not finite" if value is None else f"{value:.4f}"
+    number += "" if error is None else f" ± {error:.2g}"
+    over = f"standard error over {draws} noise draws" if draws > 1 else "1 noise draw"
+    over += ", averaged weights" if result["weights"] == "ema" else ""
     text = (
-        f"{result['metric']} {result['value']:.4f}{error} ({draws} noise draw{'s'[: draws > 1]}) "
-        f"on {data['name']} {data['version']} {data['split']}: {data['examples']:,} examples, "
-        f"checksum {data['checksum']}"
+        f"{result['metric']} {number} ({over}) on {data['name']} {data['version']} "
+        f"{data['split']}: {data['examples']:,} examples, checksum {data['checksum']}"
     )
     if result["noise"]["kind"] == "uniform":
         return text

@@ -119,10 +119,10 @@ def build(config: Any, *, image_shape: tuple[int, int, int], num_classes: int = 
     known = [name for name in inspect.signature(constructor).parameters if name not in _GIVEN]
     for name in fields:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1) or known
-            raise UsageError(
-                f"config.flow.{name} is no field of this flow; did you mean {' or '.join(nearest)}?"
-            )
+            nearest = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known)}"
+            kind = constructor.__name__
+            raise UsageError(f"config.flow.{name} is no field of a {kind}; {remedy}")
     return constructor(image_shape=image_shape, num_classes=num_classes, **fields)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ class Sampler:
     def __post_init__(self):
         object.__setattr__(self, "guidance", check_guidance(self.flow, self.guidance))
         for name in ("temperature", "denoise"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or more")
 
     def draw(
@@ -198,16 +199,23 @@ def check_guidance(flow: Flow, guidance: Guidance | None) -> Guidance | None:
     Raises:
         UsageError: if it could have no effect on this flow, or is malformed.
     """
-    if guidance is None or guidance.scale == 0:
+    if guidance is None:
         return None
     if guidance.what not in ("a", "b", "ab"):
         raise UsageError(
             f"guide_what is {guidance.what!r}; expected a (log-scale), b (shift) or ab (both)"
         )
-    if guidance.temperature <= 0:
+    if not 0 < guidance.temperature < math.inf:
         raise UsageError(f"attention temperature is {guidance.temperature}; expected more than 0")
+    if not math.isfinite(guidance.scale):
+        raise UsageError(f"guidance is {guidance.scale}; expected a finite number")
+    if guidance.scale == 0:
+        return None
     if not flow.decoded_blocks:
-        raise UsageError("guidance needs a TarFlow, as Jet's couplings define none; set it to 0")
+        raise UsageError(
+            f"guidance is {guidance.scale}, but needs a TarFlow, as Jet's couplings define none; "
+            "set it to 0"
+        )
     if not flow.num_classes and guidance.temperature == 1:
         raise UsageError(
             "guidance of a flow without labels needs an attention temperature other than 1, else "
