@@ -98,6 +98,13 @@ def _failure(error: BaseException, path: str | None, argv: Sequence[str]) -> str
             return f"{name} is no field of the config; {remedy}"
     lines = lines or [getattr(error, "lineno", None)]  # which a SyntaxError has
     where = f"--config {path}" + (f", line {lines[-1]}" if lines[-1] else "")
+    if isinstance(error, ModuleNotFoundError) and error.name == "configs":
+        return (
+            f"{where}: `configs` was not found; run from a clone of jetflow, or put the file in its "
+            "configs/"
+        )
+    if isinstance(error, AttributeError) and "'get_config'" in text:
+        return f"--config {path} has no function get_config; see configs/digits_tarflow.py"
     if nearest:
         return f"{where}: the config has no field {unknown}; {remedy}"
     return f"{where}: {type(error).__name__}: {text}"

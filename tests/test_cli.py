@@ -278,7 +278,7 @@ BAD_FILES = {
         "    config.train.stpes = 3\n    return config\n",
         "line 5: the config has no field stpes; did you mean steps?",
     ),
-    "no function": ("x = 1\n", "AttributeError: "),
+    "no function": ("x = 1\n", "has no function get_config; see configs/digits_tarflow.py"),
     "no result": ("def get_config():\n    pass\n", "returns no config"),
     "no sections": (
         "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict()\n",
