@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jetflow import cli, config
+from jetflow import cli, config, run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,12 +17,25 @@ def blocks(language):
 
 
 def test_python_example():
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     names = {}
     exec(example, names)
     assert names["images"].shape == (4, 16, 16, 3)
     assert names["images"].dtype == "uint8"
     assert names["bits"].shape == (8,)
+
+
+def test_config_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, example = blocks("python")
+    path = tmp_path / "own.py"
+    path.write_text(example)
+    values = flags.FlagValues()
+    arguments = ["train", "--config", str(path), "--workdir", str(tmp_path / "run")]
+    cli.load("train").define(values, arguments)
+    config.parse(values, arguments)
+    assert values.config.flow.width == 256
+    run.set_up(values.config, str(tmp_path / "data"))
 
 
 def test_commands_parse(monkeypatch):
