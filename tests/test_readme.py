@@ -6,7 +6,8 @@ from pathlib import Path
 
 from absl import flags
 
-from jetflow import cli, config, run
+from jetflow import cli, config
+from jetflow.flows.build import build
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,7 +36,7 @@ def test_config_example(tmp_path, monkeypatch):
     cli.load("train").define(values, arguments)
     config.parse(values, arguments)
     assert values.config.flow.width == 256
-    run.set_up(values.config, str(tmp_path / "data"))
+    assert build(values.config.flow, (32, 32, 3)).latent_shape == (256, 12)
 
 
 def test_commands_parse(monkeypatch):
