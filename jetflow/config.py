@@ -100,8 +100,8 @@ def _failure(error: BaseException, path: str | None, argv: Sequence[str]) -> str
     where = f"--config {path}" + (f", line {lines[-1]}" if lines[-1] else "")
     if isinstance(error, ModuleNotFoundError) and error.name == "configs":
         return (
-            f"{where}: `configs` was not found; run from a clone of jetflow, or put the file in its "
-            "configs/"
+            f"{where}: `configs` was not found; run from a clone of jetflow, or put the file in "
+            "its configs/"
         )
     if isinstance(error, AttributeError) and "'get_config'" in text:
         return f"--config {path} has no function get_config; see configs/digits_tarflow.py"
