@@ -78,7 +78,8 @@ class Decoding:
     Attributes:
         window: tokens a sweep; 1 decodes token by token.
         tolerance: a guess is taken for right if a sweep changes it by no more, in units of the
-            block's tokens; 0 gives what token by token gives, to rounding.
+            block's tokens, or by that share of a value above 1; 0 gives what token by token gives,
+            to rounding.
         cache_dtype: of cached keys and values, "bfloat16" say; None for that of the net.
     """
 

@@ -1,4 +1,4 @@
-"""The commands: bad input in one line, help, samples and evaluations."""
+"""The commands: bad input in one line, help, and evaluations."""
 
 import json
 import shutil
@@ -6,14 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny_runs
-from PIL import Image
 
 from jetflow import cli
 from jetflow.data import pipeline
-from jetflow.report import make_grid
 
 pytestmark = pytest.mark.usefixtures("compilation_cache", "digits")
 
@@ -508,78 +505,6 @@ def test_help_of_commands(name, flags, asked, capsys):
     assert cli.load(name).USAGE in said.out
     for flag in flags:
         assert f"\n  --{flag}: " in said.out
-
-
-@pytest.fixture
-def sample(trained, tmp_path, capsys):
-    """A function: samples from a trained flow; gives the grid, the images and the labels."""
-
-    def run(name, *flags):
-        out, npz = tmp_path / "some" / "grid.png", tmp_path / "other" / "images"
-        arguments = ["sample", "--workdir", trained(name), "--out", out, "--npz", npz, *flags]
-        assert cli.main([str(argument) for argument in arguments]) == 0
-        assert f"samples of step {tiny_runs.STEPS}: {out}" in capsys.readouterr().out
-        with Image.open(out) as picture:
-            grid = np.asarray(picture)
-        with np.load(npz) as arrays:
-            return grid, arrays["images"], arrays.get("labels")
-
-    return run
-
-
-def test_samples_have_a_row_for_each_class(sample):
-    grid, images, labels = sample("tarflow", "--num", 20)
-    assert (images.dtype, images.shape) == (np.uint8, (20, 8, 8, 1))
-    assert list(labels) == [label for label in range(10) for _ in range(2)]
-    assert (grid == make_grid(images, [2] * 10)).all()
-    assert len({image.tobytes() for image in images}) == 20
-
-
-def test_samples_without_labels_make_a_square(sample):
-    grid, images, labels = sample("volume preserving", "--num", 20)
-    assert labels is None
-    assert (grid == make_grid(images, [5, 5, 5, 5])).all()
-
-
-def test_samples_of_one_class(sample):
-    """An image depends on the seed and its number, not on how many there are, or at a time."""
-    grid, images, labels = sample("tarflow", "--num", 7, "--label", 3, "--batch_size", 20)
-    assert list(labels) == [3] * 7
-    assert (grid == make_grid(images, [3, 3, 1])).all()
-    _, more, _ = sample("tarflow", "--num", 20, "--label", 3)
-    # Another batch size may round the last bit of a pixel's value differently.
-    assert np.abs(more[:7].astype(int) - images).max() <= 1
-    assert (more[:7] != images).mean() < 0.01
-    assert (more[7:14] != images).mean() > 0.5
-
-
-def test_the_seed_fixes_the_samples(sample):
-    grid, images, _ = sample("jet", "--num", 20, "--seed", 5)
-    again = sample("jet", "--num", 20, "--seed", 5)
-    other = sample("jet", "--num", 20, "--seed", 6)
-    assert (again[0] == grid).all() and (again[1] == images).all()
-    assert (other[1] != images).mean() > 0.5
-
-
-def test_guidance_denoising_and_temperature_change_samples(sample):
-    _, plain, _ = sample("tarflow", "--num", 20)
-    for flags in (["--denoise"], ["--guidance", 2], ["--temperature", 0.5]):
-        assert (sample("tarflow", "--num", 20, *flags)[1] != plain).any(), flags
-    _, certain, _ = sample("tarflow", "--num", 20, "--temperature", 0)
-    pairs = certain.reshape(10, 2, -1)
-    assert (pairs[:, 0] == pairs[:, 1]).all()
-
-
-def test_samples_of_an_earlier_step(trained, tmp_path, capsys):
-    """Of the checkpoint before the last one."""
-    out = tmp_path / "grid.png"
-    arguments = ["sample", "--workdir", str(trained("jet")), "--num", "20", "--out", str(out)]
-    pictures = []
-    for step in (10, 12):
-        assert cli.main([*arguments, "--step", str(step)]) == 0
-        assert f"20 samples of step {step}" in capsys.readouterr().out
-        pictures.append(out.read_bytes())
-    assert pictures[0] != pictures[1]
 
 
 @pytest.fixture

@@ -109,6 +109,27 @@ def test_broken_images_come_to_an_end():
     assert np.isfinite(drawn.pixels[1:]).all()
 
 
+def decode_with_infinite_end(how):
+    """A block's tokens in decoding order; the latent of the last one, and so its guess, is inf."""
+    flow, variables, z = setting()
+    block = flow.blocks[0]
+    assert not block.backward
+    inputs = ({"params": variables["params"]["blocks_0"]}, z.at[:, -1].set(jnp.inf), LABELS, None)
+    return jit(functools.partial(block.clone(name=None).apply, method="inverse"))(*inputs, how)[0]
+
+
+def test_wild_guesses_do_not_reach_back():
+    expected = decode_with_infinite_end(None)
+    assert jnp.isfinite(expected[:, :-1]).all()
+    np.testing.assert_allclose(decode_with_infinite_end(Decoding(15)), expected, atol=1e-3)
+
+
+def test_bug_is_caught_guesses_as_they_come(monkeypatch):
+    monkeypatch.setattr(autoregressive, "_guess", lambda x: x)
+    with pytest.raises(AssertionError):
+        test_wild_guesses_do_not_reach_back()
+
+
 def test_the_cache_may_be_narrow():
     sequential = inverse(None, dtype="float32")[0]
     narrow = inverse((Decoding(cache_dtype="bfloat16"),) * 2, dtype="float32")[0]

@@ -36,7 +36,7 @@ def test_config_example(tmp_path, monkeypatch):
     cli.load("train").define(values, arguments)
     config.parse(values, arguments)
     assert values.config.flow.width == 256
-    assert build(values.config.flow, (32, 32, 3)).latent_shape == (256, 12)
+    assert build(values.config.flow, image_shape=(32, 32, 3)).latent_shape == (256, 12)
 
 
 def test_commands_parse(monkeypatch):

@@ -198,7 +198,7 @@ def test_dequantised_images_come_back():
         ("tarflow", 3, {"label": -2}, "label -2 is out of range"),
         ("tarflow", 3, {"label": np.array([0, 9])}, "label 9 is out of range"),
         ("tarflow", 0, {"label": 1}, "this flow was trained without labels; leave it out"),
-        ("jet", 3, {"label": 1, "guidance": Guidance(1.0)}, "guidance needs a TarFlow"),
+        ("jet", 3, {"label": 1, "guidance": Guidance(1.0)}, "guidance is 1.0, but needs a TarFlow"),
         ("tarflow", 0, {"guidance": Guidance(1.0)}, "needs an attention temperature other than 1"),
         ("tarflow", 3, {"guidance": Guidance(1.0, "c")}, "guide_what is 'c'; expected a"),
         ("tarflow", 3, {"guidance": Guidance(1.0, temperature=0.0)}, "attention temperature is 0"),

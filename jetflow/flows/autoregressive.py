@@ -12,6 +12,7 @@ from jetflow.nn.causal import CausalTransformer, fan_in_uniform
 from jetflow.nn.transformer import KVCache, at_least_float32, uniform_init
 from jetflow.types import Decoding, Guidance
 
+LARGEST_GUESS = 1e4  # far above any token's value, far below what overflows in a net
 EMBEDDING_INIT = nn.initializers.normal(stddev=1e-2)
 
 
@@ -158,15 +159,16 @@ class AutoregressiveBlock(nn.Module):
                 before, carry.done - 1, carry.cache, given, guidance
             )
             found, _ = affine.denormalise(_window(z, carry.done, width), log_scale, shift)
-            change = jnp.abs(found - _window(carry.tokens, carry.done, width)).max((0, 2))
+            change = _change(found, _window(carry.tokens, carry.done, width)).max((0, 2))
             agreed = jnp.cumprod(change <= decoding.tolerance)
             count = jnp.minimum(1 + agreed[:-1].sum(), tokens - carry.done)
-            kept = jnp.where((ahead < count)[:, None], log_scale, 0.0)
+            kept = (ahead < count)[:, None]
+            found = jnp.where(kept, found, _guess(found))
             return _Window(
                 carry.done + count,
                 jax.lax.dynamic_update_slice_in_dim(carry.tokens, found, carry.done, axis=1),
                 cache,
-                carry.logdet + kept.sum((1, 2)),
+                carry.logdet + jnp.where(kept, log_scale, 0.0).sum((1, 2)),
                 carry.sweeps + 1,
                 jnp.maximum(carry.residual, jnp.where(ahead < count - 1, change, 0.0).max()),
             )
@@ -175,7 +177,10 @@ class AutoregressiveBlock(nn.Module):
             len(given.condition), tokens + width, decoding.cache_dtype
         )
         zero = jnp.zeros((), z.dtype)
-        first = _Window(jnp.array(1), z, cache, jnp.zeros(batch, z.dtype), jnp.array(0), zero)
+        tokens_now = _guess(z).at[:, 0].set(z[:, 0])
+        first = _Window(
+            jnp.array(1), tokens_now, cache, jnp.zeros(batch, z.dtype), jnp.array(0), zero
+        )
         last = nn.while_loop(unfinished, sweep, self, first, split_rngs={"params": False})
         return last.tokens[:, :tokens], last.logdet, last.sweeps, last.residual
 
@@ -242,6 +247,19 @@ def _guide(prediction: Float[Array, "P S D"], strength, guided: bool) -> Float[A
     if not guided:
         return conditional
     return conditional + strength * (conditional - unconditional)
+
+
+def _change(value: Float[Array, "B S D"], guess: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """By how much a guess was off: relative to values above 1, whose rounding grows with them."""
+    return jnp.abs(value - guess) / jnp.maximum(jnp.abs(value), 1)
+
+
+def _guess(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """A value that does no harm where it is wrong: masked attention multiplies it by zero.
+
+    What is settled is never passed through here, so no answer is changed.
+    """
+    return jnp.clip(jnp.nan_to_num(x, nan=0.0), -LARGEST_GUESS, LARGEST_GUESS)
 
 
 def _window(tokens: Float[Array, "B N D"], start, size: int) -> Float[Array, "B S D"]:

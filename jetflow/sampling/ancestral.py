@@ -27,7 +27,8 @@ class Drawn(NamedTuple):
     Attributes:
         pixels: pixel values as the flow gives them, unrounded and unclipped; on the host.
         sweeps: evaluations of each block's net, in the order of the blocks; empty for a Jet.
-        residual: the largest change of a guess that was taken for right, see `Decoding`.
+        residual: the largest change of a guess that was taken for right, as the tolerance of a
+            `Decoding` measures it.
     """
 
     pixels: Float[np.ndarray, "B H W C"]
@@ -187,7 +188,7 @@ def _decode(flow, variables, z, label, guidance, denoise, decoding, *, denoising
     return (denoised(flow, variables, x, label, denoise) if denoising else x), stats
 
 
-def quantise(pixels: Float[np.ndarray, "N H W C"], noise: str) -> UInt8[np.ndarray, "N H W C"]:
+def quantise(pixels: Float[np.ndarray, "... H W C"], noise: str) -> UInt8[np.ndarray, "... H W C"]:
     """Pixel values to uint8: down after uniform dequantisation, else to the nearest."""
     whole = np.floor(pixels) if noise == "uniform" else np.rint(pixels)
     return np.nan_to_num(np.clip(whole, 0, 255)).astype(np.uint8)
