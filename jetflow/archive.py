@@ -20,6 +20,10 @@ class Archive:
     Until it is complete, the images lie in the folder FILE.partial, beside what they were made
     with: made again with the same settings, the archive goes on behind the last whole batch.
 
+    Attributes:
+        done: images that are in it.
+        broken: how many of them are not finite.
+
     Args:
         path: the .npz file.
         num, image_shape: N and (H, W, C).
@@ -48,7 +52,7 @@ class Archive:
                 f"{self._folder} holds {state['done']} images of another sampling "
                 f"({', '.join(differing)} differ); delete it, or give another --npz"
             )
-        self.done = state["done"] if state else 0
+        self.done, self.broken = (state["done"], state["broken"]) if state else (0, 0)
         file = self._folder / "images.npy"
         self._images = np.lib.format.open_memmap(
             file, "r+" if state else "w+", np.uint8, (num, *image_shape)
@@ -56,11 +60,12 @@ class Archive:
         if not state:
             self._note()
 
-    def append(self, images: UInt8[np.ndarray, "B H W C"]) -> None:
-        """The next images; on disk when this returns."""
+    def append(self, images: UInt8[np.ndarray, "B H W C"], broken: int = 0) -> None:
+        """The next images, of which so many are not finite; on disk when this returns."""
         self._images[self.done : self.done + len(images)] = images
         self._images.flush()
         self.done += len(images)
+        self.broken += broken
         self._note()
 
     def first(self, index: Int[np.ndarray, "K"]) -> UInt8[np.ndarray, "K H W C"]:
@@ -85,5 +90,6 @@ class Archive:
 
     def _note(self) -> None:
         temporary = self._folder / "progress.json.tmp"
-        temporary.write_text(json.dumps({"settings": self._settings, "done": self.done}))
+        state = {"settings": self._settings, "done": self.done, "broken": self.broken}
+        temporary.write_text(json.dumps(state))
         os.replace(temporary, self._folder / "progress.json")

@@ -29,10 +29,11 @@ def test_what_was_appended_is_there(tmp_path):
 def test_it_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "images"  # a name without suffix stays as it is
     first = archive(path)
-    first.append(IMAGES[:4])
+    first.append(IMAGES[:3], broken=1)
+    first.append(IMAGES[3:4], broken=1)
     del first  # as after a kill
     second = archive(path)
-    assert second.done == 4
+    assert (second.done, second.broken) == (4, 2)
     second.append(IMAGES[4:])
     second.finish(None)
     with np.load(path) as arrays:

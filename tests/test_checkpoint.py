@@ -287,7 +287,8 @@ def test_nothing_left(tmp_path, warnings):
 def test_no_checkpoint_at_all(tmp_path):
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         assert checkpoints.steps() == []
-        with pytest.raises(UsageError, match=r"no checkpoint in .*`jetflow train --config … --workdir .*/run`"):
+        remedy = "train first with `jetflow train --config … --workdir .*/run`"
+        with pytest.raises(UsageError, match=f"no checkpoint in .*{remedy}"):
             checkpoints.restore(abstract(make_state(1)))
     assert not (tmp_path / "run").exists()
 

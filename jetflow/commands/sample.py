@@ -17,7 +17,7 @@ from jetflow.evals.samples import corner, rows_by_class, square_rows
 from jetflow.flows.labels import check_labels
 from jetflow.noise import LARGEST_SEED, Purpose, key_for
 from jetflow.report import make_grid, save_png
-from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, quantise
+from jetflow.sampling.ancestral import Sampler, draw_all, quantise
 from jetflow.types import Guidance, UsageError
 from jetflow.workdir import Model, load_model
 
@@ -121,8 +121,8 @@ def _archive(
 
 def _draw(sampler: Sampler, values, model: Model, labels, num: int, archive: Archive | None):
     """Draw the images; returns a function that gives those of some numbers."""
-    kind, kept, broken, total = model.config["noise"]["kind"], [], 0, Drawn(np.empty(0))
-    start = archive.done if archive else 0
+    kind, kept, sweeps, residual = model.config["noise"]["kind"], [], (), 0.0
+    start, broken = (archive.done, archive.broken) if archive else (0, 0)
     if start:
         print(f"going on behind {start:,} images of {values.npz}.partial")
     batches = draw_all(
@@ -132,31 +132,29 @@ def _draw(sampler: Sampler, values, model: Model, labels, num: int, archive: Arc
     clock = time.perf_counter()
     with tqdm(total=num, initial=start, unit=" images", disable=None, leave=False) as bar:
         for drawn in batches:
-            broken += int((~np.isfinite(drawn.pixels)).any(axis=(1, 2, 3)).sum())
+            new = int((~np.isfinite(drawn.pixels)).any(axis=(1, 2, 3)).sum())
+            broken += new
             images = quantise(drawn.pixels, kind)
-            archive.append(images) if archive else kept.append(images)
-            total = Drawn(
-                total.pixels,
-                tuple(map(max, drawn.sweeps, total.sweeps or drawn.sweeps)),
-                max(total.residual, drawn.residual),
-            )
+            archive.append(images, new) if archive else kept.append(images)
+            sweeps = tuple(map(max, drawn.sweeps, sweeps or drawn.sweeps))
+            residual = max(residual, drawn.residual)
             bar.update(len(images))
-    _report(sampler, total, num - start, time.perf_counter() - clock)
+    if num > start:
+        _report(sampler, sweeps, residual)
+        print(f"{(num - start) / (time.perf_counter() - clock):,.2f} images/s, with compilation")
     if broken:
-        print(f"jetflow: {broken} of {num - start} images are not finite", file=sys.stderr)
+        print(f"jetflow: {broken} of {num} images are not finite", file=sys.stderr)
     if archive is not None:
         return archive.first
     return lambda index: np.concatenate(kept)[index]
 
 
-def _report(sampler: Sampler, total: Drawn, images: int, seconds: float) -> None:
-    """What the decoding took."""
-    if images and total.sweeps and max(how.window for how in sampler.decoding or ()) > 1:
-        tokens = (sampler.flow.latent_shape[0] - 1) * len(total.sweeps)
+def _report(sampler: Sampler, sweeps: tuple[int, ...], residual: float) -> None:
+    """What the decoding by windows took."""
+    if any(how.window > 1 for how in sampler.decoding or ()):
+        tokens = (sampler.flow.latent_shape[0] - 1) * len(sweeps)
         print(
-            f"sweeps of the blocks: {', '.join(map(str, total.sweeps))}, at most; "
-            f"{sum(total.sweeps) / tokens:.0%} of the {tokens:,} evaluations token by token; "
-            f"largest residual {total.residual:.1e}"
+            f"sweeps of the blocks: {', '.join(map(str, sweeps))}, at most; "
+            f"{sum(sweeps) / tokens:.0%} of the {tokens:,} evaluations token by token; "
+            f"largest residual {residual:.1e}"
         )
-    if images:
-        print(f"{images / seconds:,.2f} images/s, compilation included")
