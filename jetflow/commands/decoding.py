@@ -19,7 +19,7 @@ def define(values: flags.FlagValues) -> None:
     flag = commands.definer(values)
     flag(flags.DEFINE_integer, "window", WINDOW, "of jacobi: tokens a sweep", lower_bound=1)
     flag(flags.DEFINE_float, "tolerance", TOLERANCE, "of jacobi and auto: a token is settled"
-         " once a sweep changes those before it by no more; of [-1, 1]",
+         " once a sweep changes those before it by no more; for pixels of [-1, 1]",
          lower_bound=0.0)  # fmt: skip
     flag(flags.DEFINE_enum, "cache_dtype", None, "of cached keys and values; default: the net's",
          enum_values=["float32", "bfloat16"])  # fmt: skip

@@ -3,8 +3,8 @@
 from jetflow.types import Decoding, Flow, UsageError
 
 METHODS = ("cached", "jacobi")
-WINDOW = 64  # tokens a sweep, where no calibration says better
-TOLERANCE = 1e-6
+WINDOW = 256  # tokens a sweep, where no calibration says better
+TOLERANCE = 2e-6
 
 
 def decodings(
