@@ -96,6 +96,8 @@ def _common() -> ConfigDict:
             mesh=dict(
                 data=-1,  # devices over which the batch alone is split; -1 for all the rest
                 fsdp=1,  # devices over which the state is split as well
+                tensor=1,  # devices over which each layer is split, with its part of the state
+                rules=(),  # (regex, strategy) of arrays that lie otherwise, see jetflow/sharding.py
             ),
             eval=dict(
                 batch_size=128,  # images per step of an evaluation, over all devices

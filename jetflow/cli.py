@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from jetflow import config
+from jetflow import config, hosts
 from jetflow.types import UsageError
 
 # Of each command in jetflow/commands, whose file is read only when it is asked for.
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"unexpected argument {unexpected[0]!r}; see `jetflow {name} --help`")
         if missing := command.ARGUMENTS[len(rest) :]:
             raise UsageError(f"{missing[0]} is missing; expected {command.USAGE}")
+        hosts.make_room_for_devices()
         return command.run(values, *rest)
     except UsageError as error:
         print(f"jetflow: {error}", file=sys.stderr)

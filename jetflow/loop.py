@@ -133,15 +133,15 @@ class Session:
 
     def _batches(self, start: int) -> Iterator[Batch]:
         """Global batches on the device, from that of step `start` on."""
+        size = self.run.config.train.batch_size
         batches = pipeline.train_batches(
             self.run.train_data,
-            batch_size=self.run.config.train.batch_size,
+            batch_size=size,
             seed=self.run.config.train.seed,
             start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.run.mesh, size),
         )
-        return (sharding.put_batch(batch, self.run.mesh) for batch in batches)
+        return (sharding.put_batch(batch, self.run.mesh, size) for batch in batches)
 
     def _compile(self, state: TrainState, batch: Batch) -> Callable:
         shardings = jax.tree.map(lambda a: a.sharding, self.run.abstract_state)
@@ -149,7 +149,7 @@ class Session:
             self.run.trainer.train_step, donate_argnums=0, out_shardings=(shardings, None)
         )
         self.reporter.say("compiling the training step")
-        with self.reporter.pause():
+        with self.reporter.pause(), sharding.on(self.run.mesh):
             compiled = step.lower(state, batch).compile()
         self.poll()
         return compiled
@@ -261,7 +261,8 @@ class Session:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
         kind = run.config.flow.kind
         lines = [
-            f"{kind} with {count:,} parameters on {run.mesh.size} x {jax.default_backend()}",
+            f"{kind} with {count:,} parameters on {sharding.describe(run.mesh)}; the state takes "
+            f"{sharding.bytes_per_device(run.abstract_state) / 1e6:,.1f} MB a device",
             f"train on {run.train_data.describe()}",
             f"test on {run.test_data.describe()}",
             self._plan(start),

@@ -105,7 +105,9 @@ def set_up(config: Config, data_dir: str | None = None) -> Run:
         UsageError: on the first thing that cannot work, with the field's name and a remedy.
     """
     _check_numbers(config)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(
+        data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
+    )
     sharding.check_batch(
         "config.train.batch_size", config.train.batch_size, mesh, config.train.accumulation
     )
@@ -140,7 +142,7 @@ def set_up(config: Config, data_dir: str | None = None) -> Run:
     abstract = jax.tree.map(
         lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
         abstract,
-        sharding.state_shardings(mesh, abstract),
+        sharding.state_shardings(mesh, abstract, config.mesh.rules),
     )
     return Run(config, trainer, mesh, train_data, test_data, total_steps, abstract)
 

@@ -1,58 +1,165 @@
 """The device mesh, and where arrays lie on it."""
 
+import contextlib
 import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from jetflow.types import Batch, UsageError
 
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 SMALLEST_SHARDED = 2**16  # elements; smaller arrays are replicated
 
+# The axis that a strategy splits over `tensor`, counted from the end. Whatever the strategy, but
+# for "replicated", the largest of the other axes that it divides is split over `fsdp`.
+STRATEGIES = {"replicated": None, "fsdp": None, "columns": -1, "rows": -2}
 
-def make_mesh(*, data: int, fsdp: int) -> Mesh:
-    """A mesh of all devices with the axes data and fsdp; -1, on one of them, takes the rest.
+# (regex, strategy) for the path of an array; the first that matches counts.
+RULES = (
+    (r"/(qkv|mlp_in)/", "columns"),
+    (r"/layers/(out|mlp_out)/kernel", "rows"),
+    (r"", "fsdp"),
+)
 
-    The batch is split over both axes, the state over fsdp alone.
+# Where the named axes of activations are split, as the nets name them.
+ACTIVATION_RULES = (("batch", BATCH_AXES), ("heads", "tensor"), ("mlp", "tensor"))
+
+
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of all devices, or of `devices`; -1, for one of the axes, takes the rest.
+
+    The batch is split over data and fsdp, the state over fsdp and, within layers, tensor. Over
+    several slices of a pod, which a slower network joins, only data is split.
+
+    Raises:
+        UsageError: if the product of the axes is not the number of devices.
     """
-    count = jax.device_count()
-    sizes = {"data": data, "fsdp": fsdp}
+    devices = list(jax.devices() if devices is None else devices)
+    asked: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    sizes = dict(asked)
     open_axes = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
-    if len(open_axes) == 1 and known > 0 and count % known == 0:
-        sizes[open_axes[0]] = count // known
-    if math.prod(sizes.values()) != count or min(sizes.values()) < 1:
+    if len(open_axes) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[open_axes[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
         raise UsageError(
-            f"config.mesh has data={data}, fsdp={fsdp}, but there are {count} devices; their "
-            f"product must be {count}, where one of them may be -1 for the rest"
+            f"config.mesh has {_named(asked)}, but there are {len(devices)} devices; the "
+            f"product must be {len(devices)}, where one of them may be -1 for the rest"
         )
-    axis_types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise UsageError(
+            f"config.mesh has {_named(sizes)} on {slices} slices; set data to a multiple of "
+            f"{slices}"
+        )
+    shape = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh | None) -> Iterator[None]:
+    """Inside, what is compiled splits the named axes of activations over `mesh`."""
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES):
+        yield
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over all devices."""
-    return NamedSharding(mesh, P(mesh.axis_names))
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def bytes_per_device(abstract_state: Any) -> int:
+    """Bytes of the arrays of a tree, with shardings, on each device."""
+    return sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array in jax.tree.leaves(abstract_state)
+    )
+
+
+def describe(mesh: Mesh) -> str:
+    """The mesh for a person: 8 x cpu, data 2 and fsdp 4."""
+    axes = " and ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    kind = mesh.devices.flat[0].device_kind
+    return f"{mesh.size} x {kind}" + (f" ({axes})" if axes else "")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def state_shardings(mesh: Mesh, abstract_state):
-    """A sharding for each array: its largest axis that fsdp divides, if the array is large."""
+def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, str]] = ()) -> Any:
+    """A sharding for each array of a tree, by `rules` and then `RULES`.
 
-    def sharding(array) -> NamedSharding:
-        parts = mesh.shape["fsdp"]
-        axes = [axis for axis, size in enumerate(array.shape) if size % parts == 0]
-        if parts == 1 or not axes or math.prod(array.shape) < SMALLEST_SHARDED:
-            return replicated(mesh)
-        largest = max(axes, key=lambda axis: array.shape[axis])
-        return NamedSharding(mesh, P(*(None,) * largest, "fsdp"))
+    What an optimizer or an average keeps of a parameter has the parameter's path within its own,
+    and lies as the parameter does.
 
-    return jax.tree.map(sharding, abstract_state)
+    Args:
+        rules: (regex, strategy) pairs; a strategy is a key of `STRATEGIES`.
+
+    Raises:
+        UsageError: on an unknown strategy, or a regex that is none.
+    """
+    table = [(_pattern(regex, strategy), strategy) for regex, strategy in (*rules, *RULES)]
+
+    def sharding(path, array) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        strategy = next(strategy for pattern, strategy in table if pattern.search(f"/{name}"))
+        return NamedSharding(mesh, _spec(mesh, array.shape, strategy))
+
+    return jax.tree.map_with_path(sharding, abstract_state)
+
+
+def _spec(mesh: Mesh, shape: tuple[int, ...], strategy: str) -> P:
+    if strategy == "replicated" or math.prod(shape) < SMALLEST_SHARDED:
+        return P()
+    axes: list[str | None] = [None] * len(shape)
+    split = STRATEGIES[strategy]
+    if split is not None and len(shape) >= -split and shape[split] % mesh.shape["tensor"] == 0:
+        axes[split] = "tensor"
+    free = [
+        axis
+        for axis, size in enumerate(shape)
+        if axes[axis] is None and size % mesh.shape["fsdp"] == 0
+    ]
+    if free:
+        axes[max(free, key=lambda axis: shape[axis])] = "fsdp"
+    while axes and axes[-1] is None:
+        axes.pop()
+    return P(*axes)
+
+
+def _pattern(regex: str, strategy: str) -> re.Pattern:
+    if strategy not in STRATEGIES:
+        raise UsageError(
+            f"config.mesh.rules has {strategy!r}; expected one of {', '.join(STRATEGIES)}"
+        )
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise UsageError(f"config.mesh.rules has {regex!r}, which is no regex: {error}") from error
 
 
 def check_batch(field: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
@@ -64,15 +171,37 @@ def check_batch(field: str, size: int, mesh: Mesh, accumulation: int = 1) -> Non
             f"{field} {size} is not divisible by config.train.accumulation {accumulation}; "
             "set one of them so that it is"
         )
-    if size // accumulation % mesh.size:
+    parts = batch_parts(mesh)
+    if size // accumulation % parts:
         part = f"{field} {size}" + (f" / accumulation {accumulation}" if accumulation > 1 else "")
         raise UsageError(
-            f"{part} is not divisible by the {mesh.size} devices of the mesh; "
-            f"set {field} to a multiple of {accumulation * mesh.size}"
+            f"{part} is not divisible by the {parts} devices that a batch is split over; "
+            f"set {field} to a multiple of {accumulation * parts}"
         )
 
 
-def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """This host's rows of a batch to its devices, as parts of the global batch."""
-    sharding = batch_sharding(mesh)
-    return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(a)) for a in batch))
+def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, "R"]:
+    """The rows of a global batch that lie on this process's devices, in ascending order."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = np.arange(batch_size)
+    return np.unique(np.concatenate([rows[index] for index in places.values()]))
+
+
+def put_batch(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
+    """This process's rows, which are `local_rows`, to its devices, as parts of the global batch."""
+    rows = local_rows(mesh, batch_size)
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            """The rows that one device holds."""
+            first, last, _ = index[0].indices(batch_size)
+            return array[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
+
+        shape = (batch_size, *array.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+    return Batch(*(put(np.asarray(array)) for array in batch))
+
+
+def _named(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())

@@ -49,7 +49,7 @@ def load_model(workdir: str | os.PathLike, step: int | None = None) -> Model:
     workdir = Path(workdir)
     config, flow, weights = read_flow(workdir)
     abstract = abstract_variables(flow)
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    mesh = sharding.make_mesh()
     abstract = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
         abstract,
@@ -108,13 +108,15 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
 
     Raises:
         UsageError: if another run lives there (the message names the fields that differ; one that
-            never made a step gives way), if a process trains there, or it cannot be written.
+            never made a step gives way, and the mesh may differ), if a process trains there, or
+            it cannot be written.
     """
     config = json.loads(json.dumps(config))
     existing = read_config(workdir)
-    if existing not in (None, config) and _has_begun(workdir):
+    differences = [] if existing is None else _differences(existing, config)
+    if differences and _has_begun(workdir):
         raise UsageError(
-            f"{workdir} holds a run with another config: {_differences(existing, config)}; "
+            f"{workdir} holds a run with another config: {', '.join(differences)}; "
             "give that config to go on with it, or another --workdir for a new run, which can "
             f"start from these weights: --config.train.init_from={workdir}"
         )
@@ -166,11 +168,16 @@ def _has_begun(workdir: Path) -> bool:
         return checkpoints.latest() is not None or bool(read_metrics(workdir / METRICS))
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What sets two runs apart, the first fields only; the mesh is no part of a run."""
     there, here = _flat(there), _flat(here)
-    fields = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    fields = [
+        name
+        for name in {**there, **here}
+        if there.get(name) != here.get(name) and not name.startswith("config.mesh.")
+    ]
     shown = [f"{name} is {there.get(name)} there and {here.get(name)} here" for name in fields[:4]]
-    return ", ".join(shown + ([f"and {len(fields) - 4} more"] if len(fields) > 4 else []))
+    return shown + ([f"and {len(fields) - 4} more"] if len(fields) > 4 else [])
 
 
 def _flat(tree: Any, prefix: str = "config") -> dict[str, Any]:

@@ -18,7 +18,7 @@ FLOORS = (
     ("likelihood", "noise"),
     ("sharding", "optim", "state"),
     ("step", "sampling"),
-    ("data", "checkpoint", "manifest", "report"),
+    ("data", "checkpoint", "hosts", "manifest", "report"),
     ("evals",),
     ("run", "workdir"),
     ("archive", "bench", "loop", "plan"),
@@ -30,8 +30,8 @@ MATHEMATICS = {name for floor in FLOORS[:6] for name in floor} - {"config"}
 
 # All that the mathematics may see of the world: no config object, file, host or log.
 LIBRARIES = {"flax", "jax", "jaxtyping", "numpy", "optax"}
-LIBRARIES |= {"collections", "dataclasses", "difflib", "enum", "functools", "inspect"}
-LIBRARIES |= {"itertools", "math", "typing"}
+LIBRARIES |= {"collections", "contextlib", "dataclasses", "difflib", "enum", "functools", "inspect"}
+LIBRARIES |= {"itertools", "math", "re", "typing"}
 ACTIONS = {"breakpoint", "eval", "exec", "input", "open", "print"}
 
 

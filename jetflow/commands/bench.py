@@ -44,7 +44,7 @@ def run(values: flags.FlagValues, what: str) -> int:
         if method not in (*METHODS, "auto"):
             raise UsageError(f"--methods has {method!r}; expected some of cached, jacobi and auto")
     model = load_model(Path(commands.required(values, "workdir", "runs/NAME")), values.step)
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    mesh = sharding.make_mesh()
     guidance = Guidance(values.guidance, temperature=values.attention_temperature)
     sampler = Sampler(model.flow, model.variables, guidance=guidance, mesh=mesh)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"

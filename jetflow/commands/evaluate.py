@@ -43,7 +43,7 @@ def run(values: flags.FlagValues) -> int:
     trained_with = Noise(**model.config["noise"])
     if "noised_bpd" in values.metrics and trained_with.kind == "uniform":
         raise UsageError("noised_bpd is for flows trained with gaussian noise; use --metrics bpd")
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    mesh = sharding.make_mesh()
     sharding.check_batch("--batch_size", values.batch_size, mesh)
     data = model.config["data"]
     split = data["test_split"] if values.split is None else values.split

@@ -101,7 +101,7 @@ def _sampler(values: flags.FlagValues, model: Model) -> Sampler:
         guidance=guidance,
         temperature=values.temperature,
         denoise=std if values.denoise else 0.0,
-        mesh=sharding.make_mesh(data=-1, fsdp=1),
+        mesh=sharding.make_mesh(),
     )
 
 

@@ -1,8 +1,8 @@
 """From a data set's name to batches: TFDS prepares and stores, Grain orders and reads ahead.
 
 The order of the data has no state: train batch k holds the rows [k·B, (k+1)·B) of a stream that the
-seed alone fixes, and process p of n reads the p-th of n equal blocks of every batch. So a run
-resumes exactly from its step number, on any number of processes.
+seed alone fixes, and each process reads those of them that lie on its devices. So a run resumes
+exactly from its step number, on any number of processes.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Int
 
 from jetflow.data.builders import BUILDERS
 from jetflow.types import NO_LABEL, Batch, UsageError
@@ -117,8 +118,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, "R"] | None = None,
 ) -> Iterator[Batch]:
     """The batches start_step, start_step + 1, … of an endless stream, shuffled anew each epoch.
 
@@ -127,36 +127,38 @@ def train_batches(
         batch_size: B, of the whole batch over all processes.
         seed: any non-negative integer; with the data set's length it fixes the order.
         start_step: number of the first batch; costs nothing, whatever it is.
-        process_index: p, whose rows [p·B/n, (p+1)·B/n) of each batch are read.
-        process_count: n.
+        rows: which of the B rows are read: those of this process's devices; default: all.
 
     Returns:
-        An iterator of numpy batches of B/n rows; its threads stop when it is dropped.
+        An iterator of numpy batches of R rows; its threads stop when it is dropped.
     """
-    rows = _rows_per_process(batch_size, process_count, "config.train.batch_size")
     # Grain shuffles epoch e by seed + e, so the seeds 0 and 1 would share all epochs but one.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     indices = grain.MapDataset.range(len(dataset)).shuffle(seed=shuffle_seed).repeat()
-    blocks = indices.batch(rows)[process_index::process_count][start_step:]
-    return iter(blocks.map(functools.partial(_read, dataset)).to_iter_dataset(_READ_OPTIONS))
+    return _read_all(dataset, indices.batch(batch_size)[start_step:], rows)
 
 
 def eval_batches(
-    dataset: Dataset, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    dataset: Dataset, *, batch_size: int, rows: Int[np.ndarray, "R"] | None = None
 ) -> Iterator[Batch]:
     """Every example once, in index order; the last batch is filled up with padding rows.
 
     A padding row has a black image, `NO_LABEL` and index -1. All processes get the same number of
     batches, so one may hold padding only. Arguments and result as for `train_batches`.
     """
-    rows = _rows_per_process(batch_size, process_count, "config.eval.batch_size")
     padded_length = -(-len(dataset) // batch_size) * batch_size
-    blocks = grain.MapDataset.range(padded_length).batch(rows)[process_index::process_count]
-    return iter(blocks.map(functools.partial(_read, dataset)).to_iter_dataset(_READ_OPTIONS))
+    return _read_all(dataset, grain.MapDataset.range(padded_length).batch(batch_size), rows)
 
 
-def _read(dataset: Dataset, positions: np.ndarray) -> Batch:
-    """The examples at `positions`, int [B]; positions past the end become padding rows."""
+def _read_all(dataset: Dataset, positions, rows: Int[np.ndarray, "R"] | None) -> Iterator[Batch]:
+    """The batches whose examples are at `positions`, a Grain data set of int [B]."""
+    read = functools.partial(_read, dataset, rows)
+    return iter(positions.map(read).to_iter_dataset(_READ_OPTIONS))
+
+
+def _read(dataset: Dataset, rows: Int[np.ndarray, "R"] | None, positions: np.ndarray) -> Batch:
+    """The examples at `positions[rows]`; positions past the end become padding rows."""
+    positions = positions if rows is None else positions[rows]
     existing = [int(position) for position in positions if position < len(dataset)]
     # One call for all of them where the source can: it halves the time for small images.
     read_many = getattr(dataset.source, "__getitems__", None)
@@ -171,15 +173,6 @@ def _read(dataset: Dataset, positions: np.ndarray) -> Batch:
             label[row] = example["label"]
     index[: len(existing)] = existing
     return Batch(image, label, index)
-
-
-def _rows_per_process(batch_size: int, process_count: int, field: str) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise UsageError(
-            f"{field} is {batch_size}; expected a positive multiple of the number of processes, "
-            f"{process_count}"
-        )
-    return batch_size // process_count
 
 
 def _prepared_builder(name: str, data_dir: str | os.PathLike | None) -> tfds.core.DatasetBuilder:

@@ -13,10 +13,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from jetflow import sharding
 from jetflow.data import pipeline
 from jetflow.flows.labels import check_labels
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
-from jetflow.sharding import put_batch
 from jetflow.step import eval_step
 from jetflow.types import Flow
 
@@ -100,12 +100,12 @@ def measure(
         for batch in pipeline.eval_batches(
             dataset,
             batch_size=batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(mesh, batch_size),
         ):
-            batch = put_batch(batch, mesh)
+            batch = sharding.put_batch(batch, mesh, batch_size)
             label = batch.label if flow.num_classes else None
-            values = _bits_per_dim(flow, noise, variables, batch.image, label, key, batch.index)
+            with sharding.on(mesh):
+                values = _bits_per_dim(flow, noise, variables, batch.image, label, key, batch.index)
             gathered = multihost_utils.process_allgather((values, batch.index), tiled=True)
             bits.append(gathered[0])
             seen.append(gathered[1])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 Initializer = Callable[..., Array]
@@ -36,6 +37,11 @@ def remat(function: Callable, policy: str) -> Callable:
 def at_least_float32(dtype) -> jnp.dtype:
     """`dtype` where it is float32 or wider, else float32."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def split_over_mesh(x: Array, *axes: str | None) -> Array:
+    """Lay `x` over the mesh by its axes' names, batch, heads or mlp; without a mesh, as it was."""
+    return with_logical_constraint(x, axes)
 
 
 def uniform_init(bound: float) -> Initializer:
@@ -111,9 +117,13 @@ class TransformerLayer(nn.Module):
     def __call__(self, x: Float[Array, "B T W"], causal: bool) -> Float[Array, "B T W"]:
         """All tokens at once; with `causal`, token i sees tokens ≤ i."""
         batch, tokens, width = x.shape
+        x = split_over_mesh(x, "batch", None, None)
         qkv = self.qkv(self.norm_attention(x))
         heads = (batch, tokens, self.num_heads, width // self.num_heads)
-        query, key, value = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+        query, key, value = (
+            split_over_mesh(part.reshape(heads), "batch", None, "heads", None)
+            for part in jnp.split(qkv, 3, axis=-1)
+        )
         mixed = attend(query, key, value, causal)
         x = x + self.out(mixed.reshape(x.shape))
         return x + self.mlp(x)
@@ -131,6 +141,7 @@ class TransformerLayer(nn.Module):
         What the cache held of these positions is replaced. The attention logits of row b are
         divided by temperature[b].
         """
+        x = split_over_mesh(x, "batch", None, None)
         query, key, value = jnp.split(self.qkv(self.norm_attention(x)), 3, axis=-1)
         cache = KVCache(
             _written(cache.key, key, layer, start), _written(cache.value, value, layer, start)
@@ -144,7 +155,7 @@ class TransformerLayer(nn.Module):
         return x + self.mlp(x), cache
 
     def mlp(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
-        hidden = self.mlp_in(self.norm_mlp(x))
+        hidden = split_over_mesh(self.mlp_in(self.norm_mlp(x)), "batch", None, "mlp")
         return self.mlp_out(jax.nn.gelu(hidden, approximate=self.approximate_gelu))
 
 

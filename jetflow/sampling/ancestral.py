@@ -80,7 +80,8 @@ class Sampler:
 
     def decode(self, z: Float[Array, "B T D"], label: Int[Array, "B"] | None) -> Drawn:
         """The images of latents."""
-        x, stats = _decode(*self._inputs(z, label), denoising=self.denoise > 0)
+        with sharding.on(self.mesh):
+            x, stats = _decode(*self._inputs(z, label), denoising=self.denoise > 0)
         x, stats = multihost_utils.process_allgather((x, stats), tiled=True)
         sweeps, residuals = stats
         residual = max(map(float, residuals), default=0.0)
@@ -90,7 +91,8 @@ class Sampler:
         """Memory that `decode` takes on a device for such a batch: arguments, results, the rest."""
         z = self.latents(jax.random.key(0), index)
         label = None if label is None else self._placed(label)
-        lowered = _decode.lower(*self._inputs(z, label), denoising=self.denoise > 0)
+        with sharding.on(self.mesh):
+            lowered = _decode.lower(*self._inputs(z, label), denoising=self.denoise > 0)
         memory: Any = lowered.compile().memory_analysis()
         parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes)
         return sum(parts) + memory.temp_size_in_bytes - memory.alias_size_in_bytes
@@ -124,8 +126,8 @@ def draw_all(
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more")
     labels = check_labels(sampler.flow, label, num)
-    devices = 1 if sampler.mesh is None else sampler.mesh.size
-    batch_size = -(-min(batch_size, num) // devices) * devices
+    parts = 1 if sampler.mesh is None else sharding.batch_parts(sampler.mesh)
+    batch_size = -(-min(batch_size, num) // parts) * parts
     for first in range(start, num, batch_size):
         index = np.arange(first, first + batch_size)
         part = None if labels is None else labels[np.minimum(index, num - 1)]

@@ -1,0 +1,174 @@
+"""The mesh, and where the arrays of a run lie on it."""
+
+import dataclasses
+import functools
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import tiny_runs
+from jax.sharding import PartitionSpec as P
+
+from jetflow import sharding
+from jetflow.flows.build import build
+from jetflow.report import read_metrics
+from jetflow.state import create
+from jetflow.types import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device as a mesh is made of."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "a chip"
+
+
+def chips(slices: int, each: int) -> list[Chip]:
+    return [Chip(number, number // each, number // each) for number in range(slices * each)]
+
+
+def specs(shapes, rules=()):
+    tree = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    mesh = sharding.make_mesh(data=2, fsdp=4, tensor=2, devices=chips(1, 16))
+    return {path: s.spec for path, s in sharding.state_shardings(mesh, tree, rules).items()}
+
+
+def test_large_arrays_are_split_and_small_ones_are_not():
+    assert specs(
+        {
+            "blocks_0/proj_in/kernel": (512, 1024),
+            "blocks_0/position": (1023, 512),
+            "odd": (1023, 1023),
+            "small": (8, 128),
+        }
+    ) == {
+        "blocks_0/proj_in/kernel": P(None, "fsdp"),
+        "blocks_0/position": P(None, "fsdp"),
+        "odd": P(),
+        "small": P(),
+    }
+
+
+def test_layers_are_split_over_tensor():
+    """What goes in by columns, what comes out by rows, the part between stays where it is."""
+    for prefix in ("params/blocks_0/transformer/layers", "opt_state/1/nu/net/layers"):
+        expected = {
+            "qkv/kernel": ((4, 256, 768), P(None, "fsdp", "tensor")),
+            "out/kernel": ((4, 256, 256), P(None, "tensor", "fsdp")),
+            "mlp_in/kernel": ((4, 256, 1024), P(None, "fsdp", "tensor")),
+            "mlp_in/bias": ((64, 1024), P("fsdp", "tensor")),
+            "mlp_out/kernel": ((4, 1024, 256), P(None, "tensor", "fsdp")),
+        }
+        actual = specs({f"{prefix}/{name}": shape for name, (shape, _) in expected.items()})
+        assert actual == {f"{prefix}/{name}": spec for name, (_, spec) in expected.items()}
+
+
+def test_rules_of_the_config_come_first():
+    shapes = {"a/position": (1024, 512), "b/kernel": (1024, 512)}
+    rules = (("position", "replicated"), ("kernel", "columns"))
+    assert specs(shapes, rules=rules) == {
+        "a/position": P(),
+        "b/kernel": P("fsdp", "tensor"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((("kernel", "diagonal"),), "'diagonal'; expected one of replicated, fsdp, columns, rows"),
+        ((("(", "fsdp"),), "'(', which is no regex"),
+    ],
+)
+def test_bad_rules(rules, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        specs({"x": (1024, 512)}, rules=rules)
+
+
+def test_slices_are_joined_by_data_alone():
+    mesh = sharding.make_mesh(data=-1, fsdp=4, devices=chips(2, 8))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 4, "tensor": 1}
+    for row in mesh.devices.reshape(4, 4):
+        assert len({chip.slice_index for chip in row}) == 1
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": 3}, "data=3, fsdp=1, tensor=1, but there are 16 devices"),
+        ({"data": -1, "fsdp": -1}, "one of them may be -1"),
+        ({"fsdp": 16}, "data=1, fsdp=16, tensor=1 on 2 slices; set data to a multiple of 2"),
+        ({"tensor": 0}, "tensor=0"),
+    ],
+)
+def test_impossible_meshes(axes, message):
+    with pytest.raises(UsageError, match=message):
+        sharding.make_mesh(devices=chips(2, 8), **axes)
+
+
+PUBLISHED = {
+    "jet": dict(patch_size=4, width=512, num_heads=8, num_couplings=32, block_depth=2),
+    "tarflow": dict(patch_size=2, width=768, num_blocks=8, layers_per_block=8),
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_the_state_of_a_device_falls_with_their_number(kind):
+    """Parameters, their average, and both moments of the optimizer."""
+    flow = build({"kind": kind, **PUBLISHED[kind]}, image_shape=(64, 64, 3))
+    make = functools.partial(create, flow, optax.adam(1e-4), seed=0, use_ema=True)
+    state = jax.eval_shape(make)
+    total = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
+
+    def size(fsdp):
+        mesh = sharding.make_mesh(data=1, fsdp=fsdp, devices=chips(1, fsdp))
+        placed = jax.tree.map(
+            lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
+            state,
+            sharding.state_shardings(mesh, state),
+        )
+        return sharding.bytes_per_device(placed)
+
+    assert size(1) == total
+    for fsdp in (2, 8, 64):  # small arrays are on every device
+        assert size(fsdp) == pytest.approx(total / fsdp, rel=0.02 * fsdp**0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tarflow", "jet"])
+def test_all_meshes_train_alike(name, tmp_path):
+    """With noise, averaged parameters and accumulation; and each goes on where another stopped."""
+    fields = {"flow__width": 128, "train__steps": 20, "train__checkpoint_every": 10}
+
+    def run(workdir, devices, data, fsdp, tensor, **more):
+        mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+        arguments = tiny_runs.arguments(name, workdir, **fields, **mesh, **more)
+        process = tiny_runs.start(arguments, JAX_NUM_CPU_DEVICES=str(devices))
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+        megabytes = float(re.search(r"takes ([\d.,]+) MB a device", said)[1].replace(",", ""))
+        return read_metrics(workdir / "metrics.jsonl"), megabytes
+
+    expected, whole = run(tmp_path / "one", 1, 1, 1, 1)
+    for axes in [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]:
+        actual, part = run(tmp_path / "x".join(map(str, axes)), 8, *axes)
+        for several, one in zip(actual, expected, strict=True):
+            assert several.keys() == one.keys()
+            for metric in set(one) - {"images_per_second"}:
+                assert several[metric] == pytest.approx(one[metric], rel=1e-5), (axes, metric)
+        assert part < whole if axes != (8, 1, 1) else part == whole
+
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "2x2x2", moved)
+    for made_later in [*moved.glob("checkpoints/20"), *moved.glob("evals/*00000020.json")]:
+        shutil.rmtree(made_later) if made_later.is_dir() else made_later.unlink()
+    resumed, _ = run(moved, 4, 1, 4, 1)
+    assert resumed[-1]["step"] == 20
+    for metric in set(expected[-1]) - {"images_per_second"}:
+        assert resumed[-1][metric] == pytest.approx(expected[-1][metric], rel=1e-5), metric
