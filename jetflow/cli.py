@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"unexpected argument {unexpected[0]!r}; see `jetflow {name} --help`")
         if missing := command.ARGUMENTS[len(rest) :]:
             raise UsageError(f"{missing[0]} is missing; expected {command.USAGE}")
-        hosts.make_room_for_devices()
-        return command.run(values, *rest)
+        with hosts.joined():
+            return command.run(values, *rest)
     except UsageError as error:
         print(f"jetflow: {error}", file=sys.stderr)
         return 2

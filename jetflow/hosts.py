@@ -1,17 +1,106 @@
-"""The processes of a run: how each finds the others, and which of them speaks for all."""
+"""The processes of a run: how each finds the others, and what they agree on.
 
+Every process runs the same program on its own devices. The first one alone writes and prints.
+"""
+
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-ROOM = 4  # threads per device of one process
+from jetflow.types import UsageError
+
+T = TypeVar("T", bool, int)
+
+THREADS_PER_DEVICE = 4
+HEARTBEAT_SECONDS = 30  # without a sign of life from a process, after which the others end
+
+# What a launcher sets where there are several processes, which `jax.distributed` then finds.
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JETFLOW_PROCESSES")
 
 
-def make_room_for_devices() -> None:
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """With the other processes of this run, if there are any.
+
+    There are if JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or Slurm, MPI
+    or, on a TPU pod, JETFLOW_PROCESSES, does.
+
+    Raises:
+        UsageError: if the environment is incomplete, or the others do not come.
+    """
+    _make_room_for_devices()
+    if not _are_several():
+        yield
+        return
+    try:
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"the processes of this run cannot join ({' '.join(str(error).split())}); set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each of them"
+        ) from error
+    try:
+        with contextlib.ExitStack() as silence:
+            if not is_first():
+                nowhere = silence.enter_context(open(os.devnull, "w"))
+                silence.enter_context(contextlib.redirect_stdout(nowhere))
+            yield
+    except jax.errors.JaxRuntimeError as error:
+        # The way out of Python would wait for the others, of which one is gone.
+        _print_last_words(error)
+        os._exit(1)
+
+
+def _print_last_words(error: Exception) -> None:
+    reason = " ".join(str(error).split())[:300]
+    message = (
+        f"jetflow: process {jax.process_index()} of {jax.process_count()} ends, as another one has "
+        f"gone or failed ({reason}); run the same command on all of them again to go on\n"
+    )
+    os.write(2, message.encode())
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def agreed(value: T) -> T:
+    """The first process's value, on all of them."""
+    if jax.process_count() == 1:
+        return value
+    return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def _are_several() -> bool:
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        return True
+    return any((_number(name) or 1) > 1 for name in LAUNCHERS)
+
+
+def _number(name: str) -> int | None:
+    value = os.environ.get(name)
+    if value is not None and not value.isdigit():
+        raise UsageError(f"{name} is {value!r} in the environment; expected a whole number")
+    return None if value is None else int(value)
+
+
+def _make_room_for_devices() -> None:
     """Give XLA enough threads for CPU devices that outnumber the cores.
 
     Each device waits for the others in a thread of a pool that is otherwise as large as the machine
     has cores, and would wait for ever. The pool's size is read when JAX first looks for devices.
     """
-    if (devices := jax.config.jax_num_cpu_devices) > 1:  # pyright: ignore[reportAttributeAccessIssue]
-        os.environ.setdefault("NPROC", str(max(ROOM * devices, os.cpu_count() or 1)))
+    devices: int = getattr(jax.config, "jax_num_cpu_devices")  # noqa: B009
+    if devices > 1:
+        threads = max(THREADS_PER_DEVICE * devices, os.cpu_count() or 1)
+        os.environ.setdefault("NPROC", str(threads))

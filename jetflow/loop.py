@@ -9,8 +9,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from jetflow import sharding
+from jetflow import hosts, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
 from jetflow.data import pipeline
@@ -34,28 +35,39 @@ class Diverged(Exception):
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C, so that a run can save before it ends; a second one ends it."""
+    """Notes SIGTERM and Ctrl-C, so that a run can save before it ends; a second one ends it.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    Of several processes, any may get the signal, and all of them stop at the same call of `poll`,
+    which they make equally often: JAX listens for SIGTERM and lets them agree.
+    """
 
     def __enter__(self) -> "StopSignal":
         self.number: int | None = None
-        self._before = [signal.signal(number, self._note) for number in self.SIGNALS]
+        self._several = jax.process_count() > 1
+        self._polls = 0
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in zip(self.SIGNALS, self._before, strict=True):
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
-        self.number = number
-        for again in self.SIGNALS:
+        for again in self._before:
             signal.signal(again, signal.SIG_DFL)
         os.write(2, b"\nstopping as soon as this step, or its compilation, is done; "
                     b"a second signal ends the run at once\n")  # fmt: skip
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.number = number
 
     def poll(self) -> None:
         """Raise `Stopped` if a signal came."""
+        self._polls += 1
+        if self._several and multihost_utils.reached_preemption_sync_point(self._polls):
+            self.number = signal.SIGTERM
         if self.number is not None:
             raise Stopped
 
@@ -73,7 +85,7 @@ def train(run: Run, workdir: Path) -> int:
     )
     with StopSignal() as stop, checkpoints:
         # What cannot start must leave nothing behind, what goes on must first fit its folder.
-        fresh = run.fresh_state() if checkpoints.latest() is None else None
+        fresh = run.fresh_state() if hosts.agreed(checkpoints.latest() is None) else None
         with workdirs.claimed(workdir, run.resolved_config):
             state, start = (
                 (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
@@ -197,13 +209,14 @@ class Session:
         for noise in noises:
             metric = bpd.metric_name(noise)
             written = workdirs.result_path(self.workdir, metric, step).exists()
-            if not (resumed and written and self.reporter.has(step, f"test_{metric}")):
+            done = resumed and written and self.reporter.has(step, f"test_{metric}")
+            if not hosts.agreed(done):
                 self._flush()
                 draws = self.run.config.eval.draws if last else 1
                 with self.reporter.pause():
                     self._evaluate(state, step, noise, draws=draws)
         samples_now = last or (step and train.sample_every and step % train.sample_every == 0)
-        if samples_now and not (resumed and self._picture(step).exists()):
+        if samples_now and not hosts.agreed(resumed and self._picture(step).exists()):
             self._flush()
             with self.reporter.pause():
                 self._sample(state, step)

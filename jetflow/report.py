@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from jetflow import hosts
+
 METRICS = "metrics.jsonl"
 PADDING = 2  # pixels between the images of a grid, before magnification
 FRAME = 150  # milliseconds of an animation
@@ -22,17 +25,24 @@ SHORTEST_SIDE = 512  # pixels; smaller grids are magnified by a whole number
 class Reporter:
     """Writes metrics to `metrics.jsonl` and TensorBoard events, and progress to stderr.
 
+    Of several processes, the first one alone does.
+
     Opened for a run that resumes at `start_step`, it first drops what was written of later steps,
     so that an interrupted run leaves the same metrics as an uninterrupted one.
     """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
         self._path = workdir / METRICS
-        self._written = _drop_after(self._path, start_step)
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=20)
         self._total = total_steps
-        self._stream = sys.stderr
+        if first := hosts.is_first():
+            self._written = _drop_after(self._path, start_step)
+            self._file, self._stream = self._path.open("a"), sys.stderr
+        else:
+            self._written = set()
+            self._file = self._stream = open(os.devnull, "w")  # noqa: SIM115
+        self._events = SummaryWriter(
+            str(workdir), purge_step=start_step + 1, flush_secs=20, write_to_disk=first
+        )
         self._live = self._stream.isatty()
         self._line_length = 0
         self._clock = _Clock(start_step)
@@ -167,7 +177,9 @@ def make_grid(
 
 
 def save_png(path: Path, grid: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Write a picture; a reader never sees half of it."""
+    """Write a picture, on the first process; a reader never sees half of it."""
+    if not hosts.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     Image.fromarray(grid).save(temporary, format="png")
@@ -175,7 +187,12 @@ def save_png(path: Path, grid: UInt8[np.ndarray, "H W 3"]) -> None:
 
 
 def save_gif(path: Path, frames: list[UInt8[np.ndarray, "H W 3"]]) -> None:
-    """Write an animation of pictures of one size, which stands still on the last."""
+    """Write an animation of pictures of one size, which stands still on the last.
+
+    On the first process alone, as `save_png`.
+    """
+    if not hosts.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     first, *others = [Image.fromarray(frame) for frame in frames]

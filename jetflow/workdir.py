@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jetflow import sharding
+from jetflow import hosts, sharding
 from jetflow.checkpoint import Checkpoints
 from jetflow.flows.build import build
 from jetflow.report import METRICS, read_metrics
@@ -120,6 +120,9 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
             "give that config to go on with it, or another --workdir for a new run, which can "
             f"start from these weights: --config.train.init_from={workdir}"
         )
+    if not hosts.is_first():
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / LOCK, "w")  # noqa: SIM115
@@ -156,7 +159,9 @@ def read_result(workdir: Path, metric: str, step: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file; a reader never sees half of it."""
+    """Write a JSON file, on the first process; a reader never sees half of it."""
+    if not hosts.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -75,7 +75,6 @@ def _windows(sampler: Sampler, model: Model, base: Decoding, batch_size: int) ->
     print(f"measuring how each block decodes fastest, for {path}", flush=True)
     windows, seconds = bench.calibrate(sampler, base, batch_size)
     entry = {"conditions": conditions, "windows": windows, "seconds": seconds}
-    if jax.process_index() == 0:
-        write_json(path, [*known, entry])
+    write_json(path, [*known, entry])
     print(f"windows of the blocks: {', '.join(map(str, windows))}", flush=True)
     return windows

@@ -10,7 +10,7 @@ from absl import flags
 from jaxtyping import Int
 from tqdm import tqdm
 
-from jetflow import commands, sharding
+from jetflow import commands, hosts, sharding
 from jetflow.archive import Archive
 from jetflow.commands import decoding, explore
 from jetflow.evals.samples import corner, rows_by_class, square_rows
@@ -74,8 +74,10 @@ def run(values: flags.FlagValues) -> int:
     sampler = decoding.with_method(
         sampler, values.method, values, model, min(values.batch_size, num)
     )
-    archive = _archive(values, model, labels, num) if values.npz else None
+    archive = _archive(values, model, labels, num) if values.npz and hosts.is_first() else None
     images = _draw(sampler, values, model, labels, num, archive)
+    if not hosts.is_first():
+        return 0
     shown, rows = corner(rows)
     save_png(Path(values.out), make_grid(images(shown), rows))
     print(f"{num:,} samples of step {model.step}: {values.out}")
@@ -123,6 +125,7 @@ def _draw(sampler: Sampler, values, model: Model, labels, num: int, archive: Arc
     """Draw the images; returns a function that gives those of some numbers."""
     kind, kept, sweeps, residual = model.config["noise"]["kind"], [], (), 0.0
     start, broken = (archive.done, archive.broken) if archive else (0, 0)
+    start = hosts.agreed(start)
     if start:
         print(f"going on behind {start:,} images of {values.npz}.partial")
     batches = draw_all(
@@ -135,7 +138,10 @@ def _draw(sampler: Sampler, values, model: Model, labels, num: int, archive: Arc
             new = int((~np.isfinite(drawn.pixels)).any(axis=(1, 2, 3)).sum())
             broken += new
             images = quantise(drawn.pixels, kind)
-            archive.append(images, new) if archive else kept.append(images)
+            if archive is not None:
+                archive.append(images, new)
+            elif hosts.is_first():
+                kept.append(images)
             sweeps = tuple(map(max, drawn.sweeps, sweeps or drawn.sweeps))
             residual = max(residual, drawn.residual)
             bar.update(len(images))

@@ -1,0 +1,133 @@
+"""Several processes: two of four CPU devices each, joined over the loopback."""
+
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import tiny_runs
+
+from jetflow.report import read_metrics
+
+DEVICES = 8
+FIELDS = {"mesh__fsdp": 2, "mesh__data": -1, "flow__width": 128}
+
+
+@pytest.fixture(scope="module")
+def start(data_dir):
+    """A function: starts a command line on several processes, which share eight devices."""
+    started = []
+
+    def run(arguments, processes=2) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        variables = {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
+        if processes > 1:
+            variables |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+            variables |= {"JAX_NUM_PROCESSES": str(processes)}
+        group = [
+            tiny_runs.start([str(a) for a in arguments], JAX_PROCESS_ID=str(number), **variables)
+            for number in range(processes)
+        ]
+        started.extend(group)
+        return group
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def finish(group, status=0, timeout=300) -> list[tuple[str, str]]:
+    """What the processes said, out and err, when all have ended; without what Gloo prints."""
+    said = [process.communicate(timeout=timeout) for process in group]
+    said = [(re.sub(r"\[Gloo\].*\n", "", out), err) for out, err in said]
+    assert [process.returncode for process in group] == [status] * len(group), said
+    return said
+
+
+def train(name, workdir, **fields):
+    return tiny_runs.arguments(name, workdir, **FIELDS, **fields)
+
+
+def same_metrics(workdir, expected):
+    actual = read_metrics(workdir / "metrics.jsonl")
+    for several, one in zip(actual, read_metrics(expected / "metrics.jsonl"), strict=True):
+        assert several.keys() == one.keys()
+        for metric in set(one) - {"images_per_second"}:
+            assert several[metric] == pytest.approx(one[metric], rel=1e-6, abs=1e-7), metric
+
+
+def wait_for_checkpoint(group, workdir, step):
+    while not (workdir / "checkpoints" / str(step)).exists():
+        assert all(process.poll() is None for process in group), finish(group)
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """The same run by one process."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(train("tarflow", workdir), processes=1))
+    return workdir
+
+
+@pytest.mark.slow
+def test_processes_train_sample_and_evaluate_as_one(start, alone, tmp_path):
+    workdir = tmp_path / "run"
+    (_, first), (_, second) = finish(start(train("tarflow", workdir)))
+    assert "on 8 x cpu (data 4 and fsdp 2)" in first and "done: step 12" in first
+    assert "step" not in second
+    same_metrics(workdir, alone)
+
+    ends = finish(start(["evaluate", "--workdir", workdir, "--draws", 1]))
+    assert "bpd" in ends[0][0] and ends[1][0] == ""
+    npz = tmp_path / "two.npz"
+    arguments = ["sample", "--num", 20, "--out", tmp_path / "grid.png", "--npz"]
+    ends = finish(start([*arguments, npz, "--workdir", workdir]))
+    assert "20 samples of step 12" in ends[0][0] and ends[1][0] == ""
+    finish(start([*arguments, tmp_path / "one.npz", "--workdir", workdir], processes=1))
+    with np.load(npz) as two, np.load(tmp_path / "one.npz") as one:
+        assert np.abs(two["images"].astype(int) - one["images"]).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_killed_run_goes_on_with_other_processes(start, alone, processes, tmp_path):
+    workdir = tmp_path / "run"
+    group = start(train("tarflow", workdir))
+    wait_for_checkpoint(group, workdir, 5)
+    for process in group:
+        process.kill()
+        process.communicate()
+    finish(start(train("tarflow", workdir), processes=processes))
+    same_metrics(workdir, alone)
+
+
+@pytest.mark.slow
+def test_when_one_process_dies_the_others_end(start, tmp_path):
+    group = start(train("tarflow", tmp_path / "run", train__steps=10**6))
+    wait_for_checkpoint(group, tmp_path / "run", 5)
+    group[1].kill()
+    before = time.monotonic()
+    _, said = group[0].communicate(timeout=200)
+    assert time.monotonic() - before < 120
+    assert group[0].returncode not in (0, 2)
+    assert re.search("another one has gone|another task died|unhealthy|heartbeat", said), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_signal_to_one_process_stops_all(start, alone, who, tmp_path):
+    workdir = tmp_path / "run"
+    group = start(train("tarflow", workdir))
+    wait_for_checkpoint(group, workdir, 5)
+    group[who].send_signal(signal.SIGTERM)
+    ends = finish(group, status=128 + signal.SIGTERM)
+    assert "all saved in" in ends[0][1]
+    finish(start(train("tarflow", workdir)))
+    same_metrics(workdir, alone)
