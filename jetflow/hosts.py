@@ -5,6 +5,8 @@ Every process runs the same program on its own devices. The first one alone writ
 
 import contextlib
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -42,6 +44,7 @@ def joined() -> Iterator[None]:
             num_processes=_number("JAX_NUM_PROCESSES"),
             process_id=_number("JAX_PROCESS_ID"),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise UsageError(
@@ -54,19 +57,19 @@ def joined() -> Iterator[None]:
                 nowhere = silence.enter_context(open(os.devnull, "w"))
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
             yield
-    except jax.errors.JaxRuntimeError as error:
-        # The way out of Python would wait for the others, of which one is gone.
-        _print_last_words(error)
-        os._exit(1)
-
-
-def _print_last_words(error: Exception) -> None:
-    reason = " ".join(str(error).split())[:300]
-    message = (
-        f"jetflow: process {jax.process_index()} of {jax.process_count()} ends, as another one has "
-        f"gone or failed ({reason}); run the same command on all of them again to go on\n"
-    )
-    os.write(2, message.encode())
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if not isinstance(error, jax.errors.JaxRuntimeError):  # which says that another one is gone
+            traceback.print_exc()
+        reason = " ".join(str(error).split())[:300]
+        print(
+            f"jetflow: process {jax.process_index()} of {jax.process_count()} ends, as it or "
+            f"another one failed ({reason}); run the same command on all of them again to go on",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the way out of Python would wait for the others
 
 
 def is_first() -> bool:
