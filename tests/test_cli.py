@@ -461,10 +461,12 @@ def test_batches_not_divisible_by_devices(trained, tmp_path):
             "batch is split over; set config.train.batch_size to a multiple of 8",
             "config.train.batch_size 16 / accumulation 8 is not divisible by the 4 devices that a "
             "batch is split over; set config.train.batch_size to a multiple of 32",
-            "config.eval.batch_size 30 is not divisible by the 4 devices of the mesh; "
+            "config.eval.batch_size 30 is not divisible by the 4 devices that a batch "
+            "is split over; "
             "set config.eval.batch_size to a multiple of 4",
             "config.mesh has data=-1, fsdp=3, tensor=1, but there are 4 devices",
-            "--batch_size 30 is not divisible by the 4 devices of the mesh; "
+            "--batch_size 30 is not divisible by the 4 devices that a batch "
+            "is split over; "
             "set --batch_size to a multiple of 4",
         ],
         strict=True,

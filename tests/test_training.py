@@ -31,7 +31,7 @@ def handlers():
     def unhandled(number, _frame):
         raise AssertionError(f"nobody handled signal {number}")
 
-    numbers = loop.StopSignal.SIGNALS
+    numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, unhandled) for number in numbers]
     yield
     after = [signal.signal(number, old) for number, old in zip(numbers, before, strict=True)]
