@@ -302,7 +302,9 @@ def test_what_is_said(tmp_path, capsys):
     text = capsys.readouterr().err
     assert "\r" not in text
     lines = text.splitlines()
-    assert re.fullmatch(r"tarflow with [\d,]+ parameters on 1 x cpu", lines[0])
+    assert re.fullmatch(
+        r"tarflow with [\d,]+ parameters on 1 x cpu; the state takes 0\.\d MB a device", lines[0]
+    )
     assert lines[1] == "train on digits 1.0.0 train: 1,500 images of 8x8x1, 10 classes"
     assert lines[2] == "test on digits 1.0.0 test: 297 images of 8x8x1, 10 classes"
     assert lines[3] == f"{STEPS} steps of 16 images each"

@@ -65,15 +65,14 @@ def side_by_side(init: Initializer, count: int) -> Initializer:
 
 
 class KVCache(NamedTuple):
-    """Keys and values of a layer, of all tokens so far.
+    """Keys and values of all layers and tokens so far.
 
-    The layout [T, B, W] (heads folded into the width W) keeps the last two axes large, so that a
-    TPU does not pad them. Each layer has arrays of its own, which a loop updates in place; of one
-    array for all layers, it would copy the whole at each token.
+    The layout [L, T, B, W] (heads folded into the width W) keeps the last two axes large, so that
+    a TPU does not pad them.
     """
 
-    key: Float[Array, "T B W"]
-    value: Float[Array, "T B W"]
+    key: Float[Array, "L T B W"]
+    value: Float[Array, "L T B W"]
 
 
 class TransformerLayer(nn.Module):
@@ -133,6 +132,7 @@ class TransformerLayer(nn.Module):
         self,
         x: Float[Array, "B S W"],
         cache: KVCache,
+        layer: Int[Array, ""],
         start: Int[Array, ""],
         temperature: Float[Array, "B"],
     ) -> tuple[Float[Array, "B S W"], KVCache]:
@@ -143,10 +143,14 @@ class TransformerLayer(nn.Module):
         """
         x = split_over_mesh(x, "batch", None, None)
         query, key, value = jnp.split(self.qkv(self.norm_attention(x)), 3, axis=-1)
-        cache = KVCache(_written(cache.key, key, start), _written(cache.value, value, start))
-        tokens = jnp.arange(cache.key.shape[0])
+        cache = KVCache(
+            _written(cache.key, key, layer, start), _written(cache.value, value, layer, start)
+        )
+        tokens = jnp.arange(cache.key.shape[1])
         visible = tokens <= start + jnp.arange(x.shape[1])[:, None]
-        mixed = attend_cached(query, cache.key, cache.value, visible, temperature, self.num_heads)
+        mixed = attend_cached(
+            query, cache.key[layer], cache.value[layer], visible, temperature, self.num_heads
+        )
         x = x + self.out(mixed)
         return x + self.mlp(x), cache
 
@@ -180,26 +184,18 @@ def attend_cached(
     tokens, batch, width = keys.shape
     heads = (num_heads, width // num_heads)
     query = query.reshape(batch, -1, *heads)
-    keys, values = (cached.reshape(tokens, batch, *heads) for cached in (keys, values))
+    logits = jnp.einsum("bsnh,tbnh->bnst", query, keys.reshape(tokens, batch, *heads))
     scale = temperature[:, None, None, None] * math.sqrt(heads[-1])
-    if query.shape[1] == 1:
-        # One token reads the cache once, where it lies: a matmul would first bring it into order.
-        wide = at_least_float32(query.dtype)
-        logits = (query[:, 0].astype(wide) * keys.astype(wide)).sum(-1)
-        weights = _softmax(logits.transpose(1, 2, 0)[:, :, None], scale, visible)
-        mixed = (weights[:, :, 0].transpose(2, 0, 1)[..., None] * values.astype(wide)).sum(0)
-    else:
-        logits = jnp.einsum("bsnh,tbnh->bnst", query, keys)
-        weights = _softmax(logits, scale, visible).astype(query.dtype)
-        mixed = jnp.einsum("bnst,tbnh->bsnh", weights, values)
+    weights = _softmax(logits, scale, visible).astype(query.dtype)
+    mixed = jnp.einsum("bnst,tbnh->bsnh", weights, values.reshape(tokens, batch, *heads))
     return mixed.reshape(batch, -1, width).astype(query.dtype)
 
 
 def _written(
-    cache: Float[Array, "T B W"], new: Float[Array, "B S W"], start: Array
-) -> Float[Array, "T B W"]:
-    new = new.swapaxes(0, 1).astype(cache.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=0)
+    cache: Float[Array, "L T B W"], new: Float[Array, "B S W"], layer: Array, start: Array
+) -> Float[Array, "L T B W"]:
+    new = new.swapaxes(0, 1)[None].astype(cache.dtype)
+    return jax.lax.dynamic_update_slice(cache, new, (layer, start, 0, 0))
 
 
 def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Array:
