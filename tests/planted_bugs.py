@@ -87,9 +87,7 @@ def always_in_image_order(real):
 
 
 def cache_written_one_too_late(real):
-    return lambda self, x, cache, layer, start, temperature: real(
-        self, x, cache, layer, start + 1, temperature
-    )
+    return lambda self, x, cache, start, temperature: real(self, x, cache, start + 1, temperature)
 
 
 def minus_one_is_the_last_class(real):

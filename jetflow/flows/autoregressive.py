@@ -1,6 +1,6 @@
 """TarFlow: autoregressive affine blocks over patches (arXiv 2412.06329)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows import affine
-from jetflow.nn.causal import CausalTransformer, fan_in_uniform
-from jetflow.nn.transformer import KVCache, at_least_float32, uniform_init
+from jetflow.nn.causal import Cache, CausalTransformer, fan_in_uniform
+from jetflow.nn.transformer import at_least_float32, uniform_init
 from jetflow.types import Decoding, Guidance
 
 LARGEST_GUESS = 1e4  # far above any token's value, far below what overflows in a net
@@ -22,13 +22,14 @@ class _Given(NamedTuple):
     position: Float[Array, "N W"]  # embeddings in decoding order, and zeros past the end
     condition: Float[Array, "P W"]
     temperature: Float[Array, "P"]
+    layer_params: tuple[Any, ...]
 
 
 class _Sequence(NamedTuple):
     """The carry of sequential decoding: the last token, the caches, and the log-det."""
 
     token: Float[Array, "B D"]
-    cache: KVCache
+    cache: Cache
     logdet: Float[Array, "B"]
 
 
@@ -37,7 +38,7 @@ class _Window(NamedTuple):
 
     done: Int[Array, ""]
     tokens: Float[Array, "B N D"]
-    cache: KVCache
+    cache: Cache
     logdet: Float[Array, "B"]
     sweeps: Int[Array, ""]
     residual: Float[Array, ""]
@@ -192,15 +193,17 @@ class AutoregressiveBlock(nn.Module):
                 [temperature, jnp.full(batch, guidance.temperature, temperature.dtype)]
             )
         position = jnp.pad(self._in_order(self.position[None])[0], ((0, padding), (0, 0)))
-        return _Given(position, condition, temperature)
+        return _Given(position, condition, temperature, self.transformer.layer_params())
 
-    def _extend(self, x: Float[Array, "B S D"], start, cache: KVCache, given: _Given, guidance):
+    def _extend(self, x: Float[Array, "B S D"], start, cache: Cache, given: _Given, guidance):
         """Log-scale and shift of the tokens after each of x, which are the tokens from `start`."""
         batch, size, _ = x.shape
         position = jax.lax.dynamic_slice_in_dim(given.position, start, size)
         hidden = self.proj_in(jnp.tile(x, (len(given.condition) // batch, 1, 1)))
         hidden = hidden + (position + given.condition[:, None]).astype(hidden.dtype)
-        hidden, cache = self.transformer.extend(hidden, cache, start, given.temperature)
+        hidden, cache = self.transformer.extend(
+            hidden, cache, start, given.temperature, given.layer_params
+        )
         log_scale, shift = self._split(self.proj_out(hidden))
         if guidance is not None:
             strength = guidance.scale

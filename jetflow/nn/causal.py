@@ -1,10 +1,15 @@
 """The causal transformer of TarFlow's blocks (arXiv 2412.06329), with a KV cache."""
 
+from typing import Any, TypeAlias
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jetflow.nn.transformer import KVCache, TransformerLayer, remat, uniform_init
+
+Cache: TypeAlias = tuple[KVCache, ...]  # one a layer
 
 
 def fan_in_uniform() -> nn.initializers.Initializer:
@@ -47,24 +52,31 @@ class CausalTransformer(nn.Module):
         )
         return scanned(self.layers, x, None)[0]
 
-    def empty_cache(self, batch: int, tokens: int, dtype: str | None = None) -> KVCache:
+    def empty_cache(self, batch: int, tokens: int, dtype: str | None = None) -> Cache:
         """Room for so many tokens, by default in the dtype of the net."""
-        zeros = jnp.zeros((self.num_layers, tokens, batch, self.width), dtype or self.dtype)
-        return KVCache(zeros, zeros)
+        shape = (batch, self.num_heads, tokens, self.width // self.num_heads)
+        zeros = jnp.zeros(shape, dtype or self.dtype)
+        return (KVCache(zeros, zeros),) * self.num_layers
+
+    def layer_params(self) -> tuple[Any, ...]:
+        """The parameters of each layer, for `extend`: a loop would cut them out at each token."""
+        stacked = self.layers.variables["params"]
+        return tuple(
+            jax.tree.map(lambda array, index=index: array[index], stacked)
+            for index in range(self.num_layers)
+        )
 
     def extend(
         self,
         x: Float[Array, "B S W"],
-        cache: KVCache,
+        cache: Cache,
         start: Int[Array, ""],
         temperature: Float[Array, "B"],
-    ) -> tuple[Float[Array, "B S W"], KVCache]:
+        layer_params: tuple[Any, ...],
+    ) -> tuple[Float[Array, "B S W"], Cache]:
         """The S tokens from `start` on, given the cache of those before."""
-
-        def body(layer: TransformerLayer, carry, index):
-            x, cache = carry
-            return layer.extend(x, cache, index, start, temperature), None
-
-        scanned = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": False})
-        (x, cache), _ = scanned(self.layers, (x, cache), jnp.arange(self.num_layers))
-        return x, cache
+        layer, caches = self.layers.clone(parent=None), []
+        for params, old in zip(layer_params, cache, strict=True):
+            x, new = layer.apply({"params": params}, x, old, start, temperature, method="extend")
+            caches.append(new)
+        return x, tuple(caches)

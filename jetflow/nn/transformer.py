@@ -65,14 +65,15 @@ def side_by_side(init: Initializer, count: int) -> Initializer:
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers and tokens so far.
+    """Keys and values of a layer, of all tokens so far.
 
-    The layout [L, T, B, W] (heads folded into the width W) keeps the last two axes large, so that
-    a TPU does not pad them.
+    Each layer has arrays of its own, which a loop updates in place: of one array for all layers
+    it would copy the whole at each token. With heads before tokens, one token's attention is a
+    product of matrices as they lie in memory.
     """
 
-    key: Float[Array, "L T B W"]
-    value: Float[Array, "L T B W"]
+    key: Float[Array, "B N T H"]
+    value: Float[Array, "B N T H"]
 
 
 class TransformerLayer(nn.Module):
@@ -132,7 +133,6 @@ class TransformerLayer(nn.Module):
         self,
         x: Float[Array, "B S W"],
         cache: KVCache,
-        layer: Int[Array, ""],
         start: Int[Array, ""],
         temperature: Float[Array, "B"],
     ) -> tuple[Float[Array, "B S W"], KVCache]:
@@ -142,16 +142,13 @@ class TransformerLayer(nn.Module):
         divided by temperature[b].
         """
         x = split_over_mesh(x, "batch", None, None)
-        query, key, value = jnp.split(self.qkv(self.norm_attention(x)), 3, axis=-1)
-        cache = KVCache(
-            _written(cache.key, key, layer, start), _written(cache.value, value, layer, start)
-        )
-        tokens = jnp.arange(cache.key.shape[1])
+        qkv = self.qkv(self.norm_attention(x)).reshape(*x.shape[:2], 3, self.num_heads, -1)
+        query, key, value = qkv.transpose(2, 0, 3, 1, 4)
+        cache = KVCache(_written(cache.key, key, start), _written(cache.value, value, start))
+        tokens = jnp.arange(cache.key.shape[2])
         visible = tokens <= start + jnp.arange(x.shape[1])[:, None]
-        mixed = attend_cached(
-            query, cache.key[layer], cache.value[layer], visible, temperature, self.num_heads
-        )
-        x = x + self.out(mixed)
+        mixed = attend_cached(query, cache, visible, temperature)
+        x = x + self.out(mixed.swapaxes(1, 2).reshape(x.shape))
         return x + self.mlp(x), cache
 
     def mlp(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
@@ -173,29 +170,22 @@ def attend(
 
 
 def attend_cached(
-    query: Float[Array, "B S W"],
-    keys: Float[Array, "T B W"],
-    values: Float[Array, "T B W"],
+    query: Float[Array, "B N S H"],
+    cache: KVCache,
     visible: Bool[Array, "S T"],
     temperature: Float[Array, "B"],
-    num_heads: int,
-) -> Float[Array, "B S W"]:
+) -> Float[Array, "B N S H"]:
     """Attention of a few query tokens to the visible ones of a cache."""
-    tokens, batch, width = keys.shape
-    heads = (num_heads, width // num_heads)
-    query = query.reshape(batch, -1, *heads)
-    logits = jnp.einsum("bsnh,tbnh->bnst", query, keys.reshape(tokens, batch, *heads))
-    scale = temperature[:, None, None, None] * math.sqrt(heads[-1])
+    logits = jnp.einsum("bnsh,bnth->bnst", query, cache.key.astype(query.dtype))
+    scale = temperature[:, None, None, None] * math.sqrt(query.shape[-1])
     weights = _softmax(logits, scale, visible).astype(query.dtype)
-    mixed = jnp.einsum("bnst,tbnh->bsnh", weights, values.reshape(tokens, batch, *heads))
-    return mixed.reshape(batch, -1, width).astype(query.dtype)
+    return jnp.einsum("bnst,bnth->bnsh", weights, cache.value.astype(query.dtype))
 
 
 def _written(
-    cache: Float[Array, "L T B W"], new: Float[Array, "B S W"], layer: Array, start: Array
-) -> Float[Array, "L T B W"]:
-    new = new.swapaxes(0, 1)[None].astype(cache.dtype)
-    return jax.lax.dynamic_update_slice(cache, new, (layer, start, 0, 0))
+    cache: Float[Array, "B N T H"], new: Float[Array, "B N S H"], start: Array
+) -> Float[Array, "B N T H"]:
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=2)
 
 
 def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Array:
