@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jetflow.flows.stack import Stack
-from jetflow.sampling.ancestral import Sampler
+from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.types import Decoding
 
 REPEATS = 3
@@ -73,6 +73,7 @@ def _decode_block(block, variables, z, label, guidance, decoding):
 _jitted_block = jax.jit(
     lambda block, variables, *inputs: block.apply(variables, *inputs, method="inverse"),
     static_argnums=0,
+    compiler_options=AS_WRITTEN,
 )
 
 

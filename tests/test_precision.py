@@ -14,6 +14,7 @@ from jetflow import likelihood
 from jetflow.flows import affine
 from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.nn.transformer import REMAT_POLICIES
+from jetflow.sampling.ancestral import AS_WRITTEN
 
 BUILDERS = {"jet": flow_laws.jet, "tarflow": flow_laws.tarflow}
 LABEL = jnp.array([0, 2, -1])
@@ -26,8 +27,9 @@ def run(kind: str, dtype: str):
     x = flow_laws.random_images(flow)
     assert x.dtype == jnp.float32
 
-    z, logdet = jax.jit(functools.partial(flow.apply, method="forward"))(variables, x, LABEL)
-    inverse = jax.jit(functools.partial(flow.apply, method="inverse"))
+    compiled = functools.partial(jax.jit, compiler_options=AS_WRITTEN)
+    z, logdet = compiled(functools.partial(flow.apply, method="forward"))(variables, x, LABEL)
+    inverse = compiled(functools.partial(flow.apply, method="inverse"))
     back, back_logdet = inverse(variables, z, LABEL)
     return z, logdet, back - x, back_logdet + logdet
 
@@ -116,22 +118,24 @@ def test_remat_keeps_less_and_changes_no_value_and_no_gradient(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "few", "many"),
+    ("kind", "method", "few", "many"),
     [
-        ("jet", {"num_couplings": 2}, {"num_couplings": 9}),
-        ("tarflow", {"layers_per_block": 1}, {"layers_per_block": 7}),
+        ("jet", "forward", {"num_couplings": 2}, {"num_couplings": 9}),
+        ("jet", "inverse", {"num_couplings": 2}, {"num_couplings": 9}),
+        ("tarflow", "forward", {"layers_per_block": 1}, {"layers_per_block": 7}),
     ],
 )
-def test_the_program_does_not_grow_with_depth(kind, few, many):
-    def size(method: str, fields) -> int:
+def test_the_program_does_not_grow_with_depth(kind, method, few, many):
+    """But for the inverse of a TarFlow, whose layers each have a cache of their own."""
+
+    def size(fields) -> int:
         flow = BUILDERS[kind](dtype="float32", **fields)
         variables = flow_laws.random_variables(flow, jnp.float32)
         value = jnp.zeros((3, *(flow.image_shape if method == "forward" else flow.latent_shape)))
         function = functools.partial(flow.apply, method=method)
         return len(str(jax.make_jaxpr(function)(variables, value)).splitlines())
 
-    for method in ("forward", "inverse"):
-        assert math.isclose(size(method, few), size(method, many), rel_tol=0.02)
+    assert math.isclose(size(few), size(many), rel_tol=0.02)
 
 
 def test_other_values_are_not_compiled_again():

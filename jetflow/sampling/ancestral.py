@@ -20,6 +20,10 @@ from jetflow.sampling.decoding import decodings
 from jetflow.sampling.denoise import denoised
 from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError
 
+# Of XLA. By default it may keep more bits of a bfloat16 value than there are, in one program other
+# ones than in the next; then an image encoded and decoded again by a bfloat16 net is off by pixels.
+AS_WRITTEN = {"xla_allow_excess_precision": False}
+
 
 class Drawn(NamedTuple):
     """A batch of images.
@@ -177,7 +181,7 @@ def _latents(flow, variables, key, index, temperature) -> Float[Array, "B T D"]:
     return z * temperature * jnp.sqrt(likelihood.prior_variance(variables))
 
 
-@functools.partial(jax.jit, static_argnames=("flow", "denoising"))
+@functools.partial(jax.jit, static_argnames=("flow", "denoising"), compiler_options=AS_WRITTEN)
 def _decode(flow, variables, z, label, guidance, denoise, decoding, *, denoising):
     """Pixels [B, H, W, C], and sweeps and residual of each block."""
     (x, _), sown = flow.apply(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from jetflow.sampling.ancestral import Sampler
+from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 
 
 def encode(
@@ -30,7 +30,7 @@ def centre(noise: str) -> np.float32:
     return np.float32(0.5 if noise == "uniform" else 0.0)
 
 
-@functools.partial(jax.jit, static_argnames="flow")
+@functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)
 def _encode(flow, variables, x, label):
     return flow.apply(variables, x, label, method="forward")[0]
 
@@ -65,7 +65,7 @@ def trace(
     return np.asarray(sampler.flow.as_image(tokens))
 
 
-@functools.partial(jax.jit, static_argnames="flow")
+@functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)
 def _stages(flow, variables, z, label, guidance, decoding) -> Float[Array, "S B T D"]:
     _, sown = flow.apply(
         variables, z, label, guidance, decoding, method="inverse", mutable=["intermediates"]
