@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jetflow import hosts, sharding
 from jetflow.flows.stack import Stack
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.types import Decoding
@@ -37,16 +37,18 @@ def calibrate(
     assert isinstance(flow, Stack)
     tokens = flow.latent_shape[0]
     candidates = [1, *(2**power for power in range(3, 20) if 2**power < tokens - 1), tokens - 1]
-    label = jnp.arange(batch_size) % flow.num_classes if flow.num_classes else None
-    z = sampler.latents(jax.random.key(0), np.arange(batch_size))
+    index = np.arange(batch_size)
+    label = sampler.place(index % flow.num_classes if flow.num_classes else None)
+    z = sampler.place(sampler.latents(jax.random.key(0), index))
     measured = []
     for index in reversed(range(len(flow.blocks))):
         decode = functools.partial(
             _decode_block, flow.blocks[index], {"params": params[f"blocks_{index}"]}, z, label,
             sampler.guidance,
         )  # fmt: skip
-        measured.append(_seconds_by_window(decode, base, candidates))
-        z = decode(base)
+        with sharding.on(sampler.mesh):
+            measured.append(_seconds_by_window(decode, base, candidates))
+            z = decode(base)
     measured = measured[::-1]
     return [min(times, key=times.__getitem__) for times in measured], measured
 
@@ -58,7 +60,8 @@ def _seconds_by_window(
     times: dict[int, float] = {}
     for window in candidates:
         how = dataclasses.replace(base, window=window)
-        times[window] = statistics.median(timed(functools.partial(decode, how), REPEATS))
+        seconds = statistics.median(timed(functools.partial(decode, how), REPEATS))
+        times[window] = hosts.agreed(seconds)
         best = min(times, key=times.__getitem__)
         if len(times) - list(times).index(best) > PATIENCE:
             break

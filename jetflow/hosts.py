@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from jetflow.types import UsageError
 
-T = TypeVar("T", bool, int)
+T = TypeVar("T", bool, int, float)
 
 THREADS_PER_DEVICE = 4
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, after which the others end

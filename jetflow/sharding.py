@@ -36,12 +36,20 @@ ACTIVATION_RULES = (("batch", BATCH_AXES), ("heads", "tensor"), ("mlp", "tensor"
 
 
 def make_mesh(
-    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+    asked_by: str = "config.mesh",
 ) -> Mesh:
     """A mesh of all devices, or of `devices`; -1, for one of the axes, takes the rest.
 
     The batch is split over data and fsdp, the state over fsdp and, within layers, tensor. Over
     several slices of a pod, which a slower network joins, only data is split.
+
+    Args:
+        asked_by: the name of the field or flag, for the message.
 
     Raises:
         UsageError: if the product of the axes is not the number of devices.
@@ -55,14 +63,13 @@ def make_mesh(
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
         raise UsageError(
-            f"config.mesh has {_named(asked)}, but there are {len(devices)} devices; the "
+            f"{asked_by} has {_named(asked)}, but there are {len(devices)} devices; the "
             f"product must be {len(devices)}, where one of them may be -1 for the rest"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes["data"] % slices:
         raise UsageError(
-            f"config.mesh has {_named(sizes)} on {slices} slices; set data to a multiple of "
-            f"{slices}"
+            f"{asked_by} has {_named(sizes)} on {slices} slices; set data to a multiple of {slices}"
         )
     shape = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     if slices > 1:

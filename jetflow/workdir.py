@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jetflow import hosts, sharding
 from jetflow.checkpoint import Checkpoints
@@ -40,8 +41,13 @@ class Model:
     step: int
 
 
-def load_model(workdir: str | os.PathLike, step: int | None = None) -> Model:
+def load_model(
+    workdir: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None
+) -> Model:
     """The flow of a run, at its newest sound checkpoint or the one of `step`.
+
+    Args:
+        mesh: where the variables are laid out; by default they are on every device.
 
     Raises:
         UsageError: if there is no run, no checkpoint, or none that is sound.
@@ -49,10 +55,10 @@ def load_model(workdir: str | os.PathLike, step: int | None = None) -> Model:
     workdir = Path(workdir)
     config, flow, weights = read_flow(workdir)
     abstract = abstract_variables(flow)
-    mesh = sharding.make_mesh()
+    rules = config.get("mesh", {}).get("rules", ())
+    shardings = sharding.state_shardings(mesh or sharding.make_mesh(), abstract, rules)
     abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
-        abstract,
+        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), abstract, shardings
     )
     wanted = {weights: abstract.pop("params"), "collections": abstract}
     with Checkpoints(workdir / "checkpoints") as checkpoints:

@@ -422,6 +422,9 @@ def test_nowhere_to_write_samples(flag, refused, trained, tmp_path):
         ("jet", ["--metrics", "noised_bpd"], "noised_bpd is for flows trained with gaussian noise"),
         ("jet", ["--split", "validation"], "'validation' is not a split"),
         ("jet", ["--step", 7], "no checkpoint of step 7"),
+        ("jet", ["--mesh", "fsdp:4"], "--mesh has 'fsdp:4'; expected AXIS=SIZE"),
+        ("jet", ["--mesh", "model=4"], "--mesh has 'model=4'; expected AXIS=SIZE"),
+        ("jet", ["--mesh", "fsdp=4"], "--mesh has data=-1, fsdp=4, tensor=1, but there are 1 dev"),
     ],
 )
 def test_bad_evaluations(name, flags, expected, refused, trained):

@@ -58,7 +58,7 @@ def test_a_path_between_the_same_images_stands_still():
 )
 def test_a_trace_ends_at_the_sample(kind, guidance, stages):
     there = sampler(kind, guidance)
-    z = there.latents(jax.random.key(0), np.arange(3))
+    z = jnp.asarray(there.latents(jax.random.key(0), np.arange(3)))
     images = explore.trace(there, z, LABEL)
     assert images.shape == (stages, 3, 4, 4, 1)
     np.testing.assert_allclose(images[0], there.flow.pixels.inverse(z)[0], atol=1e-3)
@@ -69,7 +69,7 @@ def test_a_trace_ends_at_the_sample(kind, guidance, stages):
 def test_the_stages_of_a_jet_are_its_couplings():
     """In the order of sampling: the last coupling is undone first."""
     there = sampler("jet")
-    z = there.latents(jax.random.key(0), np.arange(3))
+    z = jnp.asarray(there.latents(jax.random.key(0), np.arange(3)))
     images = explore.trace(there, z, LABEL)
     last = jax.tree.map(lambda leaf: leaf[2:], there.variables)
     one = flow_laws.jet(num_classes=3, dtype="float32", num_couplings=1)

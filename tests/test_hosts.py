@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import tiny_runs
+from PIL import Image
 
 from jetflow.report import read_metrics
 
@@ -110,6 +111,16 @@ def test_processes_train_sample_and_evaluate_as_one(start, alone, tmp_path):
     finish(start([*arguments, tmp_path / "one.npz", "--workdir", workdir], processes=1))
     with np.load(npz) as two, np.load(tmp_path / "one.npz") as one:
         assert np.abs(two["images"].astype(int) - one["images"]).max() <= 1
+
+    for mode in ("reconstruct", "interpolate", "trace"):
+        pictures = []
+        for processes in (2, 1):
+            out = tmp_path / f"{mode}{processes}.png"
+            arguments = ["sample", "--workdir", workdir, "--mode", mode, "--num", 3, "--out", out]
+            finish(start([*arguments, "--mesh", "fsdp=2,data=4", "--method", "auto"], processes))
+            with Image.open(out) as picture:
+                pictures.append(np.asarray(picture).astype(int))
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1, mode
 
 
 @pytest.mark.slow

@@ -96,12 +96,14 @@ def test_samples_of_an_earlier_step(trained, tmp_path, capsys):
     assert pictures[0] != pictures[1]
 
 
-@pytest.mark.parametrize("name", ["jet", "tarflow"])
-def test_eight_devices_draw_the_images_of_one(name, sample, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("jet", "data=-1"), ("tarflow", "data=2,fsdp=2,tensor=2")]
+)
+def test_eight_devices_draw_the_images_of_one(name, mesh, sample, trained, tmp_path):
     _, one, _ = sample(name, "--num", 30)
     npz = tmp_path / "eight.npz"
     arguments = ["sample", "--workdir", trained(name), "--num", 30, "--batch_size", 12]
-    arguments += ["--npz", npz, "--out", tmp_path / "eight.png"]
+    arguments += ["--npz", npz, "--out", tmp_path / "eight.png", "--mesh", mesh]
     process = tiny_runs.start(list(map(str, arguments)), JAX_NUM_CPU_DEVICES="8")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
@@ -156,12 +158,24 @@ def test_windows_are_measured_once(trained, tmp_path, capsys):
     said = []
     for flags in ([], [], ["--guidance", "1"]):
         assert cli.main([*arguments, *flags]) == 0
-        said.append(capsys.readouterr().out)
+        said.append(capsys.readouterr().err)
     assert ["measuring how each block" in text for text in said] == [True, False, True]
     plain, guided = json.loads((workdir / "checkpoints" / "decoding.json").read_text())
     assert len(plain["windows"]) == 2 and set(plain["windows"]) <= {1, 3}
     assert plain["conditions"]["guidance"] is None
     assert guided["conditions"]["guidance"]["scale"] == 1
+
+
+@pytest.mark.parametrize("content", ["[{", "{}", '[{"windows": [1]}]'])
+def test_damaged_calibrations_are_measured_again(content, trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained("tarflow"), workdir)
+    known = workdir / "checkpoints" / "decoding.json"
+    known.write_text(content)
+    arguments = ["sample", "--workdir", workdir, "--method", "auto", "--out", tmp_path / "grid.png"]
+    assert cli.main(list(map(str, arguments))) == 0
+    assert f"{known} is damaged, and will be written anew" in capsys.readouterr().err
+    assert len(json.loads(known.read_text())) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from jax.sharding import Mesh
 
+from jetflow import sharding
 from jetflow.types import UsageError
 
 
@@ -35,6 +37,26 @@ def define_data_dir(values: flags.FlagValues) -> None:
 
 def define_step(values: flags.FlagValues) -> None:
     definer(values)(flags.DEFINE_integer, "step", None, "of the checkpoint; default: the newest")
+
+
+def define_mesh(values: flags.FlagValues) -> None:
+    text = "how the devices are laid out: sizes of data, fsdp and tensor; default: all of them data"
+    definer(values)(flags.DEFINE_list, "mesh", ["data=-1"], text)
+
+
+def mesh(values: flags.FlagValues) -> Mesh:
+    """The mesh that --mesh asks for.
+
+    Raises:
+        UsageError: if it is malformed, or does not fit the devices.
+    """
+    sizes = {}
+    for text in values.mesh:
+        axis, _, size = text.partition("=")
+        if axis not in sharding.AXES or not size.removeprefix("-").isdecimal():
+            raise UsageError(f"--mesh has {text!r}; expected AXIS=SIZE, as in --mesh data=2,fsdp=4")
+        sizes[axis] = int(size)
+    return sharding.make_mesh(**sizes, asked_by="--mesh")
 
 
 def required(values: flags.FlagValues, name: str, example: str) -> Any:

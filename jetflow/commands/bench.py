@@ -25,6 +25,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     values.set_gnu_getopt(True)
     commands.define_workdir(values)
     commands.define_step(values)
+    commands.define_mesh(values)
     flag = commands.definer(values)
     flag(flags.DEFINE_list, "batch_sizes", ["8", "64"], "images made at a time")
     flag(flags.DEFINE_list, "methods", list(METHODS), "some of cached, jacobi and auto")
@@ -43,8 +44,9 @@ def run(values: flags.FlagValues, what: str) -> int:
     for method in values.methods:
         if method not in (*METHODS, "auto"):
             raise UsageError(f"--methods has {method!r}; expected some of cached, jacobi and auto")
-    model = load_model(Path(commands.required(values, "workdir", "runs/NAME")), values.step)
-    mesh = sharding.make_mesh()
+    workdir = Path(commands.required(values, "workdir", "runs/NAME"))
+    mesh = commands.mesh(values)
+    model = load_model(workdir, values.step, mesh)
     guidance = Guidance(values.guidance, temperature=values.attention_temperature)
     sampler = Sampler(model.flow, model.variables, guidance=guidance, mesh=mesh)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 
-from jetflow import bench, commands
+from jetflow import bench, commands, hosts
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW, decodings
 from jetflow.types import Decoding
@@ -68,13 +70,35 @@ def _windows(sampler: Sampler, model: Model, base: Decoding, batch_size: int) ->
         "guidance": None if sampler.guidance is None else dataclasses.asdict(sampler.guidance),
     }
     path = model.workdir / "checkpoints" / "decoding.json"
-    known: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    known = _read(path)
     for entry in known:
         if entry["conditions"] == conditions:
             return entry["windows"]
-    print(f"measuring how each block decodes fastest, for {path}", flush=True)
+    _say(f"measuring how each block decodes fastest, for {path}")
     windows, seconds = bench.calibrate(sampler, base, batch_size)
     entry = {"conditions": conditions, "windows": windows, "seconds": seconds}
     write_json(path, [*known, entry])
-    print(f"windows of the blocks: {', '.join(map(str, windows))}", flush=True)
+    _say(f"windows of the blocks: {', '.join(map(str, windows))}")
     return windows
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The calibrations so far; a damaged file counts as none, since they can be measured again."""
+    try:
+        known = json.loads(path.read_text()) if path.exists() else []
+    except ValueError:
+        known = None
+    if not isinstance(known, list) or not all(map(_is_calibration, known)):
+        _say(f"{path} is damaged, and will be written anew")
+        return []
+    return known
+
+
+def _is_calibration(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"conditions", "windows"} <= entry.keys()
+
+
+def _say(text: str) -> None:
+    """Tell a person what is going on: not on standard output, which may be JSON."""
+    if hosts.is_first():
+        print(text, file=sys.stderr, flush=True)

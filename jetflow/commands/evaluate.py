@@ -22,6 +22,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     commands.define_workdir(values)
     commands.define_step(values)
     commands.define_data_dir(values)
+    commands.define_mesh(values)
     flag = commands.definer(values)
     flag(flags.DEFINE_list, "metrics", ["bpd"],
          f"some of {','.join(METRICS)}: likelihood of dequantised images, or of images with "
@@ -39,12 +40,12 @@ def run(values: flags.FlagValues) -> int:
     unknown = [metric for metric in values.metrics or [""] if metric not in METRICS]
     if unknown:
         raise UsageError(f"--metrics has {unknown[0]!r}; expected some of {', '.join(METRICS)}")
-    model = load_model(workdir, values.step)
+    mesh = commands.mesh(values)
+    sharding.check_batch("--batch_size", values.batch_size, mesh)
+    model = load_model(workdir, values.step, mesh)
     trained_with = Noise(**model.config["noise"])
     if "noised_bpd" in values.metrics and trained_with.kind == "uniform":
         raise UsageError("noised_bpd is for flows trained with gaussian noise; use --metrics bpd")
-    mesh = sharding.make_mesh()
-    sharding.check_batch("--batch_size", values.batch_size, mesh)
     data = model.config["data"]
     split = data["test_split"] if values.split is None else values.split
     if not data["name"]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from jaxtyping import Int
 from tqdm import tqdm
 
-from jetflow import commands, hosts, sharding
+from jetflow import commands, hosts
 from jetflow.archive import Archive
 from jetflow.commands import decoding, explore
 from jetflow.evals.samples import corner, rows_by_class, square_rows
@@ -30,6 +31,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     commands.define_workdir(values)
     commands.define_step(values)
     commands.define_data_dir(values)
+    commands.define_mesh(values)
     flag = commands.definer(values)
     flag(flags.DEFINE_string, "out", "grid.png", "the picture to write")
     flag(flags.DEFINE_string, "npz", None, "also write the images, uint8 [N, H, W, C], and labels; "
@@ -62,8 +64,10 @@ def run(values: flags.FlagValues) -> int:
         raise UsageError(f"--out is {values.out}, but samples do not move; give a .png")
     if Path(values.out).suffix not in (".png", ".gif") or values.out == values.npz:
         raise UsageError(f"--out is {values.out}; expected a file NAME.png, or NAME.gif")
-    model = load_model(Path(commands.required(values, "workdir", "runs/NAME")), values.step)
-    sampler = _sampler(values, model)
+    workdir = Path(commands.required(values, "workdir", "runs/NAME"))
+    mesh = commands.mesh(values)
+    model = load_model(workdir, values.step, mesh)
+    sampler = _sampler(values, model, mesh)
     if values.mode != "samples":
         return explore.run(values, model, sampler)
     num = values.num or 64
@@ -87,7 +91,7 @@ def run(values: flags.FlagValues) -> int:
     return 0
 
 
-def _sampler(values: flags.FlagValues, model: Model) -> Sampler:
+def _sampler(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
     noise = model.config["noise"]
     if values.denoise and noise["kind"] != "gaussian":
         raise UsageError("--denoise needs a flow trained with gaussian noise; leave it out")
@@ -103,7 +107,7 @@ def _sampler(values: flags.FlagValues, model: Model) -> Sampler:
         guidance=guidance,
         temperature=values.temperature,
         denoise=std if values.denoise else 0.0,
-        mesh=sharding.make_mesh(),
+        mesh=mesh,
     )
 
 

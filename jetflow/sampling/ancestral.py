@@ -74,29 +74,41 @@ class Sampler:
         self, key: Key[Array, ""], index: Int[AnyArray, "B"], label: Int[AnyArray, "B"] | None
     ) -> Drawn:
         """The images of these numbers: image i depends on the key, its label and i alone."""
-        index, label = self._placed(index), None if label is None else self._placed(label)
-        z = _latents(self.flow, self.variables, key, index, self.temperature)
-        return self.decode(z, label)
+        return self._decoded(self._prior_noise(key, index), self.place(label), len(index))
 
-    def latents(self, key: Key[Array, ""], index: Int[AnyArray, "B"]) -> Float[Array, "B T D"]:
-        """Noise of the prior for the images of these numbers."""
-        return _latents(self.flow, self.variables, key, self._placed(index), self.temperature)
+    def latents(self, key: Key[Array, ""], index: Int[AnyArray, "B"]) -> Float[np.ndarray, "B T D"]:
+        """Noise of the prior for the images of these numbers, on the host."""
+        return gather(self._prior_noise(key, index))[: len(index)]
 
-    def decode(self, z: Float[Array, "B T D"], label: Int[Array, "B"] | None) -> Drawn:
+    def decode(self, z: Float[AnyArray, "B T D"], label: Int[AnyArray, "B"] | None) -> Drawn:
         """The images of latents."""
+        return self._decoded(self.place(z), self.place(label), len(z))
+
+    def place(self, array: AnyArray | None) -> Array | None:
+        """A batch split over the mesh, its last row repeated to fill all parts."""
+        if self.mesh is None or array is None:
+            return None if array is None else jnp.asarray(array)
+        missing = -len(array) % sharding.batch_parts(self.mesh)
+        if missing:
+            array = np.concatenate([array, *[np.asarray(array[-1:])] * missing])
+        return jax.device_put(array, sharding.batch_sharding(self.mesh))
+
+    def _prior_noise(self, key, index) -> Float[Array, "B T D"]:
+        with sharding.on(self.mesh):
+            return _latents(self.flow, self.variables, key, self.place(index), self.temperature)
+
+    def _decoded(self, z, label, num: int) -> Drawn:
         with sharding.on(self.mesh):
             x, stats = _decode(*self._inputs(z, label), denoising=self.denoise > 0)
-        x, stats = multihost_utils.process_allgather((x, stats), tiled=True)
-        sweeps, residuals = stats
+        x, (sweeps, residuals) = gather((x, stats))
         residual = max(map(float, residuals), default=0.0)
-        return Drawn(np.asarray(x), tuple(int(count) for count in sweeps), residual)
+        return Drawn(x[:num], tuple(int(count) for count in sweeps), residual)
 
     def program_bytes(self, index: Int[AnyArray, "B"], label: Int[AnyArray, "B"] | None) -> int:
         """Memory that `decode` takes on a device for such a batch: arguments, results, the rest."""
-        z = self.latents(jax.random.key(0), index)
-        label = None if label is None else self._placed(label)
+        inputs = self._inputs(self._prior_noise(jax.random.key(0), index), self.place(label))
         with sharding.on(self.mesh):
-            lowered = _decode.lower(*self._inputs(z, label), denoising=self.denoise > 0)
+            lowered = _decode.lower(*inputs, denoising=self.denoise > 0)
         memory: Any = lowered.compile().memory_analysis()
         parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes)
         return sum(parts) + memory.temp_size_in_bytes - memory.alias_size_in_bytes
@@ -106,10 +118,10 @@ class Sampler:
             self.flow, self.variables, z, label, self.guidance, self.denoise, self.decoding
         )  # fmt: skip
 
-    def _placed(self, array: Int[AnyArray, "B"]) -> Int[Array, "B"]:
-        if self.mesh is None:
-            return jnp.asarray(array)
-        return jax.device_put(array, sharding.batch_sharding(self.mesh))
+
+def gather(tree: Any) -> Any:
+    """Arrays that lie on a mesh, whole, on the host of each process."""
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def draw_all(
@@ -121,17 +133,15 @@ def draw_all(
     batch_size: int = 64,
     start: int = 0,
 ) -> Iterator[Drawn]:
-    """The images start, …, num − 1 in batches.
+    """The images start, …, num − 1 in batches, all of one size, so that one program serves them.
 
-    All batches have the size `batch_size`, rounded up to a multiple of the mesh, so that one
-    program serves them; of the last, what is too much is cut off.
+    Of the last, what is too much is cut off.
     """
     for name, value in (("num", num), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more")
     labels = check_labels(sampler.flow, label, num)
-    parts = 1 if sampler.mesh is None else sharding.batch_parts(sampler.mesh)
-    batch_size = -(-min(batch_size, num) // parts) * parts
+    batch_size = min(batch_size, num)
     for first in range(start, num, batch_size):
         index = np.arange(first, first + batch_size)
         part = None if labels is None else labels[np.minimum(index, num - 1)]

@@ -7,22 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
+from jetflow import sharding
+from jetflow.sampling.ancestral import AS_WRITTEN, Sampler, gather
+from jetflow.types import AnyArray
 
 
 def encode(
     sampler: Sampler,
     images: UInt8[np.ndarray, "B H W C"],
-    label: Int[Array, "B"] | None,
+    label: Int[AnyArray, "B"] | None,
     noise: str,
-) -> Float[Array, "B T D"]:
-    """The latents of images, without a draw of the noise.
+) -> Float[np.ndarray, "B T D"]:
+    """The latents of images, without a draw of the noise, on the host.
 
     Args:
         noise: the kind of noise that the flow was trained with; of a dequantised pixel value v, the
             middle v + 1/2 is encoded.
     """
-    return _encode(sampler.flow, sampler.variables, images + centre(noise), label)
+    x, placed = sampler.place(images + centre(noise)), sampler.place(label)
+    with sharding.on(sampler.mesh):
+        z = _encode(sampler.flow, sampler.variables, x, placed)
+    return gather(z)[: len(images)]
 
 
 def centre(noise: str) -> np.float32:
@@ -36,7 +41,7 @@ def _encode(flow, variables, x, label):
 
 
 def interpolate(
-    first: Float[Array, "T D"], last: Float[Array, "T D"], num: int
+    first: Float[AnyArray, "T D"], last: Float[AnyArray, "T D"], num: int
 ) -> Float[Array, "{num} T D"]:
     """`num` latents from the first to the last, both included, on a great circle.
 
@@ -55,14 +60,18 @@ def interpolate(
 
 
 def trace(
-    sampler: Sampler, z: Float[Array, "B T D"], label: Int[Array, "B"] | None
+    sampler: Sampler, z: Float[AnyArray, "B T D"], label: Int[AnyArray, "B"] | None
 ) -> Float[np.ndarray, "S B H W C"]:
     """The image at each stage: the latents, then after each block's inverse, in order of sampling.
 
     The stages of a Jet are its couplings.
     """
-    tokens = _stages(sampler.flow, sampler.variables, z, label, sampler.guidance, sampler.decoding)
-    return np.asarray(sampler.flow.as_image(tokens))
+    placed = sampler.place(z), sampler.place(label)
+    with sharding.on(sampler.mesh):
+        tokens = _stages(
+            sampler.flow, sampler.variables, *placed, sampler.guidance, sampler.decoding
+        )
+    return np.asarray(sampler.flow.as_image(jnp.asarray(gather(tokens)[:, : len(z)])))
 
 
 @functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)
