@@ -144,11 +144,11 @@ def test_every_setting_matters():
 
 
 def temperature_inverted(real):
-    return lambda *args: real(*args[:4], 1 / args[4], args[5])
+    return lambda *args: real(*args[:3], 1 / args[3])
 
 
 def temperature_on_both_passes(real):
-    return lambda *args: real(*args[:4], jnp.full_like(args[4], 0.6), args[5])
+    return lambda *args: real(*args[:3], jnp.full_like(args[3], 0.6))
 
 
 def from_the_unconditional(real):
