@@ -156,13 +156,9 @@ class Session:
         return (sharding.put_batch(batch, self.run.mesh, size) for batch in batches)
 
     def _compile(self, state: TrainState, batch: Batch) -> Callable:
-        shardings = jax.tree.map(lambda a: a.sharding, self.run.abstract_state)
-        step = jax.jit(
-            self.run.trainer.train_step, donate_argnums=0, out_shardings=(shardings, None)
-        )
         self.reporter.say("compiling the training step")
-        with self.reporter.pause(), sharding.on(self.run.mesh):
-            compiled = step.lower(state, batch).compile()
+        with self.reporter.pause():
+            compiled = self.run.lower_step(state, batch).compile()
         self.poll()
         return compiled
 

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from jetflow import optim, sharding
 from jetflow import state as states
@@ -22,7 +23,7 @@ from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import check_guidance
 from jetflow.state import TrainState
 from jetflow.step import Trainer
-from jetflow.types import Guidance, UsageError
+from jetflow.types import Batch, Guidance, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,13 @@ class Run:
             "data_version": self.train_data.version,
         }
         return {**self.config.to_dict(), "resolved": resolved}
+
+    def lower_step(self, state: TrainState, batch: Batch) -> Lowered:
+        """The training step, before it is compiled; for arrays, or their shapes alone."""
+        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state)
+        step = jax.jit(self.trainer.train_step, donate_argnums=0, out_shardings=(shardings, None))
+        with sharding.on(self.mesh):
+            return step.lower(state, batch)
 
     def fresh_state(self) -> TrainState:
         """The state before the first step, made where it is to lie.
@@ -98,15 +106,23 @@ class Run:
         return restored[weights], restored["collections"]
 
 
-def set_up(config: Config, data_dir: str | None = None) -> Run:
-    """Check a config and make its objects; prepares the data set where needed.
+def set_up(
+    config: Config,
+    load: Callable[[str, str], pipeline.Dataset] = pipeline.load,
+    devices: Sequence[Any] | None = None,
+) -> Run:
+    """Check a config and make its objects.
+
+    Args:
+        load: gives the data set of a name and split; by default it is prepared where needed.
+        devices: to train on; default: all of this process and its fellows.
 
     Raises:
         UsageError: on the first thing that cannot work, with the field's name and a remedy.
     """
     _check_numbers(config)
     mesh = sharding.make_mesh(
-        data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
+        data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices
     )
     sharding.check_batch(
         "config.train.batch_size", config.train.batch_size, mesh, config.train.accumulation
@@ -114,8 +130,8 @@ def set_up(config: Config, data_dir: str | None = None) -> Run:
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     count_steps(config.train, examples=1)  # for what it refuses, before any data is prepared
     noise = Noise(**config.noise)
-    train_data = pipeline.load(config.data.name, config.data.train_split, data_dir=data_dir)
-    test_data = pipeline.load(config.data.name, config.data.test_split, data_dir=data_dir)
+    train_data = load(config.data.name, config.data.train_split)
+    test_data = load(config.data.name, config.data.test_split)
     flow = build(
         config.flow,
         image_shape=train_data.image_shape,

@@ -1,11 +1,13 @@
 """`jetflow train`: a flow from a config file."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from jetflow import commands, config, loop
+from jetflow.data import pipeline
 from jetflow.run import set_up
 
 USAGE = (
@@ -24,4 +26,5 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def run(values: flags.FlagValues) -> int:
     experiment = commands.required(values, "config", "configs/NAME.py")
     workdir = Path(commands.required(values, "workdir", "runs/NAME"))
-    return loop.train(set_up(experiment, values.data_dir), workdir)
+    load = functools.partial(pipeline.load, data_dir=values.data_dir)
+    return loop.train(set_up(experiment, load), workdir)
