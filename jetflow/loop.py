@@ -18,9 +18,8 @@ from jetflow.data import pipeline
 from jetflow.evals import bpd, samples
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.report import METRICS, Reporter, make_grid, save_png
-from jetflow.run import Run, guidance_of
-from jetflow.sampling.ancestral import Sampler, draw_all, quantise
-from jetflow.sampling.decoding import decodings
+from jetflow.run import Run
+from jetflow.sampling.ancestral import draw_all, quantise
 from jetflow.state import TrainState
 from jetflow.step import Metrics
 from jetflow.types import Batch
@@ -238,15 +237,7 @@ class Session:
     def _sample(self, state: TrainState, step: int) -> None:
         flow, noise, section = self.run.trainer.flow, self.run.trainer.noise, self.run.config.eval
         labels, rows = samples.rows_by_class(section.samples, flow.num_classes)
-        sampler = Sampler(
-            flow,
-            state.variables(),
-            guidance=guidance_of(section),
-            temperature=section.temperature,
-            denoise=noise.std if section.denoise else 0.0,
-            decoding=decodings(flow),
-            mesh=self.run.mesh,
-        )
+        sampler = self.run.sampler(state.variables())
         images = []
         key = key_for(0, 0, Purpose.SAMPLE)
         for drawn in draw_all(sampler, key, num=section.samples, label=labels):

@@ -20,7 +20,8 @@ from jetflow.config import Config
 from jetflow.data import pipeline
 from jetflow.flows.build import build
 from jetflow.noise import LARGEST_SEED, Noise
-from jetflow.sampling.ancestral import check_guidance
+from jetflow.sampling.ancestral import Sampler, check_guidance
+from jetflow.sampling.decoding import decodings
 from jetflow.state import TrainState
 from jetflow.step import Trainer
 from jetflow.types import Batch, Guidance, UsageError
@@ -57,6 +58,26 @@ class Run:
             "data_version": self.train_data.version,
         }
         return {**self.config.to_dict(), "resolved": resolved}
+
+    def abstract_batch(self, size: int) -> Batch:
+        """The shapes and shardings of a global batch."""
+        split = sharding.batch_sharding(self.mesh)
+        image = jax.ShapeDtypeStruct((size, *self.train_data.image_shape), jnp.uint8, sharding=split)
+        number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
+        return Batch(image, label=number, index=number)
+
+    def sampler(self, variables: Any) -> Sampler:
+        """Draws samples as `config.eval` says."""
+        section, flow, noise = self.config.eval, self.trainer.flow, self.trainer.noise
+        return Sampler(
+            flow,
+            variables,
+            guidance=guidance_of(section),
+            temperature=section.temperature,
+            denoise=noise.std if section.denoise else 0.0,
+            decoding=decodings(flow),
+            mesh=self.mesh,
+        )
 
     def lower_step(self, state: TrainState, batch: Batch) -> Lowered:
         """The training step, before it is compiled; for arrays, or their shapes alone."""

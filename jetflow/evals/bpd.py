@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jax.stages import Lowered
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jetflow import sharding
@@ -18,7 +19,7 @@ from jetflow.data import pipeline
 from jetflow.flows.labels import check_labels
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
 from jetflow.step import eval_step
-from jetflow.types import Flow
+from jetflow.types import Batch, Flow
 
 UNIFORM = Noise("uniform")
 
@@ -50,6 +51,14 @@ def bits_per_dim(
     index = jnp.arange(images.shape[0]) if index is None else index
     label = check_labels(flow, label, images.shape[0])
     return _bits_per_dim(flow, noise, variables, images, label, key, index)
+
+
+def lower(flow: Flow, variables: Any, batch: Batch, mesh: Mesh, noise: Noise = UNIFORM) -> Lowered:
+    """The program of `measure`, before it is compiled; for arrays, or their shapes alone."""
+    label = batch.label if flow.num_classes else None
+    key = key_for(0, 0, Purpose.EVALUATE)
+    with sharding.on(mesh):
+        return _bits_per_dim.lower(flow, noise, variables, batch.image, label, key, batch.index)
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "noise"))

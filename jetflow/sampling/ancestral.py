@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jax.stages import Lowered
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jetflow import likelihood, sharding
@@ -106,12 +107,15 @@ class Sampler:
 
     def program_bytes(self, index: Int[AnyArray, "B"], label: Int[AnyArray, "B"] | None) -> int:
         """Memory that `decode` takes on a device for such a batch: arguments, results, the rest."""
-        inputs = self._inputs(self._prior_noise(jax.random.key(0), index), self.place(label))
-        with sharding.on(self.mesh):
-            lowered = _decode.lower(*inputs, denoising=self.denoise > 0)
-        memory: Any = lowered.compile().memory_analysis()
+        z = self._prior_noise(jax.random.key(0), index)
+        memory: Any = self.lower(z, self.place(label)).compile().memory_analysis()
         parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes)
         return sum(parts) + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+    def lower(self, z: Any, label: Any) -> Lowered:
+        """The program of `decode`, before it is compiled; for arrays, or their shapes alone."""
+        with sharding.on(self.mesh):
+            return _decode.lower(*self._inputs(z, label), denoising=self.denoise > 0)
 
     def _inputs(self, z, label):
         return (

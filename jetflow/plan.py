@@ -1,0 +1,290 @@
+"""What a run needs on a TPU slice, and how long it takes at best: before it is paid for.
+
+The programs are those of training, evaluation and sampling, compiled for devices that need not be
+there.
+"""
+
+import copy
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jetflow import hlo, sharding, tpus
+from jetflow.config import Config
+from jetflow.data import pipeline
+from jetflow.data.facts import FACTS
+from jetflow.evals import bpd
+from jetflow.flows.build import REMAT_POLICIES
+from jetflow.run import Run, set_up
+from jetflow.tpus import Tpu
+from jetflow.types import UsageError
+
+PROGRAMS = ("train", "sample", "eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device.
+
+    Attributes:
+        params, optimizer, ema: the training state's parts; of sampling and evaluation, the weights.
+        other: the batch, the flow's constants, and the program itself.
+        temporaries: activations, gradients, buffers: what the compiler allocates beside them; None
+            where it gave up.
+        total: of all, as the compiler counts them, with padding.
+        capacity: what a program may take.
+    """
+
+    params: int
+    optimizer: int
+    ema: int
+    other: int | None
+    temporaries: int | None
+    total: int
+    capacity: int
+
+    @property
+    def spare(self) -> int:
+        """Negative where it does not fit."""
+        return self.capacity - self.total
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Least seconds of a step, by each resource alone, and by the scarcest of them: estimates.
+
+    Attributes:
+        compute: the program's matrix products at the peak rate of bfloat16.
+        hbm: bytes to and from main memory.
+        ici: exchanges within a slice, over all links.
+        dcn: exchanges between slices.
+    """
+
+    compute: float
+    hbm: float
+    ici: float
+    dcn: float
+
+    @property
+    def bound_by(self) -> str:
+        seconds = dataclasses.asdict(self)
+        return max(seconds, key=seconds.__getitem__)
+
+    @property
+    def seconds(self) -> float:
+        return getattr(self, self.bound_by)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a program needs on a topology.
+
+    Attributes:
+        what: one of `PROGRAMS`.
+        topology, slices: "v5e:4x4", and how many of it.
+        devices, mesh: their number and layout.
+        batch_size, remat: of the program.
+        parameters: of the flow.
+        memory: on each device.
+        model_flops: of a step on each device, by formula, nothing computed twice.
+        cost: of the compiled program; None where it does not fit.
+        roofline: None where it does not fit.
+        steps: of the training; of an evaluation, or as many samples, otherwise.
+    """
+
+    what: str
+    topology: str
+    slices: int
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    remat: str
+    parameters: int
+    memory: Memory
+    model_flops: float
+    cost: hlo.Cost | None
+    roofline: Roofline | None
+    steps: int
+
+    @property
+    def fits(self) -> bool:
+        return self.cost is not None
+
+    @property
+    def images_per_second(self) -> float:
+        """At most: an estimate."""
+        return self.batch_size / self.roofline.seconds if self.roofline else 0.0
+
+    @property
+    def days(self) -> float:
+        """Of all the steps, at least: an estimate."""
+        return self.steps * self.roofline.seconds / 86400 if self.roofline else math.inf
+
+
+def load(name: str, split: str) -> pipeline.Dataset:
+    """As `pipeline.load`, but of the papers' data sets the sizes alone: there are no images."""
+    if name not in FACTS:
+        return pipeline.load(name, split)
+    facts = FACTS[name]
+    images = range(facts.examples(split))
+    return pipeline.Dataset(name, "", split, facts.image_shape, facts.num_classes, images)
+
+
+def plan(config: Config, topology: str, *, slices: int = 1, what: str = "train") -> Plan:
+    """Compile one program of a run for a topology, and read off what it needs.
+
+    Raises:
+        UsageError: on a config or a topology that cannot work; too little memory is none.
+    """
+    if what not in PROGRAMS:
+        raise UsageError(f"--what is {what!r}; expected one of {', '.join(PROGRAMS)}")
+    tpu = tpus.find(topology)
+    run = set_up(config, load, tpus.devices(topology, slices))
+    lowered, batch_size, passes = _program(run, what)
+    state = run.abstract_state
+    parts = {
+        "params": sharding.bytes_per_device(state.params if what == "train" else state.variables()),
+        "optimizer": sharding.bytes_per_device(state.opt_state) if what == "train" else 0,
+        "ema": sharding.bytes_per_device(state.ema) if what == "train" else 0,
+    }
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _bytes_needed(str(error))
+        memory = Memory(**parts, other=None, temporaries=None, total=needed, capacity=tpu.hbm_bytes)
+        cost = roofline = None
+    else:
+        memory = _memory(compiled.memory_analysis(), parts, tpu)
+        cost = hlo.cost(compiled.as_text(), run.mesh.size)
+        roofline = _roofline(cost, tpu)
+    forward = forward_flops(state.params, run.trainer.flow.latent_shape[0])
+    return Plan(
+        what=what,
+        topology=topology,
+        slices=slices,
+        devices=run.mesh.size,
+        mesh=dict(run.mesh.shape),
+        batch_size=batch_size,
+        remat=config.flow.remat,
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+        memory=memory,
+        model_flops=passes * forward * batch_size / run.mesh.size,
+        cost=cost,
+        roofline=roofline,
+        steps=run.total_steps if what == "train" else math.ceil(len(run.test_data) / batch_size),
+    )
+
+
+def fit(
+    config: Config,
+    topology: str,
+    *,
+    slices: int = 1,
+    what: str = "train",
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Plan]:
+    """For each remat policy, the plan of the largest batch that fits, if any does.
+
+    Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time.
+
+    Args:
+        say: gets a line about each try.
+    """
+    policies = REMAT_POLICIES if what == "train" else (config.flow.remat,)
+    devices = len(tpus.devices(topology, slices)) // max(config.mesh.tensor, 1)
+    rows = devices * (config.train.accumulation if what == "train" else 1)
+    section = "train" if what == "train" else "eval"
+
+    def attempt(policy: str, size: int) -> Plan:
+        changed = copy.deepcopy(config)
+        changed.flow.remat = policy
+        changed[section].batch_size = size * rows
+        for other in {"train", "eval"} - {section}:
+            changed[other].batch_size = rows
+        found = plan(changed, topology, slices=slices, what=what)
+        state = f"{found.memory.total / 2**30:.2f} of {found.memory.capacity / 2**30:.2f} GiB"
+        say(f"remat {policy}, {size} images a device: {state}")
+        return found
+
+    largest = (_largest(lambda size, policy=policy: attempt(policy, size)) for policy in policies)
+    return [found for found in largest if found is not None]
+
+
+def _largest(attempt: Callable[[int], Plan]) -> Plan | None:
+    """The plan of the largest size that fits; sizes are doubled, and then those between tried."""
+    best, size = None, 1
+    while (found := attempt(size)).fits:
+        best, size = found, 2 * size
+    between = 3 * size // 4
+    if size > 2 and (found := attempt(between)).fits:
+        best = found
+    return best
+
+
+def forward_flops(params: Any, tokens: int) -> float:
+    """Of one image through a flow: two for each multiplication with addition in its nets' matrices.
+
+    With T tokens a matrix [M, N] takes 2·T·M·N, and a layer's attention of width W 4·T²·W, where
+    the products of a token with later ones, which are masked, count as well.
+    """
+    total = 0.0
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("/kernel"):
+            total += 2.0 * tokens * math.prod(leaf.shape)
+        if name.endswith("/qkv/kernel"):
+            width = leaf.shape[-2]
+            layers = math.prod(leaf.shape[:-2])
+            total += 4.0 * tokens**2 * width * layers
+    return total
+
+
+def _program(run: Run, what: str) -> tuple[Any, int, float]:
+    """A program, its batch size, and what it computes in forward passes."""
+    batch_size = run.config.train.batch_size if what == "train" else run.config.eval.batch_size
+    batch = run.abstract_batch(batch_size)
+    flow, weights = run.trainer.flow, run.abstract_state.variables()
+    if what == "train":
+        return run.lower_step(run.abstract_state, batch), batch_size, 3  # backward is two
+    if what == "eval":
+        return bpd.lower(flow, weights, batch, run.mesh), batch_size, 1
+    sampler = run.sampler(weights)
+    split = sharding.batch_sharding(run.mesh)
+    z = jax.ShapeDtypeStruct((batch_size, *flow.latent_shape), "float32", sharding=split)
+    passes = (1 if sampler.guidance is None else 2) + (3 if sampler.denoise else 0)
+    return sampler.lower(z, batch.label if flow.num_classes else None), batch_size, passes
+
+
+def _memory(analysis: Any, parts: dict[str, int], tpu: Tpu) -> Memory:
+    inputs = analysis.argument_size_in_bytes + analysis.generated_code_size_in_bytes
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    total = inputs + outputs + analysis.temp_size_in_bytes
+    temporaries = analysis.temp_size_in_bytes
+    other = total - temporaries - sum(parts.values())
+    return Memory(
+        **parts, other=other, temporaries=temporaries, total=total, capacity=tpu.hbm_bytes
+    )
+
+
+def _roofline(cost: hlo.Cost, tpu: Tpu) -> Roofline:
+    sent = {False: 0.0, True: 0.0}
+    for collective in cost.collectives:
+        sent[collective.kind.endswith(hlo.BETWEEN_SLICES)] += collective.bytes
+    return Roofline(
+        compute=cost.flops / tpu.flops,
+        hbm=cost.hbm_bytes / tpu.hbm_bandwidth,
+        ici=sent[False] / tpu.ici_bandwidth,
+        dcn=sent[True] / tpu.dcn_bandwidth,
+    )
+
+
+def _bytes_needed(message: str) -> int:
+    """From the compiler's complaint about too little memory; raises any other one."""
+    found = re.search(r"(?:Used|temporaries \() ?([\d.]+)([KMGT])\)? (?:of|exceeds)", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        raise RuntimeError(f"the program does not compile: {message[:2000]}")
+    return int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
