@@ -19,7 +19,7 @@ COLLECTIVES = (
 )  # fmt: skip
 BETWEEN_SLICES = "between slices"
 
-_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
+_BYTES = {"pred": 1.0, "bf16": 2.0}
 # Instructions that name, start or await what others compute, and move no bytes themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "iota",
@@ -76,7 +76,7 @@ class Array:
     @property
     def hbm_bytes(self) -> float:
         """Its bytes if it lies in main memory, which is space 0 and not named."""
-        return 0 if re.search(r"S\([1-9]", self.layout) else self.size
+        return 0.0 if re.search(r"S\([1-9]", self.layout) else self.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,9 @@ def cost(text: str, devices: int) -> Cost:
         for instruction in computation.values():
             if instruction.opcode in ("convolution", "dot"):
                 flops += times * _flops(computation, instruction)
-            elif instruction.opcode == "while" and _trips(program, computation, instruction) is None:
+            elif (
+                instruction.opcode == "while" and _trips(program, computation, instruction) is None
+            ):
                 unknown += 1
             if not is_fused:
                 hbm_bytes += times * _traffic(program, computation, instruction)
@@ -145,10 +147,16 @@ def cost(text: str, devices: int) -> Cost:
                 channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
                 before = exchanges.get(channel, (kind, 0, 0.0))
                 exchanges[channel] = (kind, max(times, before[1]), max(sent, before[2]))
-    totals = collections.defaultdict(lambda: (0, 0.0))
-    for kind, count, sent in exchanges.values():
-        totals[kind] = (totals[kind][0] + count, totals[kind][1] + count * sent)
-    collected = tuple(Collective(kind, *total) for kind, total in sorted(totals.items()))
+    kinds = sorted({kind for kind, _, _ in exchanges.values()})
+    of_kind = {kind: [found for found in exchanges.values() if found[0] == kind] for kind in kinds}
+    collected = tuple(
+        Collective(
+            kind,
+            count=sum(count for _, count, _ in found),
+            bytes=float(sum(count * sent for _, count, sent in found)),
+        )
+        for kind, found in of_kind.items()
+    )
     return Cost(flops, hbm_bytes, collected, unknown)
 
 
@@ -203,7 +211,7 @@ def _bytes_of(dtype: str) -> float:
     if dtype in _BYTES:
         return _BYTES[dtype]
     bits = re.match(r"[a-z]+(\d+)", dtype)
-    return int(bits[1]) / 8 if bits else 0  # a token has none
+    return int(bits[1]) / 8 if bits else 0.0  # a token has none
 
 
 # How often
@@ -226,9 +234,7 @@ def _executions(program: dict[str, Computation]) -> Iterator[tuple[Computation, 
                 for listed in re.findall(names, instruction.attributes):
                     called += [name.strip(" %") for name in listed.split(",")]
             inner = is_fused or instruction.opcode == "fusion"
-            waiting += [
-                (program[name], times * trips, inner) for name in called if name in program
-            ]
+            waiting += [(program[name], times * trips, inner) for name in called if name in program]
 
 
 def _trips(
@@ -381,9 +387,7 @@ def _exchange(
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
-    size = sum(
-        array.size for name in instruction.operands for array in computation[name].result
-    )
+    size = sum(array.size for name in instruction.operands for array in computation[name].result)
     members = _group_size(instruction.attributes, devices)
     return kind, size * _SENT[kind](members)
 

@@ -18,7 +18,7 @@ from jetflow.config import Config
 from jetflow.data import pipeline
 from jetflow.data.facts import FACTS
 from jetflow.evals import bpd
-from jetflow.flows.build import REMAT_POLICIES
+from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.run import Run, set_up
 from jetflow.tpus import Tpu
 from jetflow.types import UsageError
@@ -94,6 +94,7 @@ class Plan:
         cost: of the compiled program; None where it does not fit.
         roofline: None where it does not fit.
         steps: of the training; of an evaluation, or as many samples, otherwise.
+        sequential: tokens that a step decodes one after another.
     """
 
     what: str
@@ -109,6 +110,7 @@ class Plan:
     cost: hlo.Cost | None
     roofline: Roofline | None
     steps: int
+    sequential: int
 
     @property
     def fits(self) -> bool:
@@ -161,7 +163,9 @@ def plan(config: Config, topology: str, *, slices: int = 1, what: str = "train")
         memory = _memory(compiled.memory_analysis(), parts, tpu)
         cost = hlo.cost(compiled.as_text(), run.mesh.size)
         roofline = _roofline(cost, tpu)
-    forward = forward_flops(state.params, run.trainer.flow.latent_shape[0])
+    flow = run.trainer.flow
+    tokens = flow.latent_shape[0]
+    forward = forward_flops(state.params, tokens)
     return Plan(
         what=what,
         topology=topology,
@@ -176,6 +180,7 @@ def plan(config: Config, topology: str, *, slices: int = 1, what: str = "train")
         cost=cost,
         roofline=roofline,
         steps=run.total_steps if what == "train" else math.ceil(len(run.test_data) / batch_size),
+        sequential=flow.decoded_blocks * (tokens - 1) if what == "sample" else 0,
     )
 
 
@@ -210,19 +215,26 @@ def fit(
         say(f"remat {policy}, {size} images a device: {state}")
         return found
 
-    largest = (_largest(lambda size, policy=policy: attempt(policy, size)) for policy in policies)
-    return [found for found in largest if found is not None]
+    found = []
+    for policy in policies:
+        tried: dict[int, Plan] = {}
+
+        def fits(size: int, policy: str = policy, tried: dict[int, Plan] = tried) -> bool:
+            tried[size] = attempt(policy, size)
+            return tried[size].fits
+
+        if size := _largest(fits):
+            found.append(tried[size])
+    return found
 
 
-def _largest(attempt: Callable[[int], Plan]) -> Plan | None:
-    """The plan of the largest size that fits; sizes are doubled, and then those between tried."""
-    best, size = None, 1
-    while (found := attempt(size)).fits:
-        best, size = found, 2 * size
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest size that fits, 0 for none; sizes are doubled, and then the one between tried."""
+    size = 1
+    while fits(size):
+        size *= 2
     between = 3 * size // 4
-    if size > 2 and (found := attempt(between)).fits:
-        best = found
-    return best
+    return between if size > 2 and fits(between) else size // 2
 
 
 def forward_flops(params: Any, tokens: int) -> float:
@@ -243,7 +255,7 @@ def forward_flops(params: Any, tokens: int) -> float:
     return total
 
 
-def _program(run: Run, what: str) -> tuple[Any, int, float]:
+def _program(run: Run, what: str) -> tuple[Any, int, int]:
     """A program, its batch size, and what it computes in forward passes."""
     batch_size = run.config.train.batch_size if what == "train" else run.config.eval.batch_size
     batch = run.abstract_batch(batch_size)

@@ -62,7 +62,9 @@ class Run:
     def abstract_batch(self, size: int) -> Batch:
         """The shapes and shardings of a global batch."""
         split = sharding.batch_sharding(self.mesh)
-        image = jax.ShapeDtypeStruct((size, *self.train_data.image_shape), jnp.uint8, sharding=split)
+        image = jax.ShapeDtypeStruct(
+            (size, *self.train_data.image_shape), jnp.uint8, sharding=split
+        )
         number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
         return Batch(image, label=number, index=number)
 

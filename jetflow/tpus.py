@@ -97,11 +97,11 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
     if topology.endswith(":1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        import libtpu  # noqa: F401, PLC0415
+        import libtpu  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            "planning needs the TPU compiler, libtpu, which is not installed (it exists for Linux "
-            "on x86-64); in the clone: pip install -e '.[tpu]'"
+            "planning needs libtpu, the compiler for TPUs, which is not installed; "
+            "on Linux, in the clone: pip install -e '.[tpu]'"
         ) from error
     with _environment():
         description = topologies.get_topology_desc(

@@ -1,9 +1,13 @@
 """Shapes are checked: beartype and jaxtyping check every annotation of jetflow in every test."""
 
 import functools
+import os
 
 import pytest
 from jaxtyping import install_import_hook
+
+# Tests run on CPUs, here and in the processes that they start, whatever else there is.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Before the first import of jetflow, so that every module of it is instrumented.
 install_import_hook("jetflow", "beartype.beartype")

@@ -131,14 +131,26 @@ def _estimate_lines(found: Plan) -> list[str]:
     assert found.roofline
     seconds = dataclasses.asdict(found.roofline)
     names = {"compute": "matrix products", "hbm": "memory", "ici": "links", "dcn": "between slices"}
-    times = ", ".join(f"{names[name]} {1000 * value:.3g}" for name, value in seconds.items())
-    step = 1000 * found.roofline.seconds
-    length = f"{found.days:.2f} days" if found.days >= 1 else f"{24 * found.days:.2f} hours"
-    return [
-        f"estimate (roofline, all of it overlapping; ms a step): {times}",
-        f"  no faster than {step:.3g} ms a step, bound by {names[found.roofline.bound_by]}: at most "
-        f"{found.images_per_second:,.0f} images/s; {found.steps:,} steps take {length} or more",
+    times = ", ".join(f"{names[key]} {1000 * value:.3g}" for key, value in seconds.items() if value)
+    lines = [
+        f"estimate (roofline), ms a step: {times}",
+        f"  no faster than {1000 * found.roofline.seconds:.3g} ms a step, bound by "
+        f"{names[found.roofline.bound_by]}: at most {found.images_per_second:,.0f} images/s; "
+        f"{found.steps:,} steps take {_length(found.days)} or more",
     ]
+    if found.sequential:
+        lines.append(
+            f"  a step decodes {found.sequential:,} tokens one after another; what each of these "
+            "waits for the last is not in the estimate"
+        )
+    return lines
+
+
+def _length(days: float) -> str:
+    for unit, share in (("days", 1), ("hours", 24), ("minutes", 1440)):
+        if days * share >= 1:
+            return f"{days * share:.1f} {unit}"
+    return f"{days * 86400:.1f} seconds"
 
 
 def _si(number: float) -> str:

@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int
 
 from jetflow.data.builders import BUILDERS
+from jetflow.data.facts import FACTS
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 # Few threads: for small images Python's lock is the limit, and Grain's default of 16 threads reads
@@ -212,6 +213,11 @@ def _builder_class(name: str) -> Callable[..., tfds.core.DatasetBuilder]:
         for config in configs or [None]:
             full_name = f"{builder_name}/{config}" if config else builder_name
             known[full_name] = functools.partial(builder_class, config=config)
+    if name in FACTS:
+        raise UsageError(
+            f"data set {name!r} cannot be prepared yet; `jetflow plan` alone takes it, as its size "
+            f"is known; data sets that can be: {', '.join(known)}"
+        )
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1)
         raise UsageError(

@@ -1,0 +1,311 @@
+"""Plans for TPUs: what is counted in a compiled program, and what the user is told."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_runs
+from absl import flags
+
+from jetflow import cli, config, hlo, plan, tpus
+from jetflow.types import UsageError
+
+CONFIGS = tiny_runs.ROOT / "configs"
+FITS = "fits, with"
+
+try:
+    import libtpu  # noqa: F401
+
+    NO_COMPILER = ""
+except ImportError:
+    NO_COMPILER = "libtpu is not installed: pip install -e '.[tpu]'"
+needs_libtpu = pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
+
+
+def read(name: str, **fields):
+    """A config; `flow__remat="full"` sets config.flow.remat."""
+    values = flags.FlagValues()
+    argv = ["plan", f"--config={CONFIGS}/{name}"]
+    config.define(values, argv)
+    assert config.parse(values, argv) == []
+    values.config.update_from_flattened_dict(
+        {field.replace("__", "."): value for field, value in fields.items()}
+    )
+    return values.config
+
+
+# A program of three loops: one runs its body 2 + 3·4 products deep, on a platform that says the
+# number of trips, and the last is of unknown length.
+
+
+def products_in_loops(x, steps):
+    def product(carry, _):
+        return jnp.tanh(carry @ x), None
+
+    def outer(carry, _):
+        return jax.lax.scan(product, carry, length=4)[0], None
+
+    x = jax.lax.scan(product, x, length=2)[0]
+    x = jax.lax.scan(outer, x, length=3)[0]
+    return jax.lax.while_loop(lambda c: c[1] < steps, lambda c: (c[0] @ x, c[1] + 1), (x, 0))[0]
+
+
+def test_loops_are_counted_as_often_as_they_run():
+    x = jnp.ones((16, 16))
+    compiled = jax.jit(products_in_loops).lower(x, 5).compile()
+    cost = hlo.cost(compiled.as_text(), devices=1)
+    assert cost.flops == (2 + 3 * 4 + 1) * 2 * 16**3
+    assert cost.unknown_loops == 1
+    assert cost.collectives == ()
+    assert compiled.cost_analysis()["flops"] < cost.flops / 2  # why we count ourselves
+
+
+# As libtpu writes it: a counter instead of a number of trips, products as convolutions, a slice of
+# stacked weights in a fusion, an exchange that two fusions share, and one between slices.
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%sliced (p.0: f32[6,8,8], p.1: s32[], p.2: f32[4,8]) -> f32[4,8] {
+  %p.0 = f32[6,8,8]{2,1,0:T(8,128)} parameter(0)
+  %p.1 = s32[]{:T(128)} parameter(1)
+  %p.2 = f32[4,8]{1,0:T(8,128)S(1)} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = f32[1,8,8]{2,1,0:T(8,128)} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,8,8}
+  %weights = f32[8,8]{1,0:T(8,128)} bitcast(%slice)
+  ROOT %product = f32[4,8]{1,0:T(8,128)} convolution(%p.2, %weights), dim_labels=bf_io->bf
+}
+
+%gathering (q.0: f32[2,8]) -> f32[8,8] {
+  %q.0 = f32[2,8]{1,0:T(8,128)} parameter(0)
+  ROOT %gather = f32[8,8]{1,0:T(8,128)S(1)} all-gather(%q.0), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+}
+
+%condition (c: (s32[], f32[4,8], f32[6,8,8])) -> pred[] {
+  %c = (s32[]{:T(128)}, f32[4,8]{1,0}, f32[6,8,8]{2,1,0}) parameter(0)
+  %bound = s32[]{:T(128)} constant(6)
+  %count = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[]{:T(512)} compare(%count, %bound), direction=LT
+}
+
+%body (b: (s32[], f32[4,8], f32[6,8,8])) -> (s32[], f32[4,8], f32[6,8,8]) {
+  %b = (s32[]{:T(128)}, f32[4,8]{1,0:S(1)}, f32[6,8,8]{2,1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%b), index=0
+  %x = f32[4,8]{1,0:T(8,128)S(1)} get-tuple-element(%b), index=1
+  %stack = f32[6,8,8]{2,1,0:T(8,128)} get-tuple-element(%b), index=2
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i, %two)
+  %y = f32[4,8]{1,0:T(8,128)} fusion(%stack, %i, %x), kind=kOutput, calls=%sliced
+  ROOT %out = (s32[]{:T(128)}, f32[4,8]{1,0}, f32[6,8,8]{2,1,0}) tuple(%next, %y, %stack)
+}
+
+ENTRY %main (w: f32[6,8,8], x.0: f32[4,8], part: f32[2,8]) -> f32[4,8] {
+  %w = f32[6,8,8]{2,1,0:T(8,128)} parameter(0)
+  %x.0 = f32[4,8]{1,0:T(8,128)S(1)} parameter(1)
+  %part = f32[2,8]{1,0:T(8,128)} parameter(2)
+  %start = f32[8,8]{1,0:T(8,128)S(1)} fusion(%part), kind=kCustom, calls=%gathering
+  %rest = f32[8,8]{1,0:T(8,128)S(1)} fusion(%part), kind=kCustom, calls=%gathering
+  %reduced = f32[8,8]{1,0:T(8,128)S(1)} all-reduce(%rest), channel_id=8, replica_groups=[2,4]<=[8], to_apply=%condition
+  %token = token[] after-all()
+  %sent = (f32[8,8]{1,0}, u32[], token[]) send(%reduced, %token), channel_id=9, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %from = s32[]{:T(128)} constant(0)
+  %copied = s32[]{:T(128)} copy(%from)
+  %init = (s32[]{:T(128)}, /*index=1*/f32[4,8]{1,0}, f32[6,8,8]{2,1,0}) tuple(%copied, %x.0, %w)
+  %loop = (s32[]{:T(128)}, /*index=1*/f32[4,8]{1,0}, f32[6,8,8]{2,1,0}) while(%init), condition=%condition, body=%body
+  ROOT %result = f32[4,8]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_tpus_program_is_read():
+    cost = hlo.cost(PROGRAM, devices=8)
+    trips = 3  # from 0 to 6 by two
+    assert cost.unknown_loops == 0
+    assert cost.flops == trips * 2 * 4 * 8 * 8
+    in_loop = 8 * 8 * 4 + 4 * 8 * 4 + 4 + (4 + 4 + 4)  # slice, result, two counters' reads, add
+    outside = 2 * (2 * 8 * 4) + 2 * 4  # both fusions read the part; a counter is copied
+    compare = trips * (1 + 4 + 4)
+    assert cost.hbm_bytes == trips * in_loop + outside + compare
+    sent = {found.kind: (found.count, found.bytes) for found in cost.collectives}
+    assert sent == {
+        "all-gather": (1, 3 * 2 * 8 * 4),
+        "all-reduce": (1, 2 * 3 / 4 * 8 * 8 * 4),
+        "all-reduce between slices": (1, 8 * 8 * 4),
+    }
+
+
+def test_a_convolution_that_is_a_batch_of_products():
+    """As libtpu writes attention: the batch, 16 x 2, is a window that meets one element at most."""
+    text = """
+ENTRY %main (q: f32[16,64,2,32], k: f32[16,64,2,32]) -> f32[16,2,64,64] {
+  %q = f32[16,64,2,32]{3,2,1,0} parameter(0)
+  %k = f32[16,64,2,32]{3,2,1,0} parameter(1)
+  ROOT %c = f32[16,2,64,64]{2,3,1,0} convolution(%q, %k), window={size=16x2 stride=15x1 lhs_dilate=16x2}, dim_labels=0b1f_0o1i->01bf
+}
+"""  # noqa: E501
+    assert hlo.cost(text, devices=1).flops == 2 * 16 * 2 * 64 * 64 * 32
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["photos_tarflow.py", "photos_jet.py"])
+def test_formula_and_program_agree(name):
+    """Without recomputation they count the same products, but for what is not needed."""
+    settings = read(name, flow__width=64, flow__num_heads=4) if "jet" in name else read(name)
+    settings.flow.dtype = "bfloat16"
+    found = plan.plan(settings, "v5e:2x2")
+    assert found.cost is not None and found.cost.unknown_loops == 0
+    assert found.cost.flops == pytest.approx(found.model_flops, rel=0.02)
+    assert found.mesh == {"data": 4, "fsdp": 1, "tensor": 1}
+    [collective] = found.cost.collectives
+    assert collective.kind == "all-reduce"  # of the gradients: each is sent about twice
+    assert collective.bytes == pytest.approx(2 * 3 / 4 * found.memory.params, rel=0.1)
+
+
+@needs_libtpu
+def test_recomputation_and_a_split_state_are_seen():
+    settings = read("photos_tarflow.py", flow__remat="full", mesh__data=1, mesh__fsdp=-1)
+    found = plan.plan(settings, "v5e:2x2")
+    whole = plan.plan(read("photos_tarflow.py"), "v5e:2x2")
+    assert found.cost and whole.cost
+    assert 1.15 < found.cost.flops / found.model_flops < 1.34  # at most a forward pass more
+    assert found.model_flops == whole.model_flops
+    assert found.memory.params < 0.3 * whole.memory.params
+    assert found.memory.optimizer < 0.3 * whole.memory.optimizer
+    assert "all-gather" in {kind.kind for kind in found.cost.collectives}
+
+
+@needs_libtpu
+def test_command_prints_what_fits_and_what_does_not(capsys):
+    small = [f"--config={CONFIGS}/photos_tarflow.py:8", "--topology=v5e:2x2"]
+    assert cli.main(["plan", *small]) == 0
+    text = capsys.readouterr().out
+    assert FITS in text and "of 15.75" in text and "all-reduce" in text and "estimate" in text
+    assert cli.main(["plan", *small, "--what=sample", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["fits"] and record["sequential"] == 4 * 15
+    assert record["estimate"]["images_per_second"] > 0
+    total = sum(record["memory"][part] for part in ("params", "other", "temporaries"))
+    assert total == record["memory"]["total"] <= record["memory"]["capacity"]
+
+    large = ["--config.flow.width=1024", "--config.train.batch_size=262144", "--json"]
+    assert cli.main(["plan", *small, *large]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert not record["fits"] and record["memory"]["spare"] < 0
+    assert record["estimate"] is None and record["cost"] is None
+    assert cli.main(["plan", *small, *large[:-1]]) == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "slices", "devices"),
+    [("v4:2x2x1", 1, 4), ("v5e:1x1", 1, 1), ("v5p:2x2x1", 1, 4), ("v6e:2x2", 1, 4),
+     ("tpu7x:2x2x1", 1, 8), ("v5e:2x2", 2, 8)],
+)  # fmt: skip
+@pytest.mark.parametrize("what", plan.PROGRAMS)
+def test_every_generation(topology, slices, devices, what):
+    settings = read("digits_tarflow.py", flow__width=64)
+    found = plan.plan(settings, topology, slices=slices, what=what)
+    assert found.devices == devices and found.fits
+    assert found.memory.total < 2**30
+    kinds = {kind.kind for kind in found.cost.collectives} if found.cost else set()
+    assert any(hlo.BETWEEN_SLICES in kind for kind in kinds) == (slices > 1 and what == "train")
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("imagenet64_jet.py:64x5", "v5e:4x4"),
+        ("imagenet64_jet.py:64x5", "v5p:4x4x4"),
+        ("imagenet64_tarflow.py", "v5e:4x8"),
+        ("imagenet128_tarflow.py", "v5e:4x8"),
+    ],
+)
+def test_published_models_fit(name, topology):
+    settings = read(name)
+    found = plan.plan(settings, topology)
+    assert found.fits and found.memory.spare > 0
+    assert found.cost and found.model_flops < found.cost.flops < 4 / 3 * found.model_flops
+    assert found.batch_size == {"imagenet64_jet.py:64x5": 1024, "imagenet64_tarflow.py": 256,
+                                "imagenet128_tarflow.py": 768}[name]  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_fit_finds_the_largest_batch(capsys):
+    argv = ["plan", f"--config={CONFIGS}/photos_tarflow.py", "--topology=v5e:2x2", "--fit",
+            "--config.flow.width=1024", "--json"]  # fmt: skip
+    assert cli.main(argv) == 0
+    output = capsys.readouterr()
+    found = {record["remat"]: record for record in json.loads(output.out)}
+    assert set(found) == {"none", "dots", "full"}
+    assert found["none"]["batch_size"] < found["full"]["batch_size"]
+    assert all(record["fits"] for record in found.values())
+    assert "images a device" in output.err
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0, 0), (1, 1), (2, 2), (3, 3), (5, 4), (6, 6)])
+def test_largest(limit, expected):
+    assert plan._largest(lambda size: size <= limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--topology=v9:2x2"], "v4, v5e, v5p, v6e, tpu7x"),
+        (["--topology=v5e"], "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4"),
+        (["--topology=v5p:3x3x3"], "v5p:4x4x4"),
+        ([], "--topology is missing"),
+        (["--topology=v5e:4x4", "--slices=0"], "--slices is 0"),
+        (["--topology=v5e:4x4", "--what=swim"], "swim"),
+    ],
+)
+def test_bad_input(argv, message, capsys):
+    assert cli.main(["plan", f"--config={CONFIGS}/photos_tarflow.py", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@needs_libtpu
+def test_mesh_that_does_not_fit_the_topology(capsys):
+    argv = ["plan", f"--config={CONFIGS}/photos_jet.py", "--topology=v5e:4x4"]
+    assert cli.main([*argv, "--config.mesh.fsdp=3"]) == 2
+    assert "config.mesh has data=-1, fsdp=3, tensor=1, but there are 16" in capsys.readouterr().err
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[tpu\]'"):
+        tpus.devices("v5e:4x4")
+
+
+@pytest.mark.parametrize(
+    ("split", "count"),
+    [("train", 1_281_149), ("train[:90%]", 1_153_034), ("train[:100]+validation", 50_099)],
+)
+def test_sizes_of_data_sets(split, count):
+    assert len(plan.load("imagenet64_old", split)) == count
+
+
+def test_unknown_split_names_those_that_are():
+    with pytest.raises(UsageError, match=r"train \(1,281,149\), validation \(49,999\)"):
+        plan.load("imagenet64_old", "test")
+
+
+def test_training_without_the_data_says_so(tmp_path, capsys):
+    argv = ["train", f"--config={CONFIGS}/imagenet64_jet.py", f"--workdir={tmp_path / 'run'}"]
+    assert cli.main(argv) == 2
+    assert "'imagenet64_old' cannot be prepared yet" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_forward_flops_by_hand():
+    """One layer of width 8 on 4 tokens: 2·T·(3 + 1 + 4 + 4)·W², and attention 4·T²·W."""
+    shapes = {"qkv": (8, 24), "out": (8, 8), "mlp_in": (8, 32), "mlp_out": (32, 8)}
+    layer = {name: {"kernel": jnp.zeros((1, *shape)), "bias": jnp.zeros((1, shape[1]))}
+             for name, shape in shapes.items()}  # fmt: skip
+    assert plan.forward_flops({"layers": layer}, tokens=4) == 2 * 4 * 12 * 64 + 4 * 16 * 8
