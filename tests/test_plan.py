@@ -152,7 +152,6 @@ ENTRY %main (q: f32[16,64,2,32], k: f32[16,64,2,32]) -> f32[16,2,64,64] {
 def test_formula_and_program_agree(name):
     """Without recomputation they count the same products, but for what is not needed."""
     settings = read(name, flow__width=64, flow__num_heads=4) if "jet" in name else read(name)
-    settings.flow.dtype = "bfloat16"
     found = plan.plan(settings, "v5e:2x2")
     assert found.cost is not None and found.cost.unknown_loops == 0
     assert found.cost.flops == pytest.approx(found.model_flops, rel=0.02)
@@ -170,8 +169,8 @@ def test_recomputation_and_a_split_state_are_seen():
     assert found.cost and whole.cost
     assert 1.15 < found.cost.flops / found.model_flops < 1.34  # at most a forward pass more
     assert found.model_flops == whole.model_flops
-    assert found.memory.params < 0.3 * whole.memory.params
-    assert found.memory.optimizer < 0.3 * whole.memory.optimizer
+    assert found.memory.params < 0.4 * whole.memory.params
+    assert found.memory.optimizer < 0.4 * whole.memory.optimizer
     assert "all-gather" in {kind.kind for kind in found.cost.collectives}
 
 
