@@ -25,6 +25,9 @@ from jetflow.step import Metrics
 from jetflow.types import Batch
 
 
+DIVERGED = 3  # an exit status: to run the command again would end the same way
+
+
 class Stopped(Exception):
     """A signal asked the run to stop."""
 
@@ -72,8 +75,8 @@ class StopSignal:
 
 
 def train(run: Run, workdir: Path) -> int:
-    """Train, or go on training, in `workdir`. The exit status: 0; 1 where the loss is no longer
-    finite; or 128 + the signal's number.
+    """Train, or go on training, in `workdir`. The exit status: 0; `DIVERGED` where the loss is no
+    longer finite; or 128 + the signal's number.
 
     Killed at any moment and called again, it ends with the same parameters, optimizer state,
     averages and metrics as if it had never been interrupted.
@@ -96,7 +99,7 @@ def train(run: Run, workdir: Path) -> int:
                     return 128 + (stop.number or 0)
                 except Diverged as error:
                     reporter.say(f"jetflow: {error}")
-                    return 1
+                    return DIVERGED
     return 0
 
 
