@@ -24,7 +24,6 @@ from jetflow.state import TrainState
 from jetflow.step import Metrics
 from jetflow.types import Batch
 
-
 DIVERGED = 3  # an exit status: to run the command again would end the same way
 
 

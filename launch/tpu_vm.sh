@@ -93,7 +93,8 @@ create() {
 setup() {
   local root archive=${TMPDIR:-/tmp}/jetflow.$$.tgz tree
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  tree=$(git -C "$root" stash create)  # with what is changed, but not committed
+  # A commit, of nobody, of what is changed and not committed; none where nothing is.
+  tree=$(git -C "$root" -c user.name=jetflow -c user.email=jetflow@localhost stash create)
   act git -C "$root" archive --output="$archive" "${tree:-HEAD}" &&
     tpu scp "$archive" "$name:jetflow.tgz" --worker=all &&
     on_workers all "$(remote_setup)" &&
