@@ -194,7 +194,8 @@ def fit(
 ) -> list[Plan]:
     """For each remat policy, the plan of the largest batch that fits, if any does.
 
-    Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time.
+    Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time, from what the config has
+    on, up or down.
 
     Args:
         say: gets a line about each try.
@@ -223,18 +224,23 @@ def fit(
             tried[size] = attempt(policy, size)
             return tried[size].fits
 
-        if size := _largest(fits):
+        if size := _largest(fits, start=config[section].batch_size // rows):
             found.append(tried[size])
     return found
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest size that fits, 0 for none; sizes are doubled, and then the one between tried."""
-    size = 1
-    while fits(size):
-        size *= 2
-    between = 3 * size // 4
-    return between if size > 2 and fits(between) else size // 2
+def _largest(fits: Callable[[int], bool], start: int) -> int:
+    """The largest size of 1, 2, 3, 4, 6, 8, 12, … that fits, 0 for none."""
+    size = 2 ** max(0, start.bit_length() - 1)
+    if fits(size):
+        while fits(2 * size):
+            size *= 2
+    else:
+        size //= 2
+        while size and not fits(size):
+            size //= 2
+    between = 3 * size // 2
+    return between if size > 1 and fits(between) else size
 
 
 def forward_flops(params: Any, tokens: int) -> float:

@@ -156,7 +156,7 @@ def test_bad_input(arguments, message):
 # gcloud, as far as tpu_vm.sh needs it: workers are folders, and their processes run here.
 GCLOUD = """\
 #!/usr/bin/env bash
-shift 3; verb=$1; name=$2; shift 2
+shift 3; verb=$1; subject=$2; shift 2
 echo "$verb" >>"$CLOUD/verbs"
 workers=(0 1) command=''
 for word; do
@@ -168,7 +168,7 @@ case $verb in
   describe) cat "$CLOUD/state" ;;
   scp)
     for worker in "${workers[@]}"; do
-      mkdir -p "$CLOUD/worker$worker"; cp "$1" "$CLOUD/worker$worker/${2#*:}"
+      mkdir -p "$CLOUD/worker$worker"; cp "$subject" "$CLOUD/worker$worker/${1#*:}"
     done ;;
   ssh)
     for worker in "${workers[@]}"; do
