@@ -121,11 +121,12 @@ class Computation(dict[str, Instruction]):
         return users
 
 
-def cost(text: str, devices: int) -> Cost:
+def cost(text: str, devices: int, slices: int = 1) -> Cost:
     """The cost of a compiled program, given its text.
 
     Args:
-        devices: that it runs on.
+        devices: that it runs on, over all slices.
+        slices: that a slower network joins.
     """
     program = parse(text)
     flops = hbm_bytes = 0.0
@@ -141,7 +142,7 @@ def cost(text: str, devices: int) -> Cost:
                 unknown += 1
             if not is_fused:
                 hbm_bytes += times * _traffic(program, computation, instruction)
-            if exchange := _exchange(computation, instruction, devices):
+            if exchange := _exchange(computation, instruction, devices, slices):
                 kind, sent = exchange
                 # An asynchronous one is spread over several fusions, all with its channel.
                 channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
@@ -376,14 +377,19 @@ def _written(inside: Computation, fusion: Instruction) -> float:
 
 
 def _exchange(
-    computation: Computation, instruction: Instruction, devices: int
+    computation: Computation, instruction: Instruction, devices: int, slices: int
 ) -> tuple[str, float] | None:
     """Kind of a collective, and the bytes that a device sends in it."""
     if instruction.opcode == "send":
-        # Between slices XLA writes collectives as transfers by the host; see Megascale XLA.
+        # Between slices XLA writes collectives as transfers by the host.
         kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+        if kind is None:
+            return None
+        kind = kind.lower().replace("_", "-")
         size = computation.operand(instruction, 0).result[0].size
-        return (f"{kind.lower().replace('_', '-')} {BETWEEN_SLICES}", size) if kind else None
+        return f"{kind} {BETWEEN_SLICES}", size * _SENT.get(kind, _SENT["collective-permute"])(
+            slices
+        )
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
@@ -398,7 +404,7 @@ _SENT: dict[str, Callable[[int], float]] = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
+    "collective-permute": lambda n: 1.0,
 }
 
 

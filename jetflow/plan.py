@@ -148,11 +148,9 @@ def plan(config: Config, topology: str, *, slices: int = 1, what: str = "train")
     run = set_up(config, load, tpus.devices(topology, slices))
     lowered, batch_size, passes = _program(run, what)
     state = run.abstract_state
-    parts = {
-        "params": sharding.bytes_per_device(state.params if what == "train" else state.variables()),
-        "optimizer": sharding.bytes_per_device(state.opt_state) if what == "train" else 0,
-        "ema": sharding.bytes_per_device(state.ema) if what == "train" else 0,
-    }
+    held = (state.params, state.opt_state, state.ema) if what == "train" else (state.variables(),)
+    sizes = [*map(sharding.bytes_per_device, held), 0, 0]
+    parts: dict[str, int] = dict(zip(("params", "optimizer", "ema"), sizes, strict=False))
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -161,7 +159,7 @@ def plan(config: Config, topology: str, *, slices: int = 1, what: str = "train")
         cost = roofline = None
     else:
         memory = _memory(compiled.memory_analysis(), parts, tpu)
-        cost = hlo.cost(compiled.as_text(), run.mesh.size)
+        cost = hlo.cost(compiled.as_text(), run.mesh.size, slices)
         roofline = _roofline(cost, tpu)
     flow = run.trainer.flow
     tokens = flow.latent_shape[0]
@@ -273,7 +271,7 @@ def _program(run: Run, what: str) -> tuple[Any, int, int]:
     sampler = run.sampler(weights)
     split = sharding.batch_sharding(run.mesh)
     z = jax.ShapeDtypeStruct((batch_size, *flow.latent_shape), "float32", sharding=split)
-    passes = (1 if sampler.guidance is None else 2) + (3 if sampler.denoise else 0)
+    passes = (1 if sampler.guidance is None else 2) + (2 if sampler.denoise else 0)
     return sampler.lower(z, batch.label if flow.num_classes else None), batch_size, passes
 
 

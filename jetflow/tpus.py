@@ -6,6 +6,7 @@ tpu7x); memory is what the compiler (libtpu 0.0.42) leaves to a program.
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -102,7 +103,7 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
         raise UsageError(
             "planning needs libtpu, the compiler for TPUs, which is not installed; "
             "on Linux, in the clone: pip install -e '.[tpu]'"
-        ) from error
+        )
     with _environment():
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options

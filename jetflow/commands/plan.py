@@ -82,6 +82,9 @@ def describe(found: Plan) -> str:
         "",
         f"FLOPs of a step on each device, by formula     {_si(found.model_flops)}",
     ]
+    if not found.fits:
+        lines += ["", "what may help: --fit, --config.flow.remat=full, --config.train.accumulation,"
+                  " and --config.mesh.data=1 --config.mesh.fsdp=-1"]  # fmt: skip
     if (cost := found.cost) and found.roofline:
         lines += [
             f"  of the compiled program, recomputation too   {_si(cost.flops)}",
