@@ -97,9 +97,7 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
         options["num_slices"] = slices
     if topology.endswith(":1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
+    if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
             "planning needs libtpu, the compiler for TPUs, which is not installed; "
             "on Linux, in the clone: pip install -e '.[tpu]'"
