@@ -33,7 +33,8 @@ def joined() -> Iterator[None]:
     or, on a TPU pod, JETFLOW_PROCESSES, does.
 
     Raises:
-        UsageError: if the environment is incomplete, or the others do not come.
+        UsageError: if the environment is incomplete.
+        SystemExit: with status 1, if the others do not come.
     """
     _make_room_for_devices()
     if not _are_several():
@@ -46,11 +47,18 @@ def joined() -> Iterator[None]:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
         )
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise UsageError(
-            f"the processes of this run cannot join ({' '.join(str(error).split())}); set "
+            f"the processes of this run cannot join ({_one_line(error)}); set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each of them"
         ) from error
+    except RuntimeError as error:  # no bad input: another time, the others may be there
+        print(
+            f"jetflow: the other processes of this run did not come ({_one_line(error)}); run the "
+            "same command on all of them again",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     try:
         with contextlib.ExitStack() as silence:
             if not is_first():
@@ -62,7 +70,7 @@ def joined() -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, jax.errors.JaxRuntimeError):  # which says that another one is gone
             traceback.print_exc()
-        reason = " ".join(str(error).split())[:300]
+        reason = _one_line(error)[:300]
         print(
             f"jetflow: process {jax.process_index()} of {jax.process_count()} ends, as it or "
             f"another one failed ({reason}); run the same command on all of them again to go on",
@@ -82,6 +90,10 @@ def agreed(value: T) -> T:
     if jax.process_count() == 1:
         return value
     return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _are_several() -> bool:

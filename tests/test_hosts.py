@@ -6,11 +6,13 @@ import socket
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 import tiny_runs
 from PIL import Image
 
+from jetflow import hosts
 from jetflow.report import read_metrics
 
 DEVICES = 8
@@ -92,6 +94,22 @@ def test_a_half_told_process_is_refused(environment, message):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert message in said and "Traceback" not in said
+
+
+def test_processes_that_do_not_come_are_no_bad_input(monkeypatch, capsys):
+    """A launcher starts again what ends with status 1, and not what ends with 2."""
+
+    def initialize(**_):
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nmore")
+
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(SystemExit) as ended, hosts.joined():
+        pass
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert "did not come (DEADLINE_EXCEEDED: Barrier timed out. more)" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.slow
