@@ -35,7 +35,7 @@ class Memory:
         other: the batch, the flow's constants, and the program itself.
         temporaries: activations, gradients, buffers: what the compiler allocates beside them; None
             where it gave up.
-        total: of all, as the compiler counts them, with padding.
+        total: of all at the moment when most is in use, as the compiler counts it, with padding.
         capacity: what a program may take.
     """
 
@@ -276,13 +276,17 @@ def _program(run: Run, what: str) -> tuple[Any, int, int]:
 
 
 def _memory(analysis: Any, parts: dict[str, int], tpu: Tpu) -> Memory:
-    inputs = analysis.argument_size_in_bytes + analysis.generated_code_size_in_bytes
+    """At the moment when most of it is in use; `temp_size_in_bytes` counts more than that."""
+    inputs = analysis.argument_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    total = inputs + outputs + analysis.temp_size_in_bytes
-    temporaries = analysis.temp_size_in_bytes
-    other = total - temporaries - sum(parts.values())
+    temporaries = analysis.peak_memory_in_bytes - inputs - outputs
+    total = analysis.peak_memory_in_bytes + analysis.generated_code_size_in_bytes
     return Memory(
-        **parts, other=other, temporaries=temporaries, total=total, capacity=tpu.hbm_bytes
+        **parts,
+        other=total - temporaries - sum(parts.values()),
+        temporaries=temporaries,
+        total=total,
+        capacity=tpu.hbm_bytes,
     )
 
 
