@@ -134,10 +134,10 @@ def _estimate_lines(found: Plan) -> list[str]:
     assert found.roofline
     seconds = dataclasses.asdict(found.roofline)
     names = {"compute": "matrix products", "hbm": "memory", "ici": "links", "dcn": "between slices"}
-    times = ", ".join(f"{names[key]} {1000 * value:.3g}" for key, value in seconds.items() if value)
+    times = ", ".join(f"{names[key]} {_ms(value)}" for key, value in seconds.items() if value)
     lines = [
         f"estimate (roofline), ms a step: {times}",
-        f"  no faster than {1000 * found.roofline.seconds:.3g} ms a step, bound by "
+        f"  no faster than {_ms(found.roofline.seconds)} ms a step, bound by "
         f"{names[found.roofline.bound_by]}: at most {found.images_per_second:,.0f} images/s; "
         f"{found.steps:,} steps take {_length(found.days)} or more",
     ]
@@ -147,6 +147,10 @@ def _estimate_lines(found: Plan) -> list[str]:
             "waits for the last is not in the estimate"
         )
     return lines
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"
 
 
 def _length(days: float) -> str:
