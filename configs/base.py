@@ -18,6 +18,7 @@ def jet() -> ConfigDict:
             scale_factor=2.0,  # a coupling scales a dimension by less than this
             dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
             remat="none",  # recomputed in the backward pass: none, dots (all but matmuls), full
+            scan=True,  # loop over layers, or False: a program of all of them, slow to compile
         )
     )
     config.optim.mu_dtype = "bfloat16"
@@ -42,6 +43,7 @@ def tarflow() -> ConfigDict:
             pixel_scale=128.0,  # pixels v become v / pixel_scale - 1; 127.5 with gaussian noise
             dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
             remat="none",  # recomputed in the backward pass: none, dots (all but matmuls), full
+            scan=True,  # loop over layers, or False: a program of all of them, slow to compile
         )
     )
     config.optim.lr = 1e-4

@@ -106,7 +106,7 @@ class Run:
     def _initial_weights(self) -> tuple[Any, Any]:
         """Parameters, averaged ones where there are any, and collections of another run."""
         source = Path(self.config.train.init_from)
-        same = {name: self.config.flow[name] for name in ("dtype", "remat")}
+        same = {name: self.config.flow[name] for name in ("dtype", "remat", "scan")}
         try:
             config, flow, weights = workdirs.read_flow(source, **same)
             if flow != self.trainer.flow:

@@ -114,6 +114,32 @@ def test_remat_keeps_less_and_changes_no_value_and_no_gradient(kind):
         )
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_program_of_all_layers_has_no_loop_and_the_same_values_and_gradients(kind, remat):
+    fields = {"num_blocks": 1, "layers_per_block": 5} if kind == "tarflow" else {}
+    variables = flow_laws.random_variables(BUILDERS[kind](**fields))
+    found, loops = {}, {}
+    for scan in (True, False):
+        flow = BUILDERS[kind](remat=remat, scan=scan, **fields)
+        x = flow_laws.random_images(flow)
+
+        def mean_nll(params, flow=flow, x=x):
+            z, logdet = flow.apply(variables | {"params": params}, x, method="forward")
+            return likelihood.nll(z, logdet).mean()
+
+        compiled = jit(jax.value_and_grad(mean_nll)).lower(variables["params"]).compile()
+        loops[scan] = compiled.as_text().count(" while(")
+        found[scan] = compiled(variables["params"])
+    assert loops[True] > 0 == loops[False]
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13),
+        found[False],
+        found[True],
+    )
+
+
 # One program.
 
 

@@ -53,7 +53,7 @@ class AutoregressiveBlock(nn.Module):
         num_classes: 0 for a block without class embedding.
         backward: decode the tokens from the last to the first.
         volume_preserving: predict no α; the log-determinant is 0.
-        dtype, remat: of the net.
+        dtype, remat, scan: of the net.
     """
 
     token_shape: tuple[int, int]
@@ -65,6 +65,7 @@ class AutoregressiveBlock(nn.Module):
     volume_preserving: bool
     dtype: jnp.dtype
     remat: str
+    scan: bool
 
     def setup(self):
         tokens, features = self.token_shape
@@ -80,7 +81,7 @@ class AutoregressiveBlock(nn.Module):
             shape = (self.num_classes, self.width)
             self.class_embedding = self.param("class_embedding", EMBEDDING_INIT, shape, jnp.float32)
         self.transformer = CausalTransformer(
-            self.width, self.num_layers, self.num_heads, self.dtype, self.remat
+            self.width, self.num_layers, self.num_heads, self.dtype, self.remat, self.scan
         )
         self.proj_out = nn.Dense(
             features if self.volume_preserving else 2 * features,

@@ -31,6 +31,7 @@ def jet(
     scale_factor: float = 2.0,
     dtype: str = "float32",
     remat: str = "none",
+    scan: bool = True,
 ) -> Stack:
     """Jet (arXiv 2412.15129): `num_couplings` couplings with nets of `block_depth` layers."""
     _divides("num_heads", num_heads, "width", width)
@@ -47,6 +48,7 @@ def jet(
         num_classes=num_classes,
         dtype=_dtype(dtype),
         remat=_policy(remat),
+        scan=scan,
     )
     return Stack(pixels, (couplings,), num_classes)
 
@@ -64,6 +66,7 @@ def tarflow(
     pixel_scale: float = 128.0,
     dtype: str = "float32",
     remat: str = "none",
+    scan: bool = True,
 ) -> Stack:
     """TarFlow (arXiv 2412.06329): `num_blocks` autoregressive blocks in alternating direction.
 
@@ -94,6 +97,7 @@ def tarflow(
             volume_preserving=volume_preserving,
             dtype=_dtype(dtype),
             remat=_policy(remat),
+            scan=scan,
         )
         for index, depth in enumerate(depths)
     )

@@ -59,7 +59,7 @@ class Coupling(nn.Module):
 
 
 class Couplings(nn.Module):
-    """A chain of couplings, scanned over its layers; the identity at initialisation.
+    """A chain of couplings; the identity at initialisation.
 
     The splits are the variables of collection `constants`: stored with a model, never trained.
 
@@ -68,6 +68,7 @@ class Couplings(nn.Module):
         num_couplings, kinds: layers, and the cycle of their kinds of split.
         scale_factor: m; a layer multiplies half of the dimensions by less than m.
         width, block_depth, num_heads, num_classes, dtype, remat: of each layer's `Encoder`.
+        scan: let the program loop over the couplings and their layers, instead of holding each.
     """
 
     grid: tuple[int, int]
@@ -81,6 +82,7 @@ class Couplings(nn.Module):
     num_classes: int
     dtype: jnp.dtype
     remat: str
+    scan: bool
 
     def setup(self):
         splits = orders.splits(self.num_couplings, self.kinds, self.grid, self.features)
@@ -96,6 +98,7 @@ class Couplings(nn.Module):
             num_classes=self.num_classes,
             dtype=self.dtype,
             remat=self.remat,
+            scan=self.scan,
             parent=None,
         )
         self.layers = Coupling(encoder, self.scale_factor)
@@ -139,6 +142,7 @@ class Couplings(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             reverse=reverse,
+            unroll=1 if self.scan else self.num_couplings,
         )
         splits = orders.Splits(**{name: split.value for name, split in self.splits.items()})
         (x,) = affine.widen(x)

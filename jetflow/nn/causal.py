@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jetflow.nn.transformer import KVCache, TransformerLayer, remat, uniform_init
+from jetflow.nn.transformer import KVCache, TransformerLayer, through_layers, uniform_init
 
 Cache: TypeAlias = tuple[KVCache, ...]  # one a layer
 
@@ -23,7 +23,7 @@ class CausalTransformer(nn.Module):
     Attributes:
         width, num_layers, num_heads: num_heads divides width.
         dtype: of the net.
-        remat: a key of `REMAT_POLICIES`, applied to each layer of `__call__`.
+        remat, scan: of the layers of `__call__`, see `through_layers`.
     """
 
     width: int
@@ -31,6 +31,7 @@ class CausalTransformer(nn.Module):
     num_heads: int
     dtype: jnp.dtype
     remat: str
+    scan: bool
 
     def setup(self):
         self.layers = TransformerLayer(
@@ -44,13 +45,14 @@ class CausalTransformer(nn.Module):
         )
 
     def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
-        scanned = nn.scan(
-            remat(lambda layer, x, _: (layer(x, causal=True), None), self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.num_layers,
+        return through_layers(
+            self.layers,
+            x,
+            num_layers=self.num_layers,
+            causal=True,
+            remat=self.remat,
+            scan=self.scan,
         )
-        return scanned(self.layers, x, None)[0]
 
     def empty_cache(self, batch: int, tokens: int, dtype: str | None = None) -> Cache:
         """Room for so many tokens, by default in the dtype of the net."""

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jetflow.nn.transformer import TransformerLayer, at_least_float32, remat
+from jetflow.nn.transformer import TransformerLayer, at_least_float32, through_layers
 
 NORM_EPSILON = 1e-6
 
@@ -20,7 +20,7 @@ class Encoder(nn.Module):
         out_features: features of an output token; the output layer starts at zero.
         num_classes: 0 for a net without class embedding.
         dtype: of the net; the output is computed in at least float32.
-        remat: a key of `REMAT_POLICIES`, applied to each layer.
+        remat, scan: of the layers, see `through_layers`.
     """
 
     width: int
@@ -30,6 +30,7 @@ class Encoder(nn.Module):
     num_classes: int
     dtype: jnp.dtype
     remat: str
+    scan: bool
 
     @nn.compact
     def __call__(
@@ -51,13 +52,14 @@ class Encoder(nn.Module):
             dtype=self.dtype,
             name="layers",
         )
-        scanned = nn.scan(
-            remat(lambda layer, x, _: (layer(x, causal=False), None), self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.num_layers,
+        x = through_layers(
+            layer,
+            x,
+            num_layers=self.num_layers,
+            causal=False,
+            remat=self.remat,
+            scan=self.scan,
         )
-        x, _ = scanned(layer, x, None)
         dtype = at_least_float32(self.dtype)
         x = nn.LayerNorm(NORM_EPSILON, dtype=dtype, use_fast_variance=False, name="norm")(x)
         zeros = nn.initializers.zeros_init()

@@ -24,14 +24,35 @@ REMAT_POLICIES = {
 }
 
 
-def remat(function: Callable, policy: str) -> Callable:
-    """Lift `function(module, …)` so that its backward pass recomputes what `policy` does not keep.
+def through_layers(
+    layer: "TransformerLayer",
+    x: Float[Array, "B T W"],
+    *,
+    num_layers: int,
+    causal: bool,
+    remat: str,
+    scan: bool,
+) -> Float[Array, "B T W"]:
+    """x through so many layers like `layer`, whose parameters are stacked on a first axis.
 
-    For the body of an `nn.scan`, whose loop already prevents common-subexpression elimination.
+    Args:
+        remat: a key of `REMAT_POLICIES`.
+        scan: let the program loop over the layers, instead of holding each of them.
     """
-    if policy == "none":
-        return function
-    return nn.remat(function, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+    def body(layer, x, _):
+        return layer(x, causal=causal), None
+
+    if remat != "none":  # a loop already prevents common-subexpression elimination
+        body = nn.remat(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    scanned = nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=num_layers,
+        unroll=1 if scan else num_layers,
+    )
+    return scanned(layer, x, None)[0]
 
 
 def at_least_float32(dtype) -> jnp.dtype:
