@@ -6,8 +6,10 @@ Every process runs the same program on its own devices. The first one alone writ
 import contextlib
 import os
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -19,7 +21,10 @@ from jetflow.types import UsageError
 T = TypeVar("T", bool, int, float)
 
 THREADS_PER_DEVICE = 4
+JOIN_SECONDS = 300  # for all processes to come; then JAX aborts those that are there
+NOTICE_SECONDS = 20  # before a process says that it waits for others
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, after which the others end
+LAST_WORDS_SECONDS = 5
 
 # What a launcher sets where there are several processes, which `jax.distributed` then finds.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JETFLOW_PROCESSES")
@@ -32,41 +37,31 @@ def joined() -> Iterator[None]:
     There are if JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or Slurm, MPI
     or, on a TPU pod, JETFLOW_PROCESSES, does.
 
+    A process that fails in this context ends at once, whatever the others do: the way out of Python
+    would wait for them. Bad input ends it with status 2, anything else with 1, and the others then
+    end within some two minutes. Where some do not come at all, JAX ends those that wait.
+
     Raises:
         UsageError: if the environment is incomplete.
-        SystemExit: with status 1, if the others do not come.
     """
     _make_room_for_devices()
     if not _are_several():
         yield
         return
-    try:
-        jax.distributed.initialize(
-            num_processes=_number("JAX_NUM_PROCESSES"),
-            process_id=_number("JAX_PROCESS_ID"),
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
-        )
-    except ValueError as error:
-        raise UsageError(
-            f"the processes of this run cannot join ({_one_line(error)}); set "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each of them"
-        ) from error
-    except RuntimeError as error:  # no bad input: another time, the others may be there
-        print(
-            f"jetflow: the other processes of this run did not come ({_one_line(error)}); run the "
-            "same command on all of them again",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+    _join()
     try:
         with contextlib.ExitStack() as silence:
             if not is_first():
                 nowhere = silence.enter_context(open(os.devnull, "w"))
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
             yield
-    except (UsageError, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
+    except UsageError as error:
+        print(f"jetflow: {error}", file=sys.stderr, flush=True)
+        if is_first():  # the others, joined through it, mostly find the same: let them say so
+            time.sleep(LAST_WORDS_SECONDS)
+        os._exit(2)
     except Exception as error:
         if not isinstance(error, jax.errors.JaxRuntimeError):  # which says that another one is gone
             traceback.print_exc()
@@ -77,7 +72,38 @@ def joined() -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # the way out of Python would wait for the others
+        os._exit(1)
+
+
+def _join() -> None:
+    """Find the other processes, or say after a while that they are still missing."""
+
+    def still_waiting() -> None:
+        print(
+            "jetflow: still waiting for the other processes of this run, for up to "
+            f"{JOIN_SECONDS // 60} minutes in all; the same command must run on all of them",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    notice = threading.Timer(NOTICE_SECONDS, still_waiting)
+    notice.daemon = True
+    notice.start()
+    try:
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"the processes of this run cannot join ({_one_line(error)}); set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each of them"
+        ) from error
+    finally:
+        notice.cancel()
 
 
 def is_first() -> bool:
@@ -90,6 +116,16 @@ def agreed(value: T) -> T:
     if jax.process_count() == 1:
         return value
     return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def agreed_numbers(numbers: Sequence[int]) -> list[int]:
+    """The first process's list, on all of them."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    mine = np.zeros(agreed(len(numbers)), np.int64)
+    if is_first():
+        mine[:] = numbers
+    return [int(number) for number in multihost_utils.broadcast_one_to_all(mine)]
 
 
 def _one_line(error: Exception) -> str:

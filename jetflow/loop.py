@@ -115,7 +115,7 @@ class Session:
 
     def go(self, state: TrainState, start: int) -> None:
         """Train from step `start` to the end."""
-        self.reporter.say(self._headline(start))
+        self.reporter.say(self._headline(state, start))
         step = start
         try:
             self._look(state, start, resumed=True)  # for what an interruption cut off
@@ -258,13 +258,13 @@ class Session:
         with self.reporter.pause():
             self.checkpoints.save(step, state, self.run.resolved_config)
 
-    def _headline(self, start: int) -> str:
+    def _headline(self, state: TrainState, start: int) -> str:
         run = self.run
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
         kind = run.config.flow.kind
         lines = [
             f"{kind} with {count:,} parameters on {sharding.describe(run.mesh)}; the state takes "
-            f"{sharding.bytes_per_device(run.abstract_state) / 1e6:,.1f} MB a device",
+            f"{sharding.bytes_held(state) / 1e6:,.1f} MB a device",
             f"train on {run.train_data.describe()}",
             f"test on {run.test_data.describe()}",
             self._plan(start),

@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from jetflow import hlo, sharding, tpus
+from jetflow import costs, sharding, tpus
+from jetflow.collectives import BETWEEN_SLICES
 from jetflow.config import Config
 from jetflow.data import pipeline
 from jetflow.data.facts import FACTS
@@ -107,7 +108,7 @@ class Plan:
     parameters: int
     memory: Memory
     model_flops: float
-    cost: hlo.Cost | None
+    cost: costs.Cost | None
     roofline: Roofline | None
     steps: int
     sequential: int
@@ -159,7 +160,7 @@ def plan(config: Config, topology: str, *, slices: int = 1, what: str = "train")
         cost = roofline = None
     else:
         memory = _memory(compiled.memory_analysis(), parts, tpu)
-        cost = hlo.cost(compiled.as_text(), run.mesh.size, slices)
+        cost = costs.cost(compiled.as_text(), run.mesh.size, slices)
         roofline = _roofline(cost, tpu)
     flow = run.trainer.flow
     tokens = flow.latent_shape[0]
@@ -199,16 +200,19 @@ def fit(
         say: gets a line about each try.
     """
     policies = REMAT_POLICIES if what == "train" else (config.flow.remat,)
-    devices = len(tpus.devices(topology, slices)) // max(config.mesh.tensor, 1)
-    rows = devices * (config.train.accumulation if what == "train" else 1)
+    axes = {name: config.mesh[name] for name in sharding.AXES}
+    mesh = sharding.make_mesh(**axes, devices=tpus.devices(topology, slices))
+    parts = sharding.batch_parts(mesh)
+    smallest = {"train": parts * config.train.accumulation, "eval": parts}
     section = "train" if what == "train" else "eval"
+    rows = smallest.pop(section)
 
     def attempt(policy: str, size: int) -> Plan:
         changed = copy.deepcopy(config)
         changed.flow.remat = policy
         changed[section].batch_size = size * rows
-        for other in {"train", "eval"} - {section}:
-            changed[other].batch_size = rows
+        for other, fewest in smallest.items():
+            changed[other].batch_size = fewest
         found = plan(changed, topology, slices=slices, what=what)
         state = f"{found.memory.total / 2**30:.2f} of {found.memory.capacity / 2**30:.2f} GiB"
         say(f"remat {policy}, {size} images a device: {state}")
@@ -290,10 +294,10 @@ def _memory(analysis: Any, parts: dict[str, int], tpu: Tpu) -> Memory:
     )
 
 
-def _roofline(cost: hlo.Cost, tpu: Tpu) -> Roofline:
+def _roofline(cost: costs.Cost, tpu: Tpu) -> Roofline:
     sent = {False: 0.0, True: 0.0}
     for collective in cost.collectives:
-        sent[collective.kind.endswith(hlo.BETWEEN_SLICES)] += collective.bytes
+        sent[collective.kind.endswith(BETWEEN_SLICES)] += collective.bytes
     return Roofline(
         compute=cost.flops / tpu.flops,
         hbm=cost.hbm_bytes / tpu.hbm_bandwidth,

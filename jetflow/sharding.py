@@ -46,7 +46,8 @@ def make_mesh(
     """A mesh of all devices, or of `devices`; -1, for one of the axes, takes the rest.
 
     The batch is split over data and fsdp, the state over fsdp and, within layers, tensor. Over
-    several slices of a pod, which a slower network joins, only data is split.
+    several slices of a TPU pod, which a slower network joins, only data is split. On GPUs any axis
+    may join nodes; data, the outermost one, does first.
 
     Args:
         asked_by: the name of the field or flag, for the message.
@@ -66,7 +67,9 @@ def make_mesh(
             f"{asked_by} has {_named(asked)}, but there are {len(devices)} devices; the "
             f"product must be {len(devices)}, where one of them may be -1 for the rest"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Where GPUs have a slice_index, it counts nodes.
+    on_tpus = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpus else 1
     if sizes["data"] % slices:
         raise UsageError(
             f"{asked_by} has {_named(sizes)} on {slices} slices; set data to a multiple of {slices}"
@@ -99,10 +102,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def bytes_per_device(abstract_state: Any) -> int:
-    """Bytes of the arrays of a tree, with shardings, on each device."""
+    """Bytes of the arrays of a tree on each device, by their shapes and shardings."""
     return sum(
         math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
         for array in jax.tree.leaves(abstract_state)
+    )
+
+
+def bytes_held(state: Any) -> int:
+    """Bytes of the arrays of a tree on this process's first device, as they lie there."""
+    device = jax.local_devices()[0]
+    return sum(
+        shard.data.nbytes
+        for array in jax.tree.leaves(state)
+        for shard in array.addressable_shards
+        if shard.device == device
     )
 
 

@@ -73,9 +73,9 @@ def find(topology: str) -> Tpu:
     """
     generation, _, shape = topology.partition(":")
     if generation not in TPUS:
+        known = "; ".join(f"{name}:{' '.join(tpu.topologies)}" for name, tpu in TPUS.items())
         raise UsageError(
-            f"--topology is {topology!r}; expected GENERATION:SHAPE, as in v5e:4x4, where the "
-            f"generation is one of {', '.join(TPUS)}"
+            f"--topology is {topology!r}; expected GENERATION:SHAPE, as in v5e:4x4, of {known}"
         )
     tpu = TPUS[generation]
     if shape not in tpu.topologies:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from jetflow import hosts, sharding
@@ -110,13 +111,17 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
 def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
     """Make `workdir` the folder of a run with this config, and keep other trainings out.
 
-    Out as long as in this context: the lock goes with the process, however it ends.
+    Out as long as in this context: the lock goes with the process, however it ends. Of several
+    processes the first one sees to it.
 
     Raises:
         UsageError: if another run lives there (the message names the fields that differ; one that
             never made a step gives way, and the mesh may differ), if a process trains there, or
             it cannot be written.
     """
+    if not hosts.is_first():
+        yield
+        return
     config = json.loads(json.dumps(config))
     existing = read_config(workdir)
     differences = [] if existing is None else _differences(existing, config)
@@ -126,9 +131,6 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
             "give that config to go on with it, or another --workdir for a new run, which can "
             f"start from these weights: --config.train.init_from={workdir}"
         )
-    if not hosts.is_first():
-        yield
-        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / LOCK, "w")  # noqa: SIM115
@@ -143,6 +145,10 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
             raise UsageError(
                 f"another process trains in {workdir}; wait for its end, or give another --workdir"
             ) from error
+        except OSError as error:  # some network disks have no locks
+            logging.warning(
+                "%s cannot be locked (%s): start no other training there", workdir, error
+            )
         if existing != config:
             write_json(workdir / CONFIG, config)
         yield
@@ -176,7 +182,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def _has_begun(workdir: Path) -> bool:
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        return checkpoints.latest() is not None or bool(read_metrics(workdir / METRICS))
+        return bool(checkpoints.steps()) or bool(read_metrics(workdir / METRICS))
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

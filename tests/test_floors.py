@@ -21,7 +21,7 @@ FLOORS = (
     ("data", "checkpoint", "hosts", "manifest", "report"),
     ("evals",),
     ("run", "workdir"),
-    ("archive", "bench", "hlo", "loop", "plan", "tpus"),
+    ("archive", "bench", "collectives", "costs", "hlo", "loop", "plan", "tpus"),
     ("convert",),
     ("commands",),
     ("cli",),

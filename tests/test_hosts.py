@@ -1,5 +1,6 @@
 """Several processes: two of four CPU devices each, joined over the loopback."""
 
+import fcntl
 import re
 import signal
 import socket
@@ -96,20 +97,39 @@ def test_a_half_told_process_is_refused(environment, message):
     assert message in said and "Traceback" not in said
 
 
-def test_processes_that_do_not_come_are_no_bad_input(monkeypatch, capsys):
-    """A launcher starts again what ends with status 1, and not what ends with 2."""
-
-    def initialize(**_):
-        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nmore")
-
+def test_a_process_says_that_it_waits(monkeypatch, capsys):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(SystemExit) as ended, hosts.joined():
+    monkeypatch.setattr(hosts, "NOTICE_SECONDS", 0.01)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: time.sleep(0.5))
+    with hosts.joined():
         pass
-    assert ended.value.code == 1
-    error = capsys.readouterr().err
-    assert "did not come (DEADLINE_EXCEEDED: Barrier timed out. more)" in error
-    assert error.count("\n") == 1
+    assert "still waiting for the other processes" in capsys.readouterr().err
+
+
+def test_lists_are_those_of_the_first_process():
+    assert hosts.agreed_numbers((3, 5)) == [3, 5]  # of one; of several: the slow tests
+
+
+@pytest.mark.slow
+def test_bad_input_ends_all_processes_with_status_2(start, tmp_path):
+    group = start(train("tarflow", tmp_path / "run", train__batch_size=15))
+    for _, said in finish(group, status=2, timeout=60):
+        assert "config.train.batch_size 15 is not divisible" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_bad_input_of_one_process_ends_the_others_too(start, tmp_path):
+    """The first alone sees that the folder is taken."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with open(workdir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        first, second = start(train("tarflow", workdir))
+        _, said = first.communicate(timeout=100)
+        assert first.returncode == 2 and "another process trains in" in said
+        _, said = second.communicate(timeout=100)
+    assert second.returncode not in (0, 2)
+    assert re.search("it or another one failed|another task died|unhealthy|heartbeat", said), said
 
 
 @pytest.mark.slow

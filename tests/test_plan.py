@@ -9,7 +9,8 @@ import pytest
 import tiny_runs
 from absl import flags
 
-from jetflow import cli, config, hlo, plan, tpus
+from jetflow import cli, config, costs, plan, tpus
+from jetflow.collectives import BETWEEN_SLICES
 from jetflow.types import UsageError
 
 CONFIGS = tiny_runs.ROOT / "configs"
@@ -55,7 +56,7 @@ def products_in_loops(x, steps):
 def test_loops_are_counted_as_often_as_they_run():
     x = jnp.ones((16, 16))
     compiled = jax.jit(products_in_loops).lower(x, 5).compile()
-    cost = hlo.cost(compiled.as_text(), devices=1)
+    cost = costs.cost(compiled.as_text(), devices=1)
     assert cost.flops == (2 + 3 * 4 + 1) * 2 * 16**3
     assert cost.unknown_loops == 1
     assert cost.collectives == ()
@@ -119,7 +120,7 @@ ENTRY %main (w: f32[6,8,8], x.0: f32[4,8], part: f32[2,8]) -> f32[4,8] {
 
 
 def test_a_tpus_program_is_read():
-    cost = hlo.cost(PROGRAM, devices=8, slices=4)
+    cost = costs.cost(PROGRAM, devices=8, slices=4)
     trips = 3  # from 0 to 6 by two
     assert cost.unknown_loops == 0
     assert cost.flops == trips * 2 * 4 * 8 * 8
@@ -144,7 +145,7 @@ ENTRY %main (q: f32[16,64,2,32], k: f32[16,64,2,32]) -> f32[16,2,64,64] {
   ROOT %c = f32[16,2,64,64]{2,3,1,0} convolution(%q, %k), window={size=16x2 stride=15x1 lhs_dilate=16x2}, dim_labels=0b1f_0o1i->01bf
 }
 """  # noqa: E501
-    assert hlo.cost(text, devices=1).flops == 2 * 16 * 2 * 64 * 64 * 32
+    assert costs.cost(text, devices=1).flops == 2 * 16 * 2 * 64 * 64 * 32
 
 
 @needs_libtpu
@@ -219,7 +220,7 @@ def test_every_generation(topology, slices, devices, what):
     assert found.memory.total < 2**30
     assert found.cost and found.cost.flops > 0
     kinds = {kind.kind for kind in found.cost.collectives}
-    assert any(hlo.BETWEEN_SLICES in kind for kind in kinds) == (slices > 1)
+    assert any(BETWEEN_SLICES in kind for kind in kinds) == (slices > 1)
 
 
 @pytest.mark.slow
@@ -259,6 +260,21 @@ def test_fit_finds_the_largest_batch(capsys):
     assert "images a device" in output.err
 
 
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("what", ["sample", "eval"])
+def test_fit_of_other_programs(what, capsys):
+    """Whatever the training's accumulation is, and with an axis that takes the rest."""
+    argv = ["plan", f"--config={CONFIGS}/digits_tarflow.py", "--topology=v5e:2x2", "--fit",
+            f"--what={what}", "--json", "--config.train.accumulation=2",
+            "--config.mesh.data=1", "--config.mesh.tensor=-1", "--config.flow.width=4096",
+            "--config.flow.num_blocks=1", "--config.flow.head_dim=1024",
+            "--config.eval.batch_size=1048576"]  # fmt: skip
+    assert cli.main(argv) == 0
+    [record] = json.loads(capsys.readouterr().out)
+    assert record["what"] == what and record["fits"] and record["mesh"]["tensor"] == 4
+
+
 @pytest.mark.parametrize("start", [0, 1, 3, 64])
 @pytest.mark.parametrize(("limit", "expected"), [(0, 0), (1, 1), (2, 2), (3, 3), (5, 4), (6, 6)])
 def test_largest(limit, expected, start):
@@ -268,7 +284,7 @@ def test_largest(limit, expected, start):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--topology=v9:2x2"], "v4, v5e, v5p, v6e, tpu7x"),
+        (["--topology=v9:2x2"], "16x16x24; v5e:1x1 2x2 2x4 4x4 4x8"),
         (["--topology=v5e"], "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4"),
         (["--topology=v5p:3x3x3"], "v5p:4x4x4"),
         ([], "--topology is missing"),

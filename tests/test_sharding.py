@@ -27,11 +27,16 @@ class Chip:
     slice_index: int
     process_index: int = 0
     platform: str = "gpu"
+    coords: tuple[int, int, int] = (0, 0, 0)  # of a TPU, in its slice
+    core_on_chip: int = 0
     device_kind: str = "a chip"
 
 
-def chips(slices: int, each: int) -> list[Chip]:
-    return [Chip(number, number // each, number // each) for number in range(slices * each)]
+def chips(slices: int, each: int, platform: str = "gpu") -> list[Chip]:
+    return [
+        Chip(number, number // each, number // each, platform, (number % 2, number % each // 2, 0))
+        for number in range(slices * each)
+    ]
 
 
 def specs(shapes, rules=()):
@@ -92,10 +97,19 @@ def test_bad_rules(rules, message):
 
 
 def test_slices_are_joined_by_data_alone():
-    mesh = sharding.make_mesh(data=-1, fsdp=4, devices=chips(2, 8))
+    mesh = sharding.make_mesh(data=-1, fsdp=4, devices=chips(2, 8, "tpu"))
     assert dict(mesh.shape) == {"data": 4, "fsdp": 4, "tensor": 1}
     for row in mesh.devices.reshape(4, 4):
         assert len({chip.slice_index for chip in row}) == 1
+
+
+def test_nodes_of_gpus_are_no_slices():
+    """Any axis may join them, and data does first, though each node has a slice_index."""
+    mesh = sharding.make_mesh(data=1, fsdp=-1, devices=chips(2, 8))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 16, "tensor": 1}
+    mesh = sharding.make_mesh(data=2, fsdp=-1, devices=chips(2, 8))
+    for node in mesh.devices.reshape(2, 8):
+        assert len({chip.slice_index for chip in node}) == 1
 
 
 @pytest.mark.parametrize(
@@ -109,7 +123,7 @@ def test_slices_are_joined_by_data_alone():
 )
 def test_impossible_meshes(axes, message):
     with pytest.raises(UsageError, match=message):
-        sharding.make_mesh(devices=chips(2, 8), **axes)
+        sharding.make_mesh(devices=chips(2, 8, "tpu"), **axes)
 
 
 PUBLISHED = {
@@ -144,7 +158,9 @@ def test_the_state_of_a_device_falls_with_their_number(kind):
 @pytest.mark.parametrize("name", ["tarflow", "jet"])
 def test_all_meshes_train_alike(name, tmp_path):
     """With noise, averaged parameters and accumulation; and each goes on where another stopped."""
-    fields = {"flow__width": 128, "train__steps": 20, "train__checkpoint_every": 10}
+    # Wide enough for all matrices of its layers to be split.
+    width = {"tarflow": 256, "jet": 128}[name]
+    fields = {"flow__width": width, "train__steps": 20, "train__checkpoint_every": 10}
 
     def run(workdir, devices, data, fsdp, tensor, **more):
         mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
@@ -162,7 +178,7 @@ def test_all_meshes_train_alike(name, tmp_path):
             assert several.keys() == one.keys()
             for metric in set(one) - {"images_per_second"}:
                 assert several[metric] == pytest.approx(one[metric], rel=1e-5), (axes, metric)
-        assert part < whole if axes != (8, 1, 1) else part == whole
+        assert part == whole if axes == (8, 1, 1) else part < 1.2 * whole / (axes[1] * axes[2])
 
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "2x2x2", moved)

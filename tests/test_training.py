@@ -1,6 +1,8 @@
 """Training: stopped and resumed to the same bits, its length, and what it writes and says."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import re
@@ -175,6 +177,16 @@ def test_a_workdir_has_one_training_at_a_time(tmp_path, capsys):
         (tmp_path / "config.json").unlink()
         assert tiny_runs.train("tarflow", tmp_path) == 2
     assert f"another process trains in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_disk_without_locks_will_do(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claimed(tmp_path, {"resolved": {}}):
+        assert (tmp_path / "config.json").exists()
+    assert "cannot be locked ([Errno 38] Function not implemented)" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 

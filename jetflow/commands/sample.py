@@ -152,7 +152,7 @@ def _draw(sampler: Sampler, values, model: Model, labels, num: int, archive: Arc
     if num > start:
         _report(sampler, sweeps, residual)
         print(f"{(num - start) / (time.perf_counter() - clock):,.2f} images/s, with compilation")
-    if broken:
+    if broken and hosts.is_first():
         print(f"jetflow: {broken} of {num} images are not finite", file=sys.stderr)
     if archive is not None:
         return archive.first
