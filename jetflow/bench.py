@@ -13,9 +13,11 @@ import numpy as np
 from jetflow import hosts, sharding
 from jetflow.flows.stack import Stack
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
+from jetflow.sampling.decoding import WINDOW
 from jetflow.types import Decoding
 
 REPEATS = 3
+SMALLEST_WINDOW = 8  # of those that are tried
 PATIENCE = 2  # windows in a row that are slower than the best so far, before the search ends
 
 
@@ -35,36 +37,42 @@ def calibrate(
     """
     flow, params = sampler.flow, sampler.variables["params"]
     assert isinstance(flow, Stack)
-    tokens = flow.latent_shape[0]
-    candidates = [1, *(2**power for power in range(3, 20) if 2**power < tokens - 1), tokens - 1]
     index = np.arange(batch_size)
     label = sampler.place(index % flow.num_classes if flow.num_classes else None)
     z = sampler.place(sampler.latents(jax.random.key(0), index))
     measured = []
-    for index in reversed(range(len(flow.blocks))):
+    for number in reversed(range(len(flow.blocks))):
         decode = functools.partial(
-            _decode_block, flow.blocks[index], {"params": params[f"blocks_{index}"]}, z, label,
+            _decode_block, flow.blocks[number], {"params": params[f"blocks_{number}"]}, z, label,
             sampler.guidance,
         )  # fmt: skip
+
+        def seconds(window: int, decode=decode) -> float:
+            how = dataclasses.replace(base, window=window)
+            return hosts.agreed(statistics.median(timed(lambda: decode(how), REPEATS)))
+
         with sharding.on(sampler.mesh):
-            measured.append(_seconds_by_window(decode, base, candidates))
+            measured.append(seconds_by_window(seconds, flow.latent_shape[0]))
             z = decode(base)
     measured = measured[::-1]
     return [min(times, key=times.__getitem__) for times in measured], measured
 
 
-def _seconds_by_window(
-    decode: Callable[[Decoding], Any], base: Decoding, candidates: list[int]
-) -> dict[int, float]:
-    """The median time of a block's decoding, by window, until wider ones only get slower."""
-    times: dict[int, float] = {}
-    for window in candidates:
-        how = dataclasses.replace(base, window=window)
-        seconds = statistics.median(timed(functools.partial(decode, how), REPEATS))
-        times[window] = hosts.agreed(seconds)
-        best = min(times, key=times.__getitem__)
-        if len(times) - list(times).index(best) > PATIENCE:
-            break
+def seconds_by_window(seconds: Callable[[int], float], tokens: int) -> dict[int, float]:
+    """The time of a block's decoding by window.
+
+    Token by token and the default window of jacobi come first, so that the best is no slower than
+    either; then smaller windows, halved until they only get slower.
+    """
+    widest = max(1, min(WINDOW, tokens - 1))
+    times = {window: seconds(window) for window in dict.fromkeys((1, widest))}
+    slower = 0
+    window = 2 ** ((widest - 1).bit_length() - 1) if widest > 2 else 0
+    while window >= SMALLEST_WINDOW and slower < PATIENCE:
+        best = min(times.values())
+        times[window] = seconds(window)
+        slower = 0 if times[window] < best else slower + 1
+        window //= 2
     return times
 
 

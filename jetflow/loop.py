@@ -19,7 +19,7 @@ from jetflow.evals import bpd, samples
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.report import METRICS, Reporter, make_grid, save_png
 from jetflow.run import Run
-from jetflow.sampling.ancestral import draw_all, quantise
+from jetflow.sampling.ancestral import draw_all, not_finite, quantise
 from jetflow.state import TrainState
 from jetflow.step import Metrics
 from jetflow.types import Batch
@@ -240,11 +240,14 @@ class Session:
         flow, noise, section = self.run.trainer.flow, self.run.trainer.noise, self.run.config.eval
         labels, rows = samples.rows_by_class(section.samples, flow.num_classes)
         sampler = self.run.sampler(state.variables())
-        images = []
+        batches = []
         key = key_for(0, 0, Purpose.SAMPLE)
         for drawn in draw_all(sampler, key, num=section.samples, label=labels):
-            images.append(quantise(drawn.pixels, noise.kind))
+            batches.append(drawn)
             self.poll()
+        if complaint := not_finite(np.concatenate([drawn.finite for drawn in batches])):
+            self.reporter.say(f"step {step}: {complaint}")
+        images = [quantise(drawn.pixels, noise.kind) for drawn in batches]
         grid = make_grid(np.concatenate(images), rows)
         self.reporter.picture(step, "samples", grid)
         save_png(self._picture(step), grid)

@@ -31,7 +31,7 @@ MATHEMATICS = {name for floor in FLOORS[:6] for name in floor} - {"config"}
 # All that the mathematics may see of the world: no config object, file, host or log.
 LIBRARIES = {"flax", "jax", "jaxtyping", "numpy", "optax"}
 LIBRARIES |= {"collections", "contextlib", "dataclasses", "difflib", "enum", "functools", "inspect"}
-LIBRARIES |= {"itertools", "math", "re", "typing"}
+LIBRARIES |= {"itertools", "math", "re", "typing", "warnings"}
 ACTIONS = {"breakpoint", "eval", "exec", "input", "open", "print"}
 
 

@@ -17,9 +17,13 @@ EMBEDDING_INIT = nn.initializers.normal(stddev=1e-2)
 
 
 class _Given(NamedTuple):
-    """What the decoding of all tokens is given; P rows are B, or with guidance twice as many."""
+    """What the decoding of all tokens is given; P rows are B, or with guidance twice as many.
 
-    position: Float[Array, "N W"]  # embeddings in decoding order, and zeros past the end
+    Then an image's conditional and unconditional row are neighbours, so that they lie on one device
+    where the batch is split over several.
+    """
+
+    position: Float[Array, "T W"]  # embeddings in decoding order
     condition: Float[Array, "P W"]
     temperature: Float[Array, "P"]
     layer_params: tuple[Any, ...]
@@ -37,7 +41,7 @@ class _Window(NamedTuple):
     """The carry of windowed decoding: tokens before `done` are final, those after are guesses."""
 
     done: Int[Array, ""]
-    tokens: Float[Array, "B N D"]
+    tokens: Float[Array, "B T D"]
     cache: Cache
     logdet: Float[Array, "B"]
     sweeps: Int[Array, ""]
@@ -107,11 +111,12 @@ class AutoregressiveBlock(nn.Module):
     ):
         """Token by token, or a window of tokens at a time, against a KV cache.
 
-        With guidance the conditional and the unconditional pass are two halves of one batch.
+        With guidance the conditional and the unconditional pass are one batch.
         """
         decoding = decoding or Decoding()
         (z,) = affine.widen(self._in_order(z))
-        decode = self._sequentially if decoding.window == 1 else self._by_windows
+        window = min(decoding.window, z.shape[1] - 1)
+        decode = self._by_windows if window > 1 else self._sequentially
         x, logdet, sweeps, residual = decode(z, label, guidance, decoding)
         x = self._in_order(x)
         for name, value in (("sweeps", sweeps), ("residual", residual), ("tokens", x)):
@@ -121,7 +126,7 @@ class AutoregressiveBlock(nn.Module):
     def _sequentially(self, z, label, guidance, decoding):
         """T − 1 steps, each of one token."""
         batch, tokens, _ = z.shape
-        given = self._given(label, batch, guidance, 0)
+        given = self._given(label, batch, guidance)
         cache = self.transformer.empty_cache(len(given.condition), tokens, decoding.cache_dtype)
 
         def body(block: AutoregressiveBlock, carry: _Sequence, inputs):
@@ -142,65 +147,62 @@ class AutoregressiveBlock(nn.Module):
     def _by_windows(self, z, label, guidance, decoding):
         """Gauss–Seidel–Jacobi: sweep a window of guesses, keep the leading ones that came true.
 
-        A token follows from those before it. So the first token of the window is right after one
-        sweep, and each one further as long as the guesses before it did not change by more than
-        the tolerance. The window then starts behind them.
+        A token follows from those before it. So the first one that is not settled is right after
+        one sweep, and each further one as long as the guesses before it did not change by more
+        than the tolerance. The window then starts behind them, but does not slide past the end:
+        the settled tokens that it holds there stay as they are.
         """
         batch, tokens, _ = z.shape
         width = min(decoding.window, tokens - 1)
-        ahead = jnp.arange(width)
-        given = self._given(label, batch, guidance, width)
-        z = jnp.pad(z, ((0, 0), (0, width), (0, 0)))
+        given = self._given(label, batch, guidance)
 
         def unfinished(block: AutoregressiveBlock, carry: _Window):
             return carry.done < tokens
 
         def sweep(block: AutoregressiveBlock, carry: _Window):
-            before = _window(carry.tokens, carry.done - 1, width)
-            log_scale, shift, cache = block._extend(
-                before, carry.done - 1, carry.cache, given, guidance
-            )
-            found, _ = affine.denormalise(_window(z, carry.done, width), log_scale, shift)
-            change = _change(found, _window(carry.tokens, carry.done, width)).max((0, 2))
+            first = jnp.minimum(carry.done, tokens - width)
+            settled = first + jnp.arange(width) < carry.done
+            before = _window(carry.tokens, first - 1, width)
+            log_scale, shift, cache = block._extend(before, first - 1, carry.cache, given, guidance)
+            found, _ = affine.denormalise(_window(z, first, width), log_scale, shift)
+            old = _window(carry.tokens, first, width)
+            change = jnp.where(settled, 0.0, _change(found, old).max((0, 2)))
             agreed = jnp.cumprod(change <= decoding.tolerance)
-            count = jnp.minimum(1 + agreed[:-1].sum(), tokens - carry.done)
-            kept = (ahead < count)[:, None]
-            found = jnp.where(kept, found, _guess(found))
+            count = 1 + agreed[:-1].sum()
+            place = jnp.arange(width)
+            new = ((place < count) & ~settled)[:, None]
+            guess = jnp.where(settled[:, None], old, jnp.where(new, found, _guess(found)))
             return _Window(
-                carry.done + count,
-                jax.lax.dynamic_update_slice_in_dim(carry.tokens, found, carry.done, axis=1),
+                first + count,
+                jax.lax.dynamic_update_slice_in_dim(carry.tokens, guess, first, axis=1),
                 cache,
-                carry.logdet + jnp.where(kept, log_scale, 0.0).sum((1, 2)),
+                carry.logdet + jnp.where(new, log_scale, 0.0).sum((1, 2)),
                 carry.sweeps + 1,
-                jnp.maximum(carry.residual, jnp.where(ahead < count - 1, change, 0.0).max()),
+                jnp.maximum(carry.residual, jnp.where(place < count - 1, change, 0.0).max()),
             )
 
-        cache = self.transformer.empty_cache(
-            len(given.condition), tokens + width, decoding.cache_dtype
-        )
+        cache = self.transformer.empty_cache(len(given.condition), tokens, decoding.cache_dtype)
         zero = jnp.zeros((), z.dtype)
         tokens_now = _guess(z).at[:, 0].set(z[:, 0])
-        first = _Window(
+        start = _Window(
             jnp.array(1), tokens_now, cache, jnp.zeros(batch, z.dtype), jnp.array(0), zero
         )
-        last = nn.while_loop(unfinished, sweep, self, first, split_rngs={"params": False})
-        return last.tokens[:, :tokens], last.logdet, last.sweeps, last.residual
+        last = nn.while_loop(unfinished, sweep, self, start, split_rngs={"params": False})
+        return last.tokens, last.logdet, last.sweeps, last.residual
 
-    def _given(self, label, batch: int, guidance: Guidance | None, padding: int) -> _Given:
+    def _given(self, label, batch: int, guidance: Guidance | None) -> _Given:
         condition, temperature = self._class_token(label, batch), jnp.ones(batch)
         if guidance is not None:
-            condition = jnp.concatenate([condition, self._class_token(None, batch)])
-            temperature = jnp.concatenate(
-                [temperature, jnp.full(batch, guidance.temperature, temperature.dtype)]
-            )
-        position = jnp.pad(self._in_order(self.position[None])[0], ((0, padding), (0, 0)))
+            condition = _interleave(condition, self._class_token(None, batch))
+            temperature = _interleave(temperature, jnp.full_like(temperature, guidance.temperature))
+        position = self._in_order(self.position[None])[0]
         return _Given(position, condition, temperature, self.transformer.layer_params())
 
     def _extend(self, x: Float[Array, "B S D"], start, cache: Cache, given: _Given, guidance):
         """Log-scale and shift of the tokens after each of x, which are the tokens from `start`."""
         batch, size, _ = x.shape
         position = jax.lax.dynamic_slice_in_dim(given.position, start, size)
-        hidden = self.proj_in(jnp.tile(x, (len(given.condition) // batch, 1, 1)))
+        hidden = self.proj_in(jnp.repeat(x, len(given.condition) // batch, axis=0))
         hidden = hidden + (position + given.condition[:, None]).astype(hidden.dtype)
         hidden, cache = self.transformer.extend(
             hidden, cache, start, given.temperature, given.layer_params
@@ -245,9 +247,16 @@ class AutoregressiveBlock(nn.Module):
         return tokens[:, ::-1] if self.backward else tokens
 
 
+def _interleave(conditional: Float[Array, "B *S"], unconditional: Float[Array, "B *S"]):
+    """Rows c₀ u₀ c₁ u₁ …"""
+    stacked = jnp.stack([conditional, unconditional], axis=1)
+    return stacked.reshape(-1, *conditional.shape[1:])
+
+
 def _guide(prediction: Float[Array, "P S D"], strength, guided: bool) -> Float[Array, "P//2 S D"]:
-    """c + g·(c − u) of the stacked conditional and unconditional predictions."""
-    conditional, unconditional = jnp.split(prediction, 2)
+    """c + g·(c − u) of the interleaved conditional and unconditional predictions."""
+    pairs = prediction.reshape(-1, 2, *prediction.shape[1:])
+    conditional, unconditional = pairs[:, 0], pairs[:, 1]
     if not guided:
         return conditional
     return conditional + strength * (conditional - unconditional)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +13,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.stages import Lowered
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from jetflow import likelihood, sharding
 from jetflow.flows.labels import check_labels
 from jetflow.noise import keys_by_example
-from jetflow.sampling.decoding import decodings
+from jetflow.sampling.decoding import check_decoding, decodings
 from jetflow.sampling.denoise import denoised
 from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError
 
@@ -40,6 +41,11 @@ class Drawn(NamedTuple):
     sweeps: tuple[int, ...] = ()
     residual: float = 0.0
 
+    @property
+    def finite(self) -> Bool[np.ndarray, "B"]:
+        """Which images have finite values alone. The others are shown in black, never redrawn."""
+        return np.isfinite(self.pixels).all(axis=(1, 2, 3))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
@@ -51,7 +57,8 @@ class Sampler:
         temperature: multiplies the standard deviation of the prior.
         denoise: σ of one score step after sampling, see `denoised`; 0 for none.
         decoding: of each block, for a TarFlow; default: token by token.
-        mesh: devices over which batches are split; default: the first device alone.
+        mesh: devices over which batches are split; default: none are, and they are computed where
+            the variables lie.
 
     Raises:
         UsageError: on guidance that cannot guide, or a number out of range.
@@ -70,6 +77,7 @@ class Sampler:
         for name in ("temperature", "denoise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        check_decoding(self.flow, self.decoding)
 
     def draw(
         self, key: Key[Array, ""], index: Int[AnyArray, "B"], label: Int[AnyArray, "B"] | None
@@ -145,6 +153,7 @@ def draw_all(
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more")
     labels = check_labels(sampler.flow, label, num)
+    check_guided(sampler.guidance, labels)
     batch_size = min(batch_size, num)
     for first in range(start, num, batch_size):
         index = np.arange(first, first + batch_size)
@@ -181,11 +190,21 @@ def sample(
 
     Raises:
         UsageError: on a label out of range, guidance that cannot guide, or an unknown method.
+
+    Warns if some of the images are not finite.
     """
     how = decodings(flow, method) if isinstance(method, str) else tuple(method)
     sampler = Sampler(flow, variables, guidance, temperature, denoise, how, mesh)
-    batches = draw_all(sampler, key, num=num, label=label, batch_size=batch_size)
+    batches = [*draw_all(sampler, key, num=num, label=label, batch_size=batch_size)]
+    if complaint := not_finite(np.concatenate([drawn.finite for drawn in batches])):
+        warnings.warn(complaint, RuntimeWarning, stacklevel=2)
     return np.concatenate([quantise(drawn.pixels, noise) for drawn in batches])
+
+
+def not_finite(finite: Bool[np.ndarray, "N"]) -> str:
+    """What to tell a person of images that are not finite; nothing where all are."""
+    broken = int((~finite).sum())
+    return f"{broken} of {len(finite)} images are not finite, and black" if broken else ""
 
 
 @functools.partial(jax.jit, static_argnames="flow")
@@ -212,6 +231,17 @@ def quantise(pixels: Float[np.ndarray, "... H W C"], noise: str) -> UInt8[np.nda
     """Pixel values to uint8: down after uniform dequantisation, else to the nearest."""
     whole = np.floor(pixels) if noise == "uniform" else np.rint(pixels)
     return np.nan_to_num(np.clip(whole, 0, 255)).astype(np.uint8)
+
+
+def check_guided(guidance: Guidance | None, label: Int[AnyArray, "N"] | None) -> None:
+    """Raise a UsageError if guidance could have no effect, as no image has a label."""
+    if guidance is None or guidance.temperature != 1:
+        return
+    if label is None or (np.asarray(label) < 0).all():
+        raise UsageError(
+            f"guidance is {guidance.scale}, but the images have no labels, so both passes are the "
+            "same; give labels, or an attention temperature other than 1, or set guidance to 0"
+        )
 
 
 def check_guidance(flow: Flow, guidance: Guidance | None) -> Guidance | None:

@@ -1,5 +1,7 @@
 """The decoding methods of TarFlow by name."""
 
+import math
+
 from jetflow.types import Decoding, Flow, UsageError
 
 METHODS = ("cached", "jacobi")
@@ -26,12 +28,6 @@ def decodings(
     """
     if method not in METHODS:
         raise UsageError(f"method is {method!r}; expected {' or '.join(METHODS)}")
-    if window < 1:
-        raise UsageError(f"window is {window}; expected 1 or more")
-    if not tolerance >= 0:
-        raise UsageError(f"tolerance is {tolerance}; expected 0 or more")
-    if cache_dtype not in (None, "float32", "bfloat16"):
-        raise UsageError(f"cache_dtype is {cache_dtype!r}; expected float32 or bfloat16")
     if not flow.decoded_blocks:
         if method != "cached" or cache_dtype:
             raise UsageError("decoding methods are for TarFlow; Jet is inverted in one pass")
@@ -39,4 +35,29 @@ def decodings(
     how = Decoding(cache_dtype=cache_dtype)
     if method == "jacobi":
         how = Decoding(window, tolerance, cache_dtype)
-    return (how,) * flow.decoded_blocks
+    return check_decoding(flow, (how,) * flow.decoded_blocks)
+
+
+def check_decoding(
+    flow: Flow, decoding: tuple[Decoding, ...] | None
+) -> tuple[Decoding, ...] | None:
+    """The `Decoding` of each block, if it is one.
+
+    Raises:
+        UsageError: on a number out of range, or not as many as there are blocks.
+    """
+    if decoding is None:
+        return None
+    if len(decoding) != flow.decoded_blocks:
+        raise UsageError(
+            f"there are {len(decoding)} decodings for the {flow.decoded_blocks} blocks that are "
+            "decoded; expected one a block"
+        )
+    for how in decoding:
+        if how.window < 1:
+            raise UsageError(f"window is {how.window}; expected 1 or more")
+        if not 0 <= how.tolerance < math.inf:
+            raise UsageError(f"tolerance is {how.tolerance}; expected 0 or more")
+        if how.cache_dtype not in (None, "float32", "bfloat16"):
+            raise UsageError(f"cache_dtype is {how.cache_dtype!r}; expected float32 or bfloat16")
+    return decoding

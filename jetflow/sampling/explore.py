@@ -53,7 +53,7 @@ def interpolate(
     angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
     on_circle = jnp.sin((1 - share) * angle) * first + jnp.sin(share * angle) * last
     straight = (1 - share) * first + share * last
-    nearly_parallel = jnp.sin(angle) < 1e-4
+    nearly_parallel = ~(jnp.sin(angle) >= 1e-4)  # or one of them is zero, and has no direction
     return jnp.where(
         nearly_parallel, straight, on_circle / jnp.where(nearly_parallel, 1.0, jnp.sin(angle))
     )
@@ -62,7 +62,8 @@ def interpolate(
 def trace(
     sampler: Sampler, z: Float[AnyArray, "B T D"], label: Int[AnyArray, "B"] | None
 ) -> Float[np.ndarray, "S B H W C"]:
-    """The image at each stage: the latents, then after each block's inverse, in order of sampling.
+    """The image at each stage: the latents, then after each block's inverse, in order of sampling,
+    and last, where the sampler denoises, the denoised image.
 
     The stages of a Jet are its couplings.
     """
@@ -71,7 +72,10 @@ def trace(
         tokens = _stages(
             sampler.flow, sampler.variables, *placed, sampler.guidance, sampler.decoding
         )
-    return np.asarray(sampler.flow.as_image(jnp.asarray(gather(tokens)[:, : len(z)])))
+    stages = np.asarray(sampler.flow.as_image(jnp.asarray(gather(tokens)[:, : len(z)])))
+    if not sampler.denoise:
+        return stages
+    return np.concatenate([stages, sampler.decode(z, label).pixels[None]])
 
 
 @functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)
