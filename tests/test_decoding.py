@@ -110,7 +110,7 @@ def test_broken_images_come_to_an_end():
 
 
 def decode_with_infinite_end(how):
-    """A block's tokens in decoding order; the latent of the last but one, and so its guess, is inf."""
+    """A block's tokens in decoding order; the last but one has an infinite latent and guess."""
     flow, variables, z = setting()
     block = flow.blocks[0]
     assert not block.backward
