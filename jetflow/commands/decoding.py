@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ def define(values: flags.FlagValues) -> None:
     """--window, --tolerance and --cache_dtype."""
     flag = commands.definer(values)
     flag(flags.DEFINE_integer, "window", WINDOW, "of jacobi: tokens a sweep", lower_bound=1)
-    flag(flags.DEFINE_float, "tolerance", TOLERANCE, "of jacobi and auto: a token is settled"
-         " once a sweep changes those before it by no more; for pixels of [-1, 1]",
-         lower_bound=0.0)  # fmt: skip
+    flag(flags.DEFINE_float, "tolerance", TOLERANCE, "of jacobi and auto: a token is settled once "
+         "a sweep changes those before it by no more, in units of the blocks' tokens; 0 gives what "
+         "token by token gives, to rounding", lower_bound=0.0)  # fmt: skip
     flag(flags.DEFINE_enum, "cache_dtype", None, "of cached keys and values; default: the net's",
          enum_values=["float32", "bfloat16"])  # fmt: skip
 
@@ -59,25 +60,34 @@ def with_method(
 
 
 def _windows(sampler: Sampler, model: Model, base: Decoding, batch_size: int) -> list[int]:
-    """The windows of the blocks, from the calibrations beside the checkpoint, or measured now."""
+    """The windows of the blocks, from the calibrations beside the checkpoint, or measured now.
+
+    Of several processes the first one's file counts.
+    """
     conditions = {
         "step": model.step,
         "device": jax.devices()[0].device_kind,
-        "devices": 1 if sampler.mesh is None else sampler.mesh.size,
+        "cores": os.cpu_count(),
+        "mesh": None if sampler.mesh is None else dict(sampler.mesh.shape),
+        "jax": jax.__version__,
         "batch_size": batch_size,
+        "temperature": sampler.temperature,
         "tolerance": base.tolerance,
         "cache_dtype": base.cache_dtype,
         "guidance": None if sampler.guidance is None else dataclasses.asdict(sampler.guidance),
     }
     path = model.workdir / "checkpoints" / "decoding.json"
     known = _read(path)
-    for entry in known:
-        if entry["conditions"] == conditions:
-            return entry["windows"]
+    before = [entry["windows"] for entry in known if entry["conditions"] == conditions]
+    if windows := hosts.agreed_numbers(before[0] if before else ()):
+        return windows
     _say(f"measuring how each block decodes fastest, for {path}")
     windows, seconds = bench.calibrate(sampler, base, batch_size)
     entry = {"conditions": conditions, "windows": windows, "seconds": seconds}
-    write_json(path, [*known, entry])
+    try:
+        write_json(path, [*known, entry])
+    except OSError as error:  # somebody else's run, or one on a disk that is read-only
+        _say(f"the measurement is not kept ({error})")
     _say(f"windows of the blocks: {', '.join(map(str, windows))}")
     return windows
 
