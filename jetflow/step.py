@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,15 +120,43 @@ def eval_step(
     label: Int[Array, "B"] | None,
 ) -> Float[Array, "B"]:
     """Bits per dimension of each example, at given pixel values."""
-    z, logdet = cast(Any, flow.apply(variables, x, label, method="forward"))
-    nats = likelihood.nll(z, logdet, likelihood.prior_variance(variables))
-    return likelihood.bits_per_dim(nats, z)
+    return eval_parts(flow, variables, x, label)[0]
+
+
+def eval_parts(
+    flow: Flow,
+    variables: Mapping[str, Any],
+    x: Float[Array, "B H W C"],
+    label: Int[Array, "B"] | None,
+) -> tuple[Float[Array, "B"], Float[Array, "P B"]]:
+    """Bits per dimension of each example, and what each part of the flow contributes to them.
+
+    The parts are the prior, the preprocessing, and the blocks in the order in which an image goes
+    through them; of a Jet, its couplings. They add up to the whole.
+    """
+    (z, logdet), sown = flow.apply(variables, x, label, method="forward", mutable=["logdets"])
+    variance = likelihood.prior_variance(variables)
+    pixels = jnp.full((1, *logdet.shape), flow.pixel_logdet, logdet.dtype)
+    volumes = jnp.concatenate([pixels, *_each(sown["logdets"])])
+    parts = jnp.concatenate([likelihood.prior_nll(z, variance)[None], -volumes])
+    bits = likelihood.bits_per_dim(likelihood.nll(z, logdet, variance), z)
+    return bits, jax.vmap(lambda part: likelihood.bits_per_dim(part, z))(parts)
+
+
+def _each(logdets: Mapping[str, Any]) -> list[Float[Array, "L B"]]:
+    """The log-determinants of each block, or of the layers of a scanned chain, in their order."""
+    leaves = [jax.tree.leaves(logdets[name]) for name in _in_order(logdets)]
+    return [leaf.reshape(-1, leaf.shape[-1]) for (leaf,) in leaves]
+
+
+def _in_order(sown: Mapping[str, Any]) -> list[str]:
+    """The names of the blocks: blocks_0, blocks_1, …"""
+    return sorted(sown, key=lambda name: int(name.rpartition("_")[2]))
 
 
 def _scales(sown: Mapping[str, Any]) -> Metrics:
     """The root mean square of what each block, or each layer of a scanned chain, puts out."""
-    blocks = sorted(sown, key=lambda name: int(name.rpartition("_")[2]))
-    leaves = [leaf for name in blocks for leaf in jax.tree.leaves(sown[name])]
+    leaves = [leaf for name in _in_order(sown) for leaf in jax.tree.leaves(sown[name])]
     values = [value for leaf in leaves for value in jnp.atleast_1d(leaf)]
     return {f"output_scale/{index:02d}": value for index, value in enumerate(values)}
 
