@@ -66,7 +66,7 @@ class Reference:
 
 def write(path: Path, statistics: Statistics, network: Network, data: dict[str, Any]) -> None:
     """A reference file: moments under ADM's names, some features, and where all comes from."""
-    arrays: dict[str, np.ndarray] = {"features": statistics.kept()[1]}
+    arrays: dict[str, Any] = {"features": statistics.kept()[1]}
     for name, (mean, covariance, _) in MOMENTS.items():
         gaussian = Gaussian.of(getattr(statistics, name))
         arrays[mean], arrays[covariance] = gaussian.mean, gaussian.covariance
@@ -95,7 +95,7 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
             # Images are read later, and never as a whole.
             arrays = {name: file[name] for name in names - {"images", "arr_0"}}
         facts = json.loads(str(arrays.pop("facts"))) if "facts" in arrays else {}
-        checksum = _checksum(path)
+        digest = checksum(path)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UsageError(
             f"--reference {path} cannot be read ({error}); expected an .npz of `jetflow evaluate "
@@ -115,7 +115,7 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
         }
     elif found["pooled"] is None:
         raise UsageError(f"--reference {path} has neither mu and sigma nor images (arr_0)")
-    record = {"file": str(path), "checksum": checksum, "data": None, "images": None, **facts}
+    record = {"file": str(path), "checksum": digest, "data": None, "images": None, **facts}
     record.pop("network", None)
     return Reference(found["pooled"], found["spatial"], features, record)
 
@@ -133,16 +133,17 @@ def _gaussian(path: Path, arrays, mean: str, covariance: str, size: int) -> Gaus
 
 def _check_network(path: Path, facts: dict[str, Any], network: Network) -> None:
     """The facts of a foreign file are not known; ADM's are of the published network."""
-    there, here = facts.get("network"), network.facts()
-    for name in here if there else ():
-        if there.get(name) != here[name]:
+    here = network.facts()
+    for name, value in facts.get("network", {}).items():
+        if value != here.get(name):
             raise UsageError(
-                f"--reference {path} was made with {name} {there.get(name)}, but here it is "
-                f"{here[name]}; make it again with --make_reference, or give --inception_weights"
+                f"--reference {path} was made with {name} {value}, but here it is "
+                f"{here.get(name)}; make it again with --make_reference, or give "
+                "--inception_weights"
             )
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
     """The first 16 hex digits of the file's SHA-256."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

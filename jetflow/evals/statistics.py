@@ -3,8 +3,9 @@
 All on the host and in float64, in memory that does not grow with the number of images.
 """
 
+import copy
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from jax.experimental import multihost_utils
@@ -47,17 +48,19 @@ class Moments:
 
 
 class Statistics:
-    """The features of a set of images.
+    """The features of `total` images, of which `keep`, chosen at random, are kept themselves.
 
     Attributes:
         pooled, spatial: moments of the FID's and the sFID's features.
-        keep: features of images with a smaller number than this are kept themselves.
         done: images that all processes have seen together.
         broken: those of them that were not finite.
     """
 
-    def __init__(self, keep: int):
-        self.keep = keep
+    def __init__(self, total: int, keep: int):
+        # At random, since images may come class by class; fixed, so that all processes agree.
+        chosen = np.random.default_rng(0).permutation(total)[:keep]
+        self._chosen = np.zeros(total, bool)
+        self._chosen[chosen] = True
         self.pooled = Moments.empty(POOLED)
         self.spatial = Moments.empty(SPATIAL)
         self.broken = self.done = 0
@@ -73,7 +76,7 @@ class Statistics:
         real = index >= 0
         self.pooled.add(pooled[real])
         self.spatial.add(spatial[real])
-        kept = real & (index < self.keep)
+        kept = real & self._chosen[index]
         if kept.any():
             self._kept.append((index[kept], pooled[kept]))
 
@@ -94,27 +97,25 @@ class Statistics:
         features = _gather(np.pad(features, ((0, missing), (0, 0)))).reshape(-1, POOLED)
         real = index >= 0
         rows = {"index": index[real].astype(int), "features": features[real].astype(np.float32)}
-        merged = Statistics.of_arrays(sums | rows, keep=self.keep)
-        merged.broken, merged.done = self.broken, self.done  # which every process counts
+        merged = copy.copy(self)  # what is left as it is, every process counts alike
+        merged.restore(sums | rows)
         return merged
 
-    def arrays(self) -> dict[str, Any]:
-        """As arrays, from which `of_arrays` makes them again."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that was added, for `restore`."""
         index, features = self.kept()
-        named = {"index": index, "features": features}
+        named: dict[str, np.ndarray] = {"index": index, "features": features}
         for name, moments in (("pooled", self.pooled), ("spatial", self.spatial)):
             named[f"{name}_count"] = np.array([float(moments.count)])
             named[f"{name}_total"], named[f"{name}_outer"] = moments.total, moments.outer
         return named
 
-    @classmethod
-    def of_arrays(cls, arrays: Any, *, keep: int) -> "Statistics":
-        made = cls(keep)
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Put what `arrays` gave in the place of what was added."""
         for name in ("pooled", "spatial"):
             count, total, outer = (arrays[f"{name}_{part}"] for part in ("count", "total", "outer"))
-            setattr(made, name, Moments(int(count[0]), np.array(total), np.array(outer)))
-        made._kept = [(np.array(arrays["index"]), np.array(arrays["features"]))]
-        return made
+            setattr(self, name, Moments(int(count[0]), np.array(total), np.array(outer)))
+        self._kept = [(arrays["index"], arrays["features"])]
 
 
 def _gather(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "P ..."]:

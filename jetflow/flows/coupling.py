@@ -114,7 +114,7 @@ class Couplings(nn.Module):
             x, total = carry
             y, logdet = layer.forward(x, split, label)
             layer.sow("intermediates", "output_scale", jnp.sqrt(jnp.mean(y**2)))
-            layer.sow("logdets", "logdet", logdet)
+            layer.sow("intermediates", "logdet", logdet)
             return (y, total + logdet), None
 
         return self._scan(body, x, reverse=False)
@@ -140,7 +140,7 @@ class Couplings(nn.Module):
     def _scan(self, body, x, *, reverse: bool):
         scanned = nn.scan(
             body,
-            variable_axes={"params": 0, "intermediates": 0, "logdets": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             reverse=reverse,
             unroll=1 if self.scan else self.num_couplings,
