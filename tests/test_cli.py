@@ -245,8 +245,8 @@ BAD_COMMANDS = {
     "word for a number": (["sample", "--workdir", "x", "--num", "all"], ["--num is 'all'"]),
     "negative guidance": (["sample", "--workdir", "x", "--guidance=-1"], ["--guidance=-1"]),
     "unknown metric": (
-        ["evaluate", "--workdir", "x", "--metrics", "fid"],
-        ["--metrics has 'fid'", "bpd, noised_bpd"],
+        ["evaluate", "--workdir", "x", "--metrics", "fidd"],
+        ["--metrics has 'fidd'", "bpd, noised_bpd"],
     ),
     "no metric": (["evaluate", "--workdir", "x", "--metrics="], ["--metrics", "bpd"]),
 }
@@ -420,6 +420,7 @@ def test_nowhere_to_write_samples(flag, refused, trained, tmp_path):
     ("name", "flags", "expected"),
     [
         ("jet", ["--metrics", "noised_bpd"], "noised_bpd is for flows trained with gaussian noise"),
+        ("volume preserving", ["--metrics", "accuracy"], "accuracy is for flows with labels"),
         ("jet", ["--split", "validation"], "'validation' is not a split"),
         ("jet", ["--step", 7], "no checkpoint of step 7"),
         ("jet", ["--mesh", "fsdp:4"], "--mesh has 'fsdp:4'; expected AXIS=SIZE"),
@@ -586,5 +587,5 @@ def test_evaluation_does_not_depend_on_the_batch_size(evaluate):
 def test_evaluation_of_another_split_leaves_the_run_its_own(evaluate):
     _, results = evaluate("jet", "--split", "test[:20]", "--draws", 1)
     ((file, result),) = results.items()
-    assert file == "bpd-00000012-test%5B%3A20%5D-draws1-seed0.json"
+    assert file == "bpd-00000012-draws=1,split=test%5B%3A20%5D.json"
     assert (result["data"]["split"], result["data"]["examples"]) == ("test[:20]", 20)
