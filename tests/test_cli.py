@@ -589,3 +589,30 @@ def test_evaluation_of_another_split_leaves_the_run_its_own(evaluate):
     ((file, result),) = results.items()
     assert file == "bpd-00000012-draws=1,split=test%5B%3A20%5D.json"
     assert (result["data"]["split"], result["data"]["examples"]) == ("test[:20]", 20)
+
+
+def test_accuracy_of_a_flow_with_labels(evaluate):
+    said, results = evaluate("tarflow", "--metrics", "accuracy", "--draws", 1)
+    ((file, result),) = results.items()
+    assert file == "accuracy-00000012-draws=1.json"
+    assert 0 < result["value"] < 1 and 0 < result["standard_error"] < 0.05
+    assert result["noise"] == {"kind": "gaussian", "std": 0.1}
+    assert result["data"]["examples"] == 297
+    assert said.startswith(f"step 12: accuracy {result['value']:.4f} ± ")
+
+
+def test_gap_between_held_out_and_training_images(evaluate):
+    said, results = evaluate("jet", "--metrics", "bpd,bpd_gap", "--draws", 2)
+    bpd, gap = (results[f"{name}-00000012.json"] for name in ("bpd", "bpd_gap"))
+    assert gap["held_out"] == pytest.approx(bpd["value"])
+    assert gap["value"] == pytest.approx(gap["held_out"] - gap["train"])
+    assert abs(gap["value"]) < 10 * gap["standard_error"] < 1
+    assert gap["train_data"]["split"] == "train, every 5. (297 images)"
+    assert gap["train_data"]["examples"] == gap["data"]["examples"] == 297
+    assert gap["train_data"]["checksum"] != gap["data"]["checksum"]
+    assert bpd["importance_weighted"] < bpd["value"]
+    parts = bpd["parts"]
+    assert len(parts["blocks"]) == 5
+    total = parts["prior"] + parts["pixels"] + sum(parts["blocks"])
+    assert total == pytest.approx(bpd["value"], rel=1e-5)
+    assert "bpd_gap" in said
