@@ -104,6 +104,7 @@ class Quality:
         merged = self._collect(batches, statistics, len(data), "reference")
         if hosts.is_first():
             reference.write(path, merged, self.network, data_facts(data))
+        hosts.agreed(True)  # the others wait for the file
         return path
 
     def outcome(self, metric: str, value: float, error: float | None = None, **facts) -> Outcome:
