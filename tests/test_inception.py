@@ -1,6 +1,5 @@
 """The FID's network and its weights: the published features, and files that are not it."""
 
-import functools
 import hashlib
 import io
 import urllib.request
@@ -133,7 +132,7 @@ def offered(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def offer(answer):
-        monkeypatch.setattr(urllib.request, "urlopen", functools.partial(answer))
+        monkeypatch.setattr(urllib.request, "urlopen", answer)
         return tmp_path / "cache" / "jetflow"
 
     return offer

@@ -211,7 +211,9 @@ def with_reference(evaluate):
 
 def test_all_metrics(with_reference):
     said, results = with_reference("--metrics", METRICS, "--num_samples", 30)
-    assert sorted(results) == sorted(f"{m}-{STEP:08d}-num_samples=30.json" for m in ALL)
+    assert sorted(results) == sorted(
+        f"{m}-{STEP:08d}-inception=aaaaaaaa,num_samples=30.json" for m in ALL
+    )
     data = pipeline.load("digits", "train[:40]")
     for result in results.values():
         assert result["network"] == {

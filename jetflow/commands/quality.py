@@ -123,7 +123,7 @@ class Quality:
         }
         text = f"{metric} {number(result)} of {samples['images']:,} samples against {_named(there)}"
         if statistics.broken:
-            text += f"\n  ({statistics.broken:,} samples are not finite, and count as black)"
+            text += f"\n  ({statistics.broken:,} samples are not finite, and compared all the same)"
         if not self.network.is_published:
             text += (
                 f"\n  (weights {self.network.sha256[:8]}, not the published ones: comparable only "

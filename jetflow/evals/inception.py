@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
+
+from jetflow.types import AnyArray
 
 SIZE = 299  # pixels
 RESIZE = f"bilinear to {SIZE}x{SIZE} as in TensorFlow 1, no half-pixel centres"
@@ -64,7 +66,7 @@ def fold(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     return folded
 
 
-def resize(images: Float[Array, "B H W C"]) -> Float[Array, "B 299 299 C"]:
+def resize(images: Float[AnyArray, "B H W C"]) -> Float[Array, "B 299 299 C"]:
     """TensorFlow 1's bilinear resize: output pixel i is input pixel i·(size / 299), interpolated.
 
     Corners are not aligned and centres not shifted; `jax.image.resize` shifts them.
@@ -81,7 +83,7 @@ def resize(images: Float[Array, "B H W C"]) -> Float[Array, "B 299 299 C"]:
     return images
 
 
-def activations(weights: Any, images: Float[Array, "B H W C"]) -> dict[str, Float[Array, "B ..."]]:
+def activations(weights: Any, images: Num[AnyArray, "B H W C"]) -> dict[str, Float[Array, "B ..."]]:
     """What the network computes of images with values 0..255 and 1 or 3 channels.
 
     Args:
