@@ -53,7 +53,8 @@ def fold(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
         KeyError: the name of a tensor that is missing.
     """
     folded = {}
-    for name in (key.removesuffix(".conv.weight") for key in tensors if ".conv." in key):
+    names = [key.removesuffix(".conv.weight") for key in tensors if key.endswith(".conv.weight")]
+    for name in names:
         norm = {
             part: tensors[f"{name}.bn.{part}"].astype(np.float64)
             for part in ("weight", "bias", "running_mean", "running_var")
@@ -66,7 +67,7 @@ def fold(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     return folded
 
 
-def resize(images: Float[AnyArray, "B H W C"]) -> Float[Array, "B 299 299 C"]:
+def resize(images: Float[AnyArray, "B H W C"]) -> Float[Array, "B S S C"]:
     """TensorFlow 1's bilinear resize: output pixel i is input pixel i·(size / 299), interpolated.
 
     Corners are not aligned and centres not shifted; `jax.image.resize` shifts them.
