@@ -18,7 +18,7 @@ FLOORS = (
     ("likelihood", "noise"),
     ("sharding", "optim", "state"),
     ("step", "sampling"),
-    ("data", "checkpoint", "hosts", "manifest", "report"),
+    ("data", "checkpoint", "hosts", "manifest", "pth", "report"),
     ("evals",),
     ("run", "workdir"),
     ("archive", "bench", "collectives", "costs", "hlo", "loop", "plan", "tpus"),
