@@ -17,7 +17,7 @@ from tensorboardX.proto import event_pb2
 from tiny_runs import FLOWS, STEPS, assert_same, remains
 
 from jetflow import loop, report, run
-from jetflow.report import read_metrics
+from jetflow.report import SPEED, read_metrics
 from jetflow.types import UsageError
 from jetflow.workdir import claimed
 
@@ -379,7 +379,7 @@ def test_bfloat16(trained, tmp_path):
         strict=True,
     ):
         assert half != whole
-        for name in set(half) - {"images_per_second"}:
+        for name in set(half) - set(SPEED):
             assert half[name] == pytest.approx(whole[name], rel=0.02), name
     _, state = tiny_runs.read_state(tmp_path)
     assert all(np.isfinite(array.astype(np.float64)).all() for array in state.values())
@@ -398,5 +398,5 @@ def test_four_devices(trained, tmp_path):
     expected = read_metrics(trained("tarflow") / "metrics.jsonl")
     for several, one in zip(actual, expected, strict=True):
         assert several.keys() == one.keys()
-        for name in set(one) - {"images_per_second"}:
+        for name in set(one) - set(SPEED):
             assert several[name] == pytest.approx(one[name], rel=1e-5), name
