@@ -118,7 +118,7 @@ class Session:
         """Train from step `start` to the end."""
         self.reporter.say(self._headline(start))
         step, total = start, self.run.total_steps
-        batches = None
+        batches: Ahead[Batch, Batch] | None = None
         try:
             self._look(state, start, resumed=True)  # for what an interruption cut off
             if start < total:
@@ -130,8 +130,9 @@ class Session:
                 # It runs on the device while the last one is logged and the next batch comes.
                 state, metrics = train_step(state, batch)
                 self._log(step, metrics)
-                if step < total:
-                    batch = self._next(batches, metrics)
+                if batches and step < total:
+                    batch, waited = batches.after(metrics)
+                    self.reporter.waited(waited)
                 self._look(state, step)
                 if step % self.run.config.train.checkpoint_every == 0:
                     self._save(state, step)
@@ -163,18 +164,6 @@ class Session:
             workers=self.run.config.data.workers,
         )
         return Ahead(batches, lambda batch: sharding.put_batch(batch, self.run.mesh, size))
-
-    def _next(self, batches: Ahead[Batch, Batch], metrics: Metrics) -> Batch:
-        """The next batch; notes for how long the device has nothing to do before it is there.
-
-        Args:
-            metrics: of the step that runs meanwhile.
-        """
-        if batches.ready():
-            return next(batches)
-        jax.block_until_ready(metrics)
-        with self.reporter.waiting():
-            return next(batches)
 
     def _compile(self, state: TrainState) -> Callable:
         self.reporter.say("compiling the training step")

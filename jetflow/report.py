@@ -1,12 +1,11 @@
 """What a run leaves to look at: metrics (JSON lines, TensorBoard events), pictures, progress."""
 
-import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +81,14 @@ class Reporter:
     def speed(self, step: int, batch_size: int) -> dict[str, float]:
         """The metrics `SPEED` of the steps since the last call, without the time in `pause`.
 
-        They are images/s, and the share of the time that was spent in `waiting`.
+        They are images/s, and the share of the time in which the devices waited for data.
         """
         rate, self._wait_share = self._clock.lap(step)
         return dict(zip(SPEED, (rate * batch_size, self._wait_share), strict=True))
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A context whose time counts as that of devices that wait for data."""
-        start = time.perf_counter()
-        yield
-        self._clock.waited += time.perf_counter() - start
+    def waited(self, seconds: float) -> None:
+        """Note for how long the devices had nothing to do, for want of data."""
+        self._clock.waited += seconds
 
     def pause(self) -> "_Clock":
         """A context whose time does not count as training."""
@@ -131,7 +127,7 @@ class _Clock:
     """Steps per second of training; stands still inside `with clock:`.
 
     Attributes:
-        waited: seconds since the last lap that were spent waiting for data.
+        waited: seconds since the last lap in which the devices waited for data.
     """
 
     def __init__(self, step: int):

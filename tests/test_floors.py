@@ -21,7 +21,7 @@ FLOORS = (
     ("data", "checkpoint", "hosts", "manifest", "report"),
     ("evals",),
     ("run", "workdir"),
-    ("archive", "bench", "hlo", "loop", "plan", "tpus"),
+    ("archive", "bench", "hlo", "loop", "plan", "throughput", "tpus"),
     ("convert",),
     ("commands",),
     ("cli",),

@@ -13,7 +13,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import grain
@@ -126,7 +126,7 @@ def train_batches(
     start_step: int = 0,
     rows: Int[np.ndarray, "R"] | None = None,
     workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches start_step, start_step + 1, … of an endless stream, shuffled anew each epoch.
 
     Args:
@@ -138,8 +138,8 @@ def train_batches(
         workers: processes that read, or 0 for threads of this one; the batches do not depend on it.
 
     Returns:
-        An iterator of numpy batches of R rows; its `close` ends its threads or processes, and so
-        does dropping it.
+        Numpy batches of R rows; to close the generator, or to drop it, ends its threads or
+        processes.
     """
     # Grain shuffles epoch e by seed + e, so the seeds 0 and 1 would share all epochs but one.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -149,7 +149,7 @@ def train_batches(
 
 def eval_batches(
     dataset: Dataset, *, batch_size: int, rows: Int[np.ndarray, "R"] | None = None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every example once, in index order; the last batch is filled up with padding rows.
 
     A padding row has a black image, `NO_LABEL` and index -1. All processes get the same number of
@@ -162,11 +162,11 @@ def eval_batches(
 
 def _read_all(
     dataset: Dataset, positions, rows: Int[np.ndarray, "R"] | None, workers: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches whose examples are at `positions`, a Grain data set of int [B]."""
     read = functools.partial(_read, dataset, rows)
     batches = positions.map(read).to_iter_dataset(_READ_OPTIONS)
-    return processes.read(batches, workers) if workers else iter(batches)
+    yield from processes.read(batches, workers) if workers else batches
 
 
 def _read(dataset: Dataset, rows: Int[np.ndarray, "R"] | None, positions: np.ndarray) -> Batch:

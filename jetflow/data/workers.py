@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing import resource_tracker
 
 import grain
@@ -25,11 +25,10 @@ _SMALLEST_SHARED = 2**16  # bytes; smaller arrays are cheaper to send than to sh
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def read(batches: grain.IterDataset, count: int) -> Iterator[Batch]:
+def read(batches: grain.IterDataset, count: int) -> Generator[Batch, None, None]:
     """The same batches in the same order, each from one of `count` processes, by turns.
 
-    Returns:
-        A generator: its `close` ends the processes, and so does dropping it.
+    To close the generator, or to drop it, ends the processes.
     """
     if not flags.FLAGS.is_parsed():  # as by an `absl.app`: Grain looks at flags of its own
         flags.FLAGS.mark_as_parsed()
