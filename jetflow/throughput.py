@@ -81,12 +81,12 @@ def reading(dataset: pipeline.Dataset, *, batch_size: int, workers: int, repeats
 
 def _read_round(batches: Iterator[Batch]) -> tuple[int, float, float]:
     """Batches, seconds, and seconds of processor time, for `ROUND_SECONDS`."""
-    start, processor = time.perf_counter(), _processor_seconds()
+    start, processor = time.perf_counter(), processor_seconds()
     count, seconds = 0, 0.0
     while seconds < ROUND_SECONDS:
         next(batches)
         count, seconds = count + 1, time.perf_counter() - start
-    return count, seconds, _processor_seconds() - processor
+    return count, seconds, processor_seconds() - processor
 
 
 def _cores() -> int:
@@ -96,7 +96,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _processor_seconds() -> float:
+def processor_seconds() -> float:
     """That this process and those that it started have used."""
     this = psutil.Process()
     times = [process.cpu_times() for process in (this, *this.children())]

@@ -228,12 +228,13 @@ def test_metrics(name, trained):
 
     blocks = 5 if name == "jet" else 2
     fields = {"step", bpd, f"{bpd}_prior", f"{bpd}_logdet", "gradient_norm", "learning_rate"}
-    fields |= {"images_per_second", *(f"output_scale/{block:02d}" for block in range(blocks))}
+    fields |= {*SPEED, *(f"output_scale/{block:02d}" for block in range(blocks))}
     fields |= {"logdet_cap_share"} if name == "jet" else set()
     for line in trains:
         assert line.keys() == fields
         assert line[bpd] == pytest.approx(line[f"{bpd}_prior"] + line[f"{bpd}_logdet"], rel=1e-6)
         assert line["images_per_second"] > 0
+        assert 0 <= line["data_wait_share"] <= 1
         assert line["gradient_norm"] > 0
     assert trains[-1][bpd] < trains[0][bpd]
     assert trains[1]["learning_rate"] > trains[-1]["learning_rate"] > 0
@@ -310,7 +311,8 @@ def test_what_is_said(tmp_path, capsys):
     assert lines[3] == f"{STEPS} steps of 16 images each"
     assert lines.pop(4) == "compiling the training step"
     progress = [line for line in lines if re.match(r"step \d+/", line)]
-    pattern = r"step (\d+)/12 \(\d+%\)  noised_bpd \d\.\d{3}  [\d,]+ images/s  ETA \d:\d\d"
+    pattern = r"step (\d+)/12 \(\d+%\)  noised_bpd \d\.\d{3}  [\d,]+ images/s  "
+    pattern += r"(?:waiting \d+% for data  )?ETA \d:\d\d"
     assert [int(re.fullmatch(pattern, line)[1]) for line in progress] == [1, 4, 8, 12]
     held_out = [line for line in lines if "held-out noised_bpd" in line]
     assert [line.partition(":")[0] for line in held_out] == ["step 6", "step 12"]

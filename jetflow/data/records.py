@@ -6,6 +6,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+_MESSAGES: Any = tf_example_pb2  # which makes its classes at import: no type checker sees them
+
 
 class Examples:
     """Random access to images and labels: what TFDS's own data source gives, in less time.
@@ -36,7 +38,7 @@ class Examples:
         return [self._decode(record) for record in records]
 
     def _decode(self, record: bytes) -> dict[str, Any]:
-        stored = tf_example_pb2.Example.FromString(record).features.feature
+        stored = _MESSAGES.Example.FromString(record).features.feature
         example = {
             "image": self._features["image"].decode_example_np(stored["image"].bytes_list.value[0])
         }

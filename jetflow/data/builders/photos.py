@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-CROP_SIZES = (8, 16, 32)
+CROP_SIZES = (8, 16, 32, 64)
 NUM_TRAIN = 32_768
 NUM_TEST = 512
 
