@@ -60,6 +60,7 @@ def _common() -> ConfigDict:
                 train_split="train",  # of the data set; TFDS slices such as train[:90%] work
                 test_split="test",  # held out: evaluated, never trained on
                 labels=False,  # train a conditional flow on the data set's labels
+                workers=0,  # processes that read training batches; 0 for threads of this one
             ),
             noise=dict(
                 kind="uniform",  # dequantisation by U[0, 1), or gaussian

@@ -17,7 +17,7 @@ SUMMARIES = {
     "sample": "Draw samples from a trained flow.",
     "evaluate": "Measure a trained flow; writes JSON into the run's evals folder.",
     "plan": "Say what a run needs on a TPU slice, and how long it takes at best.",
-    "bench": "Measure how fast sampling is on this machine.",
+    "bench": "Measure how fast sampling, training or reading its data is on this machine.",
     "convert": "Make a workdir of a published checkpoint, or with --reverse a .pth of a workdir.",
 }
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from jetflow import hosts, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
 from jetflow.data import pipeline
+from jetflow.data.ahead import Ahead
 from jetflow.evals import bpd, samples
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.report import METRICS, Reporter, make_grid, save_png
@@ -116,18 +117,22 @@ class Session:
     def go(self, state: TrainState, start: int) -> None:
         """Train from step `start` to the end."""
         self.reporter.say(self._headline(state, start))
-        step = start
+        step, total = start, self.run.total_steps
+        batches: Ahead[Batch, Batch] | None = None
         try:
             self._look(state, start, resumed=True)  # for what an interruption cut off
-            if start < self.run.total_steps:
-                batches = self._batches(start)
-                batch = next(batches)
-                train_step = self._compile(state, batch)
-            for step in range(start + 1, self.run.total_steps + 1):
-                # The step runs on the device while the next batch comes and the last one is logged.
+            if start < total:
+                batches = self._batches(start)  # which are read while the step compiles
+                train_step = self._compile(state)
+                with self.reporter.pause():
+                    batch = next(batches)
+            for step in range(start + 1, total + 1):
+                # It runs on the device while the last one is logged and the next batch comes.
                 state, metrics = train_step(state, batch)
-                batch = next(batches)
                 self._log(step, metrics)
+                if batches and step < total:
+                    batch, waited = batches.after(metrics)
+                    self.reporter.waited(waited)
                 self._look(state, step)
                 if step % self.run.config.train.checkpoint_every == 0:
                     self._save(state, step)
@@ -136,15 +141,18 @@ class Session:
             self._save(state, step)
             self.checkpoints.wait()
             self.reporter.say(
-                f"stopped at step {step} of {self.run.total_steps}, all saved in {self.workdir}: "
+                f"stopped at step {step} of {total}, all saved in {self.workdir}: "
                 "run the same command again to go on"
             )
             raise
+        finally:
+            if batches:
+                batches.close()
         self._save(state, step)
         self.checkpoints.wait()
         self._conclude()
 
-    def _batches(self, start: int) -> Iterator[Batch]:
+    def _batches(self, start: int) -> Ahead[Batch, Batch]:
         """Global batches on the device, from that of step `start` on."""
         size = self.run.config.train.batch_size
         batches = pipeline.train_batches(
@@ -153,11 +161,13 @@ class Session:
             seed=self.run.config.train.seed,
             start_step=start,
             rows=sharding.local_rows(self.run.mesh, size),
+            workers=self.run.config.data.workers,
         )
-        return (sharding.put_batch(batch, self.run.mesh, size) for batch in batches)
+        return Ahead(batches, lambda batch: sharding.put_batch(batch, self.run.mesh, size))
 
-    def _compile(self, state: TrainState, batch: Batch) -> Callable:
+    def _compile(self, state: TrainState) -> Callable:
         self.reporter.say("compiling the training step")
+        batch = self.run.abstract_batch(self.run.config.train.batch_size)
         with self.reporter.pause():
             compiled = self.run.lower_step(state, batch).compile()
         self.poll()
@@ -188,8 +198,7 @@ class Session:
                 name.replace("bpd", metric): float(value)
                 for name, value in jax.device_get(metrics).items()
             }
-            values["images_per_second"] = self.reporter.images_per_second(step, train.batch_size)
-            self.reporter.write(step, values)
+            self.reporter.write(step, values | self.reporter.speed(step, train.batch_size))
         self.reporter.progress(step, f"{metric} {now:.3f}", train.batch_size, log=due)
 
     def _look(self, state: TrainState, step: int, *, resumed: bool = False) -> None:

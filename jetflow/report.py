@@ -17,6 +17,8 @@ from tensorboardX import SummaryWriter
 from jetflow import hosts
 
 METRICS = "metrics.jsonl"
+SPEED = ("images_per_second", "data_wait_share")  # metrics that an equal run need not have equal
+NOTABLE_WAIT = 0.05  # share of the time, from which on the progress shows it
 PADDING = 2  # pixels between the images of a grid, before magnification
 FRAME = 150  # milliseconds of an animation
 SHORTEST_SIDE = 512  # pixels; smaller grids are magnified by a whole number
@@ -46,6 +48,7 @@ class Reporter:
         self._live = self._stream.isatty()
         self._line_length = 0
         self._clock = _Clock(start_step)
+        self._wait_share = 0.0
 
     def __enter__(self) -> "Reporter":
         return self
@@ -75,9 +78,17 @@ class Reporter:
         """An image for TensorBoard."""
         self._events.add_image(name, grid, step, dataformats="HWC")
 
-    def images_per_second(self, step: int, batch_size: int) -> float:
-        """Training speed since the last call, without the time spent in `pause`."""
-        return self._clock.lap(step) * batch_size
+    def speed(self, step: int, batch_size: int) -> dict[str, float]:
+        """The metrics `SPEED` of the steps since the last call, without the time in `pause`.
+
+        They are images/s, and the share of the time in which the devices waited for data.
+        """
+        rate, self._wait_share = self._clock.lap(step)
+        return dict(zip(SPEED, (rate * batch_size, self._wait_share), strict=True))
+
+    def waited(self, seconds: float) -> None:
+        """Note for how long the devices had nothing to do, for want of data."""
+        self._clock.waited += seconds
 
     def pause(self) -> "_Clock":
         """A context whose time does not count as training."""
@@ -87,10 +98,12 @@ class Reporter:
         """A line that rewrites itself on a terminal; elsewhere a plain one, if `log`."""
         if not (log or self._live):
             return
-        rate = self._clock.average(step)
+        rate, waits = self._clock.average(step), self._wait_share >= NOTABLE_WAIT
         text = (
             f"step {step}/{self._total} ({step / self._total:.0%})  {metric}  "
-            f"{rate * batch_size:,.0f} images/s  ETA {_duration((self._total - step) / rate)}"
+            f"{rate * batch_size:,.0f} images/s  "
+            + (f"waiting {self._wait_share:.0%} for data  " if waits else "")
+            + f"ETA {_duration((self._total - step) / rate)}"
         )
         if not self._live:
             print(text, file=self._stream, flush=True)
@@ -111,10 +124,15 @@ class Reporter:
 
 
 class _Clock:
-    """Steps per second of training; stands still inside `with clock:`."""
+    """Steps per second of training; stands still inside `with clock:`.
+
+    Attributes:
+        waited: seconds since the last lap in which the devices waited for data.
+    """
 
     def __init__(self, step: int):
         self._first = self._last = (step, time.perf_counter())
+        self.waited = 0.0
 
     def __enter__(self) -> None:
         self._pause_start = time.perf_counter()
@@ -128,11 +146,13 @@ class _Clock:
         """Since the start."""
         return self._rate(self._first, step)
 
-    def lap(self, step: int) -> float:
-        """Since the last lap."""
+    def lap(self, step: int) -> tuple[float, float]:
+        """Since the last lap, and the share of its time that was `waited`."""
         rate = self._rate(self._last, step)
-        self._last = (step, time.perf_counter())
-        return rate
+        now = time.perf_counter()
+        share = self.waited / max(now - self._last[1], 1e-9)
+        self._last, self.waited = (step, now), 0.0
+        return rate, share
 
     @staticmethod
     def _rate(since: tuple[int, float], step: int) -> float:

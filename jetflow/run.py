@@ -269,8 +269,9 @@ _LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     ),
     f"0 to {LARGEST_SEED}": (("train.seed",), lambda value: 0 <= value <= LARGEST_SEED),
     "0 or more": (
-        ("train.eval_every", "train.keep_every", "train.sample_every", "optim.min_lr",
-         "optim.weight_decay", "optim.clip_norm", "eval.guidance", "eval.temperature"),
+        ("data.workers", "train.eval_every", "train.keep_every", "train.sample_every",
+         "optim.min_lr", "optim.weight_decay", "optim.clip_norm", "eval.guidance",
+         "eval.temperature"),
         lambda value: value >= 0,
     ),
     "a finite number above 0": (

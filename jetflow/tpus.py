@@ -55,6 +55,11 @@ TPUS = {
     "tpu7x": Tpu(int(94.75 * 2**30), 1153.5e12, 3690e9, 300e9, 6.25e9, _BLOCKS),
 }  # fmt: skip
 
+# What JAX calls a device of each (`device_kind`, as libtpu 0.0.42 has it).
+KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x",
+}  # fmt: skip
+
 # libtpu asks for the machine that it runs on. Here it compiles for another one, beside others.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -119,7 +119,7 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
 
     Raises:
         UsageError: if another run lives there (the message names the fields that differ; one that
-            never made a step gives way, and the mesh may differ), if a process trains there, or
+            never made a step gives way; mesh and workers may differ), if a process trains there, or
             it cannot be written.
     """
     if not hosts.is_first():
@@ -204,12 +204,13 @@ def _has_begun(workdir: Path) -> bool:
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What sets two runs apart, the first fields only; the mesh is no part of a run."""
+    """What sets two runs apart, the first fields only; mesh and workers are no part of a run."""
     there, here = _flat(there), _flat(here)
     fields = [
         name
         for name in {**there, **here}
-        if there.get(name) != here.get(name) and not name.startswith("config.mesh.")
+        if there.get(name) != here.get(name)
+        and not name.startswith(("config.mesh.", "config.data.workers"))
     ]
     shown = [f"{name} is {there.get(name)} there and {here.get(name)} here" for name in fields[:4]]
     return shown + ([f"and {len(fields) - 4} more"] if len(fields) > 4 else [])

@@ -21,7 +21,7 @@ FLOORS = (
     ("data", "checkpoint", "hosts", "manifest", "pth", "report"),
     ("evals",),
     ("run", "workdir"),
-    ("archive", "bench", "collectives", "costs", "hlo", "loop", "plan", "tpus"),
+    ("archive", "bench", "collectives", "costs", "hlo", "loop", "plan", "throughput", "tpus"),
     ("convert",),
     ("commands",),
     ("cli",),

@@ -78,14 +78,25 @@ def test_speed_is_that_of_training(tmp_path, clock, capsys):
     """Evaluations do not count; the line shows the average, the metrics the last stretch."""
     with Reporter(tmp_path, start_step=100, total_steps=1000) as reporter:
         clock(10)
-        assert reporter.images_per_second(120, 16) == pytest.approx(20 * 16 / 10)
+        reporter.waited(0.2)
+        reporter.waited(0.3)
+        assert reporter.speed(120, 16) == {
+            "images_per_second": pytest.approx(20 * 16 / 10),
+            "data_wait_share": pytest.approx(0.05),
+        }
         with reporter.pause():
             clock(1000)
         clock(10)
         progress(reporter, 160, log=True)
-        assert reporter.images_per_second(160, 16) == pytest.approx(40 * 16 / 10)
+        assert reporter.speed(160, 16) == {
+            "images_per_second": pytest.approx(40 * 16 / 10),
+            "data_wait_share": 0,
+        }
+        progress(reporter, 160, log=True)
     # 60 steps in 20 seconds, and 840 to go.
-    assert "  48 images/s  ETA 4:40" in capsys.readouterr().err
+    waited, not_any_more = capsys.readouterr().err.splitlines()
+    assert waited.endswith("  48 images/s  waiting 5% for data  ETA 4:40")
+    assert not_any_more.endswith("  48 images/s  ETA 4:40")
 
 
 @pytest.mark.parametrize(

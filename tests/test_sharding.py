@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jetflow import sharding
 from jetflow.flows.build import build
-from jetflow.report import read_metrics
+from jetflow.report import SPEED, read_metrics
 from jetflow.state import create
 from jetflow.types import UsageError
 
@@ -176,7 +176,7 @@ def test_all_meshes_train_alike(name, tmp_path):
         actual, part = run(tmp_path / "x".join(map(str, axes)), 8, *axes)
         for several, one in zip(actual, expected, strict=True):
             assert several.keys() == one.keys()
-            for metric in set(one) - {"images_per_second"}:
+            for metric in set(one) - set(SPEED):
                 assert several[metric] == pytest.approx(one[metric], rel=1e-5), (axes, metric)
         assert part == whole if axes == (8, 1, 1) else part < 1.2 * whole / (axes[1] * axes[2])
 
@@ -186,5 +186,5 @@ def test_all_meshes_train_alike(name, tmp_path):
         shutil.rmtree(made_later) if made_later.is_dir() else made_later.unlink()
     resumed, _ = run(moved, 4, 1, 4, 1)
     assert resumed[-1]["step"] == 20
-    for metric in set(expected[-1]) - {"images_per_second"}:
+    for metric in set(expected[-1]) - set(SPEED):
         assert resumed[-1][metric] == pytest.approx(expected[-1][metric], rel=1e-5), metric

@@ -19,7 +19,7 @@ from tensorboardX.proto import event_pb2
 from tiny_runs import FLOWS, STEPS, assert_same, remains
 
 from jetflow import loop, report, run
-from jetflow.report import read_metrics
+from jetflow.report import SPEED, read_metrics
 from jetflow.types import UsageError
 from jetflow.workdir import claimed
 
@@ -240,12 +240,13 @@ def test_metrics(name, trained):
 
     blocks = 5 if name == "jet" else 2
     fields = {"step", bpd, f"{bpd}_prior", f"{bpd}_logdet", "gradient_norm", "learning_rate"}
-    fields |= {"images_per_second", *(f"output_scale/{block:02d}" for block in range(blocks))}
+    fields |= {*SPEED, *(f"output_scale/{block:02d}" for block in range(blocks))}
     fields |= {"logdet_cap_share"} if name == "jet" else set()
     for line in trains:
         assert line.keys() == fields
         assert line[bpd] == pytest.approx(line[f"{bpd}_prior"] + line[f"{bpd}_logdet"], rel=1e-6)
         assert line["images_per_second"] > 0
+        assert 0 <= line["data_wait_share"] <= 1
         assert line["gradient_norm"] > 0
     assert trains[-1][bpd] < trains[0][bpd]
     assert trains[1]["learning_rate"] > trains[-1]["learning_rate"] > 0
@@ -322,7 +323,8 @@ def test_what_is_said(tmp_path, capsys):
     assert lines[3] == f"{STEPS} steps of 16 images each"
     assert lines.pop(4) == "compiling the training step"
     progress = [line for line in lines if re.match(r"step \d+/", line)]
-    pattern = r"step (\d+)/12 \(\d+%\)  noised_bpd \d\.\d{3}  [\d,]+ images/s  ETA \d:\d\d"
+    pattern = r"step (\d+)/12 \(\d+%\)  noised_bpd \d\.\d{3}  [\d,]+ images/s  "
+    pattern += r"(?:waiting \d+% for data  )?ETA \d:\d\d"
     assert [int(re.fullmatch(pattern, line)[1]) for line in progress] == [1, 4, 8, 12]
     held_out = [line for line in lines if "held-out noised_bpd" in line]
     assert [line.partition(":")[0] for line in held_out] == ["step 6", "step 12"]
@@ -391,7 +393,7 @@ def test_bfloat16(trained, tmp_path):
         strict=True,
     ):
         assert half != whole
-        for name in set(half) - {"images_per_second"}:
+        for name in set(half) - set(SPEED):
             assert half[name] == pytest.approx(whole[name], rel=0.02), name
     _, state = tiny_runs.read_state(tmp_path)
     assert all(np.isfinite(array.astype(np.float64)).all() for array in state.values())
@@ -410,5 +412,5 @@ def test_four_devices(trained, tmp_path):
     expected = read_metrics(trained("tarflow") / "metrics.jsonl")
     for several, one in zip(actual, expected, strict=True):
         assert several.keys() == one.keys()
-        for name in set(one) - {"images_per_second"}:
+        for name in set(one) - set(SPEED):
             assert several[name] == pytest.approx(one[name], rel=1e-5), name

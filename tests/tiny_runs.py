@@ -14,7 +14,7 @@ import numpy as np
 
 from jetflow import cli
 from jetflow.checkpoint import Checkpoints
-from jetflow.report import read_metrics
+from jetflow.report import SPEED, read_metrics
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
@@ -108,7 +108,8 @@ def remains(workdir: Path) -> Remains:
     step, state = read_state(workdir)
     metrics = read_metrics(workdir / "metrics.jsonl")
     for line in metrics:
-        line.pop("images_per_second", None)
+        for name in SPEED:
+            line.pop(name, None)
     evaluations = {path.name: json.loads(path.read_text()) for path in workdir.glob("evals/*")}
     pictures = {path.name: path.read_bytes() for path in workdir.glob("samples/*")}
     return Remains(step, state, metrics, evaluations, pictures)

@@ -13,7 +13,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import grain
@@ -21,8 +21,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
+from jetflow.data import workers as processes
 from jetflow.data.builders import BUILDERS
 from jetflow.data.facts import FACTS
+from jetflow.data.records import Examples
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 # Few threads: for small images Python's lock is the limit, and Grain's default of 16 threads reads
@@ -93,7 +95,9 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
     """
     builder: Any = _prepared_builder(name, data_dir)  # TFDS's decorators hide its signatures
     try:
-        source = builder.as_data_source(split)
+        source = builder.as_data_source(
+            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
         if not len(source):
             raise ValueError("no examples")
     except ValueError as error:  # what TFDS raises for unknown, malformed and empty splits
@@ -102,14 +106,15 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
             f"{split!r} is not a split of data set {name!r} with examples in it; it has {counts} "
             "and parts of these, such as 'train[:90%]'"
         ) from error
-    features = builder.info.features
+    # As they were written, which another release may have done in another encoding.
+    features: Any = tfds.features.FeatureConnector.from_config(builder.data_dir)
     return Dataset(
         name=name,
         version=str(builder.version),
         split=split,
         image_shape=features["image"].shape,
         num_classes=features["label"].num_classes if "label" in features else 0,
-        source=source,
+        source=Examples(source, features),
     )
 
 
@@ -120,7 +125,8 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     rows: Int[np.ndarray, "R"] | None = None,
-) -> Iterator[Batch]:
+    workers: int = 0,
+) -> Generator[Batch, None, None]:
     """The batches start_step, start_step + 1, … of an endless stream, shuffled anew each epoch.
 
     Args:
@@ -129,32 +135,38 @@ def train_batches(
         seed: any non-negative integer; with the data set's length it fixes the order.
         start_step: number of the first batch; costs nothing, whatever it is.
         rows: which of the B rows are read: those of this process's devices; default: all.
+        workers: processes that read, or 0 for threads of this one; the batches do not depend on it.
 
     Returns:
-        An iterator of numpy batches of R rows; its threads stop when it is dropped.
+        Numpy batches of R rows; to close the generator, or to drop it, ends its threads or
+        processes.
     """
     # Grain shuffles epoch e by seed + e, so the seeds 0 and 1 would share all epochs but one.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     indices = grain.MapDataset.range(len(dataset)).shuffle(seed=shuffle_seed).repeat()
-    return _read_all(dataset, indices.batch(batch_size)[start_step:], rows)
+    return _read_all(dataset, indices.batch(batch_size)[start_step:], rows, workers)
 
 
 def eval_batches(
     dataset: Dataset, *, batch_size: int, rows: Int[np.ndarray, "R"] | None = None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every example once, in index order; the last batch is filled up with padding rows.
 
     A padding row has a black image, `NO_LABEL` and index -1. All processes get the same number of
-    batches, so one may hold padding only. Arguments and result as for `train_batches`.
+    batches, so one may hold padding only. Arguments and result as for `train_batches`; no worker
+    processes, which take longer to start than most evaluations take to read.
     """
     padded_length = -(-len(dataset) // batch_size) * batch_size
     return _read_all(dataset, grain.MapDataset.range(padded_length).batch(batch_size), rows)
 
 
-def _read_all(dataset: Dataset, positions, rows: Int[np.ndarray, "R"] | None) -> Iterator[Batch]:
+def _read_all(
+    dataset: Dataset, positions, rows: Int[np.ndarray, "R"] | None, workers: int = 0
+) -> Generator[Batch, None, None]:
     """The batches whose examples are at `positions`, a Grain data set of int [B]."""
     read = functools.partial(_read, dataset, rows)
-    return iter(positions.map(read).to_iter_dataset(_READ_OPTIONS))
+    batches = positions.map(read).to_iter_dataset(_READ_OPTIONS)
+    yield from processes.read(batches, workers) if workers else batches
 
 
 def _read(dataset: Dataset, rows: Int[np.ndarray, "R"] | None, positions: np.ndarray) -> Batch:

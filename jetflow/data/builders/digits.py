@@ -34,8 +34,8 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
 
     def _info(self) -> tfds.core.DatasetInfo:
-        # ZLIB, not PNG: see photos.py.
-        image = tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding="zlib")
+        # Bytes, not PNG: see photos.py.
+        image = tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding="bytes")
         label = tfds.features.ClassLabel(num_classes=10)
         return tfds.core.DatasetInfo(
             builder=self,

@@ -1,0 +1,240 @@
+"""Batches on their way: by which processes they are read, when, and who waits for them."""
+
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import psutil
+import pytest
+import tensorflow_datasets as tfds
+import tiny_runs
+from tiny_runs import assert_same, remains
+
+from jetflow.data import pipeline
+from jetflow.data.ahead import Ahead
+from jetflow.data.builders import Digits
+from jetflow.report import Reporter, read_metrics
+
+TIMEOUT = 300  # seconds
+
+
+# The examples.
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "zlib", "png"])
+def test_examples_are_those_that_tfds_reads(encoding, tmp_path, monkeypatch):
+    """In whichever encoding they were written, by this release or another one."""
+
+    def info(builder):
+        image = {
+            "png": tfds.features.Image(shape=(8, 8, 1), dtype=np.uint8, encoding_format="png"),
+        }.get(encoding) or tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding=encoding)
+        label = tfds.features.ClassLabel(num_classes=10)
+        features = tfds.features.FeaturesDict({"image": image, "label": label})
+        return tfds.core.DatasetInfo(builder=builder, features=features, disable_shuffling=True)
+
+    original = Digits._generate_examples
+
+    def generate(self, rows):
+        from PIL import Image
+
+        for key, example in original(self, rows):
+            pixels = example["image"]
+            image = Image.fromarray(pixels[..., 0]) if encoding == "png" else pixels
+            yield key, example | {"image": image}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Digits, "_info", info)
+        patch.setattr(Digits, "_generate_examples", generate)
+        expected = [
+            (example["image"], example["label"])
+            for example in prepared(Digits(data_dir=tmp_path)).as_data_source("test[:50]")
+        ]
+    source = pipeline.load("digits", "test[:50]", data_dir=tmp_path).source
+    assert len(source) == len(expected) == 50
+    assert source.__getitems__([]) == []
+    for example, one, (image, label) in zip(
+        source.__getitems__(range(50)), map(source.__getitem__, range(50)), expected, strict=True
+    ):
+        assert example["image"].dtype == np.uint8
+        np.testing.assert_array_equal(example["image"], image)
+        np.testing.assert_array_equal(one["image"], image)
+        assert example["label"] == one["label"] == label
+    assert len({example["label"] for example in source.__getitems__(range(50))}) == 10
+
+
+def prepared(builder):
+    pipeline._prepare_quietly(builder)
+    return builder
+
+
+# Worker processes.
+
+
+def test_workers_read_the_same_batches():
+    """Also from the middle, some rows only, and with batches that need no shared memory."""
+    dataset = pipeline.load("photos/16", "train[:500]")
+    rows = np.array([0, 1, 33, 90])
+    options = {"batch_size": 96, "seed": 7, "start_step": 4}
+    for more in ({}, {"rows": rows}):
+        expected = itertools.islice(pipeline.train_batches(dataset, **options, **more), 8)
+        before = threads_and_children()
+        batches = pipeline.train_batches(dataset, **options, **more, workers=2)
+        for ours, theirs in zip(expected, batches, strict=False):
+            for x, y in zip(ours, theirs, strict=True):
+                assert x.dtype == y.dtype
+                np.testing.assert_array_equal(x, y)
+        assert threads_and_children() > before
+        batches.close()
+        assert threads_and_children() == before
+
+
+def threads_and_children() -> int:
+    """Worker processes of this one."""
+    spawned = psutil.Process().children()
+    return sum("spawn_main" in " ".join(process.cmdline()) for process in spawned)
+
+
+def start(workdir, **fields):
+    """A training in a process group of its own, as a shell starts it."""
+    arguments = tiny_runs.arguments("tarflow", workdir, data__workers=2, **fields)
+    return subprocess.Popen(
+        [sys.executable, "-m", "jetflow.cli", *arguments],
+        env=tiny_runs.environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(condition, process):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def logged(workdir):
+    return bool(read_metrics(workdir / "metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_workers_change_nothing_and_leave_signals_to_the_trainer(trained, tmp_path):
+    """Ctrl-C goes to all processes of the terminal; the run goes on to the same end without any."""
+    process = start(tmp_path)
+    wait_until(lambda: logged(tmp_path), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=TIMEOUT)
+    if process.returncode:  # else it was done before
+        assert process.returncode == 128 + signal.SIGINT, said
+        assert "all saved in" in said
+    assert "Traceback" not in said and "KeyboardInterrupt" not in said
+    assert tiny_runs.train("tarflow", tmp_path, data__workers=0) == 0
+    assert_same(remains(tmp_path), remains(trained("tarflow")))
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
+    process = start(tmp_path, train__steps=100_000)
+    wait_until(lambda: logged(tmp_path), process)
+    children = psutil.Process(process.pid).children()
+    assert sum("spawn_main" in " ".join(child.cmdline()) for child in children) == 2
+    process.kill()
+    process.communicate(timeout=TIMEOUT)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+
+
+# On the devices, ahead of the step.
+
+
+def numbers(gate=None):
+    for number in itertools.count():
+        if gate is not None:
+            gate.acquire()
+        yield number
+
+
+def test_ahead_keeps_the_order_and_stays_near():
+    made = []
+    ahead = Ahead(numbers(), lambda number: made.append(number) or -number, depth=2)
+    assert [next(ahead) for _ in range(5)] == [0, -1, -2, -3, -4]
+    ahead.close()
+    assert made == list(range(len(made))) and len(made) <= 7
+    with pytest.raises(RuntimeError):
+        next(iter(ahead)), next(ahead), next(ahead)
+
+
+def test_ahead_passes_errors_on():
+    def source():
+        yield 1
+        raise OSError("the disk is gone")
+
+    ahead = Ahead(source(), lambda number: number)
+    assert next(ahead) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)
+    ahead.close()
+
+
+def test_waiting_is_what_comes_after_the_step():
+    """What is there costs nothing; what is not is waited for, from the end of the step on."""
+    gate = threading.Semaphore(2)
+    ahead = Ahead(numbers(gate), lambda number: number, depth=2)
+    running = jnp.zeros(())
+    while not all(future.done() for future in ahead._coming):
+        time.sleep(0.01)
+    assert ahead.after(running) == (0, 0.0)
+    assert ahead.after(running) == (1, 0.0)
+    threading.Timer(0.3, gate.release).start()
+    start = time.perf_counter()
+    number, waited = ahead.after(running)
+    assert number == 2
+    assert 0.2 < waited <= time.perf_counter() - start
+    for _ in range(4):
+        gate.release()
+    ahead.close()
+
+
+@pytest.mark.usefixtures("compilation_cache")
+def test_share_of_waiting_in_training(tmp_path, monkeypatch, capsys):
+    """High where batches take longer than steps, and said; low where they do not."""
+    read, progress = pipeline._read, Reporter.progress
+
+    def slowly(dataset, rows, positions):
+        time.sleep(0.2)
+        return read(dataset, rows, positions)
+
+    def slow_progress(self, *args, **kwargs):
+        time.sleep(0.2)
+        progress(self, *args, **kwargs)
+
+    def shares(workdir):
+        assert tiny_runs.train("jet", workdir, train__eval_every=0, train__sample_every=0) == 0
+        lines = read_metrics(workdir / "metrics.jsonl")
+        return [line["data_wait_share"] for line in lines if "data_wait_share" in line][1:]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_read", slowly)
+        assert min(shares(tmp_path / "slow")[:1]) > 0.4
+    assert "for data" in capsys.readouterr().err
+    monkeypatch.setattr(Reporter, "progress", slow_progress)
+    assert max(shares(tmp_path / "fast")) < 0.3
+
+
+def test_workers_are_no_part_of_a_run(trained, tmp_path, capsys):
+    """A finished run may be looked at again with another number of them."""
+    import shutil
+
+    shutil.copytree(trained("jet"), tmp_path, dirs_exist_ok=True)
+    assert tiny_runs.train("jet", tmp_path, data__workers=1) == 0
+    assert "were done before" in capsys.readouterr().err
+    assert tiny_runs.train("jet", tmp_path, data__workers=-1) == 2
+    assert "config.data.workers is -1; expected 0 or more" in capsys.readouterr().err
