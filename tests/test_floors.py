@@ -20,7 +20,7 @@ FLOORS = (
     ("step", "sampling"),
     ("data", "checkpoint", "hosts", "manifest", "report"),
     ("evals",),
-    ("run", "workdir"),
+    ("run", "transfer", "workdir"),
     ("archive", "bench", "hlo", "loop", "plan", "tpus"),
     ("convert",),
     ("commands",),
