@@ -182,9 +182,9 @@ def _fate_of_classes(source: Source, target: Side, there, here) -> Fate | None:
         return None
     if source.classes == target.classes and there == here:
         return Fate("loaded", there, here, f"the classes of {target.classes}")
-    return Fate(
-        "fresh", there, here, f"classes of {target.classes}, not of {source.classes or '?'}"
-    )
+    others = source.classes or "data that its config does not name"
+    why = f"{here[-2]} classes of {target.classes}, there {there[-2]} of {others}"
+    return Fate("fresh", there, here, why)
 
 
 def _differing_fields(source: Side, target: Side) -> list[str]:

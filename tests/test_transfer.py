@@ -254,10 +254,10 @@ def embeddings(state):
     [
         ("jet", (3, "a/8"), (3, "a/16"), "loaded: the classes of a"),
         ("tarflow", (3, "a/8"), (3, "a/16"), "loaded: the classes of a"),
-        ("jet", (3, "a"), (3, "b"), "fresh: classes of b, there of a"),
+        ("jet", (3, "a"), (3, "b"), "fresh: 3 classes of b, there 3 of a"),
         ("tarflow", (3, ""), (3, "b"),
-         "fresh: classes of b, there of data that its config does not name"),
-        ("jet", (3, "a"), (5, "a"), "fresh: classes of a, there of a"),
+         "fresh: 3 classes of b, there 3 of data that its config does not name"),
+        ("jet", (3, "a"), (5, "a"), "fresh: 5 classes of a, there 3 of a"),
         ("tarflow", (0, "a"), (3, "a"), "fresh: there are no labels there"),
         ("jet", (3, "a"), (0, "a"), "dropped: there are no labels here"),
         ("tarflow", (3, "a"), (0, "a"), "dropped: there are no labels here"),
