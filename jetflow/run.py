@@ -106,12 +106,12 @@ class Run:
         try:
             source = transfer.open_source(Path(config.init_from), config.init_weights)
             plan = transfer.make_plan(source, target)
-            taken = transfer.restore(source, self.mesh, config.mesh.rules)
+            taken, step = transfer.restore(source, self.mesh, config.mesh.rules)
             initial = transfer.initialiser(plan, source, target, taken, create)
         except UsageError as error:
             raise UsageError(f"config.init_from is {config.init_from}: {error}") from error
         state = jax.jit(initial, out_shardings=shardings)(taken)
-        return state, transfer.describe(plan, source)
+        return state, transfer.describe(plan, source, step)
 
 
 def set_up(

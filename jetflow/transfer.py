@@ -114,7 +114,7 @@ def open_source(workdir: Path, weights: str) -> Source:
             f"config.init_weights is {weights!r}; expected one of {', '.join(WEIGHTS)}"
         )
     config, flow, best = workdirs.read_flow(workdir, dtype="float32")
-    if weights == "ema" != best:
+    if weights == "ema" and best != "ema":
         raise UsageError(
             "config.init_weights is 'ema', but that run has no averaged weights; set it to 'auto'"
         )
@@ -136,7 +136,8 @@ def make_plan(source: Source, target: Side) -> dict[str, Fate]:
             fields, and the arrays.
     """
     there, here = source.arrays, target.arrays
-    plan = {path: _fate(path, source, target, there, here) for path in {**here, **there}}
+    paths = sorted({**here, **there}, key=lambda path: not path.startswith("params/"))
+    plan = {path: _fate(path, source, target, there, here) for path in paths}
     fields = _differing_fields(source, target)
     arrays = [
         f"{path} is {_shape(there.get(path))} there and {_shape(here.get(path))} here"
@@ -209,9 +210,11 @@ def _flow_fields(side: Side) -> dict[str, Any]:
     }
 
 
-def restore(source: Source, mesh: Mesh, rules: Any) -> dict[str, Any]:
-    """The source's variables: parameters as a training state's lie on the mesh, the others, which
-    are small, whole on every device.
+def restore(source: Source, mesh: Mesh, rules: Any) -> tuple[dict[str, Any], int]:
+    """The source's variables, and the step that they come from.
+
+    Parameters lie on the mesh as those of a training; the others, which are small, are whole on
+    every device.
 
     Raises:
         UsageError: if there is no sound checkpoint.
@@ -228,8 +231,8 @@ def restore(source: Source, mesh: Mesh, rules: Any) -> dict[str, Any]:
         "collections": place(abstract, whole),
     }
     with Checkpoints(source.workdir / "checkpoints") as checkpoints:
-        restored, _ = checkpoints.restore(wanted)
-    return {"params": restored[source.weights], **restored["collections"]}
+        restored, step = checkpoints.restore(wanted)
+    return {"params": restored[source.weights], **restored["collections"]}, step
 
 
 def initialiser(
@@ -294,7 +297,7 @@ def _token_weights(
     return [weights[pattern] for pattern in patterns]
 
 
-def describe(plan: Mapping[str, Fate], source: Source) -> str:
+def describe(plan: Mapping[str, Fate], source: Source, step: int) -> str:
     """The plan as a table for a person; equal rows of numbered blocks are one."""
     groups: dict[tuple[str, Fate], list[str]] = {}
     for path, fate in plan.items():
@@ -316,7 +319,7 @@ def describe(plan: Mapping[str, Fate], source: Source) -> str:
     }
     total = ", ".join(f"{size:,} {fate}" for fate, size in sums.items())
     which = "averaged weights" if source.weights == "ema" else "weights"
-    return "\n".join([f"{which} of {source.workdir}:", *lines, f"parameters: {total}"])
+    return "\n".join([f"{which} of {source.workdir}, step {step}:", *lines, f"parameters: {total}"])
 
 
 def _shapes(fate: Fate) -> str:

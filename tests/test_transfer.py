@@ -152,7 +152,7 @@ def test_the_same_flow_is_loaded(name, tmp_path):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(new.opt_state))
     assert {what.partition(":")[0] for what in fates(table).values()} == {"loaded"}
     count = sum(leaf.size for leaf in jax.tree.leaves(old.params))
-    assert table.splitlines()[0] == f"averaged weights of {tmp_path}:"
+    assert table.splitlines()[0] == f"averaged weights of {tmp_path}, step 7:"
     assert table.endswith(f"parameters: {count:,} loaded, 0 resampled, 0 fresh, 0 dropped")
 
 
