@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from jetflow import optim, sharding, transfer
+from jetflow import optim, sharding, transfer, transfer_plan
 from jetflow import state as states
 from jetflow.config import Config
 from jetflow.data import pipeline
@@ -97,7 +97,7 @@ class Run:
         if not config.init_from:
             return jax.jit(create, out_shardings=shardings)(), ""
         state = self.abstract_state
-        target = transfer.Side(
+        target = transfer_plan.Side(
             flow=self.trainer.flow,
             section=config.flow.to_dict(),
             data=config.data.name,
@@ -105,13 +105,13 @@ class Run:
         )
         try:
             source = transfer.open_source(Path(config.init_from), config.init_weights)
-            plan = transfer.make_plan(source, target)
+            plan = transfer_plan.make_plan(source, target)
             taken, step = transfer.restore(source, self.mesh, config.mesh.rules)
             initial = transfer.initialiser(plan, source, target, taken, create)
         except UsageError as error:
             raise UsageError(f"config.init_from is {config.init_from}: {error}") from error
         state = jax.jit(initial, out_shardings=shardings)(taken)
-        return state, transfer.describe(plan, source, step)
+        return state, transfer_plan.describe(plan, source, step)
 
 
 def set_up(

@@ -20,7 +20,7 @@ FLOORS = (
     ("step", "sampling"),
     ("data", "checkpoint", "hosts", "manifest", "report"),
     ("evals",),
-    ("run", "transfer", "workdir"),
+    ("run", "transfer", "transfer_plan", "workdir"),
     ("archive", "bench", "hlo", "loop", "plan", "tpus"),
     ("convert",),
     ("commands",),

@@ -15,7 +15,7 @@ from absl import flags
 from flow_laws import random_variables
 from tiny_runs import FLOWS, ROOT, STEPS, assert_same, read_state, remains
 
-from jetflow import cli, config, manifest, report, transfer
+from jetflow import cli, config, manifest, report, transfer_plan
 from jetflow.checkpoint import Checkpoints
 from jetflow.data.pipeline import Dataset
 from jetflow.flows import coupling, orders, resample
@@ -303,12 +303,12 @@ def test_other_differences_are_refused(shape, fields, said, tmp_path):
 def test_an_array_without_counterpart_is_refused(tmp_path, monkeypatch):
     """Even where no field of the configs says so."""
     leave(prepare("tarflow"), tmp_path)
-    real = transfer.Side.arrays.fget
+    real = transfer_plan.Side.arrays.fget
     more = {"params/extra": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
-    for side in (transfer.Source, transfer.Side):
+    for side in (transfer_plan.Source, transfer_plan.Side):
         arrays = lambda self, side=side: real(self) | (more if type(self) is side else {})  # noqa: E731
-        monkeypatch.setattr(transfer.Side, "arrays", property(arrays))
-        where = "2x3 there and absent" if side is transfer.Source else "absent there and 2x3"
+        monkeypatch.setattr(transfer_plan.Side, "arrays", property(arrays))
+        where = "2x3 there and absent" if side is transfer_plan.Source else "absent there and 2x3"
         with pytest.raises(UsageError, match=f"params/extra is {where} here"):
             begin("tarflow", tmp_path)
 
