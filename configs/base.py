@@ -55,6 +55,8 @@ def tarflow() -> ConfigDict:
 def _common() -> ConfigDict:
     return ConfigDict(
         dict(
+            init_from="",  # a workdir, also a converted one, whose weights to start from
+            init_weights="auto",  # of it: "params", "ema", or averaged ones where it has them
             data=dict(
                 name="digits",  # a data set that `jetflow train` can prepare, see the README
                 train_split="train",  # of the data set; TFDS slices such as train[:90%] work
@@ -79,6 +81,7 @@ def _common() -> ConfigDict:
                 decay_rule="lr",  # decay times the learning rate (AdamW), or times its "schedule"
                 clip_norm=0.0,  # largest norm of the gradient; 0 for no limit
                 mu_dtype="float32",  # of Adam's first moment
+                multipliers=(),  # (regex, factor) on the rate of matching parameters; 0 freezes
             ),
             train=dict(
                 seed=0,  # of initialisation, data order and noise
@@ -94,7 +97,6 @@ def _common() -> ConfigDict:
                 checkpoint_every=500,  # steps between checkpoints; one more at the end
                 keep_checkpoints=2,  # newest ones kept,
                 keep_every=0,  # and for good those at multiples of so many steps; 0 for none
-                init_from="",  # a workdir of the same flow, whose weights to start from
             ),
             mesh=dict(
                 data=-1,  # devices over which the batch alone is split; -1 for all the rest

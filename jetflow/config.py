@@ -16,6 +16,8 @@ from jetflow.types import UsageError
 Config: TypeAlias = Any  # an ml_collections ConfigDict: sections of fields, as configs/base.py has
 
 SECTIONS = ("flow", "data", "noise", "optim", "train", "mesh", "eval")
+FIELDS = ("init_from", "init_weights")  # that belong to no section
+MOVED = {"train.init_from": "init_from"}  # former names of fields
 _KINDS = {  # part of what absl says of a value of the wrong type -> what was expected
     "int()": "a whole number",
     "to float": "a number",
@@ -94,6 +96,8 @@ def _failure(error: BaseException, path: str | None, argv: Sequence[str]) -> str
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     for name in (argument.lstrip("-").partition("=")[0] for argument in argv):
+        if moved := MOVED.get(name.removeprefix("config.")):
+            remedy = f"it is config.{moved}"
         if not lines and unknown in name.split(".")[1:]:
             return f"{name} is no field of the config; {remedy}"
     lines = lines or [getattr(error, "lineno", None)]  # which a SyntaxError has
@@ -113,9 +117,10 @@ def _failure(error: BaseException, path: str | None, argv: Sequence[str]) -> str
 def _check_sections(config: Any, path: str) -> None:
     if not isinstance(config, ConfigDict):
         raise UsageError(f"--config {path} has a get_config that returns no config")
-    for section in SECTIONS:
-        if section not in config:
+    for name in (*SECTIONS, *FIELDS):
+        if name not in config:
+            kind = "section" if name in SECTIONS else "field"
             raise UsageError(
-                f"--config {path} has no section {section}; start from configs/base.py, which has "
-                f"{', '.join(SECTIONS)}"
+                f"--config {path} has no {kind} {name}; start from configs/base.py, which has "
+                f"{', '.join((*SECTIONS, *FIELDS))}"
             )

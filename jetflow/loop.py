@@ -87,14 +87,15 @@ def train(run: Run, workdir: Path) -> int:
     )
     with StopSignal() as stop, checkpoints:
         # What cannot start must leave nothing behind, what goes on must first fit its folder.
-        fresh = run.fresh_state() if hosts.agreed(checkpoints.latest() is None) else None
+        begins = hosts.agreed(checkpoints.latest() is None)
+        fresh, origin = run.fresh_state() if begins else (None, "")
         with workdirs.claimed(workdir, run.resolved_config):
             state, start = (
                 (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
             )
             with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
                 try:
-                    Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start)
+                    Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, origin)
                 except Stopped:
                     return 128 + (stop.number or 0)
                 except Diverged as error:
@@ -114,9 +115,16 @@ class Session:
     poll: Callable[[], None]
     _pending: tuple[int, Metrics] | None = None
 
-    def go(self, state: TrainState, start: int) -> None:
-        """Train from step `start` to the end."""
+    def go(self, state: TrainState, start: int, origin: str = "") -> None:
+        """Train from step `start` to the end.
+
+        Args:
+            origin: what is to be said of a fresh state that was made of another run's weights.
+        """
         self.reporter.say(self._headline(state, start))
+        if origin:
+            self.reporter.say(origin)
+            self._save(state, start)  # the other run may go on, or be deleted
         step, total = start, self.run.total_steps
         batches: Ahead[Batch, Batch] | None = None
         try:
@@ -289,7 +297,7 @@ class Session:
             return f"all {total} steps were done before"
         if start:
             return f"resumed at step {start} of {total}, of {size} images each"
-        source = self.run.config.train.init_from
+        source = self.run.config.init_from
         return f"{total} steps of {size} images each" + (f", from {source}" if source else "")
 
     def _conclude(self) -> None:

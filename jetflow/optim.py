@@ -1,4 +1,9 @@
-"""Adam with the two papers' weight-decay rules, and the learning-rate schedule."""
+"""Adam with the two papers' weight-decay rules, the schedule, and rates of single parameters."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +13,8 @@ from jetflow.types import UsageError
 
 DECAY_RULES = ("lr", "schedule")
 MOMENT_DTYPES = ("float32", "bfloat16")
+
+Multipliers: TypeAlias = Sequence[Any]  # of (regex, factor), as `factors` checks
 
 
 def warmup_cosine(*, lr: float, min_lr: float, warmup_steps: int, total_steps: int):
@@ -32,6 +39,7 @@ def adam(
     decay_rule: str,
     clip_norm: float,
     mu_dtype: str,
+    multipliers: Multipliers = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer and its learning-rate schedule.
 
@@ -45,6 +53,8 @@ def adam(
             "schedule" by the rate relative to its peak (big_vision, Jet).
         clip_norm: largest global norm of the gradient; 0 for no limit.
         mu_dtype: of Adam's first moment.
+        multipliers: of the updates of single parameters, decay included, see `factors`. Those of
+            factor 0 have no moments, and do not count in the norm of the gradient.
     """
     if decay_rule not in DECAY_RULES:
         raise UsageError(
@@ -70,7 +80,72 @@ def adam(
         optax.add_decayed_weights(decay),
         optax.scale_by_learning_rate(schedule),
     )
-    return tx, schedule
+    return (_multiplied(tx, multipliers) if multipliers else tx), schedule
+
+
+def factors(params: Any, multipliers: Multipliers) -> Any:
+    """The factor on each parameter's learning rate, a tree of floats; 0 freezes the parameter.
+
+    Args:
+        multipliers: (regex, factor) pairs. The first whose regex is found in a parameter's path,
+            such as "/blocks_0/position", counts; where there is none, the factor is 1.
+
+    Raises:
+        UsageError: on a regex that is none or decides for no parameter, a factor that is negative
+            or not finite, and if nothing is left to train.
+    """
+    table = [_checked(pair) for pair in multipliers]
+    paths = ["/" + _name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    rows = [
+        next((row for row, (pattern, _) in enumerate(table) if pattern.search(path)), None)
+        for path in paths
+    ]
+    for row, (pattern, _) in enumerate(table):
+        if row not in rows:
+            some = ", ".join(dict.fromkeys(re.sub(r"\d+", "0", path) for path in paths))
+            raise UsageError(
+                f"config.optim.multipliers has {pattern.pattern!r}, which is the first to match no "
+                f"parameter; expected a regex for some of: {some}"
+            )
+    found = [1.0 if row is None else float(table[row][1]) for row in rows]
+    if not any(found):
+        raise UsageError("config.optim.multipliers freezes every parameter; leave some to train")
+    return jax.tree.unflatten(jax.tree.structure(params), found)
+
+
+def _multiplied(
+    tx: optax.GradientTransformation, multipliers: Multipliers
+) -> optax.GradientTransformation:
+    def labels(params):
+        return jax.tree.map(lambda f: "trained" if f else "frozen", factors(params, multipliers))
+
+    def multiply(updates, params=None):
+        del params
+        return jax.tree.map(lambda u, f: u * f, updates, factors(updates, multipliers))
+
+    parts = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+    return optax.chain(parts, optax.stateless(multiply))
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _checked(pair: Any) -> tuple[re.Pattern, float]:
+    try:
+        regex, factor = pair
+        pattern, factor = re.compile(regex), float(factor)
+    except (TypeError, ValueError, re.error) as error:
+        raise UsageError(
+            f"config.optim.multipliers has {pair!r}, which is no regex with a factor ({error}); "
+            "expected pairs, such as (('position', 0.1), ('proj_in', 0))"
+        ) from error
+    if not (math.isfinite(factor) and factor >= 0):
+        raise UsageError(
+            f"config.optim.multipliers has the factor {factor:g} for {regex!r}; expected 0, which "
+            "freezes, or a number above 0"
+        )
+    return pattern, factor
 
 
 def _scale_by_adam(

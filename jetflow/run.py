@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from jetflow import optim, sharding
+from jetflow import optim, sharding, transfer, transfer_plan
 from jetflow import state as states
-from jetflow import workdir as workdirs
-from jetflow.checkpoint import Checkpoints
 from jetflow.config import Config
 from jetflow.data import pipeline
 from jetflow.flows.build import build
@@ -88,45 +86,32 @@ class Run:
         with sharding.on(self.mesh):
             return step.lower(state, batch)
 
-    def fresh_state(self) -> TrainState:
-        """The state before the first step, made where it is to lie.
+    def fresh_state(self) -> tuple[TrainState, str]:
+        """The state before the first step, made where it is to lie, and what it was made of.
 
         Raises:
-            UsageError: if `config.train.init_from` is no run of this flow.
+            UsageError: if `config.init_from` is no run whose weights this flow can start from.
         """
-        weights = self._initial_weights() if self.config.train.init_from else None
+        create, config = _creation(self.config, self.trainer), self.config
         shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state)
-        state = jax.jit(_creation(self.config, self.trainer), out_shardings=shardings)()
-        if weights is None:
-            return state
-        params, collections = weights
-        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-        return state.replace(params=params, collections=collections, ema=ema)
-
-    def _initial_weights(self) -> tuple[Any, Any]:
-        """Parameters, averaged ones where there are any, and collections of another run."""
-        source = Path(self.config.train.init_from)
-        same = {name: self.config.flow[name] for name in ("dtype", "remat", "scan")}
+        if not config.init_from:
+            return jax.jit(create, out_shardings=shardings)(), ""
+        state = self.abstract_state
+        target = transfer_plan.Side(
+            flow=self.trainer.flow,
+            section=config.flow.to_dict(),
+            data=config.data.name,
+            abstract={"params": state.params, **state.collections},
+        )
         try:
-            config, flow, weights = workdirs.read_flow(source, **same)
-            if flow != self.trainer.flow:
-                there = _flow_fields({**config["flow"], **same}, config["resolved"])
-                here = _flow_fields(self.config.flow.to_dict(), self.resolved_config["resolved"])
-                differing = [
-                    f"{name} is {there.get(name)} there and {here.get(name)} here"
-                    for name in {**there, **here}
-                    if there.get(name) != here.get(name)
-                ]
-                raise UsageError(
-                    f"it holds another flow: {', '.join(differing)}; set what is there"
-                )
-            abstract = self.abstract_state
-            wanted = {weights: abstract.params, "collections": abstract.collections}
-            with Checkpoints(source / "checkpoints") as checkpoints:
-                restored, _ = checkpoints.restore(wanted)
+            source = transfer.open_source(Path(config.init_from), config.init_weights)
+            plan = transfer_plan.make_plan(source, target)
+            taken, step = transfer.restore(source, self.mesh, config.mesh.rules)
+            initial = transfer.initialiser(plan, source, target, taken, create)
         except UsageError as error:
-            raise UsageError(f"config.train.init_from is {source}: {error}") from error
-        return restored[weights], restored["collections"]
+            raise UsageError(f"config.init_from is {config.init_from}: {error}") from error
+        state = jax.jit(initial, out_shardings=shardings)(taken)
+        return state, transfer_plan.describe(plan, source, step)
 
 
 def set_up(
@@ -176,6 +161,7 @@ def set_up(
         seed=config.train.seed,
         accumulation=config.train.accumulation,
         ema_decay=config.train.ema_decay,
+        multipliers=config.optim.multipliers,
     )
     abstract = jax.eval_shape(_creation(config, trainer))
     abstract = jax.tree.map(
@@ -209,21 +195,6 @@ def guidance_of(section: Config) -> Guidance:
         temperature=section.attention_temperature,
         annealed=section.annealed,
     )
-
-
-def _flow_fields(section: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
-    """All that a flow is made of, by name; each value in one of its spellings."""
-    fields = {f"config.flow.{name}": value for name, value in section.items()}
-    if depths := section.get("layers_per_block"):
-        depths = [depths] if isinstance(depths, int) else list(depths)
-        fields["config.flow.layers_per_block"] = (
-            depths * section["num_blocks"] if len(depths) == 1 else depths
-        )
-    fields["the shape of the images"] = resolved["image_shape"]
-    fields["the number of classes"] = resolved["num_classes"]
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-    }
 
 
 def _creation(config: Config, trainer: Trainer):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jetflow import likelihood
+from jetflow import likelihood, optim
 from jetflow.noise import Noise
 from jetflow.state import TrainState
 from jetflow.types import Batch, Flow
@@ -30,6 +30,7 @@ class Trainer:
         seed: of all the draws.
         accumulation: parts that a batch is cut into; gradients are averaged over them.
         ema_decay: of the moving average of the parameters; 0 for none.
+        multipliers: as `tx` has them; a parameter of factor 0, and its average, stay bit for bit.
     """
 
     flow: Flow
@@ -39,6 +40,7 @@ class Trainer:
     seed: int
     accumulation: int = 1
     ema_decay: float = 0.0
+    multipliers: optim.Multipliers = ()
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update from a global batch of uint8 images, with its noise."""
@@ -57,9 +59,11 @@ class Trainer:
         """One update from pixel values to which the noise has been added."""
         gradients, aux = self._gradients(state, x, label)
         updates, opt_state = self.tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = jax.tree.map(bool, optim.factors(state.params, self.multipliers))
+        params = _where(trained, optax.apply_updates(state.params, updates), state.params)
+        average = _average(state.ema, params, self.ema_decay)
         metrics = aux["metrics"] | {
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": _norm(trained, gradients),
             "learning_rate": self.schedule(state.step),
         }
         new_state = state.replace(
@@ -67,7 +71,7 @@ class Trainer:
             params=params,
             collections=_update_prior(state.collections, aux["square"]),
             opt_state=opt_state,
-            ema=_average(state.ema, params, self.ema_decay),
+            ema=None if average is None else _where(trained, average, state.ema),
         )
         return new_state, metrics
 
@@ -165,6 +169,17 @@ def _update_prior(collections: Mapping[str, Any], square: Float[Array, "T D"]) -
     variance = collections["prior"]["variance"]
     moved = variance + PRIOR_RATE * (square - variance)
     return {**collections, "prior": {"variance": moved}}
+
+
+def _where(trained: Any, new: Any, old: Any) -> Any:
+    """The new arrays of what is trained, the old ones of the rest."""
+    return jax.tree.map(lambda is_trained, n, o: n if is_trained else o, trained, new, old)
+
+
+def _norm(trained: Any, gradients: Any) -> Float[Array, ""]:
+    """The norm of the gradient of what is trained, as far as the optimizer clips it."""
+    leaves = zip(jax.tree.leaves(trained), jax.tree.leaves(gradients), strict=True)
+    return optax.global_norm([gradient for is_trained, gradient in leaves if is_trained])
 
 
 def _average(ema: Any, params: Any, decay: float) -> Any:

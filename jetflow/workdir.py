@@ -132,7 +132,7 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
         raise UsageError(
             f"{workdir} holds a run with another config: {', '.join(differences)}; "
             "give that config to go on with it, or another --workdir for a new run, which can "
-            f"start from these weights: --config.train.init_from={workdir}"
+            f"start from these weights: --config.init_from={workdir}"
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ ARGUMENTS = {
     "imagenet64_jet": ("", ":64x5"),
     "photos_jet": ("", ":8", ":32"),
     "photos_tarflow": ("", ":8", ":32"),
+    "transfer_photos": (":pretrain", ":finetune", ":scratch"),
 }
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "base")
 
@@ -32,7 +33,7 @@ def test_config_builds(name, argument):
     settings = read(f"{name}.py{argument}")
     run = set_up(settings, plan.load)
     assert run.total_steps > 0
-    if argument and "photos" in name:
+    if argument and name.startswith("photos"):
         assert settings.data.name == f"photos/{argument[1:]}"
     assert run.trainer.flow.image_shape == run.train_data.image_shape
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("step", "sampling"),
     ("data", "checkpoint", "hosts", "manifest", "pth", "report"),
     ("evals",),
-    ("run", "workdir"),
+    ("run", "transfer", "transfer_plan", "workdir"),
     ("archive", "bench", "collectives", "costs", "hlo", "loop", "plan", "throughput", "tpus"),
     ("convert",),
     ("commands",),

@@ -101,3 +101,61 @@ def test_first_moment_is_kept_in_its_dtype():
 def test_impossible_values_are_refused(fields, message):
     with pytest.raises(UsageError, match=message):
         adam(**fields)
+
+
+NESTED = {"blocks_0": {"position": jnp.array([3.0, -1.0])}, "head": {"kernel": jnp.array([2.0])}}
+NESTED |= {"blocks_1": {"position": jnp.array([0.5, 1.5])}}
+
+
+def two_updates(**fields):
+    tx, _ = adam(**fields)
+    state = tx.init(NESTED)
+    for scale in (1.0, -3.0):
+        gradients = jax.tree.map(lambda p, scale=scale: scale * p**2, NESTED)
+        updates, state = tx.update(gradients, state, NESTED)
+    return updates, state
+
+
+@pytest.mark.parametrize("rule", optim.DECAY_RULES)
+def test_multipliers_multiply_the_update_with_its_decay(rule):
+    """The first that matches counts; all else is as without them, to the last bit."""
+    multipliers = (("/blocks_0/", 0.25), ("position", 3.0))
+    plain, _ = two_updates(decay_rule=rule)
+    updates, _ = two_updates(decay_rule=rule, multipliers=multipliers)
+    for path, factor in {"blocks_0": 0.25, "blocks_1": 3.0, "head": 1.0}.items():
+        ((_, one),), ((_, other),) = plain[path].items(), updates[path].items()
+        np.testing.assert_array_equal(other, factor * one)
+        assert np.abs(one).min() > 1e-4
+
+
+def test_a_factor_of_0_freezes():
+    """No update, also where there is decay; no moments; no part in the norm that is clipped."""
+    updates, state = two_updates(multipliers=(("blocks", 0),), clip_norm=0.5)
+    np.testing.assert_array_equal(updates["blocks_0"]["position"], 0)
+    arrays = [leaf.shape for leaf in jax.tree.leaves(state)]
+    assert arrays.count((1,)) == 2 and (2,) not in arrays
+    alone, _ = adam(clip_norm=0.5)
+    head = {"head": NESTED["head"]}
+    others, inner = {"head": {"kernel": jnp.array([4.0])}}, alone.init(head)
+    for scale in (1.0, -3.0):
+        expected, inner = alone.update(jax.tree.map(lambda g, s=scale: s * g, others), inner, head)
+    np.testing.assert_array_equal(updates["head"]["kernel"], expected["head"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "message"),
+    [
+        ((("blocks_7", 1),), "'blocks_7', which is the first to match no parameter; .* /blocks_0/"),
+        ((("blocks", 1), ("blocks_1", 2)), "'blocks_1', which is the first to match no"),
+        ((("", 0),), "freezes every parameter"),
+        ((("head", -1),), "the factor -1 for 'head'; expected 0, which freezes"),
+        ((("head", float("nan")),), "the factor nan"),
+        ((("(", 1),), "no regex with a factor"),
+        (("head", 0.1), "has 'head', which is no regex with a factor"),
+        ((("head", "x"),), "no regex with a factor"),
+    ],
+)
+def test_bad_multipliers(multipliers, message):
+    tx, _ = adam(multipliers=multipliers)
+    with pytest.raises(UsageError, match=message):
+        tx.init(NESTED)

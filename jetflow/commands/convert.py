@@ -217,7 +217,7 @@ def _report(published: Published, out: Path, model: str, config: dict[str, Any])
         print("measure it:  convert it again with --data NAME, which `jetflow evaluate` needs")
     settings = {f"flow.{name}": value for name, value in published.section.items()}
     settings |= {f"noise.{name}": config["noise"][name] for name in ("kind", "std")}
-    settings |= {"data.labels": config["data"]["labels"], "train.init_from": out}
+    settings |= {"data.labels": config["data"]["labels"], "init_from": out}
     del settings["flow.kind"]
     given = [shlex.quote(f"--config.{name}={value}") for name, value in settings.items()]
     print(f"train it on: jetflow train --config A_{model.upper()}.py --workdir … {' '.join(given)}")

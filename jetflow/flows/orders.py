@@ -50,6 +50,18 @@ def token_pattern(name: str, grid: tuple[int, int]) -> Int[np.ndarray, "T"]:
     return np.argsort(1 - parity if name.endswith("-inv") else parity, kind="stable")
 
 
+def layer_patterns(num_couplings: int, kinds: tuple[str, ...]) -> list[str | None]:
+    """The token pattern of each layer's split; None for a channel split."""
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise UsageError(f"config.flow.kinds is {tuple(kinds)}; expected a sequence out of {KINDS}")
+    patterns = itertools.cycle(SPATIAL_CYCLE)
+    return [
+        next(patterns) if kind == "spatial" else None
+        for kind in itertools.islice(itertools.cycle(kinds), num_couplings)
+    ]
+
+
 def splits(
     num_couplings: int, kinds: tuple[str, ...], grid: tuple[int, int], features: int
 ) -> Splits:
@@ -60,26 +72,18 @@ def splits(
     often (a layer scales by a bounded factor, and few layers use most of that bound). Spatial
     splits cycle through `SPATIAL_CYCLE`, which swaps its halves likewise.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise UsageError(f"config.flow.kinds is {tuple(kinds)}; expected a sequence out of {KINDS}")
+    patterns = layer_patterns(num_couplings, kinds)
     if features % 2:
         raise UsageError(
             f"a coupling needs an even number of features per patch, but there are {features};"
             " set config.flow.patch_size to an even number"
         )
     tokens = grid[0] * grid[1]
-    patterns = itertools.cycle(SPATIAL_CYCLE)
     permutations = _permutations(features)
-    token_order, feature_order, spatial = [], [], []
-    for kind in itertools.islice(itertools.cycle(kinds), num_couplings):
-        is_spatial = kind == "spatial"
-        token_order.append(token_pattern(next(patterns), grid) if is_spatial else np.arange(tokens))
-        feature_order.append(np.arange(features) if is_spatial else next(permutations))
-        spatial.append(is_spatial)
-    return Splits(
-        np.array(token_order, np.int32), np.array(feature_order, np.int32), np.array(spatial)
-    )
+    token_order = [token_pattern(p, grid) if p else np.arange(tokens) for p in patterns]
+    feature_order = [np.arange(features) if p else next(permutations) for p in patterns]
+    spatial = np.array([p is not None for p in patterns])
+    return Splits(np.array(token_order, np.int32), np.array(feature_order, np.int32), spatial)
 
 
 def _permutations(features: int) -> Iterator[Int[np.ndarray, "D"]]:

@@ -1,5 +1,6 @@
 """Small colour crops of the two photographs that ship with scikit-learn, without labels."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -7,6 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 CROP_SIZES = (8, 16, 32, 64)
+PICTURES = ("china", "flower")
 NUM_TRAIN = 32_768
 NUM_TEST = 512
 
@@ -18,8 +20,9 @@ Square colour crops of the two photographs of scikit-learn's `load_sample_images
 flower.jpg, taken alternately. The {NUM_TRAIN:,} train crops lie wholly in the columns
 0..{_BORDER - 1}, at positions uniform over all that fit; the {NUM_TEST} test crops lie wholly in
 the columns {_BORDER}..{_WIDTH - 1}: the splits share no pixel, but they do share two scenes.
-Positions come from `numpy.random.default_rng` with seed 0 for train and 123 for test. Enough to
-see that a model of colour images learns; not a benchmark.
+Positions come from `numpy.random.default_rng` with seed 0 for train and 123 for test. A config that
+names a picture has as many crops, at the same positions, of that one alone. Enough to see that a
+model of colour images learns; not a benchmark.
 """
 
 
@@ -43,29 +46,47 @@ def corners_of_test(size: int) -> Iterator[tuple[int, int, int]]:
         yield k % 2, int(top), int(left)
 
 
+@dataclasses.dataclass
+class PhotosConfig(tfds.core.BuilderConfig):
+    """Attributes: size, of a crop in pixels; picture, one of `PICTURES`, or None for both."""
+
+    size: int = 0
+    picture: str | None = None
+
+
+def _config(picture: str | None, size: int) -> PhotosConfig:
+    return PhotosConfig(
+        name=f"{picture or ''}{size}",
+        description=f"Crops of {size}x{size} pixels of {picture or 'both photographs'}.",
+        size=size,
+        picture=picture,
+    )
+
+
 class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """uint8 [size, size, 3] crops, one config per size; splits train (32,768) and test (512)."""
+    """uint8 [size, size, 3] crops; splits train (32,768) and test (512).
+
+    One config per size, "16", and one per picture and size, "china16".
+    """
 
     name = "photos"
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
     BUILDER_CONFIGS: ClassVar = [
-        tfds.core.BuilderConfig(name=str(size), description=f"Crops of {size}x{size} pixels.")
-        for size in CROP_SIZES
+        _config(picture, size) for picture in (None, *PICTURES) for size in CROP_SIZES
     ]
 
     @property
-    def size(self) -> int:
-        """Height and width of a crop in pixels."""
-        assert self.builder_config is not None  # TFDS takes the first config where none is named
-        return int(self.builder_config.name)
+    def settings(self) -> PhotosConfig:
+        """The config; TFDS takes the first where none is named."""
+        assert isinstance(self.builder_config, PhotosConfig)
+        return self.builder_config
 
     def _info(self) -> tfds.core.DatasetInfo:
         # Bytes, which ArrayRecord compresses by zstd: crops of 64x64 take a third more on disk than
         # as PNG, and are read several times as fast (benchmarks/tfdata_reading.py).
-        image = tfds.features.Tensor(
-            shape=(self.size, self.size, 3), dtype=np.uint8, encoding="bytes"
-        )
+        size = self.settings.size
+        image = tfds.features.Tensor(shape=(size, size, 3), dtype=np.uint8, encoding="bytes")
         return tfds.core.DatasetInfo(
             builder=self,
             description=_DESCRIPTION,
@@ -80,15 +101,17 @@ class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download
+        size = self.settings.size
         return {
-            "train": self._generate_examples(corners_of_train(self.size)),
-            "test": self._generate_examples(corners_of_test(self.size)),
+            "train": self._generate_examples(corners_of_train(size)),
+            "test": self._generate_examples(corners_of_test(size)),
         }
 
     def _generate_examples(self, corners: Iterator[tuple[int, int, int]]):
         from sklearn.datasets import load_sample_images  # slow to import, needed only here, once
 
-        pictures = load_sample_images().images  # uint8 [427, 640, 3] each
-        for key, (picture, top, left) in enumerate(corners):
-            crop = pictures[picture][top : top + self.size, left : left + self.size]
-            yield key, {"image": crop}
+        size, name = self.settings.size, self.settings.picture
+        pictures = load_sample_images().images  # uint8 [427, 640, 3] each, as in PICTURES
+        for key, (alternate, top, left) in enumerate(corners):
+            picture = pictures[PICTURES.index(name) if name else alternate]
+            yield key, {"image": picture[top : top + size, left : left + size]}
