@@ -140,13 +140,7 @@ def record(
         "standard_error": _finite(likelihood.standard_error),
         "draws": likelihood.draws,
         "noise": {"kind": noise.kind, "std": noise.std},
-        "data": {
-            "name": dataset.name,
-            "version": dataset.version,
-            "split": dataset.split,
-            "examples": len(dataset),
-            "checksum": dataset.checksum(),
-        },
+        "data": dataset.facts(),
         "step": step,
         "weights": weights,
     }
@@ -166,7 +160,8 @@ def describe(result: Mapping[str, Any]) -> str:
     over += ", averaged weights" if result["weights"] == "ema" else ""
     text = (
         f"{result['metric']} {number} ({over}) on {data['name']} {data['version']} "
-        f"{data['split']}: {data['examples']:,} examples, checksum {data['checksum']}"
+        f"{data['split']}: {data['examples']:,} examples, resize: {data['resize']}, "
+        f"checksum {data['checksum']}"
     )
     if result["noise"]["kind"] == "uniform":
         return text
