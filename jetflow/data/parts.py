@@ -12,12 +12,15 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from jetflow.data.images import Unreadable
 from jetflow.types import NO_LABEL
+
+# What a damaged archive raises as a whole; a damaged image in it is an `Unreadable` item.
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)
 
 
 class Item(NamedTuple):
@@ -34,6 +37,7 @@ class Item(NamedTuple):
     label: int
 
 
+@runtime_checkable
 class Part(Protocol):
     """A run of an archive's images.
 
@@ -84,7 +88,7 @@ class TarPart:
                 label = self.labels if isinstance(self.labels, int) else self.labels[number]
                 number += 1
                 yield Item(f"{self.name}/{member.name}", file.read(), label)
-        except (tarfile.TarError, EOFError) as error:
+        except DAMAGE as error:
             reason = Unreadable(f"the tar is damaged behind its file number {number}: {error}")
             yield Item(self.name, reason, NO_LABEL)
 
@@ -122,7 +126,7 @@ class ZipPart:
             for member, label in zip(self.members, self.labels, strict=True):
                 try:
                     content = archive.read(member)
-                except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+                except DAMAGE as error:
                     content = Unreadable(f"damaged in the zip: {error}")
                 yield Item(member, content, label)
 
@@ -189,7 +193,7 @@ class RowsPart:
                 pixels = np.frombuffer(row, np.uint8).reshape(shape).transpose(1, 2, 0)
                 yield Item(f"{self.member} row {number}", pixels, int(label) - self.first_label)
 
-    def _npz_rows(self, file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    def _npz_rows(self, file: io.BufferedIOBase) -> Iterator[tuple[bytes, int]]:
         with zipfile.ZipFile(file) as npz:
             with npz.open("labels.npy") as column:
                 labels = np.load(column)[self.start : self.stop]
@@ -199,7 +203,7 @@ class RowsPart:
                 for label in labels:
                     yield data.read(width), label
 
-    def _pickled_rows(self, file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    def _pickled_rows(self, file: io.BufferedIOBase) -> Iterator[tuple[bytes, int]]:
         batch = _BatchUnpickler(file, encoding="bytes").load()
         batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
         yield from zip(
@@ -209,7 +213,7 @@ class RowsPart:
         )
 
 
-def open_member(path: Path, member: str) -> IO[bytes]:
+def open_member(path: Path, member: str) -> io.BufferedIOBase:
     """A file of a zip, of a compressed tar that fits into memory, or of a folder."""
     if path.is_dir():
         return open(path / member, "rb")
@@ -221,7 +225,7 @@ def open_member(path: Path, member: str) -> IO[bytes]:
         return io.BytesIO(file.read())
 
 
-def is_npz(file: IO[bytes]) -> bool:
+def is_npz(file: io.BufferedIOBase) -> bool:
     """By its first bytes; the position stays at the start."""
     start = file.read(4)
     file.seek(0)
@@ -237,7 +241,7 @@ def npz_rows(path: Path, member: str) -> int | None:
             return _shape(data)[0]
 
 
-def _shape(data: IO[bytes]) -> tuple[int, int]:
+def _shape(data: io.BufferedIOBase) -> tuple[int, int]:
     """(rows, bytes a row) by the header of a .npy file, read up to its first row."""
     version = np.lib.format.read_magic(data)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -260,8 +264,9 @@ _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    # How protocol 2 writes bytes; with this encoding it can do nothing else.
+    # How protocol 2 writes bytes, and none.
     ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+    ("__builtin__", "bytes"): lambda: b"",
 }
 
 

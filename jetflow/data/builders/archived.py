@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from jetflow.data import images, pieces
-from jetflow.data.parts import Part
+from jetflow.data.parts import DAMAGE, Part
 from jetflow.data.pieces import HeldOut, Piece
 from jetflow.types import UsageError
 
@@ -96,9 +96,6 @@ class ArchiveBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrat
     # Set by whoever prepares: TFDS's `download_and_prepare` has no arguments for them.
     workers: int = os.cpu_count() or 1
     on_progress: Callable[[Progress], None] = staticmethod(lambda progress: None)
-    say: Callable[[str], None] = staticmethod(
-        functools.partial(print, file=sys.stderr, flush=True)
-    )
 
     @property
     def archives(self) -> Sequence[Archive]:
@@ -157,20 +154,27 @@ class ArchiveBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrat
         if missing := self.missing(folder):
             raise UsageError(missing)
         found = {archive.name: archive.find(folder) for archive in self.archives}
-        self._warn_of_sizes(found)
-        classes, splits = self._splits(found)
-        if self.LABELLED:
-            self.info.features["label"].names = classes
         del dl_manager  # there is nothing to download
-        total = sum(size_on_disk(path) for path in found.values())
-        self._publish(self._write(self._pieces(splits, len(classes)), total))
+        self._warn_of_sizes(found)
+        try:
+            classes, splits = self._splits(found)
+            if self.LABELLED:
+                self.info.features["label"].names = classes
+            total = sum(size_on_disk(path) for path in found.values())
+            notes = self._write(self._pieces(splits, len(classes)), total)
+        except DAMAGE as error:
+            raise UsageError(
+                f"an archive of {self.name} in {folder} is damaged, or not what its name says "
+                f"({error}); bring it again, and run the same command"
+            ) from error
+        self._publish(notes)
 
     def _warn_of_sizes(self, found: dict[str, Path]) -> None:
         for archive in self.archives:
             path = found[archive.name]
             size = path.stat().st_size
             if path.name == archive.name and isinstance(archive.size, int) and size != archive.size:
-                self.say(f"{path} has {size:,} bytes; the published file has {archive.size:,}")
+                say(f"{path} has {size:,} bytes; the published file has {archive.size:,}")
 
     def _pieces(self, splits: Sequence[Split], classes: int) -> Iterator[Piece]:
         index = 0
@@ -256,6 +260,10 @@ class PublishedBuilder(ArchiveBuilder, skip_registration=True):
 
     def _resize_method(self) -> str:
         return self.RESIZE_METHOD
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def resized(content: bytes, size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from jetflow.data import parts, pieces
-from jetflow.data.builders.archived import Archive, ArchiveBuilder, Split
+from jetflow.data.builders.archived import Archive, ArchiveBuilder, Split, say
 from jetflow.data.parts import TarPart
 from jetflow.data.pieces import HeldOut, Piece
 from jetflow.types import UsageError
@@ -125,7 +125,7 @@ class ImageNet21k(ArchiveBuilder, skip_registration=True):
         known = [path.name, path.stat().st_size]
         if note.exists() and (content := json.loads(note.read_text("utf-8")))["archive"] == known:
             return [tuple(tar) for tar in content["tars"]]
-        self.say(f"{path} is compressed: looking for its tars takes a first pass over it")
+        say(f"{path} is compressed: looking for its tars takes a first pass over it")
         tars = _inner_tars(path)
         unfinished = note.with_suffix(".unfinished")
         unfinished.write_text(json.dumps({"archive": known, "tars": tars}), "utf-8")
