@@ -1,10 +1,11 @@
-"""Small archives of exactly the published layouts, with the awkward files that are in the real ones."""
+"""Small archives of exactly the published layouts, with the awkward files that real ones have."""
 
 import gzip
 import io
 import pickle
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,9 @@ def new_imagenet(folder: Path, size: int, kind: str = "npz") -> tuple[np.ndarray
     labels = rng.integers(1, 1001, 46)
     suffix, ending = ("_npz", ".npz") if kind == "npz" else ("", "")
     batches = {
-        number: _batch(pixels[4 * number - 4 : 4 * number], labels[4 * number - 4 : 4 * number], kind)
+        number: _batch(
+            pixels[4 * number - 4 : 4 * number], labels[4 * number - 4 : 4 * number], kind
+        )
         for number in range(1, 11)
     }
     groups = {"train_part1": range(1, 6), "train_part2": range(6, 11)}
@@ -149,7 +152,7 @@ def ilsvrc2012(folder: Path) -> None:
     """The three archives: per class the awkward files and a truncated one; 6 validation images."""
     inner = {}
     for number, synset in enumerate(SYNSETS):
-        files = list(awkward(number).values()) + [unreadable(number)["truncated"]]
+        files = [*awkward(number).values(), unreadable(number)["truncated"]]
         names = [f"{synset}_{k}.JPEG" for k in range(len(files))]
         inner[f"{synset}.tar"] = tar_of(dict(zip(names, files, strict=True)))
     tar_of(dict(reversed(inner.items())), folder / "ILSVRC2012_img_train.tar")
@@ -168,16 +171,16 @@ def ilsvrc2012(folder: Path) -> None:
     gzip_tar(devkit, folder / "ILSVRC2012_devkit_t12.tar.gz")
 
 
-def synset_tars(count: int = 40) -> dict[str, bytes]:
+def synset_tars(count: int = 40, synsets: Sequence[str] = SYNSETS) -> dict[str, bytes]:
     """A tar per class with `count` images and the unreadable files; the last one is cut short."""
     tars = {}
-    for number, synset in enumerate(SYNSETS):
+    for number, synset in enumerate(synsets):
         files = {f"{synset}_{k}.JPEG": jpeg(1000 * number + k, 40, 36) for k in range(count)}
         bad = unreadable(number).values()
         files |= {f"{synset}_{900 + k}.JPEG": content for k, content in enumerate(bad)}
         tars[f"{synset}.tar"] = tar_of(files)
-    last = tars[f"{SYNSETS[-1]}.tar"]
-    tars[f"{SYNSETS[-1]}.tar"] = last[: len(last) // 2 // 512 * 512 + 200]
+    last = tars[f"{synsets[-1]}.tar"]
+    tars[f"{synsets[-1]}.tar"] = last[: len(last) // 2 // 512 * 512 + 200]
     return tars
 
 

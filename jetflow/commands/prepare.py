@@ -67,7 +67,9 @@ class Display:
         rate = (progress.images - first.images) / max(now - self._begin, 1e-9)
         if self._first is None:
             self._first, self._begin = progress, now
-        state = f"{progress.images:,} images, {rate:,.0f} images/s, {progress.unreadable:,} unreadable"
+        state = (
+            f"{progress.images:,} images, {rate:,.0f} images/s, {progress.unreadable:,} unreadable"
+        )
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(

@@ -100,7 +100,6 @@ def _members(path: Path, offset: int, size: int) -> Iterator[tuple[tarfile.TarIn
             raise tarfile.ReadError("it is empty")
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) and member.offset < offset + size:
-                tar.members.clear()  # which would hold all headers of the tar
                 if (content := tar.extractfile(member)) is not None:
                     yield member, content
 
@@ -193,7 +192,7 @@ class RowsPart:
                 pixels = np.frombuffer(row, np.uint8).reshape(shape).transpose(1, 2, 0)
                 yield Item(f"{self.member} row {number}", pixels, int(label) - self.first_label)
 
-    def _npz_rows(self, file: io.BufferedIOBase) -> Iterator[tuple[bytes, int]]:
+    def _npz_rows(self, file: Any) -> Iterator[tuple[bytes, int]]:
         with zipfile.ZipFile(file) as npz:
             with npz.open("labels.npy") as column:
                 labels = np.load(column)[self.start : self.stop]
@@ -203,18 +202,15 @@ class RowsPart:
                 for label in labels:
                     yield data.read(width), label
 
-    def _pickled_rows(self, file: io.BufferedIOBase) -> Iterator[tuple[bytes, int]]:
+    def _pickled_rows(self, file: Any) -> Iterator[tuple[bytes, int]]:
         batch = _BatchUnpickler(file, encoding="bytes").load()
         batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
-        yield from zip(
-            map(np.ascontiguousarray, batch["data"][self.start : self.stop]),
-            batch["labels"][self.start : self.stop],
-            strict=True,
-        )
+        rows, labels = (batch[column][self.start : self.stop] for column in ("data", "labels"))
+        yield from ((row.tobytes(), label) for row, label in zip(rows, labels, strict=True))
 
 
-def open_member(path: Path, member: str) -> io.BufferedIOBase:
-    """A file of a zip, of a compressed tar that fits into memory, or of a folder."""
+def open_member(path: Path, member: str) -> Any:
+    """A binary file, of a zip, of a compressed tar that fits into memory, or of a folder."""
     if path.is_dir():
         return open(path / member, "rb")
     if zipfile.is_zipfile(path):
@@ -225,7 +221,7 @@ def open_member(path: Path, member: str) -> io.BufferedIOBase:
         return io.BytesIO(file.read())
 
 
-def is_npz(file: io.BufferedIOBase) -> bool:
+def is_npz(file: Any) -> bool:
     """By its first bytes; the position stays at the start."""
     start = file.read(4)
     file.seek(0)
@@ -241,13 +237,14 @@ def npz_rows(path: Path, member: str) -> int | None:
             return _shape(data)[0]
 
 
-def _shape(data: io.BufferedIOBase) -> tuple[int, int]:
+def _shape(data: Any) -> tuple[int, int]:
     """(rows, bytes a row) by the header of a .npy file, read up to its first row."""
     version = np.lib.format.read_magic(data)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran_order, dtype = read[version](data)
+    if version != (1, 0):
+        raise zipfile.BadZipFile(f"data.npy has format {version}; expected (1, 0)")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(data)
     if fortran_order or dtype != np.uint8 or len(shape) != 2:
-        raise ValueError(f"data.npy holds {dtype} {shape}; expected rows of uint8")
+        raise zipfile.BadZipFile(f"data.npy holds {dtype} {shape}; expected rows of uint8")
     return shape
 
 
@@ -282,8 +279,8 @@ def flat_tar(
         return TarPart(path, path.name, start, end - start, labels, len(members))
 
     for member in tar_files(path):
-        begun = members and member.offset_data + member.size - members[0].offset
-        if begun and (begun > most_bytes or len(members) == most_count):
+        size = member.offset_data + member.size - members[0].offset if members else 0
+        if size > most_bytes or len(members) == most_count:
             yield part(member.offset)
             members = []
         members.append(member)
@@ -295,7 +292,7 @@ def tar_files(path: Path) -> Iterator[tarfile.TarInfo]:
     """The files of a tar, by their headers alone where it is not compressed."""
     with tarfile.open(path) as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()
+            vars(tar)["members"].clear()  # or it keeps a million headers
             if member.isfile():
                 yield member
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from jetflow.data.images import Unreadable
 from jetflow.data.parts import Item, Part
@@ -107,6 +108,13 @@ class Note:
     def images(self) -> int:
         return sum(count for count, _ in self.splits.values())
 
+    @classmethod
+    def from_json(cls, text: str) -> "Note":
+        fields = json.loads(text)
+        splits = {split: (count, size) for split, (count, size) in fields["splits"].items()}
+        unreadable = [(name, reason) for name, reason in fields["unreadable"]]
+        return cls(fields["index"], fields["fingerprint"], splits, unreadable)
+
 
 def record_file(folder: Path, index: int, split: str) -> Path:
     return folder / f"{index:06d}-{split}.array_record"
@@ -118,8 +126,8 @@ def _note_file(folder: Path, index: int) -> Path:
 
 def read_note(folder: Path, piece: Piece) -> Note | None:
     """The note of a piece, if it is whole and was made of the same."""
-    with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):
-        note = Note(**json.loads(_note_file(folder, piece.index).read_text("utf-8")))
+    with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError):  # there is none, or half
+        note = Note.from_json(_note_file(folder, piece.index).read_text("utf-8"))
         if note.fingerprint != piece.fingerprint():
             return None
         for split, (count, _) in note.splits.items():
@@ -132,26 +140,18 @@ def read_note(folder: Path, piece: Piece) -> Note | None:
 
 def write_piece(folder: Path, piece: Piece) -> Note:
     """Decode the images of a piece and write its records, then its note."""
-    features = image_features(piece.size, piece.classes is not None)
+    features: Any = image_features(piece.size, piece.classes is not None)
     if piece.classes is not None:
         features["label"].names = [str(label) for label in range(piece.classes)]
+    serializer = ExampleSerializer(features.get_serialized_info())
     writers: dict[str, ArrayRecordWriter] = {}
     splits, unreadable = {}, []
-    for item in (item for part in piece.parts for item in part.read()):
-        try:
-            if isinstance(item.content, Unreadable):
-                raise item.content
-            example = {"image": piece.to_pixels(item.content)}
-        except Unreadable as reason:
-            unreadable.append((item.name, str(reason)))
-            continue
-        if piece.classes is not None:
-            example["label"] = item.label
-        split = piece.split_of(item)
+    for split, example in _examples(piece, unreadable):
         if split not in writers:
             path = _unfinished(record_file(folder, piece.index, split))
             writers[split] = ArrayRecordWriter(os.fspath(path), WRITER_OPTIONS)
-        record = features.serialize_example(example)
+        proto = serializer.get_tf_example(features.encode_example(example))
+        record = proto.SerializeToString(deterministic=True)  # its map has an order by chance
         writers[split].write(record)
         count, size = splits.get(split, (0, 0))
         splits[split] = count + 1, size + len(record)
@@ -164,6 +164,23 @@ def write_piece(folder: Path, piece: Piece) -> Note:
     _unfinished(path).write_text(json.dumps(dataclasses.asdict(note)), "utf-8")
     os.replace(_unfinished(path), path)
     return note
+
+
+def _examples(
+    piece: Piece, unreadable: list[tuple[str, str]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The images of a piece, each with its split; names and reasons of others go to `unreadable`."""
+    for item in (item for part in piece.parts for item in part.read()):
+        try:
+            if isinstance(item.content, Unreadable):
+                raise item.content
+            example: dict[str, Any] = {"image": piece.to_pixels(item.content)}
+        except Unreadable as reason:
+            unreadable.append((item.name, str(reason)))
+            continue
+        if piece.classes is not None:
+            example["label"] = item.label
+        yield piece.split_of(item), example
 
 
 def _unfinished(path: Path) -> Path:

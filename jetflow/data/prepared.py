@@ -64,7 +64,7 @@ def prepare(
         UsageError: unknown name, archives that are missing, no space or no rights.
     """
     make_builder = _maker(name, data_dir)
-    builder = make_builder()
+    builder: Any = make_builder()
     if builder.info.initialized or not isinstance(builder, ArchiveBuilder):
         return find(name, data_dir)
     folder = Path(manual_dir or default_manual_dir(data_dir)).expanduser().absolute()
@@ -97,12 +97,12 @@ def _alone(builder: ArchiveBuilder) -> Iterator[None]:
     """While no other process prepares the same; the lock goes with the process, however it ends."""
     lock = builder.partial_dir.with_suffix(".lock")
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        builder.partial_dir.mkdir(exist_ok=True)
-        file = open(lock, "w")
+        builder.partial_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot write to {lock.parent} ({error}); give another --data_dir") from error
-    with file:
+        raise UsageError(
+            f"cannot write to {lock.parent} ({error}); give another --data_dir"
+        ) from error
+    with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -151,9 +151,7 @@ def known_names() -> list[str]:
     return ["folder/NAME/SIZE" if name == "folder" else name for name in names]
 
 
-def _maker(
-    name: str, data_dir: str | os.PathLike | None
-) -> Callable[[], tfds.core.DatasetBuilder]:
+def _maker(name: str, data_dir: str | os.PathLike | None) -> Callable[[], tfds.core.DatasetBuilder]:
     """Makes the builder of "digits" or "photos/16" each time it is called."""
     where = {"data_dir": resolve(data_dir)}
     if name == "folder" or name.startswith("folder/"):

@@ -39,7 +39,7 @@ class Afhq(ArchiveBuilder, skip_registration=True):
       eprint = {1912.01865},
     }
     """
-    archives: ClassVar[Sequence[Archive]] = (Archive("afhq.zip", "about 1 GB"),)
+    archives = (Archive("afhq.zip", "about 1 GB"),)
     PIECE_IMAGES = 1024  # there are few, and all cores are to have some
 
     def _splits(self, found: dict[str, Path]) -> tuple[Sequence[str], Sequence[Split]]:
@@ -68,4 +68,4 @@ class AfhqV2(Afhq, skip_registration=True):
     """At a chosen size, 3 classes; splits train (14,336) and test (1,467)."""
 
     name = "afhq_v2"
-    archives: ClassVar[Sequence[Archive]] = (Archive("afhq_v2.zip", "about 6.5 GB"),)
+    archives = (Archive("afhq_v2.zip", "about 6.5 GB"),)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
 from jetflow.data import images, pieces
 from jetflow.data.parts import DAMAGE, Part
@@ -74,11 +75,15 @@ class Progress:
     bytes_in_all: int
 
 
-class ArchiveBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=True):
+class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
     """uint8 [size, size, 3] images from archives in `manual_dir`.
 
-    A builder names its `ARCHIVES`, and says in `_splits` what they hold and in `_to_pixels` what
-    becomes of an image.
+    A builder says in `_splits` what the archives hold, in `_to_pixels` what becomes of an image.
+
+    Attributes:
+        archives: what has to lie in `manual_dir`.
+        workers, on_progress: set by whoever prepares: TFDS's `download_and_prepare` has no
+            arguments for them.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -93,14 +98,9 @@ class ArchiveBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrat
     PIECE_IMAGES: ClassVar[int] = 16_384
     SHARD_IMAGES: ClassVar[int] = 1024  # a shard has at least so many: small pieces are joined
 
-    # Set by whoever prepares: TFDS's `download_and_prepare` has no arguments for them.
+    archives: Sequence[Archive]
     workers: int = os.cpu_count() or 1
     on_progress: Callable[[Progress], None] = staticmethod(lambda progress: None)
-
-    @property
-    def archives(self) -> Sequence[Archive]:
-        """What has to lie in `manual_dir`."""
-        raise NotImplementedError
 
     @property
     def size(self) -> int:
@@ -150,16 +150,19 @@ class ArchiveBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrat
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         """TFDS calls this with `data_dir` set to a folder that it renames when all is done."""
-        folder = Path(download_config.manual_dir)
-        if missing := self.missing(folder):
-            raise UsageError(missing)
-        found = {archive.name: archive.find(folder) for archive in self.archives}
         del dl_manager  # there is nothing to download
+        manual_dir = download_config and download_config.manual_dir
+        folder = Path(manual_dir or Path(self.data_dir_root, "downloads", "manual"))
+        if missing := self.missing(folder):
+            raise UsageError(f"data set {self.name} lacks archives: {missing}")
+        paths = {archive.name: archive.find(folder) for archive in self.archives}
+        found = {name: path for name, path in paths.items() if path}
         self._warn_of_sizes(found)
         try:
             classes, splits = self._splits(found)
             if self.LABELLED:
-                self.info.features["label"].names = classes
+                features: Any = self.info.features
+                features["label"].names = classes
             total = sum(size_on_disk(path) for path in found.values())
             notes = self._write(self._pieces(splits, len(classes)), total)
         except DAMAGE as error:
@@ -202,14 +205,16 @@ class ArchiveBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrat
         if not images_done:
             raise UsageError("there is not one readable image in the archives")
         checksums = {split: digest.hexdigest()[:16] for split, digest in digests.items()}
-        self.info.metadata.update(checksums=checksums, unreadable=left_out)
+        metadata: Any = self.info.metadata
+        metadata.update(checksums=checksums, unreadable=left_out)
         return notes
 
     def _digest(self, digest: Any, path: Path) -> None:
+        features: Any = self.info.features
+        has_classes = self.LABELLED and features["label"].num_classes
         for record in read_records(path):
-            example = self.info.features.deserialize_example_np(record)
-            label = example["label"] if self.LABELLED and self.info.features["label"].num_classes else None
-            update_checksum(digest, example["image"], label)
+            example = features.deserialize_example_np(record)
+            update_checksum(digest, example["image"], example["label"] if has_classes else None)
 
     def _publish(self, notes: list[pieces.Note]) -> None:
         """Make the pieces the shards of the splits, in `data_dir`, which TFDS then renames."""
@@ -221,11 +226,12 @@ class ArchiveBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrat
                 target = template.sharded_filepath(shard_index=number, num_shards=len(shards))
                 paths = [pieces.record_file(self.partial_dir, note.index, split) for note in shard]
                 _join(paths, Path(target))
+            sizes = [[note.splits[split] for note in shard] for shard in shards]
             infos.append(
                 tfds.core.SplitInfo(
                     name=split,
-                    shard_lengths=[sum(note.splits[split][0] for note in shard) for shard in shards],
-                    num_bytes=sum(note.splits[split][1] for shard in shards for note in shard),
+                    shard_lengths=[sum(count for count, _ in shard) for shard in sizes],
+                    num_bytes=sum(size for shard in sizes for _, size in shard),
                     filename_template=template,
                 )
             )
@@ -273,7 +279,9 @@ def resized(content: bytes, size: int) -> np.ndarray:
 
 def as_published(content: bytes | np.ndarray, size: int) -> np.ndarray:
     """Pixels, or an image file of this very size, as uint8 [size, size, 3]."""
-    return content if isinstance(content, np.ndarray) else images.exactly(images.decode(content), size)
+    return (
+        content if isinstance(content, np.ndarray) else images.exactly(images.decode(content), size)
+    )
 
 
 def update_checksum(digest: Any, image: np.ndarray, label: Any) -> None:

@@ -31,7 +31,7 @@ def rows_parts(
             if (match := wanted.fullmatch(PurePosixPath(member).name))
         ]
         if not found:
-            raise UsageError(f"{path} holds no file called like {wanted.pattern}; is it the right one?")
+            raise UsageError(f"{path} holds no file like {wanted.pattern}; is it the right one?")
         batches += found
     made = []
     for _, path, member, size in sorted(batches):

@@ -30,7 +30,7 @@ class Cifar10(PublishedBuilder, skip_registration=True):
     }
     """
     ARCHIVE: ClassVar = Archive("cifar-10-python.tar.gz", 170_498_071, ("cifar-10-batches-py",))
-    archives: ClassVar = (ARCHIVE,)
+    archives = (ARCHIVE,)
 
     def _splits(self, found: dict[str, Path]) -> tuple[Sequence[str], Sequence[Split]]:
         batches = functools.partial(

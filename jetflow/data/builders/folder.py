@@ -14,7 +14,8 @@ from jetflow.data.pieces import HeldOut
 from jetflow.types import NO_LABEL, UsageError
 
 SIZES = range(4, 1025)
-_SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+# A `val` and a `validation` beside each other would be one split: only the first is taken.
+_SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 
 
 class Folder(ArchiveBuilder, skip_registration=True):
@@ -35,20 +36,21 @@ class Folder(ArchiveBuilder, skip_registration=True):
     PIECE_IMAGES = 4096
 
     def __init__(self, *, config: str, **kwargs):
+        self.archives = (Archive(config.rsplit("/", 1)[0], "a folder of images"),)
         description = "A tree of images, resized."
-        config = tfds.core.BuilderConfig(name=config, description=description)
-        super().__init__(config=config, **kwargs)
-
-    @property
-    def archives(self) -> Sequence[Archive]:
-        assert self.builder_config is not None
-        return (Archive(self.builder_config.name.rsplit("/", 1)[0], "a folder of images"),)
+        full_config = tfds.core.BuilderConfig(name=config, description=description)
+        super().__init__(config=full_config, **kwargs)
 
     def _splits(self, found: dict[str, Path]) -> tuple[Sequence[str], Sequence[Split]]:
         [root] = found.values()
-        roots = {"train": root}
-        if (root / "train").is_dir():
-            roots = {name: root / folder for folder, name in _SPLITS.items() if (root / folder).is_dir()}
+        roots = {
+            name: root / folder
+            for name, folders in _SPLITS.items()
+            for folder in reversed(folders)
+            if (root / folder).is_dir()
+        }
+        if "train" not in roots:
+            roots = {"train": root}
         files = {split: _files(tree) for split, tree in roots.items()}
         in_folders = all("/" in name for names in files.values() for name, _ in names)
         tops = {name.split("/")[0] for names in files.values() for name, _ in names}
@@ -60,7 +62,9 @@ class Folder(ArchiveBuilder, skip_registration=True):
         ]
         return classes, splits
 
-    def _parts(self, root: Path, files: list[tuple[str, int]], classes: list[str]) -> list[FilePart]:
+    def _parts(
+        self, root: Path, files: list[tuple[str, int]], classes: list[str]
+    ) -> list[FilePart]:
         number = {name: label for label, name in enumerate(classes)}
         sizes = [size for _, size in files]
         made = []

@@ -1,5 +1,6 @@
 """ImageNet from its photographs: ILSVRC 2012, and the whole of it in two releases."""
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -12,9 +13,9 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from jetflow.data import parts, pieces
+from jetflow.data import pieces
 from jetflow.data.builders.archived import Archive, ArchiveBuilder, Split, say
-from jetflow.data.parts import TarPart
+from jetflow.data.parts import TarPart, flat_tar, tar_files
 from jetflow.data.pieces import HeldOut, Piece
 from jetflow.types import UsageError
 
@@ -50,12 +51,12 @@ class ImageNet1k(ArchiveBuilder, skip_registration=True):
     TRAIN: ClassVar = Archive("ILSVRC2012_img_train.tar", 147_897_477_120)
     VALIDATION: ClassVar = Archive("ILSVRC2012_img_val.tar", 6_744_924_160)
     DEVKIT: ClassVar = Archive("ILSVRC2012_devkit_t12.tar.gz", "about 2.6 MB")
-    archives: ClassVar = (TRAIN, VALIDATION, DEVKIT)
+    archives = (TRAIN, VALIDATION, DEVKIT)
 
     def _splits(self, found: dict[str, Path]) -> tuple[Sequence[str], Sequence[Split]]:
         classes, train = synset_parts(found[self.TRAIN.name], _inner_tars(found[self.TRAIN.name]))
         labels = _validation_labels(found[self.DEVKIT.name], classes)
-        validation = parts.flat_tar(
+        validation = flat_tar(
             found[self.VALIDATION.name], self.PIECE_BYTES, self.PIECE_IMAGES,
             functools.partial(_validation_label, labels),
         )  # fmt: skip
@@ -104,7 +105,7 @@ class ImageNet21k(ArchiveBuilder, skip_registration=True):
     of that. Class k is the k-th WordNet id of the archive in alphabetical order; the images are in
     the order of the archive, or of the ids where it is a folder of tars.
     """
-    archives: ClassVar = (
+    archives = (
         Archive("winter21_whole.tar.gz", "about 1.2 TB", ("winter21_whole.tar", "winter21_whole")),
     )
 
@@ -133,13 +134,16 @@ class ImageNet21k(ArchiveBuilder, skip_registration=True):
         return tars
 
     def _pieces(self, splits: Sequence[Split], classes: int) -> Iterator[Piece]:
-        with _Stream() as stream:
+        with contextlib.ExitStack() as stack:
+            stream = None
             for piece in super()._pieces(splits, classes):
-                compressed = piece.parts[0].path.is_file() and _is_gzip(piece.parts[0].path)
-                if compressed and pieces.read_note(self.partial_dir, piece) is None:
+                stretch: Any = piece.parts
+                path = stretch[0].path
+                if _is_gzip(path) and pieces.read_note(self.partial_dir, piece) is None:
+                    stream = stream or stack.enter_context(gzip.open(path))
                     target = self.partial_dir / f"{piece.index:06d}.tar.unfinished"
-                    spooled = tuple(stream.copy(piece.parts, target))
-                    piece = dataclasses.replace(piece, parts=spooled, spooled=target)
+                    parts = tuple(_copied(stream, stretch, target))
+                    piece = dataclasses.replace(piece, parts=parts, spooled=target)
                 yield piece
 
 
@@ -147,35 +151,20 @@ class ImageNet21kFall11(ImageNet21k, skip_registration=True):
     """The same, release of fall 2011."""
 
     name = "imagenet21k_fall11"
-    archives: ClassVar = (Archive("fall11_whole.tar", "about 1.3 TB", ("fall11_whole",)),)
+    archives = (Archive("fall11_whole.tar", "about 1.3 TB", ("fall11_whole",)),)
 
 
-class _Stream:
-    """A compressed archive, which can only be read forwards, copied stretch by stretch to disk."""
-
-    def __init__(self):
-        self._file: gzip.GzipFile | None = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._file:
-            self._file.close()
-
-    def copy(self, stretch: Sequence[TarPart], target: Path) -> Iterator[TarPart]:
-        """The parts, as they then lie in `target`."""
-        if self._file is None:
-            self._file = gzip.open(stretch[0].path)
-        with open(target, "wb") as file:
-            for part in stretch:
-                self._file.seek(part.offset)
-                shift = file.tell() - part.offset
-                left = part.size
-                while left and (block := self._file.read(min(left, 2**20))):
-                    file.write(block)
-                    left -= len(block)
-                yield dataclasses.replace(part, path=target, shift=shift)
+def _copied(stream: gzip.GzipFile, stretch: Sequence[TarPart], target: Path) -> Iterator[TarPart]:
+    """Parts of an archive that can only be read forwards, as they then lie in `target`."""
+    with open(target, "wb") as file:
+        for part in stretch:
+            stream.seek(part.offset)
+            shift = file.tell() - part.offset
+            left = part.size
+            while left and (block := stream.read(min(left, 2**20))):
+                file.write(block)
+                left -= len(block)
+            yield dataclasses.replace(part, path=target, shift=shift)
 
 
 def _is_gzip(path: Path) -> bool:
@@ -187,7 +176,7 @@ def _inner_tars(path: Path) -> list[tuple[str, int, int]]:
     """(name, offset, size) of each tar in a tar."""
     return [
         (PurePosixPath(member.name).name, member.offset_data, member.size)
-        for member in parts.tar_files(path)
+        for member in tar_files(path)
         if member.name.endswith(".tar")
     ]
 

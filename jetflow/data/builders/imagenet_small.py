@@ -31,17 +31,12 @@ class _ImageNetOld(PublishedBuilder, skip_registration=True):
     }
     """
 
-    @property
-    def archives(self) -> Sequence[Archive]:
-        return self.TRAIN, self.VALIDATION
-
     def _splits(self, found: dict[str, Path]) -> tuple[Sequence[str], Sequence[Split]]:
         limits = self.PIECE_BYTES, self.PIECE_IMAGES
         return (), [
             Split("train", parts.flat_tar(found[self.TRAIN.name], *limits)),
             Split("validation", parts.flat_tar(found[self.VALIDATION.name], *limits)),
         ]
-
 
 
 class ImageNet64Old(_ImageNetOld, skip_registration=True):
@@ -51,6 +46,7 @@ class ImageNet64Old(_ImageNetOld, skip_registration=True):
     SIZE = 64
     TRAIN = Archive("train_64x64.tar", 12_112_588_800)
     VALIDATION = Archive("valid_64x64.tar", 477_255_680)
+    archives = (TRAIN, VALIDATION)
 
 
 class ImageNet32Old(_ImageNetOld, skip_registration=True):
@@ -60,6 +56,7 @@ class ImageNet32Old(_ImageNetOld, skip_registration=True):
     SIZE = 32
     TRAIN = Archive("train_32x32.tar", 4_113_018_880)
     VALIDATION = Archive("valid_32x32.tar", 161_474_560)
+    archives = (TRAIN, VALIDATION)
 
 
 class _ImageNetNew(PublishedBuilder, skip_registration=True):
@@ -81,10 +78,6 @@ class _ImageNetNew(PublishedBuilder, skip_registration=True):
     }
     """
 
-    @property
-    def archives(self) -> Sequence[Archive]:
-        return *self.TRAIN, self.VALIDATION
-
     def _splits(self, found: dict[str, Path]) -> tuple[Sequence[str], Sequence[Split]]:
         batches = functools.partial(
             rows_parts, image_size=self.size, first_label=1, most_rows=self.PIECE_IMAGES
@@ -93,7 +86,6 @@ class _ImageNetNew(PublishedBuilder, skip_registration=True):
         validation = batches([found[self.VALIDATION.name]], _VALIDATION_BATCH)
         classes = [str(label) for label in range(1, 1001)]
         return classes, [Split("train", train), Split("validation", validation)]
-
 
 
 _TRAIN_BATCH = re.compile(r"train_data_batch_(\d+)(\.npz)?")
@@ -116,6 +108,7 @@ class ImageNet64New(_ImageNetNew, skip_registration=True):
         _batches("Imagenet64_train_part2", 6_780_506_068),
     )
     VALIDATION = _batches("Imagenet64_val", 529_522_927)
+    archives = (*TRAIN, VALIDATION)
 
 
 class ImageNet32New(_ImageNetNew, skip_registration=True):
@@ -125,3 +118,4 @@ class ImageNet32New(_ImageNetNew, skip_registration=True):
     SIZE = 32
     TRAIN = (_batches("Imagenet32_train", 3_580_435_279),)
     VALIDATION = _batches("Imagenet32_val", 139_697_668)
+    archives = (*TRAIN, VALIDATION)

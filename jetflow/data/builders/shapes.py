@@ -1,6 +1,6 @@
-"""Coloured shapes of any of the papers' sizes, drawn in seconds: for trying out, not for results."""
+"""Coloured shapes of the papers' sizes, drawn in seconds: for trying out, not for results."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -32,7 +32,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return int(self.builder_config.name)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = image_features(self.size, labelled=True)
+        features: Any = image_features(self.size, labelled=True)
         features["label"].names = CLASSES
         return tfds.core.DatasetInfo(
             builder=self,
