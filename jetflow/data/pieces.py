@@ -169,7 +169,7 @@ def write_piece(folder: Path, piece: Piece) -> Note:
 def _examples(
     piece: Piece, unreadable: list[tuple[str, str]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The images of a piece, each with its split; names and reasons of others go to `unreadable`."""
+    """The images of a piece, each with its split; what is none goes to `unreadable`."""
     for item in (item for part in piece.parts for item in part.read()):
         try:
             if isinstance(item.content, Unreadable):

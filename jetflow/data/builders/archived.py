@@ -16,12 +16,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from jetflow.data import images, pieces
+from jetflow.data import images, pieces, shards
 from jetflow.data.parts import DAMAGE, Part
-from jetflow.data.pieces import HeldOut, Piece
+from jetflow.data.pieces import HeldOut, Note, Piece
 from jetflow.types import UsageError
 
 UNREADABLE = "unreadable.tsv"  # name and reason of each image that was left out
@@ -189,7 +188,7 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
                 )  # fmt: skip
                 index += 1
 
-    def _write(self, all_pieces: Iterable[Piece], total: int) -> list[pieces.Note]:
+    def _write(self, all_pieces: Iterable[Piece], total: int) -> list[Note]:
         """Write every piece, and take the checksums of the splits as they come."""
         notes, images_done, left_out, bytes_read = [], 0, 0, 0
         digests: dict[str, Any] = {}
@@ -212,40 +211,22 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
     def _digest(self, digest: Any, path: Path) -> None:
         features: Any = self.info.features
         has_classes = self.LABELLED and features["label"].num_classes
-        for record in read_records(path):
+        for record in shards.read_records(path):
             example = features.deserialize_example_np(record)
             update_checksum(digest, example["image"], example["label"] if has_classes else None)
 
-    def _publish(self, notes: list[pieces.Note]) -> None:
+    def _publish(self, notes: list[Note]) -> None:
         """Make the pieces the shards of the splits, in `data_dir`, which TFDS then renames."""
-        infos = []
-        for split in dict.fromkeys(split for note in notes for split in note.splits):
-            shards = self._shards([note for note in notes if split in note.splits], split)
-            template = self._get_filename_template(split_name=split)
-            for number, shard in enumerate(shards):
-                target = template.sharded_filepath(shard_index=number, num_shards=len(shards))
-                paths = [pieces.record_file(self.partial_dir, note.index, split) for note in shard]
-                _join(paths, Path(target))
-            sizes = [[note.splits[split] for note in shard] for shard in shards]
-            infos.append(
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=[sum(count for count, _ in shard) for shard in sizes],
-                    num_bytes=sum(size for shard in sizes for _, size in shard),
-                    filename_template=template,
-                )
+        infos = [
+            shards.make(
+                self.partial_dir, notes, split, self._get_filename_template(split_name=split),
+                self.SHARD_IMAGES,
             )
+            for split in dict.fromkeys(split for note in notes for split in note.splits)
+        ]  # fmt: skip
         self.info.set_splits(tfds.core.SplitDict(infos))
         lines = [f"{name}\t{reason}\n" for note in notes for name, reason in note.unreadable]
         (Path(self.data_dir) / UNREADABLE).write_text("".join(lines), "utf-8")
-
-    def _shards(self, notes: Sequence[pieces.Note], split: str) -> list[list[pieces.Note]]:
-        shards: list[list[pieces.Note]] = [[]]
-        for note in notes:
-            if sum(each.splits[split][0] for each in shards[-1]) >= self.SHARD_IMAGES:
-                shards.append([])
-            shards[-1].append(note)
-        return shards
 
     def _post_download_and_prepare_hook(self) -> None:
         shutil.rmtree(self.partial_dir)
@@ -291,13 +272,6 @@ def update_checksum(digest: Any, image: np.ndarray, label: Any) -> None:
         digest.update(np.int32(label).astype("<i4").tobytes())
 
 
-def read_records(path: Path) -> Iterator[bytes]:
-    reader = ArrayRecordReader(os.fspath(path))
-    for start in range(0, reader.num_records(), 256):
-        yield from reader.read(range(start, min(start + 256, reader.num_records())))
-    reader.close()
-
-
 def size_on_disk(path: Path) -> int:
     """Of a file, or of all files in a folder, in bytes."""
     if path.is_dir():
@@ -316,18 +290,3 @@ def _in_pieces(parts: Iterable[Part], most_bytes: int, most_images: int) -> Iter
         size, count = size + part.size, count + part.count
     if together:
         yield tuple(together)
-
-
-def _join(paths: Sequence[Path], target: Path) -> None:
-    """One record file of some; a single one is linked, so that it is there still after a kill."""
-    if len(paths) == 1:
-        try:
-            os.link(paths[0], target)
-        except OSError:  # file systems without links
-            shutil.copyfile(paths[0], target)
-        return
-    writer = ArrayRecordWriter(os.fspath(target), pieces.WRITER_OPTIONS)
-    for path in paths:
-        for record in read_records(path):
-            writer.write(record)
-    writer.close()

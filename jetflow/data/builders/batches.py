@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from jetflow.data.parts import RowsPart, npz_rows
+from jetflow.data.rows import RowsPart, npz_rows
 from jetflow.types import UsageError
 
 
