@@ -13,6 +13,7 @@ from jetflow.types import UsageError
 
 # Of each command in jetflow/commands, whose file is read only when it is asked for.
 SUMMARIES = {
+    "prepare": "Make a data set ready to be read, from archives where it needs some.",
     "train": "Train a flow, or go on training it: the same command resumes.",
     "sample": "Draw samples from a trained flow.",
     "evaluate": "Measure a trained flow; writes JSON into the run's evals folder.",

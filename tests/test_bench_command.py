@@ -1,4 +1,4 @@
-"""`jetflow bench train` and `bench data`, as a user calls them; `bench sample` is in another file."""
+"""`jetflow bench train` and `bench data`, as a user calls them."""
 
 import json
 import time

@@ -557,6 +557,7 @@ def test_evaluation(evaluate, digits):
             "version": "1.0.0",
             "split": "test",
             "examples": 297,
+            "resize": "none",
             "checksum": digits.checksum(),
         }
         assert (result["step"], result["draws"], result["weights"]) == (12, 2, "ema")
@@ -565,7 +566,7 @@ def test_evaluation(evaluate, digits):
     assert bpd["value"] != noised["value"]
     lines = said.splitlines()
     assert lines[0].startswith(f"step 12: bpd {bpd['value']:.4f} ± {bpd['standard_error']:.2g} (")
-    for part in ("digits 1.0.0 test", "297 examples", digits.checksum()):
+    for part in ("digits 1.0.0 test", "297 examples, resize: none", digits.checksum()):
         assert part in lines[0] and part in lines[2]
     assert lines[2].startswith(f"step 12: noised_bpd {noised['value']:.4f} ± ")
     assert "gaussian noise of std 0.1 added: not comparable" in lines[3]

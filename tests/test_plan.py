@@ -327,7 +327,10 @@ def test_unknown_split_names_those_that_are():
 def test_training_without_the_data_says_so(tmp_path, capsys):
     argv = ["train", f"--config={CONFIGS}/imagenet64_jet.py", f"--workdir={tmp_path / 'run'}"]
     assert cli.main(argv) == 2
-    assert "'imagenet64_old' cannot be prepared yet" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "data set 'imagenet64_old' was not found" in error
+    assert "jetflow prepare imagenet64_old --manual_dir DIR" in error
+    assert "train_64x64.tar (12,112,588,800 bytes)" in error
     assert not (tmp_path / "run").exists()
 
 

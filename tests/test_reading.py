@@ -1,6 +1,5 @@
 """Batches on their way: by which processes they are read, when, and who waits for them."""
 
-import dataclasses
 import itertools
 import os
 import signal

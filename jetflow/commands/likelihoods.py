@@ -8,7 +8,7 @@ import grain
 from jetflow.commands.evaluation import Evaluation, Outcome
 from jetflow.data import pipeline
 from jetflow.evals import bpd, classify
-from jetflow.evals.records import data_facts, finite, number
+from jetflow.evals.records import finite, number
 from jetflow.noise import Noise
 from jetflow.types import UsageError
 
@@ -81,8 +81,8 @@ def _gap(evaluation: Evaluation, noise: Noise) -> list[Outcome]:
         "train": finite(here.mean),
         "draws": evaluation.draws,
         "noise": {"kind": noise.kind, "std": noise.std},
-        "data": data_facts(held_out),
-        "train_data": data_facts(trained_on),
+        "data": held_out.facts(),
+        "train_data": trained_on.facts(),
         **evaluation.source,
     }
     text = (

@@ -19,7 +19,7 @@ from jetflow.evals import kid as kernel
 from jetflow.evals import neighbours, reference, weights
 from jetflow.evals.features import collect, images_of, in_batches
 from jetflow.evals.fid import Gaussian, frechet_distance
-from jetflow.evals.records import data_facts, finite, number
+from jetflow.evals.records import finite, number
 from jetflow.evals.statistics import Statistics
 from jetflow.types import Batch, UsageError
 from jetflow.workdir import suffix
@@ -103,7 +103,7 @@ class Quality:
         statistics = Statistics(len(data), values.num_features)
         merged = self._collect(batches, statistics, len(data), "reference")
         if hosts.is_first():
-            reference.write(path, merged, self.network, data_facts(data))
+            reference.write(path, merged, self.network, data.facts())
         hosts.agreed(True)  # the others wait for the file
         return path
 

@@ -1,4 +1,7 @@
-"""The sizes of the papers' data sets: enough to plan a training on them without the images."""
+"""The sizes of the papers' data sets: enough to plan a training on them without the images.
+
+Of prepared data, `pipeline.load` knows the very numbers.
+"""
 
 import dataclasses
 
@@ -42,13 +45,33 @@ class Facts:
         return sum(end - start for start, end in spans)
 
 
+_OLD = {"train": 1_281_149, "validation": 49_999}
 _IMAGENET = {"train": 1_281_167, "validation": 50_000}
+# Of 13,153,500 images in 19,167 classes; a hash holds out one of 256, or nearly.
+_WINTER21 = {"train": 13_102_119, "validation": 51_381}
+# Of 14,197,122 images in 21,841 classes.
+_FALL11 = {"train": 14_141_664, "validation": 55_458}
+
+
+def _at_sizes(
+    name: str, sizes: tuple[int, ...], classes: int, splits: dict[str, int]
+) -> dict[str, Facts]:
+    return {f"{name}/{size}": Facts((size, size, 3), classes, splits) for size in sizes}
+
 
 FACTS = {
+    "cifar10": Facts((32, 32, 3), 10, {"train": 50_000, "test": 10_000}),
     # van den Oord et al., arXiv 1601.06759: the copy that Jet's paper trains on
-    "imagenet64_old": Facts((64, 64, 3), 0, {"train": 1_281_149, "validation": 49_999}),
+    "imagenet32_old": Facts((32, 32, 3), 0, _OLD),
+    "imagenet64_old": Facts((64, 64, 3), 0, _OLD),
     # Chrabaszcz et al., arXiv 1707.08819: box resize, with labels
+    "imagenet32_new": Facts((32, 32, 3), 1000, _IMAGENET),
     "imagenet64_new": Facts((64, 64, 3), 1000, _IMAGENET),
-    # Russakovsky et al., arXiv 1409.0575: ILSVRC 2012, at 128 pixels
-    "imagenet1k/128": Facts((128, 128, 3), 1000, _IMAGENET),
+    # Russakovsky et al., arXiv 1409.0575: ILSVRC 2012, and all of ImageNet
+    **_at_sizes("imagenet1k", (64, 128, 256), 1000, _IMAGENET),
+    **_at_sizes("imagenet21k", (32, 64), 19_167, _WINTER21),
+    **_at_sizes("imagenet21k_fall11", (32, 64), 21_841, _FALL11),
+    # Choi et al., arXiv 1912.01865
+    **_at_sizes("afhq", (64, 128, 256), 3, {"train": 14_630, "validation": 1_500}),
+    **_at_sizes("afhq_v2", (64, 128, 256), 3, {"train": 14_336, "test": 1_467}),
 }

@@ -5,15 +5,11 @@ seed alone fixes, and each process reads those of them that lie on its devices. 
 exactly from its step number, on any number of processes.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
-import io
 import os
-import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import grain
@@ -21,9 +17,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
+from jetflow.data import prepared
 from jetflow.data import workers as processes
-from jetflow.data.builders import BUILDERS
-from jetflow.data.facts import FACTS
+from jetflow.data.builders.archived import update_checksum
 from jetflow.data.records import Examples
 from jetflow.types import NO_LABEL, Batch, UsageError
 
@@ -43,6 +39,8 @@ class Dataset:
         image_shape: (H, W, C).
         num_classes: 0 where the images have no labels.
         source: random access: len(source), source[i] -> {"image": uint8 [H, W, C], "label"?: int}.
+        resize: how the images came to their size.
+        known_checksum: what `checksum` gives, where it was taken when the data was prepared.
     """
 
     name: str
@@ -51,6 +49,8 @@ class Dataset:
     image_shape: tuple[int, int, int]
     num_classes: int
     source: Any = dataclasses.field(repr=False)
+    resize: str = "none"
+    known_checksum: str | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -59,9 +59,9 @@ class Dataset:
         """The first 16 hex digits of the SHA-256 over all images and labels, in index order.
 
         Image for image, its pixels (uint8, row by row) and then, where there are labels, the label
-        (int32, little-endian). Reads the whole split the first time.
+        (int32, little-endian). Reads the whole split the first time, if it is not known already.
         """
-        return self._checksum
+        return self.known_checksum or self._checksum
 
     @functools.cached_property
     def _checksum(self) -> str:
@@ -69,10 +69,19 @@ class Dataset:
         for batch in eval_batches(self, batch_size=256):
             for image, label, index in zip(*batch, strict=True):
                 if index >= 0:
-                    digest.update(image.tobytes())
-                    if self.num_classes:
-                        digest.update(label.astype("<i4").tobytes())
+                    update_checksum(digest, image, label if self.num_classes else None)
         return digest.hexdigest()[:16]
+
+    def facts(self) -> dict[str, Any]:
+        """All that a result depends on in its data: what stands beside every number."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "split": self.split,
+            "examples": len(self),
+            "resize": self.resize,
+            "checksum": self.checksum(),
+        }
 
     def describe(self) -> str:
         """One line: "digits 1.0.0 train: 1,500 images of 8x8x1, 10 classes"."""
@@ -83,7 +92,7 @@ class Dataset:
 
 
 def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) -> Dataset:
-    """A split of a data set, which is prepared first where that has not been done.
+    """A split of a data set, which is prepared first where that takes no archives.
 
     Args:
         name: of a builder in `BUILDERS`, with its config where it has some: "digits", "photos/16".
@@ -91,9 +100,9 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         data_dir: where prepared data lies; default `$TFDS_DATA_DIR`, else ~/tensorflow_datasets.
 
     Raises:
-        UsageError: unknown name or split, or data that cannot be prepared.
+        UsageError: unknown name or split, or data that is not there and cannot be prepared.
     """
-    builder: Any = _prepared_builder(name, data_dir)  # TFDS's decorators hide its signatures
+    builder: Any = prepared.find(name, data_dir)  # TFDS's decorators hide its signatures
     try:
         source = builder.as_data_source(
             split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
@@ -108,6 +117,7 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         ) from error
     # As they were written, which another release may have done in another encoding.
     features: Any = tfds.features.FeatureConnector.from_config(builder.data_dir)
+    metadata = builder.info.metadata or {}
     return Dataset(
         name=name,
         version=str(builder.version),
@@ -115,6 +125,8 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         image_shape=features["image"].shape,
         num_classes=features["label"].num_classes if "label" in features else 0,
         source=Examples(source, features),
+        resize=metadata.get("resize", "none"),
+        known_checksum=metadata.get("checksums", {}).get(split),
     )
 
 
@@ -186,64 +198,3 @@ def _read(dataset: Dataset, rows: Int[np.ndarray, "R"] | None, positions: np.nda
             label[row] = example["label"]
     index[: len(existing)] = existing
     return Batch(image, label, index)
-
-
-def _prepared_builder(name: str, data_dir: str | os.PathLike | None) -> tfds.core.DatasetBuilder:
-    """The TFDS builder of `name`, its data on disk; several processes may call this at once."""
-    # TFDS has the same default, but reads the environment only once, at import.
-    default_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    data_dir = os.path.expanduser(data_dir or default_dir)
-    make_builder = functools.partial(_builder_class(name), data_dir=data_dir)
-    builder = make_builder()
-    if builder.info.initialized:  # read from disk; is_prepared() would log a warning where not
-        return builder
-    error = None
-    print(f"preparing data set {name} in {builder.data_dir} (once)", file=sys.stderr, flush=True)
-    try:
-        _prepare_quietly(builder)
-    except (OSError, ImportError) as caught:
-        # TFDS writes into a directory of its own and renames it at the end. Where another process
-        # has come first, the rename fails, and that one's data is as good.
-        error = caught
-    builder = make_builder()  # anew, to read what lies on disk, whoever wrote it
-    if not builder.info.initialized:
-        reason = error or "the directory exists, but holds no complete data set: delete it"
-        raise UsageError(
-            f"data set {name!r} was not found in {builder.data_dir} and cannot be prepared there "
-            f"({reason}); set TFDS_DATA_DIR to a writable directory, or to one that holds it, and "
-            "run the command again"
-        ) from error
-    print(f"prepared data set {name}", file=sys.stderr, flush=True)
-    return builder
-
-
-def _builder_class(name: str) -> Callable[..., tfds.core.DatasetBuilder]:
-    """The builder class of "digits" or "photos/16", its config bound."""
-    known = {}
-    for builder_name, builder_class in BUILDERS.items():
-        configs = [config.name for config in builder_class.BUILDER_CONFIGS]
-        for config in configs or [None]:
-            full_name = f"{builder_name}/{config}" if config else builder_name
-            known[full_name] = functools.partial(builder_class, config=config)
-    if name in FACTS:
-        raise UsageError(
-            f"data set {name!r} cannot be prepared yet; `jetflow plan` alone takes it, as its size "
-            f"is known; data sets that can be: {', '.join(known)}"
-        )
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        raise UsageError(
-            f"config.data.name is {name!r}; known data sets: {', '.join(known)}"
-            + (f"; did you mean {nearest[0]!r}?" if nearest else "")
-        )
-    return known[name]
-
-
-def _prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
-    """Writes ArrayRecord files, without network, TFDS's progress bars or its announcements."""
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(
-            file_format="array_record",
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-        )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jetflow import sharding
 from jetflow.data import pipeline
-from jetflow.evals.records import data_facts, finite, number
+from jetflow.evals.records import finite, number
 from jetflow.flows.labels import check_labels
 from jetflow.likelihood import importance_weighted
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
@@ -177,7 +177,7 @@ def record(
             "blocks": [finite(part) for part in likelihood.parts[2:]],
         },
         "noise": {"kind": noise.kind, "std": noise.std},
-        "data": data_facts(dataset),
+        "data": dataset.facts(),
         "step": step,
         "weights": weights,
     }
@@ -190,7 +190,8 @@ def describe(result: Mapping[str, Any]) -> str:
     over += ", averaged weights" if result["weights"] == "ema" else ""
     text = (
         f"{result['metric']} {number(result)} ({over}) on {data['name']} {data['version']} "
-        f"{data['split']}: {data['examples']:,} examples, checksum {data['checksum']}"
+        f"{data['split']}: {data['examples']:,} examples, resize: {data['resize']}, "
+        f"checksum {data['checksum']}"
     )
     if result["noise"]["kind"] == "uniform":
         return text

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jetflow import sharding
 from jetflow.data import pipeline
-from jetflow.evals.records import data_facts, number
+from jetflow.evals.records import number
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
 from jetflow.step import eval_step
 from jetflow.types import Flow
@@ -90,7 +90,7 @@ def record(
         "standard_error": accuracy.standard_error,
         "draws": accuracy.draws,
         "noise": {"kind": noise.kind, "std": noise.std},
-        "data": data_facts(dataset),
+        "data": dataset.facts(),
         "step": step,
         "weights": weights,
     }

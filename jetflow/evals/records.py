@@ -4,19 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jetflow.data.pipeline import Dataset
-
-
-def data_facts(dataset: Dataset) -> dict[str, Any]:
-    """Which images a result is of."""
-    return {
-        "name": dataset.name,
-        "version": dataset.version,
-        "split": dataset.split,
-        "examples": len(dataset),
-        "checksum": dataset.checksum(),
-    }
-
 
 def finite(value: float) -> float | None:
     """The value for JSON, which has no nan."""

@@ -1,0 +1,239 @@
+"""`jetflow prepare`: killed and started again, with any number of processes, from a shell."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import archives
+import numpy as np
+import pytest
+from test_builders import ARCHIVES
+
+from jetflow import cli
+from jetflow.commands import prepare as command
+from jetflow.data import pieces, pipeline, prepared
+from jetflow.data.builders.archived import Progress
+from jetflow.data.builders.imagenet import ImageNet21k
+
+ROOT = Path(__file__).parents[1]
+NAME = "imagenet21k/32"
+LAYOUT = "winter21_whole.tar.gz"
+
+SYNSETS = tuple(f"n{number:08d}" for number in range(12))
+
+# A piece for each synset, told when it is done; a file, as processes are started from it.
+PROGRAM = f"""
+import sys, time
+from jetflow.data import prepared
+from jetflow.data.builders.imagenet import ImageNet21k
+ImageNet21k.PIECE_BYTES = 10_000
+def tell(progress):
+    print("piece", progress.images, progress.unreadable, file=sys.stderr, flush=True)
+    time.sleep(float(pause))
+if __name__ == "__main__":
+    data, manual, workers, pause = sys.argv[1:]
+    prepared.prepare({NAME!r}, data, manual_dir=manual, workers=int(workers), on_progress=tell)
+"""
+
+
+@pytest.fixture
+def manual(tmp_path):
+    folder = tmp_path / "manual"
+    folder.mkdir()
+    archives.imagenet21k(folder, LAYOUT, count=25, synsets=SYNSETS)
+    return folder
+
+
+@pytest.fixture
+def whole(manual, tmp_path, monkeypatch):
+    """What one process makes without interruption."""
+    monkeypatch.setattr(ImageNet21k, "PIECE_BYTES", 10_000)
+    prepared.prepare(NAME, tmp_path / "whole", manual_dir=manual, workers=1)
+    return contents(tmp_path / "whole")
+
+
+def contents(data: Path) -> dict[str, bytes]:
+    files = (path for path in data.rglob("*") if path.is_file())
+    return {str(path.relative_to(data)): path.read_bytes() for path in files}
+
+
+def start(tmp_path: Path, manual: Path, workers: int, pause: float = 0) -> subprocess.Popen:
+    program = tmp_path / "prepare.py"
+    program.write_text(PROGRAM)
+    arguments = [program, tmp_path / "data", manual, workers, pause]
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def children(process: int) -> list[int]:
+    return [
+        int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow
+def test_a_kill_costs_only_the_pieces_at_hand(manual, tmp_path, whole, monkeypatch):
+    process = start(tmp_path, manual, workers=2, pause=60)
+    assert process.stderr
+    while not process.stderr.readline().startswith("piece"):
+        assert process.poll() is None
+    below = children(process.pid)
+    process.kill()
+    process.wait()
+    assert len(below) >= 2
+    deadline = time.monotonic() + 60
+    while not all(map(ended, below)):  # nobody goes on decoding for a parent that is gone
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    final = tmp_path / "data" / "imagenet21k" / "32" / "1.0.0"
+    partial = final.with_name("1.0.0.partial")
+    assert partial.exists() and not final.exists()
+    done = {int(path.stem) for path in partial.glob("*.json") if path.stem.isdecimal()}
+    assert 0 in done and 11 not in done
+    (partial / "000011-train.array_record.99.unfinished").write_bytes(b"what a kill leaves")
+
+    made, write = set(), pieces.write_piece
+
+    def write_piece(folder, piece):
+        made.add(piece.index)
+        return write(folder, piece)
+
+    monkeypatch.setattr(pieces, "write_piece", write_piece)
+    prepared.prepare(NAME, tmp_path / "data", manual_dir=manual, workers=1)
+    assert made == set(range(12)) - done
+    assert contents(tmp_path / "data") == whole and not partial.exists()
+
+
+def test_the_number_of_processes_does_not_matter(manual, tmp_path, whole):
+    process = start(tmp_path, manual, workers=3)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert contents(tmp_path / "data") == whole
+    counts = [line.split()[1:] for line in said.splitlines() if line.startswith("piece")]
+    assert len(counts) == 12
+    assert [int(count) for _, count in counts[:11]] == list(range(4, 48, 4))
+
+
+def test_a_piece_that_was_made_of_something_else_is_made_again(
+    manual, tmp_path, whole, monkeypatch
+):
+    """Another archive of the same name, begun and given up."""
+    other = tmp_path / "other"
+    other.mkdir()
+    archives.imagenet21k(other, LAYOUT, count=24, synsets=SYNSETS)
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    for folder in (other, manual):
+        with pytest.raises(KeyboardInterrupt):
+            prepared.prepare(
+                NAME, tmp_path / "data", manual_dir=folder, workers=1, on_progress=stop
+            )
+    partial = tmp_path / "data" / "imagenet21k" / "32" / "1.0.0.partial"
+    record = partial / "000000-train.array_record"
+    record.write_bytes(record.read_bytes()[:-100])  # a disk that was full
+    prepared.prepare(NAME, tmp_path / "data", manual_dir=manual, workers=1)
+    assert contents(tmp_path / "data") == whole
+
+
+def test_small_pieces_are_joined_and_large_ones_are_shards(manual, tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(ImageNet21k, "SHARD_IMAGES", 20)
+    prepared.prepare(NAME, tmp_path / "data", manual_dir=manual, workers=1)
+    shards = [name for name in contents(tmp_path / "data") if "train.array_record" in name]
+    assert len(shards) == 12 and len([name for name in whole if "train.array_record" in name]) == 1
+    for split in ("train", "validation"):
+        pixels = []
+        for where in ("data", "whole"):
+            loaded = pipeline.load(NAME, split, data_dir=tmp_path / where)
+            pixels.append(next(pipeline.eval_batches(loaded, batch_size=len(loaded))).image)
+        np.testing.assert_array_equal(*pixels)
+
+
+# The command.
+
+
+@pytest.mark.parametrize("name", [*ARCHIVES, "shapes/32"])
+def test_command(name, tmp_path, capsys):
+    manual = tmp_path / "manual"
+    manual.mkdir()
+    if name in ARCHIVES:
+        ARCHIVES[name](manual)
+    argv = ["prepare", name, f"--data_dir={tmp_path / 'data'}", f"--manual_dir={manual}"]
+    for _ in range(2):  # the second time, nothing is left to do
+        assert cli.main([*argv, "--workers=1"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        builder = prepared.find(name, tmp_path / "data")
+        for line, split in zip(lines, builder.info.splits, strict=False):
+            dataset = pipeline.load(name, split, data_dir=tmp_path / "data")
+            assert line.startswith(dataset.describe())
+            assert line.endswith(f"resize: {dataset.resize}, checksum {dataset.checksum()}")
+        assert lines[-1] == f"prepared in {builder.data_dir}"
+        assert ("files were left out" in lines[-2]) == (name.split("/")[0] in (
+            "imagenet1k", "imagenet21k", "imagenet21k_fall11", "folder"))  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_command_from_a_shell(name, tmp_path):
+    ARCHIVES[name](tmp_path)
+    argv = ["-m", "jetflow.cli", "prepare", name, "--manual_dir", tmp_path, "--workers", 2]
+    result = subprocess.run(
+        [sys.executable, *map(str, argv), "--data_dir", str(tmp_path / "data")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert f"{name} 1.0.0 train: " in result.stdout
+
+
+def test_archives_lie_in_the_data_directory_by_default(tmp_path, capsys):
+    manual = tmp_path / "downloads" / "manual"
+    manual.mkdir(parents=True)
+    archives.old_imagenet(manual, 32)
+    assert cli.main(["prepare", "imagenet32_old", f"--data_dir={tmp_path}", "--workers=1"]) == 0
+    assert "published file has 4,113,018,880" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "DATASET is missing"),
+        (["cifar11"], "did you mean 'cifar10'?"),
+        (["cifar10", "--manual_dir=/nowhere"], "found there: no such folder"),
+        (["cifar10", "--workers=0"], "workers"),
+    ],
+)
+def test_bad_input(argv, message, tmp_path, capsys):
+    assert cli.main(["prepare", *argv, f"--data_dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_nothing_readable_is_an_error(tmp_path, capsys):
+    for split in ("train", "valid"):
+        archives.tar_of({"a.png": b""}, tmp_path / f"{split}_32x32.tar")
+    argv = ["prepare", "imagenet32_old", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]
+    assert cli.main([*argv, "--workers=1"]) == 2
+    assert "not one readable image" in capsys.readouterr().err
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    now = iter([0.0, 1.0, 20.0, 40.0])
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(now))
+    with command.Display("set") as display:
+        for step in (1, 2, 3):
+            display.update(Progress(1000 * step, step, 10 * step, 100))
+    # Of the rate, what was there at the first call does not count: it may be from an earlier start.
+    line = "set: 30%, 3,000 images, 51 images/s, 3 unreadable"
+    assert capsys.readouterr().err.splitlines() == [line]
