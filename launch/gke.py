@@ -26,8 +26,13 @@ ACCELERATORS = {
 COMPUTE_TYPES = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
 SINGLE_HOSTS = {"1x1": 1, "2x4": 8}  # chips of slices with one host other than four
 BUCKET = "/bucket"
+# A checkpoint is written under another name, then renamed; by default gcsfuse renames no folder.
+MOUNT_OPTIONS = "implicit-dirs,rename-dir-limit=200000"
+SERVICE_ACCOUNT = "jetflow"  # of Kubernetes, which may use the bucket
 GRACE_SECONDS = 300  # to save, when a pod is told to go
+RESTARTS = 100  # in all; what ended them, and whether there was progress, a JobSet does not know
 ENDING = [2, 3]  # exit statuses of bad input, and of a loss that is not finite
+TOOLKIT_RESTARTS = 10  # by `gcluster`, which starts bad input again as well
 
 
 def chips_and_hosts(topology: str) -> tuple[int, int]:
@@ -68,9 +73,10 @@ def job_set(
     if bucket:
         metadata = {"annotations": {"gke-gcsfuse/volumes": "true"}}
         container["volumeMounts"] = [{"name": "bucket", "mountPath": BUCKET}]
-        volume = {"bucketName": bucket, "mountOptions": "implicit-dirs"}
+        volume = {"bucketName": bucket, "mountOptions": MOUNT_OPTIONS}
         driver = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": volume}
-        pod |= {"serviceAccountName": "jetflow", "volumes": [{"name": "bucket", "csi": driver}]}
+        pod["serviceAccountName"] = SERVICE_ACCOUNT
+        pod["volumes"] = [{"name": "bucket", "csi": driver}]
     ends = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": ENDING}}
     job = {
         "parallelism": hosts,
@@ -87,26 +93,40 @@ def job_set(
         "kind": "JobSet",
         "metadata": {"name": name, "annotations": one_pool},
         "spec": {
-            "failurePolicy": {"maxRestarts": 100, "rules": [fails]},
+            "failurePolicy": {"maxRestarts": RESTARTS, "rules": [fails]},
             "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job}}],
         },
     }
 
 
-def gcluster(name: str, topology: str, image: str, command: list[str]) -> str | None:
-    """The same by Google's Cluster Toolkit, for one slice of a generation whose type we know."""
+def gcluster(
+    name: str, topology: str, slices: int, image: str, command: list[str], bucket: str | None
+) -> str | None:
+    """The same by Google's Cluster Toolkit, for a generation whose name there we know.
+
+    It leaves out that bad input ends the JobSet, and the option of the mount that lets gcsfuse
+    rename folders.
+    """
     generation, _, shape = topology.partition(":")
     if generation not in COMPUTE_TYPES:
         return None
     prefix, per_chip = COMPUTE_TYPES[generation]
     size = per_chip * math.prod(map(int, shape.split("x")))
     options = {
+        "--cluster": "CLUSTER",
+        "--location": "LOCATION",
         "--name": name,
         "--compute-type": f"{prefix}-{size}",
+        "--topology": shape,
+        "--num-slices": str(slices),
         "--image": image,
-        "--env": f"JETFLOW_PROCESSES={chips_and_hosts(topology)[1]}",
+        "--env": f"JETFLOW_PROCESSES={chips_and_hosts(topology)[1] * slices}",
+        "--restarts": str(TOOLKIT_RESTARTS),
+        "--grace-period": f"{GRACE_SECONDS}s",
         "--command": shlex.join(command),
     }
+    if bucket:
+        options |= {"--mount": f"gs://{bucket}:{BUCKET}:rw", "--service-account": SERVICE_ACCOUNT}
     return shlex.join(["gcluster", "job", "submit", *(x for pair in options.items() for x in pair)])
 
 
@@ -131,19 +151,16 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         print(f"gke.py: {error}", file=sys.stderr)
         return 2
-    manifest = yaml.safe_dump(
-        job_set(
-            options.name, options.topology, options.slices, options.image, options.command,
-            options.bucket,
-        ),
-        sort_keys=False,
-    )  # fmt: skip
+    run = (options.name, options.topology, options.slices, options.image, options.command,
+           options.bucket)  # fmt: skip
+    manifest = yaml.safe_dump(job_set(*run), sort_keys=False)
     if not options.dry_run:
         return subprocess.run(["kubectl", "apply", "-f", "-"], input=manifest, text=True).returncode
     print(f"# kubectl apply -f - with\n{manifest}", end="")
-    line = gcluster(options.name, options.topology, options.image, options.command)
-    if line and options.slices == 1:
-        print(f"# or, by Google's Cluster Toolkit:\n# {line}")
+    if line := gcluster(*run):
+        print("# or, by Google's Cluster Toolkit, with the names of your CLUSTER and its LOCATION;")
+        print("# it starts bad input again as well, and mounts a bucket without that option:")
+        print(f"# {line}")
     return 0
 
 

@@ -9,7 +9,7 @@ launch/tpu_vm.sh ACTION NAME [options] [jetflow …]
   create NAME --topology v5e:4x4 [--spot]   make the TPU VM
   setup  NAME [--bucket BUCKET]             copy this checkout to all workers, install it, BUCKET at /bucket
   run    NAME jetflow train --config …      start on all workers; goes on when you log out
-  keep   NAME --topology … jetflow train …  create, setup, run; and all again after a preemption
+  keep   NAME --topology … jetflow train …  all of these, and again after a preemption, until it has ended
   logs   NAME [--worker 0]                  follow the log
   stop   NAME                               save, and stop
   delete NAME                               delete the TPU VM
@@ -25,6 +25,9 @@ fail() {
 
 POLL=${POLL:-60}  # seconds between two looks at a TPU VM that is kept
 METADATA=http://metadata.google.internal/computeMetadata/v1/instance/attributes
+# On a worker: whether the process of run.pid is ours, and not another one after a restart of the machine.
+# shellcheck disable=SC2016  # it is the workers that expand it
+UNDER_WAY='under_way() { grep -qs restart.sh "/proc/$(cat ~/jetflow/run.pid 2>/dev/null)/cmdline"; }'
 
 topology='' bucket='' spot='' worker=0 dry_run='' command=()
 place=()
@@ -91,24 +94,40 @@ create() {
 }
 
 setup() {
-  local root archive=${TMPDIR:-/tmp}/jetflow.$$.tgz tree
+  local root archive=${TMPDIR:-/tmp}/jetflow.$$.tgz
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  # A commit, of nobody, of what is changed and not committed; none where nothing is.
-  tree=$(git -C "$root" -c user.name=jetflow -c user.email=jetflow@localhost stash create)
-  act git -C "$root" archive --output="$archive" "${tree:-HEAD}" &&
+  # All files as they are now, new ones too, but for what git ignores and what was deleted.
+  act bash -o pipefail -c "cd $(printf %q "$root") &&
+git -c core.quotePath=false ls-files --cached --others --exclude-standard |
+grep -vxFf <(git -c core.quotePath=false ls-files --deleted) | tar -czf $(printf %q "$archive") -T -" &&
     tpu scp "$archive" "$name:jetflow.tgz" --worker=all &&
     on_workers all "$(remote_setup)" &&
     act rm "$archive"
 }
 
-remote_setup() {
-  cat <<'EOF'
+busy=2  # the status of a worker whose run is under way, and goes on
+
+remote_check() {
+  cat <<EOF
 set -euo pipefail
-mkdir -p ~/jetflow && tar xzf ~/jetflow.tgz -C ~/jetflow && cd ~/jetflow
+$UNDER_WAY
+if under_way; then
+  echo "\$(hostname): a run is under way, and goes on; stop it before another" >&2; exit $busy
+fi
+EOF
+}
+
+remote_setup() {
+  remote_check
+  cat <<'EOF'
+mkdir -p ~/jetflow
+cd ~/jetflow
+tar xzf ~/jetflow.tgz
 export PATH="$HOME/.local/bin:$PATH"
 command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 [[ -d .venv ]] || uv venv --quiet --python 3.12 .venv
-source .venv/bin/activate && uv pip install --quiet -e '.[tpu]'
+source .venv/bin/activate
+uv pip install --quiet -e '.[tpu]'
 EOF
   [[ -z $bucket ]] || cat <<EOF
 command -v gcsfuse >/dev/null || {
@@ -120,24 +139,24 @@ command -v gcsfuse >/dev/null || {
 }
 mountpoint -q /bucket || {
   sudo mkdir -p /bucket && sudo chown "\$(id -un)" /bucket
-  gcsfuse --implicit-dirs $(printf %q "$bucket") /bucket
+  gcsfuse --implicit-dirs --rename-dir-limit=200000 $(printf %q "$bucket") /bucket
 }
 EOF
 }
 
-run() {
-  needs_command
-  on_workers all "$(remote_run)"
-}
+run() { needs_command && on_workers all "$(remote_run)"; }
 
 remote_run() {
+  remote_check
   cat <<EOF
-cd ~/jetflow && source .venv/bin/activate
-if [[ -f run.pid ]] && kill -0 "\$(cat run.pid)" 2>/dev/null; then
-  echo "\$(hostname): a run is under way; stop it first" >&2; exit 2
+cd ~/jetflow
+source .venv/bin/activate
+if [[ -z \${JETFLOW_PROCESSES:-} ]]; then
+  workers=\$(curl -fsS --retry 5 -H Metadata-Flavor:Google $METADATA/worker-network-endpoints)
+  JETFLOW_PROCESSES=\$(tr , '\\n' <<<"\$workers" | grep -c .) || { echo "\$(hostname): no workers are named" >&2; exit 1; }
 fi
-[[ -n \${JETFLOW_PROCESSES:-} ]] || JETFLOW_PROCESSES=\$(curl -fsS -H Metadata-Flavor:Google $METADATA/worker-network-endpoints | tr , '\\n' | grep -c .)
 export JETFLOW_PROCESSES
+[[ -x launch/restart.sh ]] && command -v jetflow >/dev/null || { echo "\$(hostname): jetflow is not there; setup first" >&2; exit 1; }
 rm -f run.status
 STATUS_FILE=run.status nohup setsid launch/restart.sh $(printf '%q ' "${command[@]}") >>run.log 2>&1 </dev/null &
 echo \$! >run.pid
@@ -146,42 +165,84 @@ EOF
 
 logs() { on_workers "$worker" 'tail -n 200 -F ~/jetflow/run.log'; }
 
-stop() {
-  # shellcheck disable=SC2016  # it is the workers that expand it
-  on_workers all 'cd ~/jetflow && pid=$(cat run.pid) && kill -TERM "$pid" 2>/dev/null
-while kill -0 "$pid" 2>/dev/null; do sleep 1; done
-echo "$(hostname): ended with status $(cat run.status)"'
+stop() { on_workers all "$(remote_stop)"; }
+
+remote_stop() {
+  cat <<EOF
+$UNDER_WAY
+if under_way; then kill -TERM "\$(cat ~/jetflow/run.pid)"; fi
+while under_way; do sleep 1; done
+echo "\$(hostname): ended with status \$(cat ~/jetflow/run.status)"
+EOF
 }
 
 delete() { tpu delete "$name" --quiet; }
 
-# Until the run has ended, make anew what was preempted, and run there; the workdir goes on.
+# Until the run has ended on all workers: make anew what was preempted, and run wherever nothing runs.
 keep() {
   needs_topology
   needs_command
-  local state status
+  busy=0
+  if [[ -n $dry_run ]]; then
+    tpu describe "$name" --format='value(state)'
+    create && setup && run
+    return
+  fi
+  local state
   while true; do
     state=$(tpu describe "$name" --format='value(state)' 2>/dev/null) || state=
-    if [[ -n $dry_run ]]; then
-      echo "$state"
-    elif [[ $state == READY ]]; then
-      status=$(on_workers 0 'cat ~/jetflow/run.status 2>/dev/null || true') || status=
-      [[ $status =~ ^[0-9]+$ ]] && echo "ended with status $status" && exit "$status"
-      sleep "$POLL"
-      continue
-    elif [[ $state == CREATING || $state == STARTING || $state == REPAIRING || $state == DELETING ]]; then
-      sleep "$POLL"
-      continue
-    elif [[ -n $state ]]; then
-      echo "$(date -u +%FT%TZ): $name is $state; making it anew" >&2
-      delete || true
-    fi
-    if ! { create && setup && run; }; then
-      echo "$(date -u +%FT%TZ): $name could not be made; again in $POLL s" >&2
-      sleep "$POLL"
-    fi
-    [[ -z $dry_run ]] || return 0
+    case $state in
+      READY) attend ;;
+      '') try create ;;
+      PREEMPTED | TERMINATED)
+        echo "$(date -u +%FT%TZ): $name is $state; making it anew" >&2
+        try delete ;;
+      *ING) sleep "$POLL" ;;  # as in REPAIRING: on its way to another state
+      *)
+        echo "tpu_vm.sh: $name is $state, and left as it is; start or delete it, and keep it again" >&2
+        exit 1 ;;
+    esac
   done
+}
+
+try() {
+  "$@" && return
+  echo "$(date -u +%FT%TZ): $1 failed for $name; again in $POLL s" >&2
+  sleep "$POLL"
+}
+
+begin() { setup && run; }
+
+# A look at the workers of a TPU VM that is ready; what they need. What had ended before is run again.
+begun='' short=''
+attend() {
+  local found statuses status
+  found=$(on_workers all "$(remote_look)" | grep -o 'jetflow: [a-z].*') || { sleep "$POLL"; return; }
+  if [[ $found == *idle* || -z $begun && $found != *running* ]]; then
+    begun=1
+    try begin
+    return
+  fi
+  begun=1
+  statuses=$(sed -n 's/.* ended //p' <<<"$found" | sort -nu)
+  status=$(grep -vxE '0|130|143' <<<"$statuses" | head -n 1) || status=$(tail -n 1 <<<"$statuses")
+  if [[ $found != *running* ]]; then
+    echo "ended with status ${statuses//$'\n'/ }"
+    exit "$status"
+  fi
+  # The others cannot go on without a worker that gave up, and time passes before they do as well.
+  if [[ $status =~ ^(|0|130|143)$ ]]; then short=; elif [[ -z $short ]]; then short=1; else stop || true; fi
+  sleep "$POLL"
+}
+
+remote_look() {
+  cat <<EOF
+$UNDER_WAY
+if under_way; then echo "jetflow: running"
+elif [[ -f ~/jetflow/run.status ]]; then echo "jetflow: ended \$(cat ~/jetflow/run.status)"
+else echo "jetflow: idle"
+fi
+EOF
 }
 
 (($#)) || { usage; exit 2; }
