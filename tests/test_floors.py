@@ -21,7 +21,7 @@ FLOORS = (
     ("data", "checkpoint", "hosts", "manifest", "report"),
     ("evals",),
     ("environment", "run", "workdir"),
-    ("archive", "bench", "hlo", "loop", "plan", "tpus"),
+    ("archive", "bench", "hlo", "loop", "plan", "sweeps", "tpus"),
     ("page",),
     ("convert",),
     ("commands",),

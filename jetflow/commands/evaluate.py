@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from absl import flags
+from jax.sharding import Mesh
 
 from jetflow import commands, sharding
 from jetflow.data import pipeline
 from jetflow.evals import bpd
 from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.types import UsageError
-from jetflow.workdir import load_model, write_result
+from jetflow.workdir import Model, load_model, write_result
 
 USAGE = "jetflow evaluate --workdir runs/digits --metrics bpd"
 ARGUMENTS = ()
@@ -37,12 +39,22 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 def run(values: flags.FlagValues) -> int:
     workdir = Path(commands.required(values, "workdir", "runs/NAME"))
+    check(values)
+    mesh = commands.mesh(values)
+    sharding.check_batch("--batch_size", values.batch_size, mesh)
+    measure(values, load_model(workdir, values.step, mesh), mesh)
+    return 0
+
+
+def check(values: flags.FlagValues) -> None:
+    """Raise a UsageError on flags that cannot work, whatever the model."""
     unknown = [metric for metric in values.metrics or [""] if metric not in METRICS]
     if unknown:
         raise UsageError(f"--metrics has {unknown[0]!r}; expected some of {', '.join(METRICS)}")
-    mesh = commands.mesh(values)
-    sharding.check_batch("--batch_size", values.batch_size, mesh)
-    model = load_model(workdir, values.step, mesh)
+
+
+def measure(values: flags.FlagValues, model: Model, mesh: Mesh) -> list[dict[str, Any]]:
+    """What the flags ask for of a model: measured, written, said and returned."""
     trained_with = Noise(**model.config["noise"])
     if "noised_bpd" in values.metrics and trained_with.kind == "uniform":
         raise UsageError("noised_bpd is for flows trained with gaussian noise; use --metrics bpd")
@@ -50,7 +62,8 @@ def run(values: flags.FlagValues) -> int:
     split = data["test_split"] if values.split is None else values.split
     if not data["name"]:
         raise UsageError(
-            f"{workdir} names no data set; convert it again with --data NAME, to another --out"
+            f"{model.workdir} names no data set; convert it again with --data NAME, to another "
+            "--out"
         )
     dataset = pipeline.load(data["name"], split, data_dir=values.data_dir)
     draws = values.draws or model.config["eval"]["draws"]
@@ -58,6 +71,7 @@ def run(values: flags.FlagValues) -> int:
     own = split, draws, values.seed
     is_own = own == (data["test_split"], model.config["eval"]["draws"], 0)
     suffix = "" if is_own else f"-{quote(split, safe='')}-draws{draws}-seed{values.seed}"
+    results = []
     for metric in values.metrics:
         noise = bpd.UNIFORM if metric == "bpd" else trained_with
         likelihood = bpd.measure(
@@ -67,5 +81,6 @@ def run(values: flags.FlagValues) -> int:
         weights = "ema" if model.config["train"]["ema_decay"] else "params"
         result = bpd.record(likelihood, noise, dataset, step=model.step, weights=weights)
         print(f"step {model.step}: {bpd.describe(result)}")
-        print(f"written to {write_result(workdir, result, suffix)}")
-    return 0
+        print(f"written to {write_result(model.workdir, result, suffix)}")
+        results.append(result)
+    return results

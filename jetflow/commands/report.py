@@ -11,6 +11,8 @@ from jetflow.page import text
 from jetflow.page.content import Page
 from jetflow.page.html import render
 from jetflow.page.run import run_page
+from jetflow.page.sweep import sweep_page
+from jetflow.sweeps import SWEEP
 from jetflow.types import UsageError
 
 USAGE = "jetflow report runs/digits"
@@ -46,5 +48,5 @@ def run(values: flags.FlagValues, folder: str) -> int:
 
 
 def read_page(folder: Path) -> Page:
-    """What there is to say of a folder."""
-    return run_page(folder)
+    """What there is to say of a folder of either kind."""
+    return sweep_page(folder) if (folder / SWEEP).exists() else run_page(folder)

@@ -67,7 +67,7 @@ def run(values: flags.FlagValues) -> int:
     workdir = Path(commands.required(values, "workdir", "runs/NAME"))
     mesh = commands.mesh(values)
     model = load_model(workdir, values.step, mesh)
-    sampler = _sampler(values, model, mesh)
+    sampler = sampler_of(values, model, mesh)
     if values.mode != "samples":
         return explore.run(values, model, sampler)
     num = values.num or 64
@@ -91,7 +91,8 @@ def run(values: flags.FlagValues) -> int:
     return 0
 
 
-def _sampler(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
+def sampler_of(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
+    """Draws from a model as the flags say."""
     noise = model.config["noise"]
     if values.denoise and noise["kind"] != "gaussian":
         raise UsageError("--denoise needs a flow trained with gaussian noise; leave it out")

@@ -114,12 +114,14 @@ class Page:
     Attributes:
         title, summary: the first lines.
         data: what a spreadsheet wants of it: all numbers, unrounded.
+        table: the result in short; of a sweep.
     """
 
     title: str
     summary: str
     sections: Sequence[Section]
     data: Table
+    table: Table | None = None
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-import jetflow
 from jetflow import environment
 from jetflow.page.content import (
     Block,
@@ -53,7 +52,7 @@ def run_page(workdir: Path) -> Page:
         Section("Evaluations", _evaluations(read_evaluations(workdir))),
         Section("Training", [*_curves(metrics)]),
         Section("Samples", _samples(workdir)),
-        Section("Config", _config(config)),
+        Section("Config", config_blocks(config)),
         Section("Data", data_blocks(config, read_evaluations(workdir))),
         Section("Environment", environment_blocks(workdir)),
         Section("Whole config", [whole_config(config)], folded=True),
@@ -92,8 +91,9 @@ def _evaluations(results: list[dict[str, Any]]) -> list[Block]:
         )
     header = ("metric", "value", "±", "step", "data", "settings")
     caption = (
-        "± is the standard error. Bits per dimension, distances and errors are better when lower. A bpd is comparable with "
-        "others of the same data, version and split only; a noised_bpd also depends on the noise."
+        "± is the standard error. Bits per dimension, distances and errors are better when lower. "
+        "A bpd is comparable with others of the same data, version and split only; a noised_bpd "
+        "also depends on the noise."
     )
     return [Table(header, rows, caption)]
 
@@ -163,8 +163,8 @@ def _samples(workdir: Path) -> list[Block]:
     return [Prose(caption + more), Gallery(pictures)]
 
 
-def _config(config: dict[str, Any]) -> list[Block]:
-    """What the config changes of the defaults, where these can be found."""
+def config_blocks(config: dict[str, Any], without: Sequence[str] = ()) -> list[Block]:
+    """What the config changes of the defaults, where these can be found, but for some fields."""
     base = _defaults(config["flow"]["kind"])
     if base is None:
         return [Prose("configs/base.py was not found, so the whole config is below.")]
@@ -172,7 +172,7 @@ def _config(config: dict[str, Any]) -> list[Block]:
     rows = [
         (name.removeprefix("config."), _text(base.get(name)), _text(value))
         for name, value in mine.items()
-        if base.get(name) != value
+        if base.get(name) != value and name not in without
     ]
     caption = "What differs from the defaults of configs/base.py; its comments say what each is."
     return [Table(("field", "default", "here"), rows, caption)]
@@ -180,7 +180,7 @@ def _config(config: dict[str, Any]) -> list[Block]:
 
 def _defaults(kind: str) -> dict[str, Any] | None:
     """The flat base config of a flow, from the clone that jetflow is installed from."""
-    path = Path(jetflow.__file__).parent.parent / "configs" / "base.py"
+    path = Path(__file__).parents[2] / "configs" / "base.py"
     if not path.exists():
         return None
     spec = importlib.util.spec_from_file_location("_jetflow_base", path)

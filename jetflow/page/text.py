@@ -30,6 +30,18 @@ def comma_separated(page: Page) -> str:
     return text.getvalue()
 
 
+def plain(table: Table) -> str:
+    """A table for a terminal; * is the best."""
+    rows = [list(table.header), *(list(map(cell, row)) for row in table.rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
+    best = None if table.marked is None else table.marked + 1
+    return "\n".join(
+        ("* " if index == best else "  ")
+        + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for index, row in enumerate(rows)
+    )
+
+
 def _block(block: Prose | Table | HeatMap) -> Iterator[str]:
     if isinstance(block, Prose):
         yield block.text

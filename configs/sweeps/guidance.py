@@ -1,0 +1,18 @@
+"""Guidance, denoising and annealing of the conditional TarFlow on digits.
+
+What each does to the samples of one flow, at the prior temperature of 1.
+"""
+
+from jetflow.sweeps import Sweep, axis, product
+
+
+def get_sweep():
+    return Sweep(
+        product(
+            axis("denoise", [False, True]),
+            axis("annealed", [False, True]),
+            axis("guidance", [0.0, 0.5, 1.0, 2.0, 4.0]),
+        ),
+        metrics=("noised_bpd",),
+        config="../digits_tarflow.py",
+    )
