@@ -69,17 +69,41 @@ def splits(
             " set config.flow.patch_size to an even number"
         )
     tokens = grid[0] * grid[1]
-    patterns = itertools.cycle(SPATIAL_CYCLE)
     permutations = _permutations(features)
     token_order, feature_order, spatial = [], [], []
-    for kind in itertools.islice(itertools.cycle(kinds), num_couplings):
-        is_spatial = kind == "spatial"
-        token_order.append(token_pattern(next(patterns), grid) if is_spatial else np.arange(tokens))
-        feature_order.append(np.arange(features) if is_spatial else next(permutations))
-        spatial.append(is_spatial)
+    for pattern in _patterns(num_couplings, kinds):
+        token_order.append(token_pattern(pattern, grid) if pattern else np.arange(tokens))
+        feature_order.append(np.arange(features) if pattern else next(permutations))
+        spatial.append(pattern is not None)
     return Splits(
         np.array(token_order, np.int32), np.array(feature_order, np.int32), np.array(spatial)
     )
+
+
+def places(
+    num_couplings: int, kinds: tuple[str, ...], grid: tuple[int, int]
+) -> Int[np.ndarray, "L T"]:
+    """Of each layer, the order that lays the tokens of a half on the grid, row by row.
+
+    On a channel split they lie there already. On a spatial one each chosen token is two, which stay
+    where it was and where a token is left out: beside it, or on hstripes, which leave out whole
+    rows, below it.
+    """
+    in_rows = np.arange(grid[0] * grid[1])
+    found = []
+    for pattern in _patterns(num_couplings, kinds):
+        if pattern and pattern.startswith("hstripes"):
+            found.append(in_rows.reshape(-1, grid[1], 2).swapaxes(1, 2).reshape(-1))
+        else:
+            found.append(in_rows)
+    return np.array(found, np.int32)
+
+
+def _patterns(num_couplings: int, kinds: tuple[str, ...]) -> Iterator[str | None]:
+    """The spatial pattern of each layer; None where it splits the features."""
+    cycle = itertools.cycle(SPATIAL_CYCLE)
+    for kind in itertools.islice(itertools.cycle(kinds), num_couplings):
+        yield next(cycle) if kind == "spatial" else None
 
 
 def _permutations(features: int) -> Iterator[Int[np.ndarray, "D"]]:

@@ -60,9 +60,9 @@ def render(page: Page) -> str:
 
 
 def _section(section: Section) -> str:
-    """Plots in a row stand side by side where there is room."""
+    """What is small stands side by side where there is room."""
     parts = []
-    for small, blocks in itertools.groupby(section.blocks, lambda b: isinstance(b, Lines)):
+    for small, blocks in itertools.groupby(section.blocks, _is_small):
         inside = [_block(block) for block in blocks]
         parts += [f'<div class="plots">{"".join(inside)}</div>'] if small else inside
     name, body = _anchor(section.title), "\n".join(parts)
@@ -70,6 +70,12 @@ def _section(section: Section) -> str:
         heading = f"<summary>{escape(section.title)}</summary>"
         return f'<details id="{name}">{heading}\n{body}</details>'
     return f'<section id="{name}"><h2>{escape(section.title)}</h2>\n{body}</section>'
+
+
+def _is_small(block: Block) -> bool:
+    if isinstance(block, HeatMap):
+        return not any(spot and spot.picture for row in block.spots for spot in row)
+    return isinstance(block, Lines)
 
 
 @functools.singledispatch

@@ -39,6 +39,7 @@ def sweep_page(path: Path) -> Page:
     failed = sum(record["status"] == "failed" for record in records)
     summary = f"{len(records) - failed} of {len(content['points'])} points measured"
     summary += f", {failed} failed" if failed else ""
+    summary += found.winner()
     sections = [
         Section("Table", [*_prose(content["description"]), table]),
         Section("Effects", [*_plots(found)]),
@@ -95,18 +96,29 @@ class Found:
         first = next(iter(self.order(indices, metric)), None)
         return None if first is None or self.value(first, metric) is None else first
 
+    def winner(self) -> str:
+        """ ": the best fid is 3.2, at guidance 1"; empty before there is one."""
+        main = self.metrics[0] if self.metrics else ""
+        best = self.best(range(len(self.points)), main)
+        if best is None:
+            return ""
+        value = number(self.value(best, main) or 0.0)
+        where = ", ".join(f"{axis.name} {_label(axis, self.points[best])}" for axis in self.axes)
+        return f"; the best {main} is {value}, at {where}" if where else ""
+
     def table(self) -> Table:
         """The points, best first by the first metric; those without a value last."""
         main = self.metrics[0] if self.metrics else ""
         order = self.order(range(len(self.points)), main)
         sizes = {i: self._records.get(i, {}).get("parameters") for i in order}
         sized = len({size for size in sizes.values() if size is not None}) > 1
-        header = ["point", *(axis.name for axis in self.axes), *self._headings()]
+        header = ["point", *self._headings(), *(axis.name for axis in self.axes)]
         header += [*(["parameters"] if sized else []), "status"]
         rows: list[list[Cell]] = []
         for i in order:
-            row: list[Cell] = [str(i), *(_label(axis, self.points[i]) for axis in self.axes)]
+            row: list[Cell] = [str(i)]
             row += [cell for metric in self.metrics for cell in self._cells(i, metric)]
+            row += [_label(axis, self.points[i]) for axis in self.axes]
             rows.append([*row, *([sizes[i]] if sized else []), self._status(i)])
         ordered = f"Sorted by {main}, {_direction(main)}; the best row is marked." if main else ""
         marked = 0 if main and self.value(order[0], main) is not None else None
