@@ -1,7 +1,7 @@
 """Jet in miniature: Vision Transformer against convolutional coupling nets of equal size.
 
-The main claim of arXiv 2412.15129 on crops of two photographs: at the same number of parameters,
-couplings with attention reach fewer bits per dimension than convolutional ones.
+On crops of two photographs. The claim of arXiv 2412.15129 to look for: at the same number of
+parameters, couplings with attention reach fewer bits per dimension than convolutional ones.
 """
 
 from jetflow.sweeps import Sweep, axis, product

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jetflow.page.content import Number
 from jetflow.sweeps import short
 
 
@@ -21,7 +22,7 @@ class Axis:
     settings: tuple[str, ...]
     name: str
     labels: tuple[str, ...]
-    numbers: tuple[float, ...]
+    numbers: tuple[Number, ...]
 
     def place(self, point: dict[str, Any]) -> int:
         """Which of its values a point has; -1 where the point lacks the setting."""

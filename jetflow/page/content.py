@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-Cell: TypeAlias = str | int | float | bool | None
+Number: TypeAlias = int | float
+Cell: TypeAlias = str | Number | bool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Series:
     """A line of a plot: (x, y) by rising x."""
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[Number, Number]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Lines:
 class Spot:
     """A cell of a heat map: a value, or why there is none, and samples."""
 
-    value: float | None
+    value: Number | None
     note: str = ""
     picture: Path | None = None
 
@@ -124,7 +125,7 @@ class Page:
     table: Table | None = None
 
 
-def number(value: float, digits: int = 4) -> str:
+def number(value: Number, digits: int = 4) -> str:
     """A number as people write it: 3.097, 12,800, 1.2e-05."""
     if not math.isfinite(value):
         return str(value)

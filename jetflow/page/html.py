@@ -15,6 +15,7 @@ from jetflow.page.content import (
     Gallery,
     HeatMap,
     Lines,
+    Number,
     Page,
     Prose,
     Section,
@@ -147,7 +148,7 @@ def _(gallery: Gallery) -> str:
     return f'<div class="wide"><div class="gallery">{figures}</div>{_note(gallery.caption)}</div>'
 
 
-def _spot(spot: Spot | None, ends: tuple[float, float], best: float | None) -> str:
+def _spot(spot: Spot | None, ends: tuple[Number, Number], best: Number | None) -> str:
     """A cell coloured by where its value lies between the ends."""
     if spot is None:
         return '<td class="none"></td>'
@@ -159,22 +160,13 @@ def _spot(spot: Spot | None, ends: tuple[float, float], best: float | None) -> s
         return f'<td class="none">–{note}{picture}</td>'
     low, high = ends
     colour = svg.viridis((spot.value - low) / (high - low) if high > low else 0.5)
-    ink = "#000" if _luminance(colour) > 0.18 else "#fff"  # the better contrast of the two
+    ink = "#000" if svg.luminance(colour) > 0.18 else "#fff"  # the better contrast of the two
     style = f"background:rgb({','.join(map(str, colour))});color:{ink}"
     mark = "★ " if spot.value == best else ""
     return (
         f'<td{_if(spot.value == best, "best")} style="{style}">{mark}{number(spot.value)}'
         f"{note}{picture}</td>"
     )
-
-
-def _luminance(colour: tuple[int, int, int]) -> float:
-    """Relative luminance, 0 to 1 (WCAG 2)."""
-    red, green, blue = (
-        share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4
-        for share in (part / 255 for part in colour)
-    )
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def _legend(plot: Lines) -> str:

@@ -15,6 +15,7 @@ from jetflow.page.content import (
     Cell,
     Gallery,
     Lines,
+    Number,
     Page,
     Prose,
     Section,
@@ -140,7 +141,7 @@ def _curves(metrics: list[dict[str, Any]]) -> Iterator[Block]:
     )  # fmt: skip
 
 
-def _points(metrics: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+def _points(metrics: list[dict[str, Any]], name: str) -> list[tuple[Number, Number]]:
     """The curve of a metric; of a long one, means over stretches of equal length."""
     points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
     size = math.ceil(len(points) / POINTS)

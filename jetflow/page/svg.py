@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from jetflow.page.content import Lines, Series, number
+from jetflow.page.content import Lines, Number, Series, number
 
 WIDTH, HEIGHT = 420, 270
 LEFT, RIGHT, TOP, BOTTOM = 50, 408, 30, 228  # of the frame of the data
@@ -59,7 +59,7 @@ def look(index: int, count: int) -> tuple[str, str]:
     return "many", f"stroke:rgb({red},{green},{blue});fill:rgb({red},{green},{blue})"
 
 
-def viridis(share: float) -> tuple[int, int, int]:
+def viridis(share: Number) -> tuple[int, int, int]:
     """The colour at 0 ≤ share ≤ 1 of a scale that is even to the eye, also without colour."""
     place = min(max(share, 0.0), 1.0) * (len(VIRIDIS) - 1)
     low = min(int(place), len(VIRIDIS) - 2)
@@ -70,7 +70,16 @@ def viridis(share: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _line(one: Series, places: Sequence[tuple[float, float]], name: str, style: str) -> list[str]:
+def luminance(colour: tuple[int, int, int]) -> Number:
+    """Relative luminance, 0 to 1 (WCAG 2)."""
+    red, green, blue = (
+        share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4
+        for share in (part / 255 for part in colour)
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _line(one: Series, places: Sequence[tuple[Number, Number]], name: str, style: str) -> list[str]:
     given = f'class="{name}"' + (f' style="{style}"' if style else "")
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     parts = [f'<g {given}><path d="{path}"/>'] if places else [f"<g {given}>"]
@@ -81,20 +90,20 @@ def _line(one: Series, places: Sequence[tuple[float, float]], name: str, style: 
     return [*parts, "</g>"]
 
 
-def _shown(plot: Lines, point: tuple[float, float]) -> bool:
+def _shown(plot: Lines, point: tuple[Number, Number]) -> bool:
     x, y = point
     positive = (x > 0 or not plot.log_x) and (y > 0 or not plot.log_y)
     return positive and math.isfinite(x) and math.isfinite(y)
 
 
-def _x_tick(x: float, text: str) -> str:
+def _x_tick(x: Number, text: str) -> str:
     return (
         f'<path class="grid" d="M{x:.1f} {TOP}V{BOTTOM}"/>'
         f'<text class="xtick" x="{x:.1f}" y="{BOTTOM + 16}">{text}</text>'
     )
 
 
-def _y_tick(y: float, text: str) -> str:
+def _y_tick(y: Number, text: str) -> str:
     return (
         f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}"/>'
         f'<text class="ytick" x="{LEFT - 6}" y="{y + 4:.1f}">{text}</text>'
@@ -104,7 +113,7 @@ def _y_tick(y: float, text: str) -> str:
 class _Axis:
     """From values to places in the picture, `start` to `end`, with ticks at round numbers."""
 
-    def __init__(self, values: list[float], start: float, end: float, log: bool, padded: bool):
+    def __init__(self, values: list[Number], start: Number, end: Number, log: bool, padded: bool):
         self._log, self._start, self._end = log, start, end
         low, high = self._scaled(min(values)), self._scaled(max(values))
         if low == high:
@@ -114,18 +123,18 @@ class _Axis:
         few = _log_ticks(self._low, self._high) if log else []
         self.ticks = few or _linear_ticks(*self._ends())
 
-    def place(self, value: float) -> float:
+    def place(self, value: Number) -> Number:
         share = (self._scaled(value) - self._low) / (self._high - self._low)
         return self._start + share * (self._end - self._start)
 
-    def _scaled(self, value: float) -> float:
+    def _scaled(self, value: Number) -> Number:
         return math.log10(value) if self._log else value
 
-    def _ends(self) -> tuple[float, float]:
+    def _ends(self) -> tuple[Number, Number]:
         return (10**self._low, 10**self._high) if self._log else (self._low, self._high)
 
 
-def _linear_ticks(low: float, high: float) -> list[tuple[float, str]]:
+def _linear_ticks(low: Number, high: Number) -> list[tuple[Number, str]]:
     """Multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / TICKS
     power = 10 ** math.floor(math.log10(rough))
@@ -135,7 +144,7 @@ def _linear_ticks(low: float, high: float) -> list[tuple[float, str]]:
     return [(i * step, _short(i * step, decimals)) for i in range(first, last + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+def _log_ticks(low: Number, high: Number) -> list[tuple[Number, str]]:
     """Powers of ten with, where these are few, twice and five times them; [] if still too few."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     for factors in ((1,), (1, 2, 5)):
@@ -148,7 +157,7 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     return []
 
 
-def _short(value: float, decimals: int) -> str:
+def _short(value: Number, decimals: int) -> str:
     """The number at a tick, at most about six characters."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * size or (abs(value) >= size and value % size == 0):

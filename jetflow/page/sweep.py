@@ -12,6 +12,7 @@ from jetflow.page.content import (
     Cell,
     HeatMap,
     Lines,
+    Number,
     Page,
     Prose,
     Section,
@@ -69,7 +70,7 @@ class Found:
         done = [record for record in records if record["status"] == "done"]
         self.metrics = list(dict.fromkeys(name for record in done for name in record["metrics"]))
 
-    def value(self, index: int, metric: str) -> float | None:
+    def value(self, index: int, metric: str) -> Number | None:
         """Of a point; None where it has none, or none that is finite."""
         return self._records.get(index, {}).get("metrics", {}).get(metric)
 
@@ -182,7 +183,7 @@ def _plots(found: Found) -> Iterator[Lines]:
         yield Lines(f"{metric} over {axis.name}", axis.name, metric, series, caption)
 
 
-def _line(found: Found, metric: str, axis: Axis, group: list[int]) -> list[tuple[float, float]]:
+def _line(found: Found, metric: str, axis: Axis, group: list[int]) -> list[tuple[Number, Number]]:
     points = []
     for place, x in enumerate(axis.numbers):
         best = found.best([i for i in group if axis.place(found.points[i]) == place], metric)
