@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jax
 from jax.sharding import Mesh
@@ -21,6 +23,7 @@ from jetflow.types import Flow, UsageError
 
 CONFIG = "config.json"
 LOCK = ".lock"
+LONGEST_SUFFIX = 120  # letters, of the at most 255 bytes of a file's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +154,21 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
 def result_path(workdir: Path, metric: str, step: int, suffix: str = "") -> Path:
     """Where the value of a metric at a step is written."""
     return workdir / "evals" / f"{metric}-{step:08d}{suffix}.json"
+
+
+def suffix(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """What tells the file of a result from that of the default settings: "-seed=1,split=train".
+
+    Settings that are as by default are left out. A long list is cut, and a hash of all of it added.
+    """
+    given = {name: value for name, value in settings.items() if value != defaults.get(name)}
+    if not given:
+        return ""
+    text = ",".join(f"{name}={quote(str(given[name]), safe='')}" for name in sorted(given))
+    if len(text) > LONGEST_SUFFIX:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        text = f"{text[:LONGEST_SUFFIX]}-{digest}"
+    return f"-{text}"
 
 
 def write_result(workdir: Path, result: dict[str, Any], suffix: str = "") -> Path:

@@ -1,5 +1,6 @@
 """Held-out bits per dimension: right on a known density, and a property of the example alone."""
 
+import dataclasses
 import math
 
 import flow_laws
@@ -12,7 +13,7 @@ from flow_laws import jit
 import jetflow
 from jetflow import noise, sharding
 from jetflow.data.pipeline import Dataset
-from jetflow.evals import bpd
+from jetflow.evals import bpd, classify
 from jetflow.flows.labels import check_labels
 from jetflow.noise import Noise, keys_by_example
 from jetflow.types import UsageError
@@ -150,3 +151,42 @@ def test_standard_error_is_over_the_draws(flow, variables, dataset):
     assert measured.draws == 4
     assert measured.mean == pytest.approx(np.mean(means), rel=1e-6)
     assert measured.standard_error == pytest.approx(np.std(means, ddof=1) / 2, rel=0.02)
+
+
+def test_draws_are_weighted_and_parts_are_of_the_mean(flow, variables, dataset):
+    measured = measure(flow, variables, dataset, batch_size=4, draws=4)
+    assert measured.bits.shape == (4, 7)
+    assert measured.parts.sum() == pytest.approx(measured.mean, rel=1e-6)
+    assert len(measured.parts) == 3
+    assert measured.importance_weighted < measured.mean - 1e-5
+    expected = np.std(measured.bits.mean(0), ddof=1) / np.sqrt(7)
+    assert measured.error_over_examples == pytest.approx(expected)
+
+
+# Labels by likelihoods.
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+@pytest.mark.parametrize("how", [Noise("uniform"), Noise("gaussian", std=0.3)])
+def test_accuracy(how, batch_size, flow, variables, dataset):
+    """Of labels of which we know how many are the most likely ones."""
+    bits = np.zeros((3, 7))
+    for draw in range(2):
+        key = noise.key_for(2, draw, noise.Purpose.EVALUATE)
+        for label in range(3):
+            labels = jnp.full(7, label)
+            bits[label] += jetflow.bits_per_dim(flow, variables, IMAGES, labels, key, noise=how)
+    likely = bits.argmin(0)
+    assert len(set(likely)) > 1
+    wrong = {1, 5}
+    source = [
+        {"image": np.asarray(image), "label": int(label + (index in wrong)) % 3}
+        for index, (image, label) in enumerate(zip(IMAGES, likely, strict=True))
+    ]
+    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    found = classify.measure(
+        flow, variables, dataclasses.replace(dataset, source=source), mesh=mesh, noise=how,
+        seed=2, draws=2, batch_size=batch_size,
+    )  # fmt: skip
+    assert found.value == 5 / 7
+    assert found.standard_error == pytest.approx(math.sqrt(5 / 7 * 2 / 7 / 7))

@@ -245,8 +245,8 @@ BAD_COMMANDS = {
     "word for a number": (["sample", "--workdir", "x", "--num", "all"], ["--num is 'all'"]),
     "negative guidance": (["sample", "--workdir", "x", "--guidance=-1"], ["--guidance=-1"]),
     "unknown metric": (
-        ["evaluate", "--workdir", "x", "--metrics", "fid"],
-        ["--metrics has 'fid'", "bpd, noised_bpd"],
+        ["evaluate", "--workdir", "x", "--metrics", "fidd"],
+        ["--metrics has 'fidd'", "bpd, noised_bpd"],
     ),
     "no metric": (["evaluate", "--workdir", "x", "--metrics="], ["--metrics", "bpd"]),
 }
@@ -420,6 +420,7 @@ def test_nowhere_to_write_samples(flag, refused, trained, tmp_path):
     ("name", "flags", "expected"),
     [
         ("jet", ["--metrics", "noised_bpd"], "noised_bpd is for flows trained with gaussian noise"),
+        ("volume preserving", ["--metrics", "accuracy"], "accuracy is for flows with labels"),
         ("jet", ["--split", "validation"], "'validation' is not a split"),
         ("jet", ["--step", 7], "no checkpoint of step 7"),
         ("jet", ["--mesh", "fsdp:4"], "--mesh has 'fsdp:4'; expected AXIS=SIZE"),
@@ -586,5 +587,32 @@ def test_evaluation_does_not_depend_on_the_batch_size(evaluate):
 def test_evaluation_of_another_split_leaves_the_run_its_own(evaluate):
     _, results = evaluate("jet", "--split", "test[:20]", "--draws", 1)
     ((file, result),) = results.items()
-    assert file == "bpd-00000012-test%5B%3A20%5D-draws1-seed0.json"
+    assert file == "bpd-00000012-draws=1,split=test%5B%3A20%5D.json"
     assert (result["data"]["split"], result["data"]["examples"]) == ("test[:20]", 20)
+
+
+def test_accuracy_of_a_flow_with_labels(evaluate):
+    said, results = evaluate("tarflow", "--metrics", "accuracy", "--draws", 1)
+    ((file, result),) = results.items()
+    assert file == "accuracy-00000012-draws=1.json"
+    assert 0 < result["value"] < 1 and 0 < result["standard_error"] < 0.05
+    assert result["noise"] == {"kind": "gaussian", "std": 0.1}
+    assert result["data"]["examples"] == 297
+    assert said.startswith(f"step 12: accuracy {result['value']:.4f} ± ")
+
+
+def test_gap_between_held_out_and_training_images(evaluate):
+    said, results = evaluate("jet", "--metrics", "bpd,bpd_gap", "--draws", 2)
+    bpd, gap = (results[f"{name}-00000012.json"] for name in ("bpd", "bpd_gap"))
+    assert gap["held_out"] == pytest.approx(bpd["value"])
+    assert gap["value"] == pytest.approx(gap["held_out"] - gap["train"])
+    assert abs(gap["value"]) < 10 * gap["standard_error"] < 1
+    assert gap["train_data"]["split"] == "train, every 5. (297 images)"
+    assert gap["train_data"]["examples"] == gap["data"]["examples"] == 297
+    assert gap["train_data"]["checksum"] != gap["data"]["checksum"]
+    assert bpd["importance_weighted"] < bpd["value"]
+    parts = bpd["parts"]
+    assert len(parts["blocks"]) == 5
+    total = parts["prior"] + parts["pixels"] + sum(parts["blocks"])
+    assert total == pytest.approx(bpd["value"], rel=1e-5)
+    assert "bpd_gap" in said

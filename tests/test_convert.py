@@ -19,9 +19,10 @@ from published import (
 
 import jetflow
 from jetflow import convert
-from jetflow.convert import big_vision, tables, torch_file, torch_writer
+from jetflow.convert import big_vision, tables
 from jetflow.convert.mapping import from_published, to_published
 from jetflow.flows import orders
+from jetflow.pth import torch_file, torch_writer
 from jetflow.types import UsageError
 
 PTH = GOLDEN / "tarflow"

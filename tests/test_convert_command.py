@@ -11,8 +11,8 @@ from published import GOLDEN, assert_equal, case, settings_of, tarflow_arguments
 
 from jetflow import cli
 from jetflow.commands import convert
-from jetflow.convert import torch_file
 from jetflow.convert.models import Published
+from jetflow.pth import torch_file
 from jetflow.types import UsageError
 from jetflow.workdir import load_model
 

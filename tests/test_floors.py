@@ -18,7 +18,7 @@ FLOORS = (
     ("likelihood", "noise"),
     ("sharding", "optim", "state"),
     ("step", "sampling"),
-    ("data", "checkpoint", "hosts", "manifest", "report"),
+    ("data", "checkpoint", "hosts", "manifest", "pth", "report"),
     ("evals",),
     ("environment", "run", "workdir"),
     ("archive", "bench", "hlo", "loop", "plan", "sweeps", "tpus"),

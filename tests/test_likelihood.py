@@ -47,6 +47,22 @@ def test_prior_variance_is_that_of_the_collection_or_one():
     assert likelihood.prior_variance({"prior": {"variance": variance}}) is variance
 
 
+def test_importance_weighting_averages_densities():
+    """Not their logarithms; in one draw, and in draws that agree, there is no difference."""
+    bits, size = RNG.uniform(3, 4, (5, 3)), 12
+    densities = 2.0 ** (-bits * size)
+    found = likelihood.importance_weighted(bits, size)
+    np.testing.assert_allclose(found, -np.log2(densities.mean(0)) / size, rtol=1e-12)
+    assert (found < bits.mean(0) - 1e-3).all()
+    np.testing.assert_allclose(likelihood.importance_weighted(bits[:1], size), bits[0], rtol=1e-12)
+
+
+def test_importance_weighting_of_densities_too_small_for_numbers():
+    bits = np.array([[8.0], [8.1]])
+    found = likelihood.importance_weighted(bits, 10**6)
+    np.testing.assert_allclose(found, 8 + 1e-6, rtol=1e-12)
+
+
 # A density over the pixel values of two-pixel images, integrated over the plane.
 
 TWO_PIXELS = {

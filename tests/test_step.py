@@ -149,6 +149,51 @@ def test_evaluation_agrees_with_the_training_loss():
     assert_close(bits.mean(), metrics["bpd"])
 
 
+WITH_PARTS = FLOWS | {"tarflow": lambda: flow_laws.tarflow(num_classes=3, dtype="float32")}
+
+
+@functools.cache
+def in_parts(name):
+    """(flow, variables, inputs, latents, what `eval_parts` gives)."""
+    flow = WITH_PARTS[name]()
+    variables = flow_laws.random_variables(flow, jnp.float32)
+    x, label = flow_laws.random_images(flow).astype(jnp.float32), jnp.array([0, 2, -1])
+    z, _ = jit(functools.partial(flow.apply, method="forward"))(variables, x, label)
+    found = jit(functools.partial(step.eval_parts, flow))(variables, x, label)
+    return flow, variables, (x, label), z, found
+
+
+@pytest.mark.parametrize("name", WITH_PARTS)
+def test_parts_add_up(name):
+    flow, variables, _, z, (bits, parts) = in_parts(name)
+    assert len(parts) == 4  # the prior, the pixels and two blocks, or couplings
+    assert_close(parts.sum(0), bits, rtol=1e-5)
+    variance = likelihood.prior_variance(variables)
+    assert_close(parts[0], likelihood.bits_per_dim(likelihood.prior_nll(z, variance), z), 1e-5)
+    assert_close(parts[1], np.full(3, np.log2(flow.pixel_scale)))
+    assert (np.abs(parts[2:]) > 1e-3).all() == (name != "volume preserving")
+
+
+def test_parts_are_in_the_order_of_the_blocks():
+    flow, variables, (x, label), _, (_, parts) = in_parts("tarflow")
+    tokens, _ = flow.pixels.forward(x)
+    for part, block in zip(parts[2:], flow.bind(variables).blocks, strict=True):
+        tokens, logdet = block.forward(tokens, label)
+        assert_close(part, likelihood.bits_per_dim(-logdet, tokens), rtol=1e-4)
+
+
+def test_parts_are_in_the_order_of_the_couplings():
+    """The first is made to leave all as it is."""
+    flow, variables, inputs, *_ = in_parts("jet")
+    net = variables["params"]["blocks_0"]["layers"]["net"]
+    closed = jax.tree.map(lambda array: array.at[0].set(0.0), net["proj_out"])
+    params = {"blocks_0": {"layers": {"net": net | {"proj_out": closed}}}}
+    _, parts = jit(functools.partial(step.eval_parts, flow))(
+        variables | {"params": params}, *inputs
+    )
+    assert (np.abs(parts[2]) < 1e-6).all() and (np.abs(parts[3]) > 1e-3).all()
+
+
 def test_gradient_norm_is_of_the_whole_gradient():
     before, after, metrics = one_step("jet")
     step_taken = jax.tree.map(lambda a, b: (a - b) / 0.1, before.params, after.params)

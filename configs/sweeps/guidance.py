@@ -13,6 +13,7 @@ def get_sweep():
             axis("annealed", [False, True]),
             axis("guidance", [0.0, 0.5, 1.0, 2.0, 4.0]),
         ),
-        metrics=("noised_bpd",),
+        metrics=("fid", "accuracy"),
         config="../digits_tarflow.py",
+        fixed={"num_samples": 1500},  # as many as there are images to compare with
     )

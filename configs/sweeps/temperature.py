@@ -13,7 +13,7 @@ def get_sweep():
             axis("temperature", [0.7, 0.8, 0.9, 1.0]),
             axis("guidance", [0.0, 0.5, 1.0, 2.0]),
         ),
-        metrics=("bpd",),
+        metrics=("fid",),
         config="../photos_tarflow.py:16",
-        fixed={"attention_temperature": 0.5},
+        fixed={"attention_temperature": 0.5, "num_samples": 2000},
     )

@@ -13,8 +13,8 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from jetflow import commands, config, environment, hosts, loop, sharding
-from jetflow.commands import evaluate, sample, train
+from jetflow import commands, config, environment, hosts, loop
+from jetflow.commands import decoding, evaluate, sample, sampling, train
 from jetflow.data import pipeline
 from jetflow.evals.samples import rows_by_class, square_rows
 from jetflow.noise import Purpose, key_for
@@ -42,6 +42,7 @@ class Runner:
         self._run = run
         self._trained: set[str] = set()
         self._loaded: tuple[Any, Model] | None = None
+        self._likelihoods: dict[Any, list[dict[str, Any]]] = {}
 
     def check(self) -> None:
         """Raise a UsageError where a setting of a point is none, or is of the wrong type."""
@@ -104,9 +105,11 @@ class Runner:
         workdir = Path(self._run) if self._run else self._train(point)
         values = self._parse(evaluate, settings)
         mesh = commands.mesh(values)
-        sharding.check_batch("batch_size", values.batch_size, mesh)
         model = self._load(workdir, values.step, mesh)
-        results = evaluate.measure(values, model, mesh)
+        results = self._likelihoods_of(values, model, mesh)
+        if chosen := [name for name in self._sweep.metrics if name in evaluate.QUALITIES]:
+            self._make_reference(values, model, mesh)
+            results = results + evaluate.measure(_with(values, metrics=chosen), model, mesh)
         if self._sweep.pictures:
             grid = self._picture(self._parse(sample, settings), model, mesh)
             save_png(self._folder.record_path(point).with_suffix(".png"), grid)
@@ -142,11 +145,37 @@ class Runner:
             self._loaded = key, load_model(workdir, step, mesh)
         return self._loaded[1]
 
+    def _likelihoods_of(
+        self, values: flags.FlagValues, model: Model, mesh: Mesh
+    ) -> list[dict[str, Any]]:
+        """The metrics that need no samples, measured once for all points that draw them alike."""
+        chosen = [name for name in self._sweep.metrics if name in evaluate.LIKELIHOODS]
+        if not chosen:
+            return []
+        key = model.workdir, model.step, values.split, values.draws, values.seed
+        if key not in self._likelihoods:
+            measured = evaluate.measure(_with(values, metrics=chosen), model, mesh)
+            self._likelihoods[key] = measured
+        return self._likelihoods[key]
+
+    def _make_reference(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> None:
+        """The reference of the sweep: one for all points, made by the first that needs it."""
+        if values.reference is not None:
+            return
+        path = self._folder.path / "reference.npz"
+        values.reference = str(path)
+        with self._folder.locked("reference", wait=True):
+            if not hosts.agreed(path.exists()):
+                made = _with(values, metrics=None, make_reference=True)
+                evaluate.measure(made, model, mesh)
+
     def _picture(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> np.ndarray:
         """Samples of all classes, in a grid that is about square."""
         num = self._sweep.pictures
         labels, _ = rows_by_class(num, model.flow.num_classes)
-        sampler = sample.sampler_of(values, model, mesh)
+        sampler = sampling.sampler(values, model, mesh)
+        size = min(values.batch_size, num)
+        sampler = decoding.with_method(sampler, values.method, values, model, size)
         key = key_for(values.seed, 0, Purpose.SAMPLE)
         drawn = draw_all(sampler, key, num=num, label=labels, batch_size=values.batch_size)
         kind = model.config["noise"]["kind"]
@@ -175,3 +204,13 @@ class Runner:
         argv = [command.__name__.rpartition(".")[2]]
         config.parse(values, argv + [f"--{name}={value}" for name, value in given.items()])
         return values
+
+
+def _with(values: flags.FlagValues, **changed: Any) -> flags.FlagValues:
+    """A copy of the flags with other values of some."""
+    copy = flags.FlagValues()
+    evaluate.define(copy, [])
+    copy.mark_as_parsed()
+    for name in copy:
+        copy[name].value = changed.get(name, values[name].value)
+    return copy

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 from jaxtyping import Int
 from tqdm import tqdm
 
 from jetflow import commands, hosts
 from jetflow.archive import Archive
-from jetflow.commands import decoding, explore
+from jetflow.commands import decoding, explore, sampling
 from jetflow.evals.samples import corner, rows_by_class, square_rows
 from jetflow.flows.labels import check_labels
 from jetflow.noise import LARGEST_SEED, Purpose, key_for
 from jetflow.report import make_grid, save_png
 from jetflow.sampling.ancestral import Sampler, draw_all, quantise
-from jetflow.types import Guidance, UsageError
+from jetflow.types import UsageError
 from jetflow.workdir import Model, load_model
 
 USAGE = "jetflow sample --workdir runs/digits --num 64 --guidance 1 --denoise --out grid.png"
@@ -41,19 +40,8 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flag(flags.DEFINE_integer, "label", None, "class of all images; default: one row a class")
     flag(flags.DEFINE_integer, "seed", 0, "image i depends on the seed and i alone",
          lower_bound=0, upper_bound=LARGEST_SEED)  # fmt: skip
-    flag(flags.DEFINE_float, "temperature", 1.0, "of the prior: multiplies its standard deviation",
-         lower_bound=0.0)  # fmt: skip
-    flag(flags.DEFINE_float, "guidance", 0.0, "strength of guidance", lower_bound=0.0)
-    flag(flags.DEFINE_string, "guide_what", "ab", "guide a (log-scale), b (shift), or ab (both)")
-    flag(flags.DEFINE_float, "attention_temperature", 1.0,
-         "of guidance's unconditional pass; must differ from 1 without labels")  # fmt: skip
-    flag(flags.DEFINE_bool, "annealed", False, "let guidance grow from the first token to the last")
-    flag(flags.DEFINE_bool, "denoise", False, "one denoising step, for gaussian training noise")
-    flag(flags.DEFINE_float, "denoise_std", None, "strength of that step: the standard deviation "
-         "that it takes the noise to have; default: that of training", lower_bound=0.0)  # fmt: skip
     flag(flags.DEFINE_integer, "batch_size", 64, "images made at a time", lower_bound=1)
-    decoding.define_method(values)
-    decoding.define(values)
+    sampling.define(values)
     explore.define(values)
 
 
@@ -67,7 +55,7 @@ def run(values: flags.FlagValues) -> int:
     workdir = Path(commands.required(values, "workdir", "runs/NAME"))
     mesh = commands.mesh(values)
     model = load_model(workdir, values.step, mesh)
-    sampler = sampler_of(values, model, mesh)
+    sampler = sampling.sampler(values, model, mesh)
     if values.mode != "samples":
         return explore.run(values, model, sampler)
     num = values.num or 64
@@ -91,38 +79,13 @@ def run(values: flags.FlagValues) -> int:
     return 0
 
 
-def sampler_of(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
-    """Draws from a model as the flags say."""
-    noise = model.config["noise"]
-    if values.denoise and noise["kind"] != "gaussian":
-        raise UsageError("--denoise needs a flow trained with gaussian noise; leave it out")
-    if values.denoise_std is not None and not values.denoise:
-        raise UsageError(f"--denoise_std is {values.denoise_std}, but --denoise is missing; add it")
-    std = noise["std"] if values.denoise_std is None else values.denoise_std
-    guidance = Guidance(
-        values.guidance, values.guide_what, values.attention_temperature, values.annealed
-    )
-    return Sampler(
-        model.flow,
-        model.variables,
-        guidance=guidance,
-        temperature=values.temperature,
-        denoise=std if values.denoise else 0.0,
-        mesh=mesh,
-    )
-
-
 def _archive(
     values: flags.FlagValues, model: Model, labels: Int[np.ndarray, "N"] | None, num: int
 ) -> Archive:
     """The .npz, begun or taken up again with all that its images depend on."""
-    names = (
-        "label", "seed", "temperature", "guidance", "guide_what", "attention_temperature",
-        "annealed", "denoise", "denoise_std", "batch_size", "method", "window", "tolerance",
-        "cache_dtype",
-    )  # fmt: skip
     settings = {"workdir": str(model.workdir.resolve()), "step": model.step}
-    settings |= {name: values[name].value for name in names}
+    settings |= {name: values[name].value for name in ("label", "seed", "batch_size")}
+    settings |= sampling.settings(values)
     return Archive(Path(values.npz), num=num, image_shape=model.flow.image_shape, settings=settings)
 
 

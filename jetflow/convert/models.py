@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jetflow.convert import big_vision, tables, torch_file, torch_writer
+from jetflow.convert import big_vision, tables
 from jetflow.convert.mapping import Table, Tensors, Variables, from_published, to_published
 from jetflow.convert.sizes import Path, check_patches, check_positive, count_parts, shape_of
 from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.flows.build import build
 from jetflow.flows.pixels import Pixels
 from jetflow.flows.stack import Stack
+from jetflow.pth import torch_file, torch_writer
 from jetflow.state import abstract_variables
 from jetflow.types import Flow, UsageError
 

@@ -16,9 +16,11 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jetflow import sharding
 from jetflow.data import pipeline
+from jetflow.evals.records import data_facts, finite, number
 from jetflow.flows.labels import check_labels
+from jetflow.likelihood import importance_weighted
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
-from jetflow.step import eval_step
+from jetflow.step import eval_parts
 from jetflow.types import Batch, Flow
 
 UNIFORM = Noise("uniform")
@@ -50,7 +52,7 @@ def bits_per_dim(
     """
     index = jnp.arange(images.shape[0]) if index is None else index
     label = check_labels(flow, label, images.shape[0])
-    return _bits_per_dim(flow, noise, variables, images, label, key, index)
+    return _bits_per_dim(flow, noise, variables, images, label, key, index)[0]
 
 
 def lower(flow: Flow, variables: Any, batch: Batch, mesh: Mesh, noise: Noise = UNIFORM) -> Lowered:
@@ -63,23 +65,50 @@ def lower(flow: Flow, variables: Any, batch: Batch, mesh: Mesh, noise: Noise = U
 
 @functools.partial(jax.jit, static_argnames=("flow", "noise"))
 def _bits_per_dim(flow, noise, variables, images, label, key, index):
+    """Bits [B], and what each part of the flow contributes to them, [P, B]."""
     x = noise.add_by_example(images, keys_by_example(key, index), flow.pixel_scale)
-    return eval_step(flow, variables, x, label)
+    return eval_parts(flow, variables, x, label)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Likelihood:
     """A likelihood with its uncertainty.
 
     Attributes:
-        mean: bits per dimension, over all examples and draws.
-        standard_error: of that mean, over the noise draws; nan for a single draw.
-        draws: how many.
+        bits: per dimension, of each draw of the noise and each example.
+        parts: what the prior, the preprocessing and each block contribute to their mean.
+        dimensions: of an example.
     """
 
-    mean: float
-    standard_error: float
-    draws: int
+    bits: Float[np.ndarray, "K N"]
+    parts: Float[np.ndarray, "P"]
+    dimensions: int
+
+    @property
+    def draws(self) -> int:
+        return len(self.bits)
+
+    @property
+    def mean(self) -> float:
+        """Bits per dimension, over all examples and draws."""
+        return float(self.bits.mean(1).mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of that mean, over the noise draws; nan for a single draw."""
+        if self.draws == 1:
+            return float("nan")
+        return float(np.std(self.bits.mean(1), ddof=1) / np.sqrt(self.draws))
+
+    @property
+    def error_over_examples(self) -> float:
+        """The standard error of the mean as one over examples, of which these are a sample."""
+        return float(np.std(self.bits.mean(0), ddof=1) / np.sqrt(self.bits.shape[1]))
+
+    @property
+    def importance_weighted(self) -> float:
+        """The bound that has all draws of an example in it, over all examples."""
+        return float(importance_weighted(self.bits, self.dimensions).mean())
 
 
 def measure(
@@ -102,10 +131,10 @@ def measure(
         batch_size: over all devices of the mesh.
         poll: called after each batch; may raise to stop.
     """
-    means = []
+    all_bits, parts = [], []
     for draw in range(draws):
         key = key_for(seed, draw, Purpose.EVALUATE)
-        bits, seen = [], []
+        bits = np.full(len(dataset), np.nan)
         for batch in pipeline.eval_batches(
             dataset,
             batch_size=batch_size,
@@ -115,14 +144,16 @@ def measure(
             label = batch.label if flow.num_classes else None
             with sharding.on(mesh):
                 values = _bits_per_dim(flow, noise, variables, batch.image, label, key, batch.index)
-            gathered = multihost_utils.process_allgather((values, batch.index), tiled=True)
-            bits.append(gathered[0])
-            seen.append(gathered[1])
+            (values, shares), index = multihost_utils.process_allgather(
+                (values, batch.index), tiled=True
+            )
+            real = index >= 0
+            bits[index[real]] = values[real]
+            parts.append(shares[:, real].sum(1, dtype=np.float64))
             poll()
-        real = np.concatenate(seen) >= 0
-        means.append(np.concatenate(bits)[real].mean(dtype=np.float64))
-    error = float(np.std(means, ddof=1) / np.sqrt(draws)) if draws > 1 else float("nan")
-    return Likelihood(float(np.mean(means)), error, draws)
+        all_bits.append(bits)
+    mean_parts = np.sum(parts, axis=0) / (draws * len(dataset))
+    return Likelihood(np.stack(all_bits), mean_parts, math.prod(dataset.image_shape))
 
 
 def metric_name(noise: Noise) -> str:
@@ -136,36 +167,29 @@ def record(
     """What is written of a likelihood: the value and everything that it depends on."""
     return {
         "metric": metric_name(noise),
-        "value": _finite(likelihood.mean),
-        "standard_error": _finite(likelihood.standard_error),
+        "value": finite(likelihood.mean),
+        "standard_error": finite(likelihood.standard_error),
         "draws": likelihood.draws,
-        "noise": {"kind": noise.kind, "std": noise.std},
-        "data": {
-            "name": dataset.name,
-            "version": dataset.version,
-            "split": dataset.split,
-            "examples": len(dataset),
-            "checksum": dataset.checksum(),
+        "importance_weighted": finite(likelihood.importance_weighted),
+        "parts": {
+            "prior": finite(likelihood.parts[0]),
+            "pixels": finite(likelihood.parts[1]),
+            "blocks": [finite(part) for part in likelihood.parts[2:]],
         },
+        "noise": {"kind": noise.kind, "std": noise.std},
+        "data": data_facts(dataset),
         "step": step,
         "weights": weights,
     }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def describe(result: Mapping[str, Any]) -> str:
     """A `record` for a person."""
     data, draws = result["data"], result["draws"]
-    value, error = result["value"], result["standard_error"]
-    number = "not finite" if value is None else f"{value:.4f}"
-    number += "" if error is None else f" ± {error:.2g}"
     over = f"standard error over {draws} noise draws" if draws > 1 else "1 noise draw"
     over += ", averaged weights" if result["weights"] == "ema" else ""
     text = (
-        f"{result['metric']} {number} ({over}) on {data['name']} {data['version']} "
+        f"{result['metric']} {number(result)} ({over}) on {data['name']} {data['version']} "
         f"{data['split']}: {data['examples']:,} examples, checksum {data['checksum']}"
     )
     if result["noise"]["kind"] == "uniform":

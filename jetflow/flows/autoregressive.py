@@ -96,6 +96,7 @@ class AutoregressiveBlock(nn.Module):
         log_scale, shift = self._predict(x, label)
         z, logdet = affine.normalise(x, log_scale, shift)
         self.sow("intermediates", "output_scale", jnp.sqrt(jnp.mean(z**2)))
+        self.sow("intermediates", "logdet", logdet)
         return self._in_order(z), logdet
 
     def inverse(

@@ -130,6 +130,7 @@ class Couplings(nn.Module):
             x, total = carry
             y, logdet = layer.forward(x, *order, label)
             layer.sow("intermediates", "output_scale", jnp.sqrt(jnp.mean(y**2)))
+            layer.sow("intermediates", "logdet", logdet)
             return (y, total + logdet), None
 
         return self._scan(body, x, reverse=False)

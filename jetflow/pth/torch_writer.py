@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jetflow.convert.torch_pickle import DTYPES
+from jetflow.pth.torch_pickle import DTYPES
 
 _MARK, _TUPLE, _CALL = b"(", b"t", b"R"
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"

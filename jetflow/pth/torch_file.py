@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from jetflow.convert import torch_pickle
-from jetflow.convert.torch_pickle import REMEDY, Storage, StoredTensor
+from jetflow.pth import torch_pickle
+from jetflow.pth.torch_pickle import REMEDY, Storage, StoredTensor
 from jetflow.types import UsageError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -1,0 +1,101 @@
+"""Samples drawn for an evaluation: only their statistics are kept, and a kill costs little."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jetflow import hosts
+from jetflow.commands import decoding, sampling
+from jetflow.commands.evaluation import Evaluation
+from jetflow.evals.statistics import Statistics
+from jetflow.noise import Purpose, key_for
+from jetflow.sampling.ancestral import draw_all, quantise
+
+SAVED_EVERY = 5000  # images
+
+
+class Drawn:
+    """The samples that the flags ask for: image i depends on the seed, its label and i alone.
+
+    Labels take turns, so that each class has equally many images.
+
+    Attributes:
+        settings: all that the statistics depend on, by the names of flags.
+        path: where they are saved while they are incomplete.
+    """
+
+    def __init__(self, evaluation: Evaluation, network_sha256: str, path: Path):
+        self._evaluation = evaluation
+        self.path = path
+        values, model = evaluation.values, evaluation.model
+        sampler = sampling.sampler(values, model, evaluation.mesh)
+        size = min(values.batch_size, values.num_samples)
+        self._sampler = decoding.with_method(sampler, values.method, values, model, size)
+        self.settings = sampling.settings(values) | {
+            name: values[name].value for name in ("num_samples", "seed", "num_features")
+        }
+        self._made_with = self.settings | {"step": model.step, "weights_sha256": network_sha256}
+
+    def chunks(self, statistics: Statistics) -> Iterator[UInt8[np.ndarray, "_ H W C"]]:
+        """The images from `statistics.done` on; counts those that are not finite."""
+        values, flow = self._evaluation.values, self._evaluation.model.flow
+        num, classes = values.num_samples, flow.num_classes
+        label = np.arange(num, dtype=np.int32) % classes if classes else None
+        kind = self._evaluation.model.config["noise"]["kind"]
+        for drawn in draw_all(
+            self._sampler, key_for(values.seed, 0, Purpose.SAMPLE), num=num, label=label,
+            batch_size=values.batch_size, start=statistics.done,
+        ):  # fmt: skip
+            statistics.broken += int((~np.isfinite(drawn.pixels)).any(axis=(1, 2, 3)).sum())
+            yield quantise(drawn.pixels, kind)
+
+    def resume(self, statistics: Statistics) -> None:
+        """Take up what an evaluation with the same settings left, if it did."""
+        saved = self._read() if hosts.is_first() else None
+        if saved is not None:
+            statistics.restore(saved)  # on the first process: the sums are over all of them
+            statistics.done, statistics.broken = map(int, saved["progress"])
+        statistics.done = hosts.agreed(statistics.done)
+        statistics.broken = hosts.agreed(statistics.broken)
+
+    def saver(self, statistics: Statistics) -> Callable[[int], None]:
+        """Called after each batch: saves the statistics now and then."""
+        last = statistics.done
+
+        def after(_images: int) -> None:
+            nonlocal last
+            if statistics.done - last >= SAVED_EVERY:
+                last = statistics.done
+                self._save(statistics.merged())
+
+        return after
+
+    def finish(self) -> None:
+        """Remove what was saved."""
+        if hosts.is_first():
+            self.path.unlink(missing_ok=True)
+
+    def _save(self, merged: Statistics) -> None:
+        if not hosts.is_first():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = dict(merged.arrays())
+        arrays["settings"] = np.array(json.dumps(self._made_with))
+        arrays["progress"] = np.array([merged.done, merged.broken])
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, self.path)
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        with np.load(self.path, allow_pickle=False) as file:
+            saved = dict(file)
+        same = json.loads(str(saved.pop("settings"))) == self._made_with
+        return saved if same else None

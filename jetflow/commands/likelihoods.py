@@ -1,0 +1,100 @@
+"""The metrics of `jetflow evaluate` that need no samples: likelihoods, and labels by them."""
+
+import dataclasses
+import math
+
+import grain
+
+from jetflow.commands.evaluation import Evaluation, Outcome
+from jetflow.data import pipeline
+from jetflow.evals import bpd, classify
+from jetflow.evals.records import data_facts, finite, number
+from jetflow.noise import Noise
+from jetflow.types import UsageError
+
+
+def dequantised(evaluation: Evaluation) -> list[Outcome]:
+    """Bits per dimension of dequantised images."""
+    return _bits(evaluation, bpd.UNIFORM)
+
+
+def noised(evaluation: Evaluation) -> list[Outcome]:
+    """Bits per dimension of images with the gaussian noise of training."""
+    return _bits(evaluation, _gaussian(evaluation))
+
+
+def dequantised_gap(evaluation: Evaluation) -> list[Outcome]:
+    """How much worse held-out images are coded than those of the training."""
+    return _gap(evaluation, bpd.UNIFORM)
+
+
+def noised_gap(evaluation: Evaluation) -> list[Outcome]:
+    """The same of noised images."""
+    return _gap(evaluation, _gaussian(evaluation))
+
+
+def accuracy(evaluation: Evaluation) -> list[Outcome]:
+    """How often the label under which an image is most likely is its own."""
+    model, values = evaluation.model, evaluation.values
+    if not model.flow.num_classes:
+        raise UsageError("accuracy is for flows with labels; leave it out of --metrics")
+    noise = dataclasses.replace(evaluation.trained_with, label_drop=0.0, flip=False)
+    measured = classify.measure(
+        model.flow, model.variables, evaluation.held_out, mesh=evaluation.mesh, noise=noise,
+        seed=values.seed, draws=evaluation.draws, batch_size=values.batch_size,
+    )  # fmt: skip
+    result = classify.record(measured, noise, evaluation.held_out, **evaluation.source)
+    return [Outcome(result, classify.describe(result), evaluation.likelihood_suffix())]
+
+
+def _gaussian(evaluation: Evaluation) -> Noise:
+    noise = evaluation.trained_with
+    if noise.kind == "uniform":
+        raise UsageError("noised_bpd is for flows trained with gaussian noise; use --metrics bpd")
+    return noise
+
+
+def _measure(evaluation: Evaluation, dataset: pipeline.Dataset, noise: Noise) -> bpd.Likelihood:
+    model, values = evaluation.model, evaluation.values
+    return bpd.measure(
+        model.flow, model.variables, dataset, mesh=evaluation.mesh, noise=noise, seed=values.seed,
+        draws=evaluation.draws, batch_size=values.batch_size,
+    )  # fmt: skip
+
+
+def _bits(evaluation: Evaluation, noise: Noise) -> list[Outcome]:
+    likelihood = _measure(evaluation, evaluation.held_out, noise)
+    result = bpd.record(likelihood, noise, evaluation.held_out, **evaluation.source)
+    return [Outcome(result, bpd.describe(result), evaluation.likelihood_suffix())]
+
+
+def _gap(evaluation: Evaluation, noise: Noise) -> list[Outcome]:
+    """Held-out bits less those of as many training images, at even distances over the split."""
+    held_out = evaluation.held_out
+    trained_on = _spread(evaluation.load(evaluation.model.config["data"]["train_split"]), held_out)
+    there, here = (_measure(evaluation, data, noise) for data in (held_out, trained_on))
+    result = {
+        "metric": f"{bpd.metric_name(noise)}_gap",
+        "value": finite(there.mean - here.mean),
+        "standard_error": finite(math.hypot(there.error_over_examples, here.error_over_examples)),
+        "held_out": finite(there.mean),
+        "train": finite(here.mean),
+        "draws": evaluation.draws,
+        "noise": {"kind": noise.kind, "std": noise.std},
+        "data": data_facts(held_out),
+        "train_data": data_facts(trained_on),
+        **evaluation.source,
+    }
+    text = (
+        f"{result['metric']} {number(result)} (standard error over examples): {there.mean:.4f} on "
+        f"{held_out.describe()}; {here.mean:.4f} on {trained_on.describe()}"
+    )
+    return [Outcome(result, text, evaluation.likelihood_suffix())]
+
+
+def _spread(dataset: pipeline.Dataset, like: pipeline.Dataset) -> pipeline.Dataset:
+    """As many examples of a split as `like` has, if it has so many, at even distances."""
+    step = max(1, len(dataset) // len(like))
+    some = grain.MapDataset.source(dataset.source)[: step * len(like) : step]
+    split = f"{dataset.split}, every {step}." if step > 1 else dataset.split
+    return dataclasses.replace(dataset, split=f"{split} ({len(some)} images)", source=some)

@@ -1,0 +1,69 @@
+"""The flags on how images are drawn, which `sample` and `evaluate` share, and their `Sampler`."""
+
+from typing import Any
+
+from absl import flags
+from jax.sharding import Mesh
+
+from jetflow import commands
+from jetflow.commands import decoding
+from jetflow.sampling.ancestral import Sampler
+from jetflow.types import Guidance, UsageError
+from jetflow.workdir import Model
+
+# All flags that the images depend on, but for the seed, the labels and the batch size.
+SETTINGS = (
+    "temperature", "guidance", "guide_what", "attention_temperature", "annealed", "denoise",
+    "denoise_std", "method", "window", "tolerance", "cache_dtype",
+)  # fmt: skip
+
+
+def define(values: flags.FlagValues) -> None:
+    flag = commands.definer(values)
+    flag(flags.DEFINE_float, "temperature", 1.0, "of the prior: multiplies its standard deviation",
+         lower_bound=0.0)  # fmt: skip
+    flag(flags.DEFINE_float, "guidance", 0.0, "strength of guidance", lower_bound=0.0)
+    flag(flags.DEFINE_string, "guide_what", "ab", "guide a (log-scale), b (shift), or ab (both)")
+    flag(flags.DEFINE_float, "attention_temperature", 1.0,
+         "of guidance's unconditional pass; must differ from 1 without labels")  # fmt: skip
+    flag(flags.DEFINE_bool, "annealed", False, "let guidance grow from the first token to the last")
+    flag(flags.DEFINE_bool, "denoise", False, "one denoising step, for gaussian training noise")
+    flag(flags.DEFINE_float, "denoise_std", None, "strength of that step: the standard deviation "
+         "that it takes the noise to have; default: that of training", lower_bound=0.0)  # fmt: skip
+    decoding.define_method(values)
+    decoding.define(values)
+
+
+def sampler(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
+    """The sampler that the flags ask for, but for its decoding, see `decoding.with_method`.
+
+    Raises:
+        UsageError: on flags that this flow does not have.
+    """
+    noise = model.config["noise"]
+    if values.denoise and noise["kind"] != "gaussian":
+        raise UsageError("--denoise needs a flow trained with gaussian noise; leave it out")
+    if values.denoise_std is not None and not values.denoise:
+        raise UsageError(f"--denoise_std is {values.denoise_std}, but --denoise is missing; add it")
+    std = noise["std"] if values.denoise_std is None else values.denoise_std
+    guidance = Guidance(
+        values.guidance, values.guide_what, values.attention_temperature, values.annealed
+    )
+    return Sampler(
+        model.flow,
+        model.variables,
+        guidance=guidance,
+        temperature=values.temperature,
+        denoise=std if values.denoise else 0.0,
+        mesh=mesh,
+    )
+
+
+def settings(values: flags.FlagValues) -> dict[str, Any]:
+    """The values of `SETTINGS`."""
+    return {name: values[name].value for name in SETTINGS}
+
+
+def defaults(values: flags.FlagValues) -> dict[str, Any]:
+    """What `settings` are where no flag is given."""
+    return {name: values[name].default for name in SETTINGS}

@@ -1,0 +1,1 @@
+"""PyTorch's .pth files, read and written without PyTorch."""

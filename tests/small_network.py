@@ -1,0 +1,48 @@
+"""A network in the place of the FID's, as its own takes seconds an image to run and compile.
+
+Run as a script, on devices of its own, it writes the statistics of some images.
+"""
+
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+
+from jetflow.evals import inception, weights
+from jetflow.evals.features import collect, in_batches
+from jetflow.evals.statistics import POOLED, SPATIAL, Statistics
+from jetflow.sharding import local_rows, make_mesh
+
+TOTAL, KEPT = 23, 9
+
+
+def activations(arrays, images):
+    """Random features of the pixels; the sFID's are the first of the same."""
+    x = jnp.broadcast_to(images, (*images.shape[:3], 3)).reshape(len(images), -1) / 255
+    index = jnp.arange(x.shape[1])[:, None]
+    pooled = jnp.tanh(x @ jnp.sin(index * jnp.arange(1.0, POOLED + 1) * arrays["frequency"]))
+    return {"2048": pooled, "spatial": pooled[:, :SPATIAL].reshape(-1, 17, 17, 7)}
+
+
+def network(name="a"):
+    return weights.Network({"frequency": np.float32(0.7)}, sha256=name * 64)
+
+
+def images(count=TOTAL, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 1), np.uint8)
+
+
+def statistics(batch_size, mesh=None, count=TOTAL):
+    mesh = mesh or make_mesh()
+    made = Statistics(count, KEPT)
+    chunks = (images(count)[first : first + batch_size] for first in range(0, count, batch_size))
+    batches = in_batches(chunks, batch_size=batch_size, rows=local_rows(mesh, batch_size))
+    collect(network(), batches, made, mesh=mesh, batch_size=batch_size)
+    return made.merged()
+
+
+if __name__ == "__main__":
+    inception.activations = activations
+    out, size, *axes = sys.argv[1:]
+    mesh = make_mesh(**{name: int(n) for name, _, n in (axis.partition("=") for axis in axes)})
+    np.savez(out, **statistics(int(size), mesh).arrays())

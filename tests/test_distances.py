@@ -1,0 +1,147 @@
+"""Distances between sets of features: against direct computations, and the published figure."""
+
+import inception_rule
+import numpy as np
+import pytest
+
+from jetflow.evals import kid, neighbours
+from jetflow.evals.fid import Gaussian, frechet_distance
+from jetflow.evals.statistics import Moments
+from jetflow.types import UsageError
+
+
+def features(count, size, *, seed, shift=0.0):
+    return np.random.default_rng(seed).standard_normal((count, size)) + shift
+
+
+def gaussian(rows):
+    moments = Moments.empty(rows.shape[1])
+    for part in np.array_split(rows, 3):
+        moments.add(part)
+    return Gaussian.of(moments)
+
+
+def test_moments():
+    rows = features(50, 6, seed=0, shift=3)
+    mean, covariance = gaussian(rows)
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(rows.T), rtol=1e-10)
+
+
+def test_the_published_distance():
+    golden = inception_rule.golden()
+    found = frechet_distance(gaussian(golden["frechet_a"]), gaussian(golden["frechet_b"]))
+    assert found == pytest.approx(float(golden["frechet_distance"]), rel=1e-9)
+
+
+def test_distance_in_closed_form():
+    """Of covariances that commute: the sum of squared differences of standard deviations."""
+    rng = np.random.default_rng(0)
+    rotation, _ = np.linalg.qr(rng.standard_normal((5, 5)))
+    deviations, means = rng.uniform(0, 2, (2, 5)), rng.standard_normal((2, 5))
+    deviations[0, :2] = deviations[1, 1:3] = 0  # singular, in different directions
+    a, b = (
+        Gaussian(mean, rotation @ np.diag(d**2) @ rotation.T)
+        for mean, d in zip(means, deviations, strict=True)
+    )
+    expected = ((means[0] - means[1]) ** 2).sum() + ((deviations[0] - deviations[1]) ** 2).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert abs(frechet_distance(a, a)) < 1e-12
+
+
+def test_distance_of_fewer_images_than_features():
+    rows = features(20, 300, seed=1)
+    assert abs(frechet_distance(gaussian(rows), gaussian(rows))) < 1e-9
+    moved = frechet_distance(gaussian(rows), gaussian(rows + 0.1))
+    assert moved == pytest.approx(300 * 0.01, rel=1e-9)
+
+
+# By neighbours, one pair of points after another.
+
+
+def distance(a, b):
+    return np.sqrt(((a - b) ** 2).sum())
+
+
+def kth(points, i, k):
+    return sorted(distance(points[i], other) for j, other in enumerate(points) if j != i)[k - 1]
+
+
+def are_among(points, others, k):
+    return np.mean([
+        any(distance(p, other) <= kth(others, j, k) for j, other in enumerate(others))
+        for p in points
+    ])  # fmt: skip
+
+
+@pytest.fixture
+def sets(monkeypatch):
+    """Real and made features, of different number, and blocks that do not divide them."""
+    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    return features(25, 3, seed=2), features(18, 3, seed=3, shift=0.7)
+
+
+def test_precision_recall(sets):
+    real, made = sets
+    found = neighbours.precision_recall(real, made, 3)
+    assert found == pytest.approx((are_among(made, real, 3), are_among(real, made, 3)))
+    assert 0.2 < found.recall < found.precision < 1 or 0.2 < found.precision < found.recall < 1
+
+
+def test_density_coverage(sets):
+    real, made = sets
+    inside = [
+        [distance(point, other) <= kth(real, j, 5) for j, other in enumerate(real)]
+        for point in made
+    ]
+    found = neighbours.density_coverage(real, made, 5)
+    expected = (np.sum(inside) / (5 * len(made)), np.any(inside, axis=0).mean())
+    assert found == pytest.approx(expected)
+    assert found.density not in (0, 1) and 0.2 < found.coverage < 1
+
+
+def test_the_same_set_covers_itself():
+    points = features(30, 4, seed=4)
+    assert neighbours.precision_recall(points, points) == (1, 1)
+    assert neighbours.density_coverage(points, points).coverage == 1
+
+
+def test_too_few_neighbours():
+    with pytest.raises(UsageError, match="there are 3 features, too few for 3 neighbours"):
+        neighbours.precision_recall(features(9, 2, seed=0), features(3, 2, seed=1))
+
+
+# The kernel distance.
+
+
+def direct_mmd(x, y):
+    """Sum over pairs, as in arXiv 1801.01401, Eq. 4."""
+
+    def kernel(a, b):
+        return (a @ b / len(a) + 1) ** 3
+
+    n = len(x)
+    within = [
+        np.mean([kernel(z[i], z[j]) for i in range(n) for j in range(n) if i != j]) for z in (x, y)
+    ]
+    return sum(within) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+
+
+def test_kernel_distance():
+    x, y = features(12, 5, seed=5), features(12, 5, seed=6, shift=0.3)
+    found = kid.kernel_distance(x, y)
+    assert found.mean == pytest.approx(direct_mmd(x, y))
+    assert (found.subsets, found.size) == (1, 12) and np.isnan(found.standard_error)
+
+
+def test_kernel_distance_over_subsets():
+    """Unbiased, so that it may be below zero; and its error shrinks with the subsets."""
+    x, y = features(400, 5, seed=7), features(300, 5, seed=8)
+    few, many = (kid.kernel_distance(x, y, size=50, subsets=n) for n in (20, 320))
+    assert (many.subsets, many.size) == (320, 50)
+    assert abs(many.mean) < 5 * many.standard_error + 0.05
+    assert 2.5 < few.standard_error / many.standard_error < 6
+    assert many == kid.kernel_distance(x, y, size=50, subsets=320)
+    assert many != kid.kernel_distance(x, y, size=50, subsets=320, seed=1)
+    apart = kid.kernel_distance(x, y + 1, size=50)
+    assert apart.mean > 10 * apart.standard_error > 0

@@ -1,0 +1,171 @@
+"""The FID's network and its weights: the published features, and files that are not it."""
+
+import hashlib
+import io
+import urllib.request
+
+import inception_rule
+import jax
+import numpy as np
+import pytest
+
+from jetflow.evals import inception, weights
+from jetflow.pth import torch_writer
+from jetflow.types import UsageError
+
+FEATURES = {"64": "64", "192": "192", "768": "768", "2048": "2048", "logits": "logits_unbiased"}
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return inception_rule.tensors()
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return inception_rule.golden()
+
+
+@pytest.mark.parametrize("images", ["images64", "images299"])
+def test_features_are_the_published_ones(images, tensors, golden):
+    """The first is resized by the network, the second has its size."""
+    found = jax.jit(inception.activations)(inception.fold(tensors), golden[images])
+    for name, published in FEATURES.items():
+        expected = golden[f"{images}_{published}"]
+        largest = np.abs(expected).max()
+        assert np.abs(found[name] - expected).max() < 1e-5 * largest, name
+    assert found["spatial"].shape == (len(golden[images]), 17, 17, 7)
+    assert np.unique(found["spatial"]).size > 1000
+
+
+def resized(image, size):
+    """Pixel by pixel, as TensorFlow 1 defines it."""
+    height, width = image.shape
+    out = np.zeros((size, size))
+    for row in range(size):
+        for column in range(size):
+            y, x = row * height / size, column * width / size
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+            down, along = y - top, x - left
+            out[row, column] = (
+                image[top, left] * (1 - down) * (1 - along)
+                + image[top, right] * (1 - down) * along
+                + image[bottom, left] * down * (1 - along)
+                + image[bottom, right] * down * along
+            )
+    return out
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (13, 40), (310, 500)])
+def test_resize(shape, monkeypatch):
+    monkeypatch.setattr(inception, "SIZE", 31)
+    image = np.random.default_rng(0).uniform(0, 255, shape)
+    actual = inception.resize(image[None, :, :, None].astype(np.float32))[0, :, :, 0]
+    np.testing.assert_allclose(actual, resized(image, 31), atol=2e-3)
+
+
+def test_gray_is_the_same_in_all_channels(monkeypatch):
+    """The network itself would take long."""
+    seen = []
+    monkeypatch.setattr(inception, "resize", lambda images: seen.append(images) or 1 / 0)
+    gray = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1), np.uint8)
+    with pytest.raises(ZeroDivisionError):
+        inception.activations({}, gray)
+    np.testing.assert_array_equal(seen[0], np.repeat(gray, 3, axis=3))
+
+
+def test_weights_know_their_hash(tensors, tmp_path):
+    torch_writer.write(tmp_path / "any.pth", tensors)
+    found = hashlib.sha256((tmp_path / "any.pth").read_bytes()).hexdigest()
+    path = tmp_path / f"weights-{found[:8]}.pth"
+    (tmp_path / "any.pth").rename(path)
+    network = weights.load(path)
+    assert network.sha256 == found and not network.is_published
+    assert network.facts()["weights_sha256"] == found
+
+    with open(path, "r+b") as file:  # a flipped bit of a tensor
+        file.seek(50_000_000)
+        byte = file.read(1)[0]
+        file.seek(50_000_000)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(UsageError, match=f"damaged: its SHA-256 begins .* says {found[:8]}"):
+        weights.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("Mixed_6b.branch1x1.bn.bias"), "has no Mixed_6b.branch1x1.bn.bias"),
+        (lambda t: t.pop("fc.weight"), "has no fc.weight"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if "Mixed_7c.branch1x1" in n],
+            "has no Mixed_7c.bran",
+        ),
+        (lambda t: t.update({"fc.weight": np.zeros((1000, 2048), np.float32)}), "other shapes"),
+        (lambda t: t.update({"fc.weight": np.zeros((1008, 10), np.float32)}), "other shapes"),
+        (
+            lambda t: t.update({"Mixed_6b.branch1x1.bn.bias": np.zeros(3, np.float32)}),
+            "other shapes",
+        ),
+    ],
+)
+def test_weights_of_another_network(change, message, tensors, tmp_path, monkeypatch):
+    changed = dict(tensors)
+    change(changed)
+    monkeypatch.setattr(weights.torch_file, "read", lambda path: changed)
+    (tmp_path / "weights.pth").write_bytes(b"read by no one")
+    with pytest.raises(UsageError, match=message) as caught:
+        weights.load(tmp_path / "weights.pth")
+    assert weights.NAME in str(caught.value)
+
+
+def test_missing_weights(tmp_path):
+    with pytest.raises(UsageError, match=r"a\.pth cannot be read") as caught:
+        weights.load(tmp_path / "a.pth")
+    assert weights.URL in str(caught.value)
+
+
+@pytest.fixture
+def offered(tmp_path, monkeypatch):
+    """A function: what the address of the weights gives; in a cache that is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def offer(answer):
+        monkeypatch.setattr(urllib.request, "urlopen", answer)
+        return tmp_path / "cache" / "jetflow"
+
+    return offer
+
+
+def test_offline(offered):
+    def unreachable(*_, **__):
+        raise urllib.request.URLError("no route to host")
+
+    cache = offered(unreachable)
+    with pytest.raises(UsageError, match="no route to host") as caught:
+        weights.load()
+    for part in (weights.URL, "--inception_weights", weights.NAME):
+        assert part in str(caught.value)
+    assert not list(cache.iterdir())
+
+
+def test_another_file_at_the_address(offered):
+    cache = offered(lambda *_, **__: io.BytesIO(b"moved"))
+    with pytest.raises(UsageError, match=hashlib.sha256(b"moved").hexdigest()[:8]):
+        weights.load()
+    assert not list(cache.iterdir())
+
+
+def test_weights_are_downloaded_once(offered, tensors, tmp_path, monkeypatch, capsys):
+    torch_writer.write(tmp_path / "published.pth", tensors)
+    content = (tmp_path / "published.pth").read_bytes()
+    found, asked = hashlib.sha256(content).hexdigest(), []
+    monkeypatch.setattr(weights, "PUBLISHED", found[:8])
+    monkeypatch.setattr(weights, "NAME", f"weights-{found[:8]}.pth")
+    offered(lambda url, **_: asked.append(url) or io.BytesIO(content))
+    for _ in range(2):
+        network = weights.load()
+        assert network.sha256 == found and network.is_published
+    assert asked == [weights.URL]
+    assert capsys.readouterr().err.count("downloading") == 1
