@@ -15,6 +15,7 @@ def jet() -> ConfigDict:
             num_couplings=32,  # coupling layers
             block_depth=2,  # transformer layers in each coupling's net
             kinds=("channels",) * 4 + ("spatial",),  # cycle of the couplings' splits
+            net="vit",  # of the couplings: vit, or conv, convolutions of as many parameters
             scale_factor=2.0,  # a coupling scales a dimension by less than this
             dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
             remat="none",  # recomputed in the backward pass: none, dots (all but matmuls), full

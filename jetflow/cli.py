@@ -17,6 +17,8 @@ SUMMARIES = {
     "train": "Train a flow, or go on training it: the same command resumes.",
     "sample": "Draw samples from a trained flow.",
     "evaluate": "Measure a trained flow; writes JSON into the run's evals folder.",
+    "sweep": "Train, sample and evaluate over a grid of settings; the same command resumes.",
+    "report": "Make one HTML page of a run or a sweep, or its Markdown or CSV.",
     "plan": "Say what a run needs on a TPU slice, and how long it takes at best.",
     "bench": "Measure how fast sampling, training or reading its data is on this machine.",
     "convert": "Make a workdir of a published checkpoint, or with --reverse a .pth of a workdir.",

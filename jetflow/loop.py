@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jetflow import hosts, sharding
+from jetflow import environment, hosts, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
 from jetflow.data import pipeline
@@ -93,6 +93,7 @@ def train(run: Run, workdir: Path) -> int:
             state, start = (
                 (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
             )
+            environment.note(workdir, start)
             with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
                 try:
                     Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, origin)

@@ -205,7 +205,7 @@ def _has_begun(workdir: Path) -> bool:
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """What sets two runs apart, the first fields only; mesh and workers are no part of a run."""
-    there, here = _flat(there), _flat(here)
+    there, here = flat(there), flat(here)
     fields = [
         name
         for name in {**there, **here}
@@ -216,11 +216,12 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return shown + ([f"and {len(fields) - 4} more"] if len(fields) > 4 else [])
 
 
-def _flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
+    """The leaves of a tree of dicts by their names, as "config.optim.lr"."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
         name: value
         for key, node in tree.items()
-        for name, value in _flat(node, f"{prefix}.{key}").items()
+        for name, value in flat(node, f"{prefix}.{key}").items()
     }

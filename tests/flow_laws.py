@@ -46,6 +46,9 @@ FLOWS = {
         (4, 4, 3), num_couplings=5, block_depth=2, scale_factor=1.5
     ),
     "jet, classes": lambda: jet(num_classes=3),
+    "jet, convolutions, every split, classes": lambda: jet(
+        (4, 8, 1), num_classes=3, net="conv", kinds=("channels", *["spatial"] * 6), num_couplings=7
+    ),
     "jet, odd number of rows": lambda: jet((6, 4, 1), kinds=("spatial",), num_couplings=4),
     "tarflow, 1 block": lambda: tarflow(num_blocks=1),
     "tarflow, 3 blocks, colour": lambda: tarflow((4, 4, 3), num_blocks=3),

@@ -11,8 +11,9 @@ import pytest
 from flow_laws import FLOWS, LAWS, Case, case, close, jet, jit, random_variables, tarflow
 
 import jetflow
-from jetflow.flows import orders
+from jetflow.flows import coupling, orders
 from jetflow.flows.pixels import FEATURE_ORDERS, Pixels
+from jetflow.state import abstract_variables
 from jetflow.types import Flow, UsageError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -90,6 +91,30 @@ def test_channel_splits_are_fixed_by_the_layer():
     np.testing.assert_array_equal(np.sort(np.concatenate([many[0, 6:], many[1, 6:]])), range(12))
 
 
+def test_convolutions_see_the_tokens_where_they_are_in_the_image():
+    """At each place of the grid lies, of a half, a token from there or from right beside it."""
+    grid, kinds = (4, 6), ("channels", *["spatial"] * 6)
+    splits = orders.splits(7, kinds, grid, 2)
+    there = np.indices(grid, float)
+    tokens = [np.broadcast_to(axis.reshape(1, -1, 1), (1, 24, 2)) for axis in there]
+    for layer, places in enumerate(orders.places(7, kinds, grid)):
+        split = orders.Splits(*(values[layer] for values in splits))
+        for x, place in zip(tokens, there, strict=True):
+            half = np.asarray(coupling.divide(jnp.asarray(x), split)[0])
+            laid_out = half[0, places, 0].reshape(grid)
+            assert np.abs(laid_out - place).max() <= (1 if layer else 0)
+
+
+def test_both_nets_have_equally_many_parameters():
+    def count(net):
+        flow = jet((16, 16, 3), width=128, net=net, block_depth=2)
+        leaves = jax.tree.leaves(abstract_variables(flow)["params"])
+        return sum(math.prod(leaf.shape) for leaf in leaves)
+
+    assert count("conv") != count("vit")
+    assert abs(count("conv") / count("vit") - 1) < 0.01
+
+
 def test_jet_expands_by_less_than_its_cap():
     one = case("jet, mixed splits, deep nets, colour")
     sigmoids_to_one = jax.tree_util.tree_map_with_path(
@@ -147,6 +172,7 @@ def test_patches_are_ordered_row_by_row(order):
         ({"num_head": 2}, (4, 4, 1), "num_head .* did you mean num_heads"),
         ({"num_heads": 3}, (4, 4, 1), "width 8 is not divisible by num_heads 3"),
         ({"dtype": "float16"}, (4, 4, 1), "dtype is 'float16'"),
+        ({"net": "mlp"}, (4, 4, 1), "net is 'mlp'; expected one of vit, conv"),
         ({"remat": "some"}, (4, 4, 1), "remat is 'some'"),
         ({"kinds": ("diagonal",)}, (4, 4, 1), "kinds is"),
         ({"kinds": ()}, (4, 4, 1), "kinds is"),

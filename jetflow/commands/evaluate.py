@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
+from jax.sharding import Mesh
 
 from jetflow import commands, sharding
 from jetflow.commands import likelihoods, quality
@@ -11,7 +13,7 @@ from jetflow.commands.evaluation import Evaluation
 from jetflow.commands.quality import Quality
 from jetflow.noise import LARGEST_SEED
 from jetflow.types import UsageError
-from jetflow.workdir import load_model, write_result
+from jetflow.workdir import Model, load_model, write_result
 
 USAGE = "jetflow evaluate --workdir runs/digits --metrics bpd"
 ARGUMENTS = ()
@@ -57,10 +59,22 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 def run(values: flags.FlagValues) -> int:
     workdir = Path(commands.required(values, "workdir", "runs/NAME"))
-    metrics = _metrics(values)
+    check(values)
     mesh = commands.mesh(values)
-    sharding.check_batch("--batch_size", values.batch_size, mesh)
-    evaluation = Evaluation(values, load_model(workdir, values.step, mesh), mesh)
+    measure(values, load_model(workdir, values.step, mesh), mesh)
+    return 0
+
+
+def check(values: flags.FlagValues) -> None:
+    """Raise a UsageError on flags that cannot work, whatever the model."""
+    _metrics(values)
+    sharding.check_batch("--batch_size", values.batch_size, commands.mesh(values))
+
+
+def measure(values: flags.FlagValues, model: Model, mesh: Mesh) -> list[dict[str, Any]]:
+    """What the flags ask for of a model: measured, written, said and returned."""
+    metrics, results = _metrics(values), []
+    evaluation = Evaluation(values, model, mesh)
     compared = Quality(evaluation, needs_images=bool(set(metrics) & set(QUALITIES) - BY_MOMENTS))
     if values.make_reference:
         print(f"reference written to {compared.make_reference()}")
@@ -72,9 +86,10 @@ def run(values: flags.FlagValues) -> int:
         else:
             outcomes = QUALITIES[metric](compared)
         for result, text, suffix in outcomes:
-            print(f"step {evaluation.model.step}: {text}")
-            print(f"written to {write_result(workdir, result, suffix)}")
-    return 0
+            print(f"step {model.step}: {text}")
+            print(f"written to {write_result(model.workdir, result, suffix)}")
+            results.append(result)
+    return results
 
 
 def _metrics(values: flags.FlagValues) -> list[str]:

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jetflow.flows.stack import Stack
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.types import UsageError
 
+NETS = ("vit", "conv")
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float64")}
 
 
@@ -29,11 +30,15 @@ def jet(
     block_depth: int,
     kinds: Sequence[str] = ("channels",) * 4 + ("spatial",),
     scale_factor: float = 2.0,
+    net: str = "vit",
     dtype: str = "float32",
     remat: str = "none",
     scan: bool = True,
 ) -> Stack:
-    """Jet (arXiv 2412.15129): `num_couplings` couplings with nets of `block_depth` layers."""
+    """Jet (arXiv 2412.15129): `num_couplings` couplings with nets of `block_depth` layers.
+
+    With `net` "conv" the nets are convolutional, of as many parameters, for comparison.
+    """
     _divides("num_heads", num_heads, "width", width)
     pixels = Pixels(image_shape, patch_size, scale=127.5, feature_order="hwc")
     couplings = Couplings(
@@ -42,6 +47,7 @@ def jet(
         num_couplings=num_couplings,
         kinds=tuple(kinds),
         scale_factor=scale_factor,
+        net=_one_of("net", net, NETS),
         width=width,
         block_depth=block_depth,
         num_heads=num_heads,
@@ -133,10 +139,11 @@ def build(config: Any, *, image_shape: tuple[int, int, int], num_classes: int = 
 _GIVEN = ("image_shape", "num_classes")
 
 
-def _one_of(field: str, value: Any, choices: Mapping[str, Any]) -> Any:
+def _one_of(field: str, value: Any, choices: Collection[str]) -> Any:
+    """The choice; of a mapping, what it stands for."""
     if value not in choices:
         raise UsageError(f"config.flow.{field} is {value!r}; expected one of {', '.join(choices)}")
-    return choices[value]
+    return choices[value] if isinstance(choices, Mapping) else value
 
 
 def _dtype(name: str) -> jnp.dtype:

@@ -1,4 +1,4 @@
-"""Jet: affine couplings whose net is a Vision Transformer (arXiv 2412.15129)."""
+"""Jet: affine couplings whose net is a Vision Transformer, or convolves (arXiv 2412.15129)."""
 
 import math
 
@@ -45,17 +45,26 @@ class Coupling(nn.Module):
     net: Encoder
     scale_factor: float
 
-    def forward(self, x: Float[Array, "B T D"], split: orders.Splits, label):
+    def forward(self, x: Float[Array, "B T D"], split: orders.Splits, places, label):
         x1, x2 = divide(x, split)
-        bias, gate = jnp.split(self.net(x1, label), 2, axis=-1)
+        bias, gate = self._predict(x1, places, label)
         y2, logdet = affine.squash(x2, bias, gate, self.scale_factor)
         return merge(x1.astype(y2.dtype), y2, split), logdet
 
-    def inverse(self, y: Float[Array, "B T D"], split: orders.Splits, label):
+    def inverse(self, y: Float[Array, "B T D"], split: orders.Splits, places, label):
         y1, y2 = divide(y, split)
-        bias, gate = jnp.split(self.net(y1, label), 2, axis=-1)
+        bias, gate = self._predict(y1, places, label)
         x2, logdet = affine.unsquash(y2, bias, gate, self.scale_factor)
         return merge(y1.astype(x2.dtype), x2, split), logdet
+
+    def _predict(self, x1: Float[Array, "B T H"], places: Int[Array, "T"] | None, label):
+        """Bias and gate; a net that convolves gets the tokens as they lie on the grid."""
+        if places is None:
+            predicted = self.net(x1, label)
+        else:
+            predicted = self.net(jnp.take(x1, places, axis=1), label)
+            predicted = jnp.take(predicted, jnp.argsort(places), axis=1)
+        return jnp.split(predicted, 2, axis=-1)
 
 
 class Couplings(nn.Module):
@@ -67,7 +76,7 @@ class Couplings(nn.Module):
         grid, features: rows and columns of tokens, and D.
         num_couplings, kinds: layers, and the cycle of their kinds of split.
         scale_factor: m; a layer multiplies half of the dimensions by less than m.
-        width, block_depth, num_heads, num_classes, dtype, remat: of each layer's `Encoder`.
+        net, width, block_depth, num_heads, num_classes, dtype, remat: of each layer's `Encoder`.
         scan: let the program loop over the couplings and their layers, instead of holding each.
     """
 
@@ -76,6 +85,7 @@ class Couplings(nn.Module):
     num_couplings: int
     kinds: tuple[str, ...]
     scale_factor: float
+    net: str
     width: int
     block_depth: int
     num_heads: int
@@ -90,7 +100,13 @@ class Couplings(nn.Module):
             name: self.variable("constants", name, jnp.asarray, value)
             for name, value in splits._asdict().items()
         }
+        convolves = self.net == "conv"
+        self.places = (
+            orders.places(self.num_couplings, self.kinds, self.grid) if convolves else None
+        )
         encoder = Encoder(
+            net=self.net,
+            grid=self.grid,
             width=self.width,
             num_layers=self.block_depth,
             num_heads=self.num_heads,
@@ -110,9 +126,9 @@ class Couplings(nn.Module):
         return self.num_couplings * tokens * self.features / 2 * math.log(self.scale_factor)
 
     def forward(self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None):
-        def body(layer: Coupling, carry, split: orders.Splits):
+        def body(layer: Coupling, carry, order):
             x, total = carry
-            y, logdet = layer.forward(x, split, label)
+            y, logdet = layer.forward(x, *order, label)
             layer.sow("intermediates", "output_scale", jnp.sqrt(jnp.mean(y**2)))
             layer.sow("intermediates", "logdet", logdet)
             return (y, total + logdet), None
@@ -129,9 +145,9 @@ class Couplings(nn.Module):
         if guidance is not None or decoding is not None:
             raise UsageError("guidance and decoding need a TarFlow; Jet's couplings have neither")
 
-        def body(layer: Coupling, carry, split: orders.Splits):
+        def body(layer: Coupling, carry, order):
             y, total = carry
-            x, logdet = layer.inverse(y, split, label)
+            x, logdet = layer.inverse(y, *order, label)
             layer.sow("intermediates", "tokens", x)
             return (x, total + logdet), None
 
@@ -147,5 +163,6 @@ class Couplings(nn.Module):
         )
         splits = orders.Splits(**{name: split.value for name, split in self.splits.items()})
         (x,) = affine.widen(x)
-        (x, logdet), _ = scanned(self.layers, (x, jnp.zeros(x.shape[0], x.dtype)), splits)
+        start = x, jnp.zeros(x.shape[0], x.dtype)
+        (x, logdet), _ = scanned(self.layers, start, (splits, self.places))
         return x, logdet

@@ -86,6 +86,25 @@ def splits(
     return Splits(np.array(token_order, np.int32), np.array(feature_order, np.int32), spatial)
 
 
+def places(
+    num_couplings: int, kinds: tuple[str, ...], grid: tuple[int, int]
+) -> Int[np.ndarray, "L T"]:
+    """Of each layer, the order that lays the tokens of a half on the grid, row by row.
+
+    On a channel split they lie there already. On a spatial one each chosen token is two, which stay
+    where it was and where a token is left out: beside it, or on hstripes, which leave out whole
+    rows, below it.
+    """
+    in_rows = np.arange(grid[0] * grid[1])
+    found = []
+    for pattern in layer_patterns(num_couplings, kinds):
+        if pattern and pattern.startswith("hstripes"):
+            found.append(in_rows.reshape(-1, grid[1], 2).swapaxes(1, 2).reshape(-1))
+        else:
+            found.append(in_rows)
+    return np.array(found, np.int32)
+
+
 def _permutations(features: int) -> Iterator[Int[np.ndarray, "D"]]:
     """Random orders of the features, each followed by itself with its halves swapped."""
     for seed in itertools.count():

@@ -1,9 +1,10 @@
-"""The bidirectional encoder of Jet's coupling layers (arXiv 2412.15129)."""
+"""The nets of Jet's coupling layers (arXiv 2412.15129): a Vision Transformer, or convolutions."""
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jetflow.nn.convolution import ConvolutionLayer
 from jetflow.nn.transformer import TransformerLayer, at_least_float32, through_layers
 
 NORM_EPSILON = 1e-6
@@ -15,6 +16,8 @@ class Encoder(nn.Module):
     With classes, the embedding of the label is added to every token; `NO_LABEL` adds nothing.
 
     Attributes:
+        net: "vit", or "conv": layers that mix the tokens by convolution in place of attention.
+        grid: rows and columns of tokens, as "conv" sees them.
         width: of the tokens.
         num_layers, num_heads: of the transformer; num_heads divides width.
         out_features: features of an output token; the output layer starts at zero.
@@ -23,6 +26,8 @@ class Encoder(nn.Module):
         remat, scan: of the layers, see `through_layers`.
     """
 
+    net: str
+    grid: tuple[int, int]
     width: int
     num_layers: int
     num_heads: int
@@ -42,28 +47,40 @@ class Encoder(nn.Module):
         x = x + position.astype(x.dtype)
         if self.num_classes:
             x = x + self._class_token(label, x.shape[0]).astype(x.dtype)
-        layer = TransformerLayer(
-            num_heads=self.num_heads,
-            width=self.width,
-            norm_epsilon=NORM_EPSILON,
-            approximate_gelu=True,
-            kernel_init=nn.initializers.xavier_uniform(),
-            bias_init=lambda fan_in: nn.initializers.normal(stddev=1e-6),
-            dtype=self.dtype,
-            name="layers",
-        )
+        options = {"causal": False} if self.net == "vit" else {}
         x = through_layers(
-            layer,
+            self._layer(),
             x,
             num_layers=self.num_layers,
-            causal=False,
             remat=self.remat,
             scan=self.scan,
+            **options,
         )
         dtype = at_least_float32(self.dtype)
         x = nn.LayerNorm(NORM_EPSILON, dtype=dtype, use_fast_variance=False, name="norm")(x)
         zeros = nn.initializers.zeros_init()
         return nn.Dense(self.out_features, dtype=dtype, kernel_init=zeros, name="proj_out")(x)
+
+    def _layer(self) -> nn.Module:
+        kernel_init = nn.initializers.xavier_uniform()
+        if self.net == "conv":
+            return ConvolutionLayer(
+                grid=self.grid,
+                norm_epsilon=NORM_EPSILON,
+                kernel_init=kernel_init,
+                dtype=self.dtype,
+                name="layers",
+            )
+        return TransformerLayer(
+            num_heads=self.num_heads,
+            width=self.width,
+            norm_epsilon=NORM_EPSILON,
+            approximate_gelu=True,
+            kernel_init=kernel_init,
+            bias_init=lambda fan_in: nn.initializers.normal(stddev=1e-6),
+            dtype=self.dtype,
+            name="layers",
+        )
 
     def _class_token(self, label: Int[Array, "B"] | None, batch: int) -> Float[Array, "B 1 W"]:
         init = nn.initializers.normal(stddev=self.width**-0.5)

@@ -6,7 +6,7 @@ The two published nets differ in the layer-norm epsilon, the form of GELU and th
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +25,25 @@ REMAT_POLICIES = {
 
 
 def through_layers(
-    layer: "TransformerLayer",
+    layer: nn.Module,
     x: Float[Array, "B T W"],
     *,
     num_layers: int,
-    causal: bool,
     remat: str,
     scan: bool,
+    **options: Any,
 ) -> Float[Array, "B T W"]:
     """x through so many layers like `layer`, whose parameters are stacked on a first axis.
 
     Args:
+        layer: such as a `TransformerLayer`.
         remat: a key of `REMAT_POLICIES`.
         scan: let the program loop over the layers, instead of holding each of them.
+        options: arguments of every layer.
     """
 
     def body(layer, x, _):
-        return layer(x, causal=causal), None
+        return layer(x, **options), None
 
     if remat != "none":  # a loop already prevents common-subexpression elimination
         body = nn.remat(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)

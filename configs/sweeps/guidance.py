@@ -1,0 +1,19 @@
+"""Guidance, denoising and annealing of the conditional TarFlow on digits.
+
+What each does to the samples of one flow, at the prior temperature of 1.
+"""
+
+from jetflow.sweeps import Sweep, axis, product
+
+
+def get_sweep():
+    return Sweep(
+        product(
+            axis("denoise", [False, True]),
+            axis("annealed", [False, True]),
+            axis("guidance", [0.0, 0.5, 1.0, 2.0, 4.0]),
+        ),
+        metrics=("fid", "accuracy"),
+        config="../digits_tarflow.py",
+        fixed={"num_samples": 1500},  # as many as there are images to compare with
+    )

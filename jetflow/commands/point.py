@@ -1,0 +1,216 @@
+"""A point of a sweep: the run that it needs, trained where it is not, then measured and shown."""
+
+import functools
+import math
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+
+from jetflow import commands, config, environment, hosts, loop
+from jetflow.commands import decoding, evaluate, sample, sampling, train
+from jetflow.data import pipeline
+from jetflow.evals.samples import rows_by_class, square_rows
+from jetflow.noise import Purpose, key_for
+from jetflow.report import make_grid, save_png
+from jetflow.run import set_up
+from jetflow.sampling.ancestral import draw_all, quantise
+from jetflow.sweeps import Folder, Point, Sweep, is_of_training, say
+from jetflow.types import UsageError
+from jetflow.workdir import Model, load_model, write_json
+
+
+class Stopped(Exception):
+    """A signal stopped the training of a point; the argument is the exit status."""
+
+
+class Runner:
+    """Measures points one after another.
+
+    A model is loaded once for all points in a row that measure it, and programs are compiled once
+    for settings that are numbers to them, such as guidance and temperature.
+    """
+
+    def __init__(self, sweep: Sweep, folder: Folder, *, run: str | None, data_dir: str | None):
+        self._sweep, self._folder, self._data_dir = sweep, folder, data_dir
+        self._run = run
+        self._trained: set[str] = set()
+        self._loaded: tuple[Any, Model] | None = None
+        self._likelihoods: dict[Any, list[dict[str, Any]]] = {}
+
+    def check(self) -> None:
+        """Raise a UsageError where a setting of a point is none, or is of the wrong type."""
+        for point in self._sweep.points:
+            settings = self._sweep.settings(point)
+            try:
+                if self._run is None:
+                    self._parse_training(point, Path("unused"))
+                elif of_training := [name for name in point.choices if is_of_training(name)]:
+                    raise UsageError(f"{of_training[0]} is swept, so --run cannot be given")
+                known = {*self._parse(evaluate, {}), *self._parse(sample, {})}
+                for name in settings:
+                    if not is_of_training(name) and name not in known:
+                        raise UsageError(f"{name} is no flag of `jetflow evaluate` or `sample`")
+                evaluate.check(self._parse(evaluate, settings))
+                self._parse(sample, settings)
+            except UsageError as error:
+                raise UsageError(f"point {point.name}: {error}") from error
+
+    def go_through(self, points: list[Point]) -> tuple[int, int]:
+        """Measure those points that were not yet measured, and that no other process is at.
+
+        Returns:
+            How many failed, and how many others are at.
+        """
+        failed = elsewhere = 0
+        for point in points:
+            with self._folder.locked(point.name, wait=False) as mine:
+                if not mine:
+                    elsewhere += 1
+                elif not hosts.agreed(self._folder.is_done(point)):
+                    say(f"point {point.name}, one of {len(self._sweep.points)}")
+                    failed += not self.go(point)
+        return failed, elsewhere
+
+    def go(self, point: Point) -> bool:
+        """Measure a point and write its record; whether it went well."""
+        start = time.perf_counter()
+        record = {
+            "number": point.number,
+            "name": point.name,
+            "settings": {name: choice.label for name, choice in point.choices.items()},
+        }
+        try:
+            record |= {"status": "done", **self._measure(point)}
+        except UsageError as error:
+            record |= {"status": "failed", "error": str(error)}
+        except Exception as error:
+            if isinstance(error, Stopped) or jax.process_count() > 1:
+                raise  # the other processes may wait for this one
+            traceback.print_exc()
+            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        record["seconds"] = time.perf_counter() - start
+        record["environment"] = environment.describe()
+        write_json(self._folder.record_path(point), record)
+        return record["status"] == "done"
+
+    def _measure(self, point: Point) -> dict[str, Any]:
+        settings = self._sweep.settings(point)
+        workdir = Path(self._run) if self._run else self._train(point)
+        values = self._parse(evaluate, settings)
+        mesh = commands.mesh(values)
+        model = self._load(workdir, values.step, mesh)
+        results = self._likelihoods_of(values, model, mesh)
+        if chosen := [name for name in self._sweep.metrics if name in evaluate.QUALITIES]:
+            self._make_reference(values, model, mesh)
+            results = results + evaluate.measure(_with(values, metrics=chosen), model, mesh)
+        if self._sweep.pictures:
+            grid = self._picture(self._parse(sample, settings), model, mesh)
+            save_png(self._folder.record_path(point).with_suffix(".png"), grid)
+        sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(model.variables["params"]))
+        return {
+            "metrics": {result["metric"]: result["value"] for result in results},
+            "errors": {result["metric"]: result.get("standard_error") for result in results},
+            "results": results,
+            "workdir": self._run or f"runs/{point.run_name}",
+            "step": model.step,
+            "parameters": sum(sizes),
+        }
+
+    def _train(self, point: Point) -> Path:
+        """The workdir of the point's run, when its training has ended."""
+        workdir = self._folder.path / "runs" / point.run_name
+        if point.run_name in self._trained:
+            return workdir
+        load = functools.partial(pipeline.load, data_dir=self._data_dir)
+        with self._folder.locked(f"run,{point.run_name}", wait=True):
+            status = loop.train(set_up(self._parse_training(point, workdir).config, load), workdir)
+        if status == loop.DIVERGED:
+            raise UsageError(f"the training diverged, see {workdir}/metrics.jsonl; lower its rate")
+        if status:
+            raise Stopped(status)
+        self._trained.add(point.run_name)
+        return workdir
+
+    def _load(self, workdir: Path, step: int | None, mesh: Mesh) -> Model:
+        key = workdir, step, mesh
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # makes room
+            self._loaded = key, load_model(workdir, step, mesh)
+        return self._loaded[1]
+
+    def _likelihoods_of(
+        self, values: flags.FlagValues, model: Model, mesh: Mesh
+    ) -> list[dict[str, Any]]:
+        """The metrics that need no samples, measured once for all points that draw them alike."""
+        chosen = [name for name in self._sweep.metrics if name in evaluate.LIKELIHOODS]
+        if not chosen:
+            return []
+        key = model.workdir, model.step, values.split, values.draws, values.seed
+        if key not in self._likelihoods:
+            measured = evaluate.measure(_with(values, metrics=chosen), model, mesh)
+            self._likelihoods[key] = measured
+        return self._likelihoods[key]
+
+    def _make_reference(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> None:
+        """The reference of the sweep: one for all points, made by the first that needs it."""
+        if values.reference is not None:
+            return
+        path = self._folder.path / "reference.npz"
+        values.reference = str(path)
+        with self._folder.locked("reference", wait=True):
+            if not hosts.agreed(path.exists()):
+                made = _with(values, metrics=None, make_reference=True)
+                evaluate.measure(made, model, mesh)
+
+    def _picture(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> np.ndarray:
+        """Samples of all classes, in a grid that is about square."""
+        num = self._sweep.pictures
+        labels, _ = rows_by_class(num, model.flow.num_classes)
+        sampler = sampling.sampler(values, model, mesh)
+        size = min(values.batch_size, num)
+        sampler = decoding.with_method(sampler, values.method, values, model, size)
+        key = key_for(values.seed, 0, Purpose.SAMPLE)
+        drawn = draw_all(sampler, key, num=num, label=labels, batch_size=values.batch_size)
+        kind = model.config["noise"]["kind"]
+        images = np.concatenate([quantise(batch.pixels, kind) for batch in drawn])
+        return make_grid(images, square_rows(num))
+
+    def _parse_training(self, point: Point, workdir: Path) -> flags.FlagValues:
+        settings = self._sweep.settings(point)
+        chosen = {name: value for name, value in settings.items() if is_of_training(name)}
+        arguments = [f"--{name}={value}" for name, value in chosen.items()]
+        argv = ["train", "--config", self._sweep.config, *arguments, "--workdir", str(workdir)]
+        values = flags.FlagValues()
+        train.define(values, argv)
+        config.parse(values, argv)
+        return values
+
+    def _parse(self, command: Any, settings: Mapping[str, Any]) -> flags.FlagValues:
+        """The flags of a command with those settings that it has."""
+        values = flags.FlagValues()
+        command.define(values, [])
+        given = {name: value for name, value in settings.items() if name in values}
+        if command is evaluate:
+            given["metrics"] = ",".join(self._sweep.metrics)
+        if self._data_dir is not None:
+            given["data_dir"] = self._data_dir
+        argv = [command.__name__.rpartition(".")[2]]
+        config.parse(values, argv + [f"--{name}={value}" for name, value in given.items()])
+        return values
+
+
+def _with(values: flags.FlagValues, **changed: Any) -> flags.FlagValues:
+    """A copy of the flags with other values of some."""
+    copy = flags.FlagValues()
+    evaluate.define(copy, [])
+    copy.mark_as_parsed()
+    for name in copy:
+        copy[name].value = changed.get(name, values[name].value)
+    return copy

@@ -1,0 +1,52 @@
+"""`jetflow report`: one page of a run or a sweep."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from jetflow import commands, hosts
+from jetflow.page import text
+from jetflow.page.content import Page
+from jetflow.page.html import render
+from jetflow.page.run import run_page
+from jetflow.page.sweep import sweep_page
+from jetflow.sweeps import SWEEP
+from jetflow.types import UsageError
+
+USAGE = "jetflow report runs/digits"
+ARGUMENTS = ("DIR",)
+FORMATS = {"html": render, "md": text.markdown, "csv": text.comma_separated}
+
+
+def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    del argv
+    values.set_gnu_getopt(True)
+    flag = commands.definer(values)
+    flag(flags.DEFINE_enum, "format", "html", "a page with all pictures inside, its text and "
+         "tables alone, or its numbers", enum_values=list(FORMATS))  # fmt: skip
+    flag(flags.DEFINE_string, "out", None, "the file to write; default: DIR/report.html, and of "
+         "the other formats standard output")  # fmt: skip
+
+
+def run(values: flags.FlagValues, folder: str) -> int:
+    if not Path(folder).is_dir():
+        raise UsageError(f"{folder} is no folder; give that of a run or a sweep")
+    commands.check_writable("out", values.out)
+    if not hosts.is_first():
+        return 0
+    content = FORMATS[values.format](read_page(Path(folder)))
+    out = values.out or (f"{folder}/report.html" if values.format == "html" else None)
+    if out is None:
+        sys.stdout.write(content)
+        return 0
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(content, encoding="utf-8")
+    print(out)
+    return 0
+
+
+def read_page(folder: Path) -> Page:
+    """What there is to say of a folder of either kind."""
+    return sweep_page(folder) if (folder / SWEEP).exists() else run_page(folder)

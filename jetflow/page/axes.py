@@ -1,0 +1,75 @@
+"""The axes of a sweep, as its points show them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jetflow.page.content import Number
+from jetflow.sweeps import short
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """What is swept: a setting, or several that change together.
+
+    Attributes:
+        settings: their full names.
+        name: for people.
+        labels: of its values, one a point of the axis, in the order of the sweep.
+        numbers: the values, where all are numbers; else none.
+    """
+
+    settings: tuple[str, ...]
+    name: str
+    labels: tuple[str, ...]
+    numbers: tuple[Number, ...]
+
+    def place(self, point: dict[str, Any]) -> int:
+        """Which of its values a point has; -1 where the point lacks the setting."""
+        label = _label(point, self.settings)
+        return self.labels.index(label) if label in self.labels else -1
+
+
+def axes(points: Sequence[dict[str, Any]]) -> list[Axis]:
+    """The axes of a grid: settings with several values; those that name each other are one.
+
+    Args:
+        points: of each, setting → {"value", "label"}.
+    """
+    names = list(dict.fromkeys(name for point in points for name in point))
+    swept = [name for name in names if len({_label(point, (name,)) for point in points}) > 1]
+    groups: list[tuple[str, ...]] = []
+    for name in swept:
+        for index, group in enumerate(groups):
+            if _together(points, group[0], name):
+                groups[index] = (*group, name)
+                break
+        else:
+            groups.append((name,))
+    return [_axis(points, group) for group in groups]
+
+
+def _axis(points: Sequence[dict[str, Any]], settings: tuple[str, ...]) -> Axis:
+    having = [point for point in points if all(name in point for name in settings)]
+    values = {_label(point, settings): point[settings[0]]["value"] for point in having}
+    numbers = tuple(value for value in values.values() if _is_number(value))
+    return Axis(
+        settings,
+        ", ".join(map(short, settings)),
+        tuple(values),
+        numbers if len(numbers) == len(values) else (),
+    )
+
+
+def _together(points: Sequence[dict[str, Any]], one: str, other: str) -> bool:
+    """Whether each value of the one setting comes with one value of the other, and back."""
+    pairs = {(_label(point, (one,)), _label(point, (other,))) for point in points}
+    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+def _label(point: dict[str, Any], settings: tuple[str, ...]) -> str:
+    return ", ".join(point[name]["label"] if name in point else "–" for name in settings)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,286 @@
+"""Sweeps: a grid of settings, its points, and the folder that keeps what was found at each.
+
+A sweep is a Python file with a function `get_sweep`. A setting is named as on the command line:
+`config.optim.lr` is one of the training, `guidance` or `step` a flag of sampling and evaluation.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.util
+import itertools
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jetflow import hosts
+from jetflow.types import UsageError
+from jetflow.workdir import write_json
+
+SWEEP = "sweep.json"
+LONGEST_NAME = 120  # characters; many file systems take no more than 255 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A value of a setting, and what it is called."""
+
+    value: Any
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Points in their order: of each, the settings by name."""
+
+    points: tuple[dict[str, Choice], ...]
+
+
+def axis(name: str, values: Sequence[Any] | Mapping[str, Any]) -> Grid:
+    """A point a value; a mapping gives label → value."""
+    named = values if isinstance(values, Mapping) else {_label(value): value for value in values}
+    return Grid(tuple({name: Choice(value, label)} for label, value in named.items()))
+
+
+def product(*grids: Grid) -> Grid:
+    """Each point of one grid with each of the others; the last one varies fastest."""
+    combinations = itertools.product(*(grid.points for grid in grids))
+    return Grid(tuple(map(_joined, combinations)))
+
+
+def together(*grids: Grid) -> Grid:
+    """The first point of each grid as one point, then the second of each, and so on."""
+    lengths = [len(grid.points) for grid in grids]
+    if len(set(lengths)) > 1:
+        raise UsageError(f"together() has grids of {lengths} points; give grids of one length")
+    return Grid(tuple(map(_joined, zip(*(grid.points for grid in grids), strict=True))))
+
+
+def chain(*grids: Grid) -> Grid:
+    """The points of one grid after those of another."""
+    return Grid(tuple(itertools.chain.from_iterable(grid.points for grid in grids)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One of a sweep's points.
+
+    Attributes:
+        number: its place in the grid, from 0.
+        choices: its settings by name.
+    """
+
+    number: int
+    choices: Mapping[str, Choice]
+
+    @property
+    def name(self) -> str:
+        """For people and files: "003,guidance=0.5,denoise=True"."""
+        return f"{self.number:03d},{_name(self.choices)}"
+
+    @property
+    def run_name(self) -> str:
+        """Of the training that the point needs, which others may share."""
+        chosen = {name: one for name, one in self.choices.items() if is_of_training(name)}
+        return _name(chosen) or "run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A grid, and what is measured at its points.
+
+    Attributes:
+        grid: the points.
+        metrics: of `jetflow evaluate`; the table is sorted by the first.
+        config: of the runs that are measured, with a path from the sweep's file; runs that differ
+            in no setting of the training are one run.
+        fixed: settings of all points.
+        pictures: samples shown of each point; 0 for none.
+        title, description: the docstring of the sweep's file.
+    """
+
+    grid: Grid
+    metrics: tuple[str, ...]
+    config: str
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pictures: int = 36
+    title: str = ""
+    description: str = ""
+
+    @property
+    def points(self) -> list[Point]:
+        return [Point(number, choices) for number, choices in enumerate(self.grid.points)]
+
+    def settings(self, point: Point) -> dict[str, Any]:
+        """All settings of a point."""
+        return {**self.fixed, **{name: choice.value for name, choice in point.choices.items()}}
+
+    def content(self, run: str | None) -> dict[str, Any]:
+        """What is kept of it in the folder; `run` is that given in place of trainings."""
+        points = [
+            {name: dataclasses.asdict(choice) for name, choice in point.choices.items()}
+            for point in self.points
+        ]
+        fields = {name: getattr(self, name) for name in ("title", "description", "metrics")}
+        fields |= {"config": Path(self.config).name, "run": run, "fixed": self.fixed}
+        return json.loads(json.dumps({**fields, "pictures": self.pictures, "points": points}))
+
+
+def is_of_training(name: str) -> bool:
+    return name.startswith("config.")
+
+
+def short(name: str) -> str:
+    """A setting's name without its section."""
+    return name.rpartition(".")[2]
+
+
+def read(path: str) -> Sweep:
+    """The sweep of a file.
+
+    Raises:
+        UsageError: if there is no such file, it fails, or its grid is none.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"--sweep {path} is no file; expected one such as configs/sweeps/NAME.py")
+    spec = importlib.util.spec_from_file_location("_jetflow_sweep", file)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--sweep {path} is no Python file; expected configs/sweeps/NAME.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        sweep = module.get_sweep()
+    except Exception as error:  # whatever a sweep's file raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UsageError(f"--sweep {path}{where}: {type(error).__name__}: {error}") from error
+    if not isinstance(sweep, Sweep) or not sweep.grid.points or not sweep.metrics:
+        raise UsageError(f"--sweep {path}: get_sweep() must return a Sweep with points and metrics")
+    seen: dict[str, int] = {}
+    for point in sweep.points:
+        if (first := seen.setdefault(_name(point.choices), point.number)) != point.number:
+            raise UsageError(
+                f"--sweep {path}: the points {first} and {point.number} are the same; drop one"
+            )
+    title, _, description = (module.__doc__ or file.stem).strip().partition("\n")
+    config, colon, argument = sweep.config.partition(":")
+    config = f"{file.resolve().parent.joinpath(config).resolve()}{colon}{argument}"
+    description = " ".join(description.split())
+    return dataclasses.replace(sweep, config=config, title=title, description=description)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """What a sweep leaves: `sweep.json`, and each point's record and picture in `points/`."""
+
+    path: Path
+
+    def open(self, content: dict[str, Any]) -> None:
+        """Make it the folder of this sweep; one with more points than before may go on in it.
+
+        Raises:
+            UsageError: if it holds another one, or cannot be written.
+        """
+        there = self.content() if (self.path / SWEEP).exists() else None
+        if there is not None and self.records():
+            known, new = there.pop("points"), content["points"]
+            differing = [
+                f"{name} is {there.get(name)} there and {value} here"
+                for name, value in content.items()
+                if name not in ("points", "title", "description") and there.get(name) != value
+            ]
+            if new[: len(known)] != known:
+                differing.append("its points are others, or in another order (new ones go last)")
+            if differing:
+                raise UsageError(
+                    f"{self.path} holds another sweep: {'; '.join(differing)}; give another "
+                    "--workdir"
+                )
+        try:
+            write_json(self.path / SWEEP, content)
+        except OSError as error:
+            raise UsageError(
+                f"--workdir {self.path} cannot be written ({error}); give a folder that can"
+            ) from error
+
+    def content(self) -> dict[str, Any]:
+        """Of the sweep that lives there.
+
+        Raises:
+            UsageError: if there is none.
+        """
+        path = self.path / SWEEP
+        if not path.exists():
+            raise UsageError(f"no sweep in {self.path}; start one with `jetflow sweep`")
+        return json.loads(path.read_text())
+
+    def record_path(self, point: Point) -> Path:
+        return self.path / "points" / f"{point.name}.json"
+
+    def is_done(self, point: Point) -> bool:
+        """Whether it was measured; a failed point is to be tried again."""
+        path = self.record_path(point)
+        return path.exists() and json.loads(path.read_text())["status"] == "done"
+
+    def missing(self) -> int:
+        """Points that were neither measured nor failed."""
+        return len(self.content()["points"]) - len(self.records())
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of all points that were measured or failed, by their numbers."""
+        found = [json.loads(path.read_text()) for path in (self.path / "points").glob("*.json")]
+        return sorted(found, key=lambda record: record["number"])
+
+    @contextlib.contextmanager
+    def locked(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Whether this process has a lock; other processes on the sweep are kept out as long.
+
+        It goes with the process, however it ends.
+        """
+        if not hosts.is_first():
+            yield hosts.agreed(False)
+            return
+        folder = self.path / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / name, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield hosts.agreed(False)
+            else:
+                yield hosts.agreed(True)
+
+
+def say(text: str) -> None:
+    """Tell a person how the sweep is going."""
+    if hosts.is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _joined(parts: Sequence[dict[str, Choice]]) -> dict[str, Choice]:
+    names = [name for part in parts for name in part]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"the setting {twice[0]} is on two axes; give it one")
+    return {name: choice for part in parts for name, choice in part.items()}
+
+
+def _name(choices: Mapping[str, Choice]) -> str:
+    text = ",".join(f"{short(name)}={choice.label}" for name, choice in choices.items())
+    text = quote(text, safe=",=+")
+    if len(text) <= LONGEST_NAME:
+        return text
+    return f"{text[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "-".join(map(_label, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
