@@ -53,6 +53,66 @@ def tarflow() -> ConfigDict:
     return config.lock()
 
 
+def on_pod(config: ConfigDict) -> ConfigDict:
+    """Nets in bfloat16, activations computed again, and the state split over all devices."""
+    config.flow.dtype = "bfloat16"
+    config.flow.remat = "full"
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    return config
+
+
+def for_samples(config: ConfigDict, noise_std: float) -> ConfigDict:
+    """TarFlow's recipe for pictures: gaussian noise in training, a denoising step in sampling."""
+    config.flow.pixel_scale = 127.5
+    config.noise.kind = "gaussian"
+    config.noise.std = noise_std
+    config.eval.denoise = True
+    return config
+
+
+def smoke(config: ConfigDict, data: str) -> ConfigDict:
+    """The same kind of run in a minute or two on a CPU: a small flow on generated images `data`."""
+    config.data.name = data
+    config.data.test_split = "test"
+    config.init_from = ""
+    config.flow.width = 64
+    if config.flow.kind == "jet":
+        config.flow.num_heads = 2
+        config.flow.num_couplings = 5  # one of each split
+        config.flow.block_depth = 1
+    else:
+        config.flow.num_blocks = 2
+        config.flow.layers_per_block = (1,)
+    config.train.batch_size = 8
+    config.train.epochs = 0
+    config.train.steps = 8
+    config.train.log_every = 2
+    config.train.eval_every = 0
+    config.train.checkpoint_every = 4
+    config.eval.batch_size = 8
+    config.eval.draws = 1
+    config.eval.samples = 8
+    return config
+
+
+def arguments(text: str, *choices: str) -> tuple[str, bool]:
+    """What follows the colon of a config: one of `choices`, the first by default, and "smoke".
+
+    Returns:
+        The choice, and whether it is to be a `smoke` run.
+
+    Raises:
+        ValueError: on anything else.
+    """
+    given = [word for word in text.split(",") if word]
+    chosen = [word for word in given if word != "smoke"]
+    if len(chosen) > 1 or not set(chosen) <= set(choices):
+        known = ", ".join([*choices, "smoke"])
+        raise ValueError(f"the argument is {text!r}; expected one of {known}, or CHOICE,smoke")
+    return (*chosen, *choices, "")[0], "smoke" in given
+
+
 def _common() -> ConfigDict:
     return ConfigDict(
         dict(

@@ -1,25 +1,38 @@
-"""TarFlow [2-768-8-8] on ImageNet-64 (Chrabaszcz's version), for likelihood: arXiv 2412.06329.
+"""TarFlow [2-768-8-8] on ImageNet-64: arXiv 2412.06329, and its released code.
 
-Published: 2.99 bits per dimension after 100 epochs with uniform noise, in float32. The nets compute
-in bfloat16 and the state is split over the devices: those two are ours.
+Published: `:likelihood` (the default), trained on uniform noise in float32, has 2.99 bits per
+dimension. For samples, with gaussian noise of 0.05, `:unconditional` has FID 18.42 and
+`:conditional` 2.66, guided and denoised, of 50,000 samples against the whole training set.
+
+The paper cites van den Oord's version for what has no labels, while its code reads images by class,
+as Chrabaszcz's version has them. We take Chrabaszcz's, whose likelihoods are lower: the 2.99 may be
+of either. `--config.data.name=imagenet64_old` is the other.
+
+Ours: nets in bfloat16 where samples are the aim, rematerialisation, and the state split over the
+devices; the strength of guidance is to be searched, see configs/sweeps. With `:smoke`,
+`:unconditional,smoke` and `:conditional,smoke`, a trial of a minute or two on a CPU.
 """
 
 from configs import base
 
 
-def get_config():
-    config = base.tarflow()
+def get_config(arguments=""):
+    aim, smoke = base.arguments(arguments, "likelihood", "unconditional", "conditional")
+    config = base.on_pod(base.tarflow())
     config.data.name = "imagenet64_new"
     config.data.test_split = "validation"
-    config.flow.dtype = "bfloat16"
-    config.flow.remat = "full"
+    config.data.labels = aim == "conditional"
     config.noise.flip = True
-    config.optim.warmup = 0.01  # one epoch
     config.train.batch_size = 256
     config.train.epochs = 100
+    if aim == "likelihood":
+        config.flow.dtype = "float32"
+    else:
+        base.for_samples(config, noise_std=0.05)
+        config.noise.label_drop = 0.1 if config.data.labels else 0.0
+        config.train.epochs = 200
+    config.optim.warmup = 1 / config.train.epochs  # one epoch
     config.train.eval_every = 50_000  # about every tenth epoch
     config.train.checkpoint_every = 2500
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.eval.batch_size = 256
-    return config
+    return base.smoke(config, "shapes/64") if smoke else config

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from jetflow.types import UsageError
 
 
 class Archive:
-    """An .npz of `images`, uint8 [N, H, W, C], and `labels`, int32 [N], where there are any.
+    """An .npz of `images`, uint8 [N, H, W, C], and which of them are `finite`, bool [N]; and of
+    `labels`, int32 [N], where there are any.
 
     Until it is complete, the images lie in the folder FILE.partial, beside what they were made
     with: made again with the same settings, the archive goes on behind the last whole batch.
 
     Attributes:
         done: images that are in it.
-        broken: how many of them are not finite.
 
     Args:
         path: the .npz file.
@@ -47,25 +47,34 @@ class Archive:
         self._folder.mkdir(parents=True, exist_ok=True)
         state = self._read()
         if state is not None and state["settings"] != self._settings:
-            differing = [k for k, v in self._settings.items() if state["settings"].get(k) != v]
+            there, here = state["settings"], self._settings
+            differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
             raise UsageError(
                 f"{self._folder} holds {state['done']} images of another sampling "
-                f"({', '.join(differing)} differ); delete it, or give another --npz"
+                f"({', '.join(differing)} differ); give what it was begun with, or another --npz, "
+                "or delete it"
             )
-        self.done, self.broken = (state["done"], state["broken"]) if state else (0, 0)
-        file = self._folder / "images.npy"
+        self.done = state["done"] if state else 0
+        mode = "r+" if state else "w+"
         self._images = np.lib.format.open_memmap(
-            file, "r+" if state else "w+", np.uint8, (num, *image_shape)
+            self._folder / "images.npy", mode, np.uint8, (num, *image_shape)
         )
+        self._finite = np.lib.format.open_memmap(self._folder / "finite.npy", mode, bool, (num,))
         if not state:
             self._note()
 
-    def append(self, images: UInt8[np.ndarray, "B H W C"], broken: int = 0) -> None:
-        """The next images, of which so many are not finite; on disk when this returns."""
-        self._images[self.done : self.done + len(images)] = images
-        self._images.flush()
+    @property
+    def finite(self) -> Bool[np.ndarray, "K"]:
+        """Which of the images that are in it are finite."""
+        return np.array(self._finite[: self.done])
+
+    def append(self, images: UInt8[np.ndarray, "B H W C"], finite: Bool[np.ndarray, "B"]) -> None:
+        """The next images, and which are finite; on disk when this returns."""
+        new = slice(self.done, self.done + len(images))
+        for array, values in ((self._images, images), (self._finite, finite)):
+            array[new] = values
+            array.flush()
         self.done += len(images)
-        self.broken += broken
         self._note()
 
     def first(self, index: Int[np.ndarray, "K"]) -> UInt8[np.ndarray, "K H W C"]:
@@ -76,12 +85,13 @@ class Archive:
         """Make the .npz of what was appended, and remove the folder."""
         temporary = self._path.with_name(self._path.name + ".tmp")
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            archive.write(self._folder / "images.npy", "images.npy")
+            for name in ("images.npy", "finite.npy"):
+                archive.write(self._folder / name, name)
             if labels is not None:
                 with archive.open("labels.npy", "w") as file:
                     np.lib.format.write_array(file, np.asarray(labels, np.int32))
         os.replace(temporary, self._path)
-        del self._images
+        del self._images, self._finite
         shutil.rmtree(self._folder)
 
     def _read(self) -> dict[str, Any] | None:
@@ -90,6 +100,6 @@ class Archive:
 
     def _note(self) -> None:
         temporary = self._folder / "progress.json.tmp"
-        state = {"settings": self._settings, "done": self.done, "broken": self.broken}
+        state = {"settings": self._settings, "done": self.done}
         temporary.write_text(json.dumps(state))
         os.replace(temporary, self._folder / "progress.json")

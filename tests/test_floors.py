@@ -32,7 +32,7 @@ FLOORS = (
         "sweeps",
         "throughput",
         "tpus",
-    ),  # fmt: skip
+    ),
     ("page",),
     ("convert",),
     ("commands",),

@@ -6,14 +6,18 @@ returns the exit status.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
+from jaxtyping import Bool
 
-from jetflow import sharding
+from jetflow import hosts, sharding
+from jetflow.sampling.ancestral import not_finite
 from jetflow.types import UsageError
 
 
@@ -79,6 +83,12 @@ def whole_number(flag: str, text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise UsageError(f"--{flag} has {text!r}; expected whole numbers above 0")
     return int(text)
+
+
+def complain(finite: Bool[np.ndarray, "N"]) -> None:
+    """Tell a person of images that are not finite."""
+    if hosts.is_first() and (complaint := not_finite(finite)):
+        print(f"jetflow: {complaint}", file=sys.stderr)
 
 
 def check_writable(flag: str, path: str | None) -> None:

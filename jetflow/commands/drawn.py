@@ -51,7 +51,7 @@ class Drawn:
             self._sampler, key_for(values.seed, 0, Purpose.SAMPLE), num=num, label=label,
             batch_size=values.batch_size, start=statistics.done,
         ):  # fmt: skip
-            statistics.broken += int((~np.isfinite(drawn.pixels)).any(axis=(1, 2, 3)).sum())
+            statistics.broken += int((~drawn.finite).sum())
             yield quantise(drawn.pixels, kind)
 
     def resume(self, statistics: Statistics) -> None:

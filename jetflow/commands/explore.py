@@ -12,11 +12,12 @@ from PIL import Image
 from jetflow import commands
 from jetflow.commands import decoding
 from jetflow.data import pipeline
+from jetflow.evals.samples import rows_by_class
 from jetflow.flows.labels import check_labels
 from jetflow.noise import Purpose, key_for
 from jetflow.report import make_grid, save_gif, save_png
 from jetflow.sampling import explore
-from jetflow.sampling.ancestral import Sampler, quantise
+from jetflow.sampling.ancestral import Sampler, check_guided, quantise
 from jetflow.types import UsageError
 from jetflow.workdir import Model
 
@@ -40,6 +41,12 @@ def run(values: flags.FlagValues, model: Model, sampler: Sampler) -> int:
         raise UsageError(f"--npz is for samples, not for --mode {values.mode}; leave it out")
     if values.images and values.mode == "trace":
         raise UsageError("--images is for reconstruct and interpolate; leave it out")
+    if values.mode == "reconstruct":
+        for name in ("guidance", "denoise", "temperature"):
+            if values[name].value != values[name].default:
+                raise UsageError(
+                    f"--{name} is for samples; a reconstruction is the inverse alone: leave it out"
+                )
     mode = {"reconstruct": _reconstruct, "interpolate": _interpolate, "trace": _trace}
     frames, rows = mode[values.mode](values, model, sampler)
     out = Path(values.out)
@@ -55,10 +62,17 @@ def _reconstruct(values, model: Model, sampler: Sampler):
     """Two frames: the originals, and what is decoded from their latents."""
     images, labels = _given_images(values, model, values.num or 8)
     label = check_labels(model.flow, labels, len(images))
-    sampler = decoding.with_method(sampler, values.method, values, model, len(images))
+    size = min(values.batch_size, len(images))
+    sampler = decoding.with_method(sampler, values.method, values, model, size)
     kind = model.config["noise"]["kind"]
-    z = explore.encode(sampler, images, label, kind)
-    pixels = sampler.decode(z, label).pixels
+    parts = []
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        of_part = None if label is None else label[part]
+        z = explore.encode(sampler, images[part], of_part, kind)
+        parts.append(sampler.decode(z, of_part))
+    commands.complain(np.concatenate([drawn.finite for drawn in parts]))
+    pixels = np.concatenate([drawn.pixels for drawn in parts])
     error = pixels - (images + explore.centre(kind))
     print(
         f"error of {len(images)} reconstructions, in pixel values 0..255: "
@@ -72,6 +86,7 @@ def _interpolate(values, model: Model, sampler: Sampler):
     num = values.num or 8
     sampler = decoding.with_method(sampler, values.method, values, model, num)
     label = check_labels(model.flow, values.label, num)
+    check_guided(sampler.guidance, label)
     kind = model.config["noise"]["kind"]
     if values.images:
         images, _ = _given_images(values, model, 2)
@@ -79,17 +94,21 @@ def _interpolate(values, model: Model, sampler: Sampler):
     else:
         ends = sampler.latents(key_for(values.seed, 0, Purpose.SAMPLE), np.arange(2))
     path = explore.interpolate(ends[0], ends[1], num)
-    images = quantise(sampler.decode(path, label).pixels, kind)
-    return list(images[:, None]), [num]
+    drawn = sampler.decode(path, label)
+    commands.complain(drawn.finite)
+    return list(quantise(drawn.pixels, kind)[:, None]), [num]
 
 
 def _trace(values, model: Model, sampler: Sampler):
-    """A frame a stage; in the picture, a row an image."""
+    """A frame a stage, of the images that plain sampling gives; in the picture, a row an image."""
     num = values.num or 8
     sampler = decoding.with_method(sampler, values.method, values, model, num)
-    label = check_labels(model.flow, values.label, num)
+    labels, _ = rows_by_class(num, model.flow.num_classes)
+    label = check_labels(model.flow, labels if values.label is None else values.label, num)
+    check_guided(sampler.guidance, label)
     z = sampler.latents(key_for(values.seed, 0, Purpose.SAMPLE), np.arange(num))
     stages = explore.trace(sampler, z, label)
+    commands.complain(np.isfinite(stages[-1]).all(axis=(1, 2, 3)))
     chosen = np.linspace(0, len(stages) - 1, min(len(stages), LARGEST_STRIP)).round().astype(int)
     frames = quantise(stages[chosen], model.config["noise"]["kind"])
     if Path(values.out).suffix == ".gif":

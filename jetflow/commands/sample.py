@@ -1,6 +1,5 @@
 """`jetflow sample`: images from a trained flow, as a picture and as arrays."""
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +36,8 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
          "if a kill cuts it short, the same command goes on")  # fmt: skip
     flag(flags.DEFINE_integer, "num", None, "number of images; default: 64, in other modes 8",
          lower_bound=1)  # fmt: skip
-    flag(flags.DEFINE_integer, "label", None, "class of all images; default: one row a class")
+    flag(flags.DEFINE_integer, "label", None, "class of all images; default: "
+         "one row a class, in --mode interpolate none")  # fmt: skip
     flag(flags.DEFINE_integer, "seed", 0, "image i depends on the seed and i alone",
          lower_bound=0, upper_bound=LARGEST_SEED)  # fmt: skip
     flag(flags.DEFINE_integer, "batch_size", 64, "images made at a time", lower_bound=1)
@@ -50,6 +50,8 @@ def run(values: flags.FlagValues) -> int:
         commands.check_writable(name, values[name].value)
     if values.mode == "samples" and values.out.endswith(".gif"):
         raise UsageError(f"--out is {values.out}, but samples do not move; give a .png")
+    if values.mode == "samples" and values.images:
+        raise UsageError("--images is for --mode reconstruct and interpolate; leave it out")
     if Path(values.out).suffix not in (".png", ".gif") or values.out == values.npz:
         raise UsageError(f"--out is {values.out}; expected a file NAME.png, or NAME.gif")
     workdir = Path(commands.required(values, "workdir", "runs/NAME"))
@@ -84,7 +86,7 @@ def _archive(
 ) -> Archive:
     """The .npz, begun or taken up again with all that its images depend on."""
     settings = {"workdir": str(model.workdir.resolve()), "step": model.step}
-    settings |= {name: values[name].value for name in ("label", "seed", "batch_size")}
+    settings |= {name: values[name].value for name in ("label", "seed")}
     settings |= sampling.settings(values)
     return Archive(Path(values.npz), num=num, image_shape=model.flow.image_shape, settings=settings)
 
@@ -92,8 +94,8 @@ def _archive(
 def _draw(sampler: Sampler, values, model: Model, labels, num: int, archive: Archive | None):
     """Draw the images; returns a function that gives those of some numbers."""
     kind, kept, sweeps, residual = model.config["noise"]["kind"], [], (), 0.0
-    start, broken = (archive.done, archive.broken) if archive else (0, 0)
-    start = hosts.agreed(start)
+    start = hosts.agreed(archive.done if archive else 0)
+    finite = [archive.finite] if archive else []
     if start:
         print(f"going on behind {start:,} images of {values.npz}.partial")
     batches = draw_all(
@@ -103,11 +105,10 @@ def _draw(sampler: Sampler, values, model: Model, labels, num: int, archive: Arc
     clock = time.perf_counter()
     with tqdm(total=num, initial=start, unit=" images", disable=None, leave=False) as bar:
         for drawn in batches:
-            new = int((~np.isfinite(drawn.pixels)).any(axis=(1, 2, 3)).sum())
-            broken += new
+            finite.append(drawn.finite)
             images = quantise(drawn.pixels, kind)
             if archive is not None:
-                archive.append(images, new)
+                archive.append(images, drawn.finite)
             elif hosts.is_first():
                 kept.append(images)
             sweeps = tuple(map(max, drawn.sweeps, sweeps or drawn.sweeps))
@@ -116,8 +117,7 @@ def _draw(sampler: Sampler, values, model: Model, labels, num: int, archive: Arc
     if num > start:
         _report(sampler, sweeps, residual)
         print(f"{(num - start) / (time.perf_counter() - clock):,.2f} images/s, with compilation")
-    if broken and hosts.is_first():
-        print(f"jetflow: {broken} of {num} images are not finite", file=sys.stderr)
+    commands.complain(np.concatenate(finite))
     if archive is not None:
         return archive.first
     return lambda index: np.concatenate(kept)[index]
