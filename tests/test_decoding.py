@@ -1,15 +1,20 @@
 """Parallel decoding of TarFlow: the same images as token by token, in fewer evaluations."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import flow_laws
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_runs
 from flow_laws import jit
 
 import jetflow
+from jetflow import bench
 from jetflow.flows import autoregressive
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import decodings
@@ -91,6 +96,44 @@ def test_a_tolerance_saves_sweeps_and_bounds_the_error(float64):
     assert jnp.abs(x - exact).max() > 0
 
 
+def test_the_default_tolerance_is_below_a_thousandth_of_a_grey_level():
+    """Where tokens depend weakly on each other, so that a window settles many at once."""
+    for name in ("none", "both"):
+        fields = {"dtype": "float32", "strength": 0.03}
+        sequential = inverse(None, GUIDANCES[name], **fields)[0]
+        x, _, sweeps, _ = inverse(decodings(setting()[0], "jacobi"), GUIDANCES[name], **fields)
+        np.testing.assert_allclose(x, sequential, rtol=0, atol=1e-4 * 128)  # 1e-4 in [-1, 1]
+        assert max(sweeps) <= 8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        (lambda window: window, 1),
+        (lambda window: 1 / window, 255),
+        (lambda window: 1.0 if window == 1 else 1.1 if window < 100 else 0.5, 255),
+        (lambda window: abs(window - 64), 64),
+    ],
+)
+def test_the_fastest_window_is_found(seconds, best):
+    """Whatever lies between: both methods that it must beat are measured."""
+    times = bench.seconds_by_window(seconds, 256)
+    assert {1, 255} <= set(times)
+    assert min(times, key=times.__getitem__) == best
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_few_tokens(tokens):
+    assert min(bench.seconds_by_window(lambda window: window, tokens)) == 1
+    flow = flow_laws.tarflow((2 * tokens, 2, 1), dtype="float32", num_blocks=1)
+    variables = flow_laws.random_variables(flow, jnp.float32)
+    images = [
+        Sampler(flow, variables, decoding=how).draw(jax.random.key(0), np.arange(2), None).pixels
+        for how in (None, decodings(flow, "jacobi"))
+    ]
+    np.testing.assert_allclose(*images, atol=1e-3)
+
+
 def test_float32_is_exact_to_rounding():
     sequential = inverse(None, dtype="float32")[0]
     for window in (4, 15):
@@ -138,6 +181,38 @@ def test_the_cache_may_be_narrow():
     assert 1e-3 < difference < 16, difference
 
 
+GUIDED_ON_EIGHT_DEVICES = """
+import flow_laws, jax, jax.numpy as jnp, numpy as np
+from jetflow import sharding
+from jetflow.costs import cost
+from jetflow.sampling.ancestral import Sampler
+from jetflow.sampling.decoding import decodings
+from jetflow.types import Guidance
+
+flow = flow_laws.tarflow((8, 8, 1), 3, num_blocks=1, dtype="float32")
+variables = flow_laws.random_variables(flow, jnp.float32)
+for method in ("cached", "jacobi"):
+    how = decodings(flow, method)
+    sampler = Sampler(flow, variables, Guidance(2.0), decoding=how, mesh=sharding.make_mesh())
+    z = sampler.place(np.zeros((8, *flow.latent_shape), np.float32))
+    program = sampler.lower(z, sampler.place(np.zeros(8, np.int32))).compile()
+    print(method, *[f"{kind.kind}*{kind.count}" for kind in cost(program.as_text(), 8).collectives])
+"""
+
+
+def test_guided_tokens_need_no_other_device():
+    """Of a split batch: an image's two rows are neighbours. Windows must agree how far they are."""
+    process = subprocess.run(
+        [sys.executable, "-c", GUIDED_ON_EIGHT_DEVICES],
+        env=tiny_runs.environment(JAX_NUM_CPU_DEVICES="8", PYTHONPATH=os.pathsep.join(sys.path)),
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    cached, jacobi = process.stdout.splitlines()
+    assert cached == "cached"
+    assert set(jacobi.split()[1:]) <= {"all-reduce*1"}, jacobi
+
+
 @pytest.mark.parametrize("method", ["cached", "jacobi"])
 def test_samples_by_method(method):
     flow, variables, _ = setting(strength=0.1)
@@ -174,6 +249,17 @@ def test_bug_is_caught_annealing_by_the_place_in_the_window(monkeypatch, float64
     monkeypatch.setattr(autoregressive, "_guide", guide)
     with pytest.raises(AssertionError):
         windows_change_nothing(5, "log-scale, annealed")
+
+
+def test_decodings_are_checked():
+    flow, variables, _ = setting()
+    for how, message in (
+        ((Decoding(),), "there are 1 decodings for the 2 blocks"),
+        ((Decoding(0),) * 2, "window is 0"),
+        ((Decoding(2, float("nan")),) * 2, "tolerance is nan"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Sampler(flow, variables, decoding=how)
 
 
 @pytest.mark.parametrize(

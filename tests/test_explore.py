@@ -50,6 +50,7 @@ def test_a_path_keeps_the_norm():
 def test_a_path_between_the_same_images_stands_still():
     one = jnp.ones((4, 3))
     np.testing.assert_allclose(explore.interpolate(one, one, 3), jnp.ones((3, 4, 3)), atol=1e-6)
+    np.testing.assert_array_equal(explore.interpolate(0 * one, 0 * one, 3), jnp.zeros((3, 4, 3)))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
@@ -14,6 +15,7 @@ import jetflow
 from jetflow import cli
 from jetflow.data import pipeline
 from jetflow.report import make_grid
+from jetflow.sampling.ancestral import Sampler
 
 pytestmark = pytest.mark.usefixtures("compilation_cache", "digits")
 
@@ -114,10 +116,29 @@ def test_eight_devices_draw_the_images_of_one(name, mesh, sample, trained, tmp_p
     assert (eight != one).mean() < 0.01
 
 
-def test_images_that_are_not_finite_are_counted(trained, tmp_path, capsys):
-    arguments = ["sample", "--workdir", trained("tarflow"), "--num", 20, "--temperature", 1e38]
-    assert cli.main([*map(str, arguments), "--out", str(tmp_path / "grid.png")]) == 0
-    assert "20 of 20 images are not finite" in capsys.readouterr().err
+def test_images_that_are_not_finite_are_counted(trained, tmp_path, monkeypatch, capsys):
+    """And said to be so in the arrays, where they are black."""
+    latents = Sampler._prior_noise
+
+    def broken(self, key, index):
+        return (
+            latents(self, key, index).at[:, -1].set(jnp.where(index % 3 == 1, jnp.nan, 0)[:, None])
+        )
+
+    monkeypatch.setattr(Sampler, "_prior_noise", broken)
+    npz = tmp_path / "images.npz"
+    arguments = ["sample", "--workdir", trained("tarflow"), "--num", 20, "--batch_size", 8]
+    assert (
+        cli.main([*map(str, arguments), "--out", str(tmp_path / "grid.png"), "--npz", str(npz)])
+        == 0
+    )
+    assert "7 of 20 images are not finite, and black" in capsys.readouterr().err
+    with np.load(npz) as arrays:
+        np.testing.assert_array_equal(arrays["finite"], np.arange(20) % 3 != 1)
+    for mode in ("interpolate", "trace"):
+        flags = ["--mode", mode, "--temperature", "1e38", "--out", str(tmp_path / "mode.png")]
+        assert cli.main(["sample", "--workdir", str(trained("tarflow")), *flags]) == 0
+        assert "of 8 images are not finite" in capsys.readouterr().err
 
 
 def test_killed_sampling_goes_on(trained, tmp_path, capsys):
@@ -209,6 +230,40 @@ def test_a_trace_moves(trained, tmp_path, capsys):
     assert cli.main(list(map(str, arguments))) == 0
     with Image.open(out) as picture:
         assert picture.n_frames == 3
+
+
+def test_a_trace_is_of_the_samples(trained, tmp_path, capsys):
+    """Its last frame is what plain sampling draws, denoised or not."""
+    for flags in ([], ["--denoise", "--guidance", "1"]):
+        images = {}
+        for mode in ("samples", "trace"):
+            out = tmp_path / f"{mode}.png"
+            arguments = ["sample", "--workdir", trained("tarflow"), "--mode", mode, "--num", 4]
+            assert cli.main([*map(str, arguments), *flags, "--out", str(out)]) == 0
+            with Image.open(out) as picture:
+                images[mode] = np.asarray(picture).astype(int)
+        stages = 3 + bool(flags)
+        scale = images["trace"].shape[0] // (4 * 10 + 2)
+        last = images["trace"][::scale, ::scale][:, (stages - 1) * 10 :]
+        scale = images["samples"].shape[0] // (4 * 10 + 2)  # of four classes, a row each
+        assert np.abs(last - images["samples"][::scale, ::scale]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode", "reconstruct", "--guidance", "2"], "--guidance is for samples"),
+        (["--mode", "reconstruct", "--denoise"], "--denoise is for samples"),
+        (["--images", "a.png"], "--images is for --mode reconstruct and interpolate"),
+        (["--mode", "interpolate", "--guidance", "2"], "the images have no labels"),
+        (["--label", "-1", "--guidance", "2"], "the images have no labels"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, message, trained, tmp_path, capsys):
+    arguments = ["sample", "--workdir", str(trained("tarflow")), "--out", str(tmp_path / "x.png")]
+    assert cli.main([*arguments, *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_interpolation_between_pictures(trained, tmp_path, capsys):

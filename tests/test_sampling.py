@@ -109,6 +109,22 @@ def test_labels_and_guidance_at_rest():
     assert np.abs(guided - pixels(label=1)).max() > 0.1
 
 
+def test_guidance_needs_labels_or_a_temperature():
+    flow, variables = setting()
+    for label in (None, -1, np.array([-1, -1, -1])):
+        with pytest.raises(UsageError, match="the images have no labels"):
+            jetflow.sample(flow, variables, KEY, num=3, label=label, guidance=Guidance(1.0))
+    guidance = Guidance(1.0, temperature=0.5)
+    guided = jetflow.sample(flow, variables, KEY, num=3, guidance=guidance)
+    assert (guided != jetflow.sample(flow, variables, KEY, num=3)).any()
+
+
+def test_images_that_are_not_finite_are_warned_of():
+    flow, variables = setting()
+    with pytest.warns(RuntimeWarning, match="3 of 3 images are not finite, and black"):
+        jetflow.sample(flow, variables, KEY, num=3, temperature=1e38)
+
+
 def test_one_program_for_all_batches_and_strengths():
     flow, variables = setting()
     jax.clear_caches()
