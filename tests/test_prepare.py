@@ -1,6 +1,7 @@
 """`jetflow prepare`: killed and started again, with any number of processes, from a shell."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +83,13 @@ def ended(pid: int) -> bool:
         return True
 
 
+def wait_for_end(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while not all(map(ended, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_a_kill_costs_only_the_pieces_at_hand(manual, tmp_path, whole, monkeypatch):
     process = start(tmp_path, manual, workers=2, pause=60)
@@ -92,10 +100,7 @@ def test_a_kill_costs_only_the_pieces_at_hand(manual, tmp_path, whole, monkeypat
     process.kill()
     process.wait()
     assert len(below) >= 2
-    deadline = time.monotonic() + 60
-    while not all(map(ended, below)):  # nobody goes on decoding for a parent that is gone
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_end(below)  # nobody goes on decoding for a parent that is gone
     final = tmp_path / "data" / "imagenet21k" / "32" / "1.0.0"
     partial = final.with_name("1.0.0.partial")
     assert partial.exists() and not final.exists()
@@ -113,6 +118,19 @@ def test_a_kill_costs_only_the_pieces_at_hand(manual, tmp_path, whole, monkeypat
     prepared.prepare(NAME, tmp_path / "data", manual_dir=manual, workers=1)
     assert made == set(range(12)) - done
     assert contents(tmp_path / "data") == whole and not partial.exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_at_once(manual, tmp_path):
+    process = start(tmp_path, manual, workers=2, pause=60)
+    assert process.stderr
+    while not process.stderr.readline().startswith("piece"):
+        assert process.poll() is None
+    below = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode != 0 and "KeyboardInterrupt" in said
+    wait_for_end(below)
 
 
 def test_the_number_of_processes_does_not_matter(manual, tmp_path, whole):

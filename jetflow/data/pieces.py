@@ -230,15 +230,15 @@ def _result(piece: Piece, note: Note | Future[Note]) -> tuple[Piece, Note]:
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that are started afresh, and end with this one however it ends."""
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # the parent has threads, of JAX say
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
     try:
         yield pool
     except BaseException:  # Ctrl-C too: not to wait for pieces that are begun
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(getattr(pool, "_processes", None) or {}):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
 
