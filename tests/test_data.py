@@ -107,6 +107,21 @@ def test_train_crops_lie_left_of_every_test_crop(data_dir):
     assert min(left for _, _, left in photos.corners_of_test(16)) >= 512
 
 
+def test_one_picture_alone(data_dir):
+    """The crops of both, at the same places, with one of the pictures throughout."""
+    found = load_sample_images()
+    assert tuple(Path(name).stem for name in found.filenames) == photos.PICTURES
+    for number, name in enumerate(photos.PICTURES):
+        builder = photos.Photos(config=f"{name}8", data_dir=data_dir)
+        assert builder.info.features["image"].shape == (8, 8, 3)
+        corners = list(itertools.islice(photos.corners_of_test(8), 6))
+        for (_, example), (_, top, left) in zip(
+            builder._generate_examples(iter(corners)), corners, strict=True
+        ):
+            expected = found.images[number][top : top + 8, left : left + 8]
+            np.testing.assert_array_equal(example["image"], expected)
+
+
 def test_checksum_covers_pixels_labels_and_order(digits):
     images = [digits.source[i]["image"] for i in range(len(digits))]
     labels = [np.int32(digits.source[i]["label"]) for i in range(len(digits))]
