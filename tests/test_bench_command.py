@@ -9,6 +9,8 @@ import tiny_runs
 from jetflow import cli, throughput
 from jetflow.data import pipeline
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 def bench(what, *arguments, **fields):
     config = tiny_runs.arguments("jet", "", **fields)[1:-2]
@@ -71,11 +73,6 @@ def test_train_as_json(capsys):
     assert line["utilisation"] is None  # nobody has stated a CPU's peak
     assert "cpu" in line["device"]
     assert line["peak_bytes"] > 0
-    # Twice the images are twice the work.
-    assert bench("train", "--json", "--steps", 1, "--repeats", 1, train__batch_size=32) == 0
-    (twice,) = lines(capsys)
-    assert twice["model_flops"] == 2 * line["model_flops"] > 0
-    assert twice["peak_bytes"] > line["peak_bytes"]
 
 
 def test_train_waits_for_slow_data(monkeypatch, capsys):
@@ -98,6 +95,9 @@ def test_utilisation_where_the_peak_is_known(monkeypatch, capsys):
     (line,) = lines(capsys)
     rate = line["model_flops"] * line["steps_per_second"]
     assert line["utilisation"] == pytest.approx(rate / 1e12)
+    # 16 images, thrice forward, 2 FLOPs, 4 tokens, 5 layers of 12 W² and some more at their ends.
+    matrices = 16 * 3 * 2 * 4 * 5 * 12 * 32**2
+    assert matrices < line["model_flops"] < 1.2 * matrices
     assert throughput.PEAK_FLOPS["TPU v5 lite"] == 197e12
 
 
