@@ -171,7 +171,7 @@ def test_parts_add_up(name):
     variance = likelihood.prior_variance(variables)
     assert_close(parts[0], likelihood.bits_per_dim(likelihood.prior_nll(z, variance), z), 1e-5)
     assert_close(parts[1], np.full(3, np.log2(flow.pixel_scale)))
-    assert (np.abs(parts[2:]) > 1e-3).all() == (name != "volume preserving")
+    assert (np.abs(parts[2:]).max(1) > 1e-3).all() == (name != "volume preserving")
 
 
 def test_parts_are_in_the_order_of_the_blocks():
@@ -191,7 +191,7 @@ def test_parts_are_in_the_order_of_the_couplings():
     _, parts = jit(functools.partial(step.eval_parts, flow))(
         variables | {"params": params}, *inputs
     )
-    assert (np.abs(parts[2]) < 1e-6).all() and (np.abs(parts[3]) > 1e-3).all()
+    assert np.abs(parts[2]).max() < 1e-6 < 1e-3 < np.abs(parts[3]).max()
 
 
 def test_gradient_norm_is_of_the_whole_gradient():

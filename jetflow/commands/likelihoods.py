@@ -95,6 +95,6 @@ def _gap(evaluation: Evaluation, noise: Noise) -> list[Outcome]:
 def _spread(dataset: pipeline.Dataset, like: pipeline.Dataset) -> pipeline.Dataset:
     """As many examples of a split as `like` has, if it has so many, at even distances."""
     step = max(1, len(dataset) // len(like))
-    some = grain.MapDataset.source(dataset.source)[: step * len(like) : step]
-    split = f"{dataset.split}, every {step}." if step > 1 else dataset.split
-    return dataclasses.replace(dataset, split=f"{split} ({len(some)} images)", source=some)
+    end = min(step * len(like), len(dataset))
+    some = grain.MapDataset.source(dataset.source)[:end:step]
+    return dataclasses.replace(dataset, split=f"{dataset.split}[:{end}:{step}]", source=some)
