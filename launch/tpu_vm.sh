@@ -114,6 +114,7 @@ $UNDER_WAY
 if under_way; then
   echo "\$(hostname): a run is under way, and goes on; stop it before another" >&2; exit $busy
 fi
+rm -f ~/jetflow/run.status ~/jetflow/run.stopped
 EOF
 }
 
@@ -153,11 +154,14 @@ cd ~/jetflow
 source .venv/bin/activate
 if [[ -z \${JETFLOW_PROCESSES:-} ]]; then
   workers=\$(curl -fsS --retry 5 -H Metadata-Flavor:Google $METADATA/worker-network-endpoints)
-  JETFLOW_PROCESSES=\$(tr , '\\n' <<<"\$workers" | grep -c .) || { echo "\$(hostname): no workers are named" >&2; exit 1; }
+  JETFLOW_PROCESSES=\$(tr , '\\n' <<<"\$workers" | grep -c .) || {
+    echo "\$(hostname): the metadata name no workers" >&2; exit 1
+  }
 fi
 export JETFLOW_PROCESSES
-[[ -x launch/restart.sh ]] && command -v jetflow >/dev/null || { echo "\$(hostname): jetflow is not there; setup first" >&2; exit 1; }
-rm -f run.status
+[[ -x launch/restart.sh ]] && command -v jetflow >/dev/null || {
+  echo "\$(hostname): jetflow is not there; setup first" >&2; exit 1
+}
 STATUS_FILE=run.status nohup setsid launch/restart.sh $(printf '%q ' "${command[@]}") >>run.log 2>&1 </dev/null &
 echo \$! >run.pid
 EOF
@@ -170,7 +174,7 @@ stop() { on_workers all "$(remote_stop)"; }
 remote_stop() {
   cat <<EOF
 $UNDER_WAY
-if under_way; then kill -TERM "\$(cat ~/jetflow/run.pid)"; fi
+if under_way; then touch ~/jetflow/run.stopped; kill -TERM "\$(cat ~/jetflow/run.pid)"; fi
 while under_way; do sleep 1; done
 echo "\$(hostname): ended with status \$(cat ~/jetflow/run.status)"
 EOF
@@ -211,7 +215,7 @@ try() {
   sleep "$POLL"
 }
 
-begin() { setup && run; }
+begin() { setup && run && begun=1; }
 
 # A look at the workers of a TPU VM that is ready; what they need. What had ended before is run again.
 begun='' short=''
@@ -219,7 +223,6 @@ attend() {
   local found statuses status
   found=$(on_workers all "$(remote_look)" | grep -o 'jetflow: [a-z].*') || { sleep "$POLL"; return; }
   if [[ $found == *idle* || -z $begun && $found != *running* ]]; then
-    begun=1
     try begin
     return
   fi
@@ -235,12 +238,14 @@ attend() {
   sleep "$POLL"
 }
 
+# What was told to stop, and not by us, was so by a machine that went down, and is not at its end.
 remote_look() {
   cat <<EOF
 $UNDER_WAY
+status=\$(cat ~/jetflow/run.status 2>/dev/null)
 if under_way; then echo "jetflow: running"
-elif [[ -f ~/jetflow/run.status ]]; then echo "jetflow: ended \$(cat ~/jetflow/run.status)"
-else echo "jetflow: idle"
+elif [[ -z \$status || \$status == 143 && ! -e ~/jetflow/run.stopped ]]; then echo "jetflow: idle"
+else echo "jetflow: ended \$status"
 fi
 EOF
 }

@@ -117,11 +117,11 @@ def descendants(pid):
     return [pid, *(found for child in children for found in descendants(child))]
 
 
-def kill(run_pid):
-    """A worker's run, from restart.sh on, as when the machine is lost."""
+def kill(run_pid, number=signal.SIGKILL):
+    """Signals a worker's run, from restart.sh on, as when the machine goes down."""
     for pid in descendants(run_pid.read_text().strip()):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(int(pid), number)
 
 
 @pytest.fixture
@@ -177,6 +177,15 @@ def pod(cloud, clone, tmp_path):
 KEEP = ("keep", "--topology=v5e:2x4", "jetflow", "train")
 
 
+def kept_in_background(clone, cloud):
+    return subprocess.Popen(
+        [clone / "launch" / "tpu_vm.sh", KEEP[0], "pod", *KEEP[1:]],
+        env=cloud,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
 def verbs(tmp_path):
     return (tmp_path / "verbs").read_text().split()
 
@@ -202,6 +211,28 @@ def test_keep_runs_on_a_pod_that_has_not_run(pod, tmp_path):
     kept = pod(*KEEP)
     assert (kept.returncode, kept.stdout) == (0, "ended with status 0\n"), kept.stderr
     assert not {"create", "delete"} & set(verbs(tmp_path))
+
+
+def test_keep_runs_again_what_had_ended_before(pod, tmp_path):
+    script(tmp_path / "jetflow", "exit 2\n")
+    assert pod(*KEEP).returncode == 2
+    script(tmp_path / "jetflow", "exit 0\n")
+    (tmp_path / "scp_fails").touch()
+    kept = pod(*KEEP)
+    assert (kept.returncode, kept.stdout) == (0, "ended with status 0\n"), kept.stderr
+
+
+def test_a_run_that_was_stopped_stays_so(pod, tmp_path, cloud, clone):
+    script(
+        tmp_path / "jetflow", "trap 'exit 143' TERM; touch ran; while true; do sleep 0.1; done\n"
+    )
+    keep = kept_in_background(clone, cloud)
+    wait_for(lambda: len(list(tmp_path.glob("worker*/jetflow/ran"))) == 2, "both workers")
+    again = pod("setup")
+    assert again.returncode == 2 and again.stderr.count("a run is under way") == 2
+    assert pod("stop").stdout.count("ended with status 143") == 2
+    assert keep.communicate(timeout=TIMEOUT)[0].endswith(b"ended with status 143\n")
+    assert keep.returncode == 143
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED"])
@@ -233,19 +264,18 @@ def test_keep_stops_the_others_when_a_worker_has_ended(pod, tmp_path):
     assert (kept.returncode, kept.stdout.splitlines()[-1]) == (2, "ended with status 2 143")
 
 
-def test_keep_starts_a_lost_worker_and_no_other(pod, tmp_path, cloud, clone):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_keep_starts_a_lost_worker_and_no_other(pod, tmp_path, cloud, clone, number):
     script(
         tmp_path / "jetflow",
+        "trap 'exit 143' TERM\n"
         'echo ran >>"$CLOUD/ran$JAX_PROCESS_ID"\n'
         "until [[ -e $CLOUD/finish ]]; do sleep 0.1; done\n",
     )
-    keep = subprocess.Popen(
-        [clone / "launch" / "tpu_vm.sh", KEEP[0], "pod", *KEEP[1:]], env=cloud,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    keep = kept_in_background(clone, cloud)
     ran = [tmp_path / "ran0", tmp_path / "ran1"]
     wait_for(lambda: all(path.exists() for path in ran), "both workers")
-    kill(tmp_path / "worker1" / "jetflow" / "run.pid")
+    kill(tmp_path / "worker1" / "jetflow" / "run.pid", number)
     wait_for(lambda: ran[1].read_text().count("ran") == 2, "the worker to be started again")
     (tmp_path / "finish").touch()
     output, errors = keep.communicate(timeout=TIMEOUT)
