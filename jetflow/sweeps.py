@@ -43,7 +43,12 @@ class Grid:
 
 def axis(name: str, values: Sequence[Any] | Mapping[str, Any]) -> Grid:
     """A point a value; a mapping gives label → value."""
-    named = values if isinstance(values, Mapping) else {_label(value): value for value in values}
+    if isinstance(values, Mapping):
+        named = values
+    else:
+        named = {_label(value): value for value in values}
+        if len(named) < len(values):
+            raise UsageError(f"the axis {name} has a value twice in {list(values)}; drop one")
     return Grid(tuple({name: Choice(value, label)} for label, value in named.items()))
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from absl import flags
 
-from jetflow import cli, config
+from jetflow import cli, config, sweeps
+from jetflow.commands import point
 from jetflow.flows.build import build
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +19,7 @@ def blocks(language):
 
 
 def test_python_example():
-    example, _ = blocks("python")
+    example, *_ = blocks("python")
     names = {}
     exec(example, names)
     assert names["images"].shape == (4, 16, 16, 3)
@@ -28,7 +29,7 @@ def test_python_example():
 
 def test_config_example(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, example = blocks("python")
+    _, example, _ = blocks("python")
     path = tmp_path / "own.py"
     path.write_text(example)
     values = flags.FlagValues()
@@ -37,6 +38,15 @@ def test_config_example(tmp_path, monkeypatch):
     config.parse(values, arguments)
     assert values.config.flow.width == 256
     assert build(values.config.flow, image_shape=(32, 32, 3)).latent_shape == (256, 12)
+
+
+def test_sweep_example(tmp_path):
+    *_, example = blocks("python")
+    path = tmp_path / "own.py"
+    path.write_text(example.replace("../", f"{ROOT}/configs/"))
+    sweep = sweeps.read(str(path))
+    assert len(sweep.points) == 6
+    point.Runner(sweep, sweeps.Folder(tmp_path), run=None, data_dir=None).check()
 
 
 def test_commands_parse(monkeypatch):

@@ -1,0 +1,349 @@
+"""Sweeps: the algebra of grids, points that are measured once, and what a kill leaves."""
+
+import csv
+import fcntl
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import html_page
+import pytest
+import tiny_runs
+
+from jetflow import cli, sweeps
+from jetflow.commands import evaluate, point
+from jetflow.sweeps import Folder, Sweep, axis, chain, product, together
+from jetflow.types import UsageError
+
+SHIPPED = sorted((tiny_runs.ROOT / "configs" / "sweeps").glob("*.py"))
+
+# Four points of one trained flow, of which each has its own value.
+POINTS = '''"""Draws and seeds.
+
+Of the noise.
+"""
+
+from jetflow.sweeps import Sweep, axis, product
+
+
+def get_sweep():
+    return Sweep(
+        product(axis("draws", [1, 2]), axis("seed", [3, 4])),
+        metrics=("noised_bpd",),
+        config="../digits_tarflow.py",
+        fixed={"batch_size": 64},
+        pictures=4,
+    )
+'''
+
+
+def values(grid):
+    return [{name: one.value for name, one in point.items()} for point in grid.points]
+
+
+# Grids.
+
+
+def test_algebra_of_grids():
+    a, b = axis("a", [1, 2]), axis("b", {"few": (1,), "many": (1, 2)})
+    assert values(product(a, b)) == [
+        {"a": 1, "b": (1,)}, {"a": 1, "b": (1, 2)}, {"a": 2, "b": (1,)}, {"a": 2, "b": (1, 2)},
+    ]  # fmt: skip
+    assert values(together(a, b)) == [{"a": 1, "b": (1,)}, {"a": 2, "b": (1, 2)}]
+    assert values(chain(a, axis("c", [0.5]))) == [{"a": 1}, {"a": 2}, {"c": 0.5}]
+    assert len(product(a, together(b, axis("c", [3, 4])), axis("d", [1, 2, 3])).points) == 12
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: product(axis("a", [1]), axis("a", [2])), "the setting a is on two axes"),
+        (lambda: together(axis("a", [1]), axis("b", [2, 3])), r"grids of \[1, 2\] points"),
+    ],
+)
+def test_grids_that_cannot_be(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_names():
+    grid = product(axis("config.flow.kinds", {"4:1": ("channels",)}), axis("guidance", [0.5, 2.0]))
+    first, second = Sweep(grid, ("bpd",), "x.py").points
+    assert first.name == "000,kinds=4%3A1,guidance=0.5"
+    assert second.name == "001,kinds=4%3A1,guidance=2"
+    assert first.run_name == second.run_name == "kinds=4%3A1"
+    long = [sweeps.Point(0, {"x": sweeps.Choice(0, "y" * 500 + end)}).name for end in "ab"]
+    assert long[0] != long[1] and max(map(len, long)) < 150
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_sweeps_can_run(path, tmp_path):
+    sweep = sweeps.read(str(path))
+    point.Runner(sweep, Folder(tmp_path), run=None, data_dir=None).check()
+    assert len(sweep.points) >= 4
+    assert len(sweep.title) > 20 and sweep.description
+    assert not list(tmp_path.iterdir())
+
+
+# Files and flags.
+
+BAD_FILES = {
+    "missing": (None, "is no file"),
+    "syntax": ("def get_sweep(:\n", "SyntaxError"),
+    "no function": ("x = 1\n", "has no attribute 'get_sweep'"),
+    "error": ("def get_sweep():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+    "nothing": ("def get_sweep():\n    pass\n", "must return a Sweep with points and metrics"),
+    "value twice": (POINTS.replace("[3, 4]", "[3, 3.0]"), "the axis seed has a value twice"),
+    "point twice": (
+        POINTS.replace("product(", "chain(axis('seed', [3]), ").replace("import", "import chain,"),
+        "the points 0 and 3 are the same",
+    ),
+    "unknown flag": (POINTS.replace('"seed"', '"sead"'), "sead is no flag of"),
+    "unknown metric": (POINTS.replace("noised_bpd", "fit"), "--metrics has 'fit'"),
+    "wrong type": (POINTS.replace("[1, 2]", "['all']"), "--draws is 'all'"),
+    "unknown field": (POINTS.replace('"draws"', '"config.optim.rate"'), "config.optim.rate"),
+    "no config": (POINTS.replace("digits_tarflow", "digits"), "digits.py' is no file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_sweeps(case, tmp_path, capsys):
+    content, message = BAD_FILES[case]
+    path = tmp_path / "sweep.py"
+    if content is not None:
+        configs = f'config="{tiny_runs.ROOT}/configs/'
+        path.write_text(content.replace('config="../', configs))
+    workdir = tmp_path / "swept"
+    assert cli.main(["sweep", "--sweep", str(path), "--workdir", str(workdir)]) == 2
+    assert message in capsys.readouterr().err
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--point=4"], "--point is 4; expected 0 to 3"),
+        (["--shard=2/2"], "--shard is '2/2'; expected I/N"),
+        (["--shard=1"], "--shard is '1'"),
+        (["--fix=draws"], "expected NAME=VALUE"),
+        (["--fix=draws=3"], "draws, which is swept"),
+        (["--fix=nothing=3"], "nothing is no flag"),
+    ],
+)
+def test_bad_flags(arguments, message, sweep, capsys):
+    assert sweep(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_has_its_training_behind_it(sweep, capsys):
+    sweep.path.write_text(sweep.path.read_text().replace('"draws"', '"config.train.seed"'))
+    assert sweep() == 2
+    assert "config.train.seed is swept, so --run cannot be given" in capsys.readouterr().err
+
+
+# Sweeps of a trained flow.
+
+
+class Swept:
+    """Runs a sweep of a trained flow; `workdir` is its folder."""
+
+    def __init__(self, path: Path, run: Path, workdir: Path):
+        self.path, self.run, self.workdir = path, run, workdir
+
+    def arguments(self, *more: str) -> list[str]:
+        given = {"sweep": self.path, "workdir": self.workdir, "run": self.run}
+        return ["sweep", *(f"--{name}={value}" for name, value in given.items()), *more]
+
+    def __call__(self, *more: str) -> int:
+        return cli.main(self.arguments(*more))
+
+    def records(self) -> list[dict]:
+        return Folder(self.workdir).records()
+
+
+@pytest.fixture
+def sweep(trained, tmp_path):
+    path = tmp_path / "sweep.py"
+    path.write_text(POINTS.replace("../", f"{tiny_runs.ROOT}/configs/"))
+    return Swept(path, trained("tarflow"), tmp_path / "swept")
+
+
+def table(workdir, capsys) -> str:
+    """What a sweep has found, unrounded."""
+    capsys.readouterr()
+    assert cli.main(["report", str(workdir), "--format=csv"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trained, tmp_path_factory):
+    """The folder of the sweep, measured in one go."""
+    folder = tmp_path_factory.mktemp("sweep")
+    path = folder / "sweep.py"
+    path.write_text(POINTS.replace("../", f"{tiny_runs.ROOT}/configs/"))
+    swept = Swept(path, trained("tarflow"), folder / "swept")
+    with pytest.MonkeyPatch.context() as patch:
+        loads = []
+        load = point.load_model
+        patch.setattr(point, "load_model", lambda *args: loads.append(args) or load(*args))
+        assert swept() == 0
+    assert len(loads) == 1, "the model of all points is loaded once"
+    return swept.workdir
+
+
+def test_a_sweep_measures_all_points(uninterrupted, capsys):
+    rows = list(csv.DictReader(table(uninterrupted, capsys).splitlines()))
+    assert [(row["draws"], row["seed"]) for row in rows] == [
+        ("1", "3"), ("1", "4"), ("2", "3"), ("2", "4")
+    ]  # fmt: skip
+    found = {float(row["noised_bpd"]) for row in rows}
+    assert len(found) == 4 and all(1 < value < 10 for value in found)
+    assert all(row["status"] == "done" for row in rows)
+    pictures = sorted(path.name for path in uninterrupted.glob("points/*.png"))
+    assert pictures == [f"{i:03d},draws={1 + i // 2},seed={3 + i % 2}.png" for i in range(4)]
+    page = html_page.read((uninterrupted / "report.html").read_text())
+    assert "4 of 4 points measured" in page.text and page.tags["img"] == 4
+    assert "155e0069c5c5089c" in page.text  # the data's checksum
+    assert page.marked[0][1] == f"{min(found):.4g}"
+
+
+def test_a_sweep_goes_on_where_it_stopped(sweep, uninterrupted, monkeypatch, capsys):
+    """Interrupted within the second point, it measures what is missing and ends the same."""
+    measure, seen = evaluate.measure, []
+
+    def interrupt(values, *rest):
+        seen.append((values.draws, values.seed))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return measure(values, *rest)
+
+    monkeypatch.setattr(evaluate, "measure", interrupt)
+    assert sweep() == 130
+    assert [record["number"] for record in sweep.records()] == [0]
+    assert sweep() == 0
+    assert seen == [(1, 3), (1, 4), (1, 4), (2, 3), (2, 4)]
+    assert table(sweep.workdir, capsys) == table(uninterrupted, capsys)
+    assert sweep() == 0
+    assert len(seen) == 5
+
+
+def test_failures_are_recorded_and_the_rest_goes_on(sweep, uninterrupted, monkeypatch, capsys):
+    measure = evaluate.measure
+
+    def fail(values, *rest):
+        if values.seed == 4:
+            raise (UsageError if values.draws == 1 else RuntimeError)("no luck")
+        return measure(values, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "measure", fail)
+        assert sweep() == 1
+    failed = {r["number"]: r["error"] for r in sweep.records() if r["status"] == "failed"}
+    assert failed == {1: "no luck", 3: "RuntimeError: no luck"}
+    captured = capsys.readouterr()
+    assert "2 points failed" in captured.err and "failed" in captured.out
+    assert "no luck" in html_page.read((sweep.workdir / "report.html").read_text()).text
+    assert sweep() == 0
+    assert table(sweep.workdir, capsys) == table(uninterrupted, capsys)
+
+
+def test_shards_and_printed_commands_cover_the_sweep(sweep, uninterrupted, capsys):
+    assert sweep("--shard=1/2") == 0
+    assert [record["number"] for record in sweep.records()] == [1, 3]
+    capsys.readouterr()
+    assert sweep("--shard=0/2", "--print") == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [command[:2] for command in commands] == [["jetflow", "sweep"]] * 2
+    assert len(sweep.records()) == 2
+    for command in commands:
+        assert cli.main(command[1:]) == 0
+    assert table(sweep.workdir, capsys) == table(uninterrupted, capsys)
+
+
+def test_a_point_that_another_process_is_at_is_left_to_it(sweep, capsys):
+    name = "001,draws=1,seed=4"
+    (sweep.workdir / "locks").mkdir(parents=True)
+    with open(sweep.workdir / "locks" / name, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert sweep("--shard=0/1", "--fix=batch_size=64") == 0
+    assert [record["number"] for record in sweep.records()] == [0, 2, 3]
+    assert "other processes are at 1 points" in capsys.readouterr().err
+
+
+def test_a_folder_holds_one_sweep(sweep, capsys):
+    assert sweep("--point=0") == 0
+    before = (sweep.workdir / "sweep.json").read_bytes()
+    for more, message in (
+        (["--fix=split=train"], "fixed is"),
+        ([], "its points are others"),
+    ):
+        if not more:
+            sweep.path.write_text(sweep.path.read_text().replace("[3, 4]", "[4, 3]"))
+        assert sweep(*more) == 2
+        assert f"{sweep.workdir} holds another sweep" in (error := capsys.readouterr().err)
+        assert message in error
+    assert (sweep.workdir / "sweep.json").read_bytes() == before
+    # More points may come after those that there are.
+    text = sweep.path.read_text().replace("[4, 3]", "[3, 4]").replace("[1, 2]", "[1, 2, 3]")
+    sweep.path.write_text(text)
+    assert sweep("--point=5") == 0
+    assert [record["number"] for record in sweep.records()] == [0, 5]
+
+
+# Sweeps that train.
+
+
+def training_sweep(tmp_path: Path) -> Path:
+    """Two trainings of a tiny Jet, each measured twice."""
+    _, fields = tiny_runs.FLOWS["jet"]
+    fixed = {f"config.{name}": value for name, value in fields.items()}
+    path = tmp_path / "sweep.py"
+    path.write_text(
+        '"""Two nets."""\n\nfrom jetflow.sweeps import Sweep, axis, product\n\n\n'
+        "def get_sweep():\n"
+        "    grid = product(axis('config.flow.net', ['vit', 'conv']), axis('seed', [0, 1]))\n"
+        f"    config = '{tiny_runs.ROOT}/configs/photos_jet.py'\n"
+        f"    return Sweep(grid, ('bpd',), config, fixed={fixed!r}, pictures=4)\n"
+    )
+    return path
+
+
+def test_a_sweep_trains_each_run_once(tmp_path, capsys, compilation_cache):
+    path, workdir = training_sweep(tmp_path), tmp_path / "swept"
+    assert cli.main(["sweep", "--sweep", str(path), "--workdir", str(workdir)]) == 0
+    assert sorted(run.name for run in (workdir / "runs").iterdir()) == ["net=conv", "net=vit"]
+    assert capsys.readouterr().err.count("done: step 12") == 2
+    rows = list(csv.DictReader(table(workdir, capsys).splitlines()))
+    assert [row["config.flow.net"] for row in rows] == ["vit", "vit", "conv", "conv"]
+    assert len({row["bpd"] for row in rows}) == 4
+    assert rows[0]["parameters"] != rows[2]["parameters"]
+    page = html_page.read((workdir / "report.html").read_text())
+    assert "Where the configs of the runs differ" in page.text and "flow.net" in page.text
+    assert cli.main(["report", str(workdir / "runs" / "net=vit")]) == 0
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_with_the_same_table(tmp_path, capsys):
+    """A kill in the first training, and one between two points."""
+    path = training_sweep(tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = ["sweep", "--sweep", str(path), "--workdir"]
+    assert cli.main([*arguments, str(whole)]) == 0
+    for reached in ("runs/net=vit/checkpoints/5", "points/000,net=vit,seed=0.json"):
+        process = tiny_runs.start([*arguments, str(killed)])
+        deadline = time.monotonic() + 180
+        while not (killed / reached).exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    done = {r["name"]: r["seconds"] for r in Folder(killed).records()}
+    assert 0 < len(done) < 4
+    process = tiny_runs.start([*arguments, str(killed)])
+    _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    after = {record["name"]: record["seconds"] for record in Folder(killed).records()}
+    assert done.items() <= after.items(), "a point was measured twice"
+    assert table(killed, capsys) == table(whole, capsys)
