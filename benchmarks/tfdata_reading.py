@@ -5,9 +5,10 @@ TensorFlow lives in an environment of its own, whose Python is named here:
     python -m venv tf && tf/bin/pip install tensorflow-cpu
     python benchmarks/tfdata_reading.py --tensorflow tf/bin/python --size 64
 
-jetflow reads the train split of photos/SIZE, ArrayRecord, shuffled over all of it. tf.data reads the
-same pixels as PNG in one TFRecord file through a shuffle buffer, decodes them and makes batches, with
-parallelism and prefetching by AUTOTUNE. Each is a process that idles while the other has its turn.
+jetflow reads the train split of photos/SIZE, ArrayRecord, shuffled over all of it. tf.data reads
+the same pixels as PNG in one TFRecord file through a shuffle buffer, decodes them and makes
+batches, with parallelism and prefetching by AUTOTUNE. Each is a process that idles while the other
+has its turn.
 Compared are batches in host memory: "decode" of uint8, which is what jetflow's training takes (it
 rescales on the device), and "rescale" of float32 in [-1, 1], which jetflow makes for this alone.
 """
@@ -100,7 +101,7 @@ def turn(
     while time.perf_counter() - begin < WARM_UP:
         next(batches)
     start, processor = time.perf_counter(), processor_seconds()
-    for count in itertools.count(1):
+    for count in itertools.count(1):  # noqa: B007
         next(batches)
         seconds = time.perf_counter() - start
         if seconds >= arguments.seconds:

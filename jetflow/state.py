@@ -37,7 +37,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 def create(flow: Flow, tx: optax.GradientTransformation, *, seed: int, use_ema: bool) -> TrainState:
     """The state before the first step. Pure, so that it can be traced for shapes and shardings."""
-    variables = _init(flow, key_for(seed, 0, Purpose.INIT))
+    variables = init_variables(flow, key_for(seed, 0, Purpose.INIT))
     params = variables.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -50,10 +50,11 @@ def create(flow: Flow, tx: optax.GradientTransformation, *, seed: int, use_ema: 
 
 def abstract_variables(flow: Flow) -> dict[str, Any]:
     """The shapes and types of a flow's variables."""
-    return jax.eval_shape(functools.partial(_init, flow), jax.random.key(0))
+    return jax.eval_shape(functools.partial(init_variables, flow), jax.random.key(0))
 
 
-def _init(flow: Flow, key: Key[Array, ""]) -> dict[str, Any]:
+def init_variables(flow: Flow, key: Key[Array, ""]) -> dict[str, Any]:
+    """The variables of a flow before its training."""
     image = jnp.zeros((1, *flow.image_shape))
     label = jnp.zeros((1,), jnp.int32) if flow.num_classes else None
     variables = dict(flow.init(key, image, label))

@@ -301,3 +301,16 @@ def test_bench_as_json(trained, tmp_path, capsys):
         assert line["peak_bytes"] > parameters * 4
         assert "cpu" in line["device"]
     assert lines[0]["sweeps"] == [3, 3]
+
+
+def test_bench_of_random_weights(capsys):
+    """Of a config, whose data set need not be there."""
+    name = tiny_runs.ROOT / "configs" / "imagenet64_tarflow.py"
+    arguments = ["bench", "sample", f"--config={name}", "--batch_sizes=2", "--repeats=1", "--json"]
+    small = ["--config.flow.width=64", "--config.flow.num_blocks=1", "--config.flow.patch_size=16"]
+    arguments += [*small, "--config.flow.layers_per_block=(1,)"]
+    assert cli.main([*arguments, "--methods=cached"]) == 0
+    [line] = map(json.loads, capsys.readouterr().out.splitlines())
+    assert line["token_by_token"] == [15] and line["images_per_second"] > 0
+    assert cli.main(arguments) == 2
+    assert "give --workdir of a trained flow, or --methods cached" in capsys.readouterr().err

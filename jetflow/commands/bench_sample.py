@@ -1,25 +1,29 @@
-"""`jetflow bench sample`: how fast a trained flow draws images on this machine."""
+"""`jetflow bench sample`: how fast a flow draws images on this machine."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 
-from jetflow import bench, commands, sharding
+from jetflow import bench, commands, config, plan, sharding
 from jetflow.commands import decoding
+from jetflow.run import set_up
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import METHODS
+from jetflow.state import abstract_variables, init_variables
 from jetflow.types import Guidance, UsageError
-from jetflow.workdir import load_model
+from jetflow.workdir import Model, load_model
 
 USAGE = "jetflow bench sample --workdir runs/tar32 --batch_sizes 8,64 --methods cached,jacobi"
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    del argv
+    config.define(values, argv)
     commands.define_workdir(values)
     commands.define_step(values)
     commands.define_mesh(values)
@@ -36,14 +40,14 @@ def run(values: flags.FlagValues) -> int:
     for method in values.methods:
         if method not in (*METHODS, "auto"):
             raise UsageError(f"--methods has {method!r}; expected some of cached, jacobi and auto")
-    workdir = Path(commands.required(values, "workdir", "runs/NAME"))
     mesh = commands.mesh(values)
-    model = load_model(workdir, values.step, mesh)
+    model = _model(values, mesh)
     guidance = Guidance(values.guidance, temperature=values.attention_temperature)
     sampler = Sampler(model.flow, model.variables, guidance=guidance, mesh=mesh)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     if not values.json:
-        print(f"sampling from step {model.step} of {model.workdir} on {device}")
+        of = "random weights of --config" if values.config else model.workdir
+        print(f"sampling from step {model.step} of {of} on {device}")
         print("method    batch  images/s  ms/image      MB  sweeps (tokens a sweep)")
     for size in sizes:
         sharding.check_batch("--batch_sizes", size, mesh)
@@ -53,6 +57,30 @@ def run(values: flags.FlagValues) -> int:
             print(json.dumps({"device": device, **dataclasses.asdict(speed)}) if values.json
                   else _line(speed), flush=True)  # fmt: skip
     return 0
+
+
+def _model(values: flags.FlagValues, mesh: Mesh) -> Model:
+    """The trained flow of --workdir, or the one of --config before its training.
+
+    Token by token takes as long whatever the weights are, while windows settle at once where tokens
+    do not yet depend on each other.
+    """
+    if values.config is None:
+        workdir = Path(commands.required(values, "workdir", "runs/NAME"))
+        return load_model(workdir, values.step, mesh)
+    if values.methods != ["cached"]:
+        raise UsageError(
+            "--methods other than cached depend on the weights, and those of --config are random; "
+            "give --workdir of a trained flow, or --methods cached"
+        )
+    run = set_up(values.config, plan.load)
+    flow = run.trainer.flow
+    abstract = abstract_variables(flow)
+    where = sharding.state_shardings(mesh, abstract, values.config.mesh.rules)
+    variables = jax.jit(functools.partial(init_variables, flow), out_shardings=where)(
+        jax.random.key(0)
+    )
+    return Model(Path(), run.resolved_config, flow, variables, step=0)
 
 
 def _line(speed: bench.Speed) -> str:
