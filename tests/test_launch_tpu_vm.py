@@ -177,13 +177,22 @@ def pod(cloud, clone, tmp_path):
 KEEP = ("keep", "--topology=v5e:2x4", "jetflow", "train")
 
 
-def kept_in_background(clone, cloud):
-    return subprocess.Popen(
-        [clone / "launch" / "tpu_vm.sh", KEEP[0], "pod", *KEEP[1:]],
-        env=cloud,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+@pytest.fixture
+def kept(pod, cloud, clone):
+    """`keep` in the background."""
+    command = [clone / "launch" / "tpu_vm.sh", KEEP[0], "pod", *KEEP[1:]]
+
+    def start():
+        nonlocal process
+        process = subprocess.Popen(
+            command, env=cloud, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        return process
+
+    process = None
+    yield start
+    if process:
+        process.kill()
 
 
 def verbs(tmp_path):
@@ -222,11 +231,11 @@ def test_keep_runs_again_what_had_ended_before(pod, tmp_path):
     assert (kept.returncode, kept.stdout) == (0, "ended with status 0\n"), kept.stderr
 
 
-def test_a_run_that_was_stopped_stays_so(pod, tmp_path, cloud, clone):
+def test_a_run_that_was_stopped_stays_so(pod, kept, tmp_path):
     script(
         tmp_path / "jetflow", "trap 'exit 143' TERM; touch ran; while true; do sleep 0.1; done\n"
     )
-    keep = kept_in_background(clone, cloud)
+    keep = kept()
     wait_for(lambda: len(list(tmp_path.glob("worker*/jetflow/ran"))) == 2, "both workers")
     again = pod("setup")
     assert again.returncode == 2 and again.stderr.count("a run is under way") == 2
@@ -265,14 +274,14 @@ def test_keep_stops_the_others_when_a_worker_has_ended(pod, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_keep_starts_a_lost_worker_and_no_other(pod, tmp_path, cloud, clone, number):
+def test_keep_starts_a_lost_worker_and_no_other(kept, tmp_path, number):
     script(
         tmp_path / "jetflow",
         "trap 'exit 143' TERM\n"
         'echo ran >>"$CLOUD/ran$JAX_PROCESS_ID"\n'
         "until [[ -e $CLOUD/finish ]]; do sleep 0.1; done\n",
     )
-    keep = kept_in_background(clone, cloud)
+    keep = kept()
     ran = [tmp_path / "ran0", tmp_path / "ran1"]
     wait_for(lambda: all(path.exists() for path in ran), "both workers")
     kill(tmp_path / "worker1" / "jetflow" / "run.pid", number)
