@@ -1,5 +1,7 @@
 """A network in the place of the FID's, as its own takes seconds an image to run and compile.
 
+It has few features, since the metrics take seconds of many.
+
 Run as a script, on devices of its own, it writes the statistics of some images.
 """
 
@@ -8,20 +10,21 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from jetflow.evals import inception, weights
+from jetflow.evals import inception, statistics, weights
 from jetflow.evals.features import collect, in_batches
-from jetflow.evals.statistics import POOLED, SPATIAL, Statistics
+from jetflow.evals.statistics import Statistics
 from jetflow.sharding import local_rows, make_mesh
 
 TOTAL, KEPT = 23, 9
+SIZES = {"pooled": 48, "spatial": 24}
 
 
 def activations(arrays, images):
     """Random features of the pixels; the sFID's are the first of the same."""
     x = jnp.broadcast_to(images, (*images.shape[:3], 3)).reshape(len(images), -1) / 255
     index = jnp.arange(x.shape[1])[:, None]
-    pooled = jnp.tanh(x @ jnp.sin(index * jnp.arange(1.0, POOLED + 1) * arrays["frequency"]))
-    return {"2048": pooled, "spatial": pooled[:, :SPATIAL].reshape(-1, 17, 17, 7)}
+    pooled = jnp.tanh(x @ jnp.sin(index * jnp.arange(1.0, 49) * arrays["frequency"]))
+    return {"2048": pooled, "spatial": pooled[:, :24].reshape(-1, 2, 2, 6)}
 
 
 def network(name="a"):
@@ -32,7 +35,7 @@ def images(count=TOTAL, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 1), np.uint8)
 
 
-def statistics(batch_size, mesh=None, count=TOTAL):
+def collected(batch_size, mesh=None, count=TOTAL):
     mesh = mesh or make_mesh()
     made = Statistics(count, KEPT)
     chunks = (images(count)[first : first + batch_size] for first in range(0, count, batch_size))
@@ -43,6 +46,7 @@ def statistics(batch_size, mesh=None, count=TOTAL):
 
 if __name__ == "__main__":
     inception.activations = activations
+    statistics.SIZES.update(SIZES)
     out, size, *axes = sys.argv[1:]
     mesh = make_mesh(**{name: int(n) for name, _, n in (axis.partition("=") for axis in axes)})
-    np.savez(out, **statistics(int(size), mesh).arrays())
+    np.savez(out, **collected(int(size), mesh).arrays())

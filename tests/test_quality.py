@@ -14,9 +14,8 @@ import tiny_runs
 from jetflow import cli, workdir
 from jetflow.commands import drawn
 from jetflow.data import pipeline
-from jetflow.evals import inception, reference, weights
+from jetflow.evals import inception, reference, statistics, weights
 from jetflow.evals.features import _program, images_of
-from jetflow.evals.statistics import POOLED, SPATIAL
 from jetflow.types import UsageError
 
 STEP = tiny_runs.STEPS
@@ -27,6 +26,8 @@ def small(monkeypatch):
     """The small network for the FID's own."""
     monkeypatch.setattr(inception, "activations", small_network.activations)
     monkeypatch.setattr(weights, "load", lambda path=None: small_network.network(path or "a"))
+    for name, size in small_network.SIZES.items():
+        monkeypatch.setitem(statistics.SIZES, name, size)
     _program.cache_clear()
     yield
     _program.cache_clear()
@@ -51,11 +52,11 @@ def direct():
 @pytest.mark.parametrize("batch_size", [23, 5, 64])
 def test_each_image_counts_once(batch_size, direct):
     """Whether the last batch is full, padded, or the only one."""
-    found = small_network.statistics(batch_size)
+    found = small_network.collected(batch_size)
     assert found.done == found.pooled.count == found.spatial.count == 23
     np.testing.assert_allclose(found.pooled.mean(), direct.mean(0), atol=1e-5)
     np.testing.assert_allclose(found.pooled.covariance(), np.cov(direct.T), atol=1e-5)
-    np.testing.assert_allclose(found.spatial.mean(), direct.mean(0)[:SPATIAL], atol=1e-5)
+    np.testing.assert_allclose(found.spatial.mean(), direct.mean(0)[:24], atol=1e-5)
     index, features = found.kept()
     assert len(index) == small_network.KEPT and len(set(index)) == len(index)
     assert (np.diff(index) > 0).all() and index.max() > small_network.KEPT
@@ -72,7 +73,7 @@ def test_eight_devices_find_the_same(axes, tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     with np.load(out) as eight:
-        same(dict(eight), small_network.statistics(16).arrays())
+        same(dict(eight), small_network.collected(16).arrays())
 
 
 # References.
@@ -91,14 +92,14 @@ def moments(size, seed=0):
 def read(path, *, images=False, network=None):
     def measure(chunks, count):
         assert [len(chunk) for chunk in chunks] == [8, 8, 7] and count == 23
-        return small_network.statistics(8)
+        return small_network.collected(8)
 
     network = network or small_network.network()
     return reference.read(path, network, measure, chunk=8, images=images)
 
 
 def test_reference_is_read_as_written(tmp_path):
-    statistics = small_network.statistics(8)
+    statistics = small_network.collected(8)
     path = tmp_path / "some" / "reference.npz"
     reference.write(path, statistics, small_network.network(), {"name": "digits"})
     found = read(path, images=True)
@@ -114,7 +115,7 @@ def test_reference_is_read_as_written(tmp_path):
 
 
 def test_adm_file_of_moments_alone(tmp_path):
-    (mu, sigma), (mu_s, sigma_s) = moments(POOLED), moments(SPATIAL)
+    (mu, sigma), (mu_s, sigma_s) = moments(48), moments(24)
     found = read(adm_file(tmp_path / "a.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s))
     np.testing.assert_array_equal(found.gaussian("pooled").covariance, sigma)
     np.testing.assert_array_equal(found.gaussian("spatial").mean, mu_s)
@@ -127,7 +128,7 @@ def test_adm_file_of_moments_alone(tmp_path):
 
 def test_adm_file_of_images_alone(tmp_path):
     path = adm_file(tmp_path / "a.npz", arr_0=small_network.images())
-    found, expected = read(path), small_network.statistics(8)
+    found, expected = read(path), small_network.collected(8)
     np.testing.assert_array_equal(found.gaussian("pooled").mean, expected.pooled.mean())
     np.testing.assert_array_equal(found.some_features(), expected.kept()[1])
     assert found.facts["images"] == 23 and found.facts["data"] is None
@@ -135,7 +136,7 @@ def test_adm_file_of_images_alone(tmp_path):
 
 def test_adm_file_of_moments_and_some_images(tmp_path):
     """The moments, of more images than there are in it, stay; single features are of the images."""
-    mu, sigma = moments(POOLED)
+    mu, sigma = moments(48)
     path = adm_file(tmp_path / "a.npz", mu=mu, sigma=sigma, arr_0=small_network.images())
     found = read(path, images=True)
     np.testing.assert_array_equal(found.gaussian("pooled").mean, mu)
@@ -147,7 +148,7 @@ def test_adm_file_of_moments_and_some_images(tmp_path):
     ("arrays", "message"),
     [
         ({"a": np.zeros(3)}, "has neither mu and sigma nor images"),
-        ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, r"has mu \[3\] .* expected 2048 features"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, r"has mu \[3\] .* expected 48 features"),
         ({"arr_0": np.zeros((2, 8, 8, 1))}, r"holds float64 \[2, 8, 8, 1\]; expected uint8"),
         ({"arr_0": np.zeros((2, 8, 8, 4), np.uint8)}, "expected uint8"),
     ],

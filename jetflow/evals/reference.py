@@ -14,14 +14,14 @@ from jaxtyping import Float, UInt8
 
 from jetflow.evals.features import images_of
 from jetflow.evals.fid import Gaussian
-from jetflow.evals.statistics import POOLED, SPATIAL, Statistics
+from jetflow.evals.statistics import SIZES, Statistics
 from jetflow.evals.weights import Network
 from jetflow.types import UsageError
 
 # What measures images: the chunks of them, and their number -> their statistics.
 Measure = Callable[[Iterator[UInt8[np.ndarray, "_ H W C"]], int], Statistics]
 
-MOMENTS = {"pooled": ("mu", "sigma", POOLED), "spatial": ("mu_s", "sigma_s", SPATIAL)}
+MOMENTS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM names them
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,13 +30,13 @@ class Reference:
 
     Attributes:
         pooled, spatial: of the FID's and the sFID's features; None where the file has none.
-        features: of some of the images, [K, 2048]; K may be 0.
+        features: of some of the images; K may be 0.
         facts: where they come from, for the record.
     """
 
     pooled: Gaussian | None
     spatial: Gaussian | None
-    features: Float[np.ndarray, "K 2048"]
+    features: Float[np.ndarray, "K P"]
     facts: dict[str, Any]
 
     def gaussian(self, which: str) -> Gaussian:
@@ -47,14 +47,14 @@ class Reference:
         """
         found = getattr(self, which)
         if found is None:
-            mean, covariance, _ = MOMENTS[which]
+            mean, covariance = MOMENTS[which]
             raise UsageError(
                 f"--reference {self.facts['file']} has no {mean} and {covariance}, and no images "
                 "to make them of; give one that has, or leave the metric out"
             )
         return found
 
-    def some_features(self) -> Float[np.ndarray, "K 2048"]:
+    def some_features(self) -> Float[np.ndarray, "K P"]:
         """Raises a UsageError if there are none."""
         if not len(self.features):
             raise UsageError(
@@ -67,7 +67,7 @@ class Reference:
 def write(path: Path, statistics: Statistics, network: Network, data: dict[str, Any]) -> None:
     """A reference file: moments under ADM's names, some features, and where all comes from."""
     arrays: dict[str, Any] = {"features": statistics.kept()[1]}
-    for name, (mean, covariance, _) in MOMENTS.items():
+    for name, (mean, covariance) in MOMENTS.items():
         gaussian = Gaussian.of(getattr(statistics, name))
         arrays[mean], arrays[covariance] = gaussian.mean, gaussian.covariance
     facts = {"data": data, "images": statistics.done, "network": network.facts()}
@@ -102,8 +102,8 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
             "--make_reference`, or of ADM's evaluator"
         ) from error
     _check_network(path, facts, network)
-    found = {name: _gaussian(path, arrays, *keys) for name, keys in MOMENTS.items()}
-    features = arrays.get("features", np.zeros((0, POOLED), np.float32))
+    found = {name: _gaussian(path, arrays, name) for name in MOMENTS}
+    features = arrays.get("features", np.zeros((0, SIZES["pooled"]), np.float32))
     if names & {"images", "arr_0"} and (images or found["pooled"] is None):
         count, chunks = images_of(path, "reference", chunk)
         statistics = measure(chunks, count)
@@ -120,7 +120,8 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
     return Reference(found["pooled"], found["spatial"], features, record)
 
 
-def _gaussian(path: Path, arrays, mean: str, covariance: str, size: int) -> Gaussian | None:
+def _gaussian(path: Path, arrays, which: str) -> Gaussian | None:
+    (mean, covariance), size = MOMENTS[which], SIZES[which]
     if mean not in arrays or covariance not in arrays:
         return None
     if arrays[mean].shape != (size,) or arrays[covariance].shape != (size, size):

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
-POOLED, SPATIAL = 2048, 17 * 17 * 7  # features of the FID, and of the sFID
+SIZES = {"pooled": 2048, "spatial": 17 * 17 * 7}  # features of the FID, and of the sFID
 
 
 @dataclasses.dataclass
@@ -61,16 +61,16 @@ class Statistics:
         chosen = np.random.default_rng(0).permutation(total)[:keep]
         self._chosen = np.zeros(total, bool)
         self._chosen[chosen] = True
-        self.pooled = Moments.empty(POOLED)
-        self.spatial = Moments.empty(SPATIAL)
+        self.pooled = Moments.empty(SIZES["pooled"])
+        self.spatial = Moments.empty(SIZES["spatial"])
         self.broken = self.done = 0
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(
         self,
         index: Int[np.ndarray, "N"],
-        pooled: Float[np.ndarray, "N 2048"],
-        spatial: Float[np.ndarray, "N 2023"],
+        pooled: Float[np.ndarray, "N P"],
+        spatial: Float[np.ndarray, "N S"],
     ) -> None:
         """The features of the images of these numbers; those below 0 are padding."""
         real = index >= 0
@@ -80,10 +80,10 @@ class Statistics:
         if kept.any():
             self._kept.append((index[kept], pooled[kept]))
 
-    def kept(self) -> tuple[Int[np.ndarray, "K"], Float[np.ndarray, "K 2048"]]:
+    def kept(self) -> tuple[Int[np.ndarray, "K"], Float[np.ndarray, "K P"]]:
         """Numbers and features of the images that are kept, in the order of their numbers."""
         index = np.concatenate([np.zeros(0, np.int64), *[index for index, _ in self._kept]])
-        rows = [np.zeros((0, POOLED), np.float32), *[rows for _, rows in self._kept]]
+        rows = [np.zeros((0, SIZES["pooled"]), np.float32), *[rows for _, rows in self._kept]]
         order = np.argsort(index)
         return index[order], np.concatenate(rows)[order]
 
@@ -94,7 +94,7 @@ class Statistics:
         sums = {name: _gather(array).sum(0) for name, array in arrays.items()}
         missing = int(_gather(np.array([float(len(index))])).max()) - len(index)
         index = _gather(np.pad(index.astype(float), (0, missing), constant_values=-1)).reshape(-1)
-        features = _gather(np.pad(features, ((0, missing), (0, 0)))).reshape(-1, POOLED)
+        features = _gather(np.pad(features, ((0, missing), (0, 0)))).reshape(-1, SIZES["pooled"])
         real = index >= 0
         rows = {"index": index[real].astype(int), "features": features[real].astype(np.float32)}
         merged = copy.copy(self)  # what is left as it is, every process counts alike
