@@ -25,7 +25,7 @@ from jetflow.page.run import config_blocks, data_blocks
 from jetflow.sweeps import Folder
 from jetflow.workdir import flat, read_config
 
-HIGHER_IS_BETTER = {"accuracy", "precision", "recall", "density", "coverage"}
+HIGHER_IS_BETTER = {"accuracy", "sample_accuracy", "precision", "recall", "density", "coverage"}
 MOST_LINES = 6  # in a plot, and rows of a map of all points
 FEWEST_VALUES = 3  # of an axis that is plotted as one
 
