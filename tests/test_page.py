@@ -131,7 +131,10 @@ def sweep(tmp_path):
         record = {"number": index, "name": name, "status": "done", "seconds": 2.0}
         record |= {"environment": environment.describe(), "workdir": "runs/none"}
         fid = 10 + 5 * (point["a"]["value"] - 1) ** 2 - (point["b"]["label"] == "y")
-        record |= {"metrics": {"fid": fid, "accuracy": 0.9 + index / 100}, "results": []}
+        network = {"weights_sha256": "0123456789", "published_weights": False}
+        real = {"data": {"name": "digits", "checksum": "c0ffee"}}
+        results = [{"metric": "fid", "value": fid, "network": network, "reference": real}]
+        record |= {"metrics": {"fid": fid, "accuracy": 0.9 + index / 100}, "results": results}
         record |= {"errors": {"fid": None, "accuracy": 0.003}, "parameters": 1000}
         if index == 4:
             record |= {"status": "failed", "error": "it was <bad>", "metrics": {}, "errors": {}}
@@ -152,6 +155,7 @@ def test_page_of_a_sweep(sweep, capsys):
     assert page.tags["img"] == 4
     assert "not measured yet" in page.text
     assert "The points took 10 seconds" in page.text
+    assert page.text.count("SHA-256 01234567…, not the published one") == 1
 
 
 def test_sweep_as_csv(sweep, capsys):

@@ -8,7 +8,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from jetflow import commands, sharding
-from jetflow.commands import likelihoods, quality
+from jetflow.commands import agreement, likelihoods, quality
 from jetflow.commands.evaluation import Evaluation
 from jetflow.commands.quality import Quality
 from jetflow.noise import LARGEST_SEED
@@ -25,6 +25,7 @@ LIKELIHOODS = {
     "noised_bpd_gap": likelihoods.noised_gap,
     "accuracy": likelihoods.accuracy,
 }
+AGREEMENTS = {"sample_accuracy": agreement.sample_accuracy}
 QUALITIES = {
     "fid": quality.fid,
     "sfid": quality.sfid,
@@ -33,7 +34,7 @@ QUALITIES = {
     "density_coverage": quality.density_coverage,
 }
 BY_MOMENTS = {"fid", "sfid"}  # the others need features of single images
-METRICS = (*LIKELIHOODS, *QUALITIES)
+METRICS = (*LIKELIHOODS, *AGREEMENTS, *QUALITIES)
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -45,7 +46,8 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flag = commands.definer(values)
     flag(flags.DEFINE_list, "metrics", None, f"some of {', '.join(METRICS)}; default: bpd. With "
          "noised_, the likelihood of images with the gaussian noise of training; with _gap, what "
-         "held-out images take more than those of the training")  # fmt: skip
+         "held-out images take more than those of the training; accuracy and sample_accuracy: of "
+         "the flow's likelihoods in telling the labels of images, and of samples")  # fmt: skip
     flag(flags.DEFINE_string, "split", None, "of likelihoods and accuracy; default: the test split "
          "of the run's config")  # fmt: skip
     flag(flags.DEFINE_integer, "draws", None, "noise draws for each example; default: the run's",
@@ -81,10 +83,10 @@ def measure(values: flags.FlagValues, model: Model, mesh: Mesh) -> list[dict[str
     if set(metrics) & set(QUALITIES):
         _ = compared.reference  # what is wrong with it is said before the samples are drawn
     for metric in metrics:
-        if metric in LIKELIHOODS:
-            outcomes = LIKELIHOODS[metric](evaluation)
-        else:
+        if metric in QUALITIES:
             outcomes = QUALITIES[metric](compared)
+        else:
+            outcomes = (LIKELIHOODS | AGREEMENTS)[metric](evaluation)
         for result, text, suffix in outcomes:
             print(f"step {model.step}: {text}")
             print(f"written to {write_result(model.workdir, result, suffix)}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from jax.sharding import Mesh
 
+from jetflow.commands import sampling
 from jetflow.data import pipeline
 from jetflow.noise import Noise
 from jetflow.types import UsageError
@@ -62,6 +63,22 @@ class Evaluation:
     @property
     def draws(self) -> int:
         return self.values.draws or self.model.config["eval"]["draws"]
+
+    @property
+    def classifier_noise(self) -> Noise:
+        """That of the training, in which labels are told apart."""
+        return dataclasses.replace(self.trained_with, label_drop=0.0, flip=False)
+
+    @property
+    def drawn_settings(self) -> dict[str, Any]:
+        """All that samples depend on, but for the batch size."""
+        own = {name: self.values[name].value for name in ("num_samples", "seed")}
+        return own | sampling.settings(self.values)
+
+    @property
+    def drawn_defaults(self) -> dict[str, Any]:
+        own = {name: self.values[name].default for name in ("num_samples", "seed")}
+        return own | sampling.defaults(self.values)
 
     def likelihood_suffix(self) -> str:
         """Empty for what a training evaluates at its end: those results stay where they are."""

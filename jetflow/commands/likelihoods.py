@@ -38,7 +38,7 @@ def accuracy(evaluation: Evaluation) -> list[Outcome]:
     model, values = evaluation.model, evaluation.values
     if not model.flow.num_classes:
         raise UsageError("accuracy is for flows with labels; leave it out of --metrics")
-    noise = dataclasses.replace(evaluation.trained_with, label_drop=0.0, flip=False)
+    noise = evaluation.classifier_noise
     measured = classify.measure(
         model.flow, model.variables, evaluation.held_out, mesh=evaluation.mesh, noise=noise,
         seed=values.seed, draws=evaluation.draws, batch_size=values.batch_size,

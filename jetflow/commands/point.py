@@ -107,9 +107,12 @@ class Runner:
         mesh = commands.mesh(values)
         model = self._load(workdir, values.step, mesh)
         results = self._likelihoods_of(values, model, mesh)
-        if chosen := [name for name in self._sweep.metrics if name in evaluate.QUALITIES]:
+        others = [name for name in self._sweep.metrics if name not in evaluate.LIKELIHOODS]
+        if set(others) & set(evaluate.QUALITIES):
             self._make_reference(values, model, mesh)
-            results = results + evaluate.measure(_with(values, metrics=chosen), model, mesh)
+        if others:
+            results = results + evaluate.measure(_with(values, metrics=others), model, mesh)
+        results = sorted(results, key=lambda result: self._place(result["metric"]))
         if self._sweep.pictures:
             grid = self._picture(self._parse(sample, settings), model, mesh)
             save_png(self._folder.record_path(point).with_suffix(".png"), grid)
@@ -157,6 +160,12 @@ class Runner:
             measured = evaluate.measure(_with(values, metrics=chosen), model, mesh)
             self._likelihoods[key] = measured
         return self._likelihoods[key]
+
+    def _place(self, metric: str) -> int:
+        """Where the sweep asks for a metric; "precision" is one of "precision_recall"."""
+        asked = self._sweep.metrics
+        parts = [place for place, name in enumerate(asked) if metric in name.split("_")]
+        return asked.index(metric) if metric in asked else parts[0]
 
     def _make_reference(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> None:
         """The reference of the sweep: one for all points, made by the first that needs it."""

@@ -143,24 +143,12 @@ class Quality:
             extra["inception"] = self.network.sha256[:8]
         if values.num_features != values["num_features"].default:
             extra["num_features"] = values.num_features
-        drawn = {} if values.samples else self._drawn_settings
-        return suffix(drawn | extra, self._drawn_defaults)
+        drawn = {} if values.samples else self.evaluation.drawn_settings
+        return suffix(drawn | extra, self.evaluation.drawn_defaults)
 
     @property
     def _sampling_suffix(self) -> str:
-        return suffix(self._drawn_settings, self._drawn_defaults)
-
-    @property
-    def _drawn_settings(self) -> dict[str, Any]:
-        values = self.evaluation.values
-        own = {"num_samples": values.num_samples, "seed": values.seed}
-        return own | sampling.settings(values)
-
-    @property
-    def _drawn_defaults(self) -> dict[str, Any]:
-        values = self.evaluation.values
-        own = {name: values[name].default for name in ("num_samples", "seed")}
-        return own | sampling.defaults(values)
+        return suffix(self.evaluation.drawn_settings, self.evaluation.drawn_defaults)
 
     @property
     def _split(self) -> str:

@@ -104,5 +104,6 @@ def _conclude(folder: Folder) -> None:
     page = sweep_page(folder.path)
     out = folder.path / "report.html"
     out.write_text(render(page), encoding="utf-8")
+    assert page.table is not None
     print(plain(page.table))
     print(f"the page: {out}")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jetflow.data import pipeline
 from jetflow.evals.records import number
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
 from jetflow.step import eval_step
-from jetflow.types import Flow
+from jetflow.types import Batch, Flow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,29 @@ def measure(
     All labels see the same draws of the noise, which are those of `bpd.measure`. With equally
     frequent labels this is Bayes' rule.
     """
+    rows = sharding.local_rows(mesh, batch_size)
+    batches = pipeline.eval_batches(dataset, batch_size=batch_size, rows=rows)
+    right = count_right(
+        flow, variables, batches, mesh=mesh, noise=noise, seed=seed, draws=draws,
+        batch_size=batch_size,
+    )  # fmt: skip
+    return Accuracy(right / len(dataset), len(dataset), draws)
+
+
+def count_right(
+    flow: Flow,
+    variables: Any,
+    batches: Iterable[Batch],
+    *,
+    mesh: Mesh,
+    noise: Noise,
+    seed: int,
+    draws: int,
+    batch_size: int,
+) -> int:
+    """How many images of these batches, of which each process has its rows, are told right."""
     right = 0
-    for batch in pipeline.eval_batches(
-        dataset, batch_size=batch_size, rows=sharding.local_rows(mesh, batch_size)
-    ):
+    for batch in batches:
         batch = sharding.put_batch(batch, mesh, batch_size)
         bits = jnp.zeros(())
         for draw in range(draws):
@@ -66,7 +86,7 @@ def measure(
                 bits = bits + _bits_by_label(flow, noise, variables, batch.image, key, batch.index)
         found = (jnp.argmin(bits, axis=0) == batch.label) & (batch.index >= 0)
         right += int(np.sum(multihost_utils.process_allgather(found, tiled=True)))
-    return Accuracy(right / len(dataset), len(dataset), draws)
+    return right
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "noise"))

@@ -128,7 +128,8 @@ class Couplings(nn.Module):
     def forward(self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None):
         def body(layer: Coupling, carry, order):
             x, total = carry
-            y, logdet = layer.forward(x, *order, label)
+            split, places = order
+            y, logdet = layer.forward(x, split, places, label)
             layer.sow("intermediates", "output_scale", jnp.sqrt(jnp.mean(y**2)))
             layer.sow("intermediates", "logdet", logdet)
             return (y, total + logdet), None
@@ -147,7 +148,8 @@ class Couplings(nn.Module):
 
         def body(layer: Coupling, carry, order):
             y, total = carry
-            x, logdet = layer.inverse(y, *order, label)
+            split, places = order
+            x, logdet = layer.inverse(y, split, places, label)
             layer.sow("intermediates", "tokens", x)
             return (x, total + logdet), None
 

@@ -96,7 +96,7 @@ def _evaluations(results: list[dict[str, Any]]) -> list[Block]:
         "A bpd is comparable with others of the same data, version and split only; a noised_bpd "
         "also depends on the noise."
     )
-    return [Table(header, rows, caption)]
+    return [Table(header, rows, caption), *network_blocks(results)]
 
 
 def _curves(metrics: list[dict[str, Any]]) -> Iterator[Block]:
@@ -194,7 +194,8 @@ def _defaults(kind: str) -> dict[str, Any] | None:
 def data_blocks(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[Block]:
     """The data sets with their checksums, of the training split and of all that was evaluated."""
     section, resolved = config["data"], config["resolved"]
-    facts = [result["data"] for result in results if isinstance(result.get("data"), dict)]
+    sources = [*results, *(result["reference"] for result in results if "reference" in result)]
+    facts = [source["data"] for source in sources if isinstance(source.get("data"), dict)]
     keys = ("name", "version", "split", "examples", "checksum")
     rows = dict.fromkeys(tuple(_cell(fact.get(key)) for key in keys) for fact in facts)
     trained = (section["name"], resolved.get("data_version"), section["train_split"])
@@ -203,7 +204,22 @@ def data_blocks(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
     name = " ".join(str(part) for part in trained if part)
     text = f"Trained on {name}: images of {shape}, {labels}."
     caption = "The checksum is over all pixels and labels of the split, in their order."
-    return [Prose(text), *([Table(keys, list(rows), caption)] if rows else [])]
+    table = [Table(keys, list(rows), caption)] if rows else []
+    return [Prose(text), *table]
+
+
+def network_blocks(results: Sequence[dict[str, Any]]) -> list[Block]:
+    """By which network samples were compared with real images."""
+    networks = dict.fromkeys(
+        (facts["weights_sha256"], facts["published_weights"])
+        for facts in (result["network"] for result in results if "network" in result)
+    )
+    return [
+        Prose(f"Samples were compared by the Inception network of SHA-256 {sha256[:8]}…, "
+              + ("the published one." if published else "not the published one: these distances "
+                 "are comparable with each other, and with no published figure."))
+        for sha256, published in networks
+    ]  # fmt: skip
 
 
 def environment_blocks(workdir: Path) -> list[Block]:

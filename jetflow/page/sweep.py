@@ -21,11 +21,11 @@ from jetflow.page.content import (
     Table,
     number,
 )
-from jetflow.page.run import config_blocks, data_blocks
+from jetflow.page.run import config_blocks, data_blocks, network_blocks
 from jetflow.sweeps import Folder
 from jetflow.workdir import flat, read_config
 
-HIGHER_IS_BETTER = {"accuracy", "precision", "recall", "density", "coverage"}
+HIGHER_IS_BETTER = {"accuracy", "sample_accuracy", "precision", "recall", "density", "coverage"}
 MOST_LINES = 6  # in a plot, and rows of a map of all points
 FEWEST_VALUES = 3  # of an axis that is plotted as one
 
@@ -42,7 +42,7 @@ def sweep_page(path: Path) -> Page:
     summary += f", {failed} failed" if failed else ""
     summary += found.winner()
     sections = [
-        Section("Table", [*_prose(content["description"]), table]),
+        Section("Table", [*_prose(content["description"]), table, *_networks(records)]),
         Section("Effects", [*_plots(found)]),
         Section("Maps", [*_maps(found)]),
         Section("Failures", _failures(records)),
@@ -287,6 +287,10 @@ def _data(path: Path, records: list[dict[str, Any]]) -> list[Block]:
     config = next(iter(_configs(path, records).values()), None)
     results = [result for record in records for result in record.get("results", [])]
     return data_blocks(config, results) if config else []
+
+
+def _networks(records: list[dict[str, Any]]) -> list[Block]:
+    return network_blocks([result for record in records for result in record.get("results", [])])
 
 
 def _configs(path: Path, records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

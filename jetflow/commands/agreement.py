@@ -1,0 +1,67 @@
+"""The metric `sample_accuracy` of `jetflow evaluate`: whether samples look like their labels."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jetflow import sharding
+from jetflow.commands import decoding, sampling
+from jetflow.commands.evaluation import Evaluation, Outcome
+from jetflow.evals import classify
+from jetflow.evals.features import in_batches
+from jetflow.evals.records import number
+from jetflow.noise import Purpose, key_for
+from jetflow.sampling.ancestral import draw_all, quantise
+from jetflow.types import Batch, UsageError
+from jetflow.workdir import suffix
+
+
+def sample_accuracy(evaluation: Evaluation) -> list[Outcome]:
+    """How often a sample is most likely, to the flow itself, under the label it was drawn with."""
+    model, values = evaluation.model, evaluation.values
+    if not model.flow.num_classes:
+        raise UsageError("sample_accuracy is for flows with labels; leave it out of --metrics")
+    noise = evaluation.classifier_noise
+    right = classify.count_right(
+        model.flow, model.variables, _batches(evaluation), mesh=evaluation.mesh, noise=noise,
+        seed=values.seed, draws=evaluation.draws, batch_size=values.batch_size,
+    )  # fmt: skip
+    found = classify.Accuracy(right / values.num_samples, values.num_samples, evaluation.draws)
+    result = {
+        "metric": "sample_accuracy",
+        "value": found.value,
+        "standard_error": found.standard_error,
+        "draws": found.draws,
+        "noise": {"kind": noise.kind, "std": noise.std},
+        "samples": {"images": values.num_samples, "seed": values.seed, **sampling.settings(values)},
+        **evaluation.source,
+    }
+    text = (
+        f"sample_accuracy {number(result)} (standard error over {found.examples:,} samples), by "
+        f"the flow's own likelihoods with {noise.kind} noise, mean of {found.draws} draws"
+    )
+    own = {"draws": evaluation.draws}, {"draws": model.config["eval"]["draws"]}
+    name = suffix(evaluation.drawn_settings | own[0], evaluation.drawn_defaults | own[1])
+    return [Outcome(result, text, name)]
+
+
+def _batches(evaluation: Evaluation) -> Iterator[Batch]:
+    """Samples whose labels take turns, as this process's rows of batches."""
+    size, classes = evaluation.values.batch_size, evaluation.model.flow.num_classes
+    rows = sharding.local_rows(evaluation.mesh, size)
+    for batch in in_batches(_images(evaluation), batch_size=size, rows=rows):
+        yield batch._replace(label=(batch.index % classes).astype(np.int32))
+
+
+def _images(evaluation: Evaluation) -> Iterator[UInt8[np.ndarray, "_ H W C"]]:
+    values, model = evaluation.values, evaluation.model
+    sampler = sampling.sampler(values, model, evaluation.mesh)
+    size = min(values.batch_size, values.num_samples)
+    sampler = decoding.with_method(sampler, values.method, values, model, size)
+    label = np.arange(values.num_samples, dtype=np.int32) % model.flow.num_classes
+    for drawn in draw_all(
+        sampler, key_for(values.seed, 0, Purpose.SAMPLE), num=values.num_samples, label=label,
+        batch_size=values.batch_size,
+    ):  # fmt: skip
+        yield quantise(drawn.pixels, model.config["noise"]["kind"])

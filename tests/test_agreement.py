@@ -1,0 +1,43 @@
+"""`sample_accuracy`: the flow's own likelihoods tell the labels of its samples."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+from jetflow import bits_per_dim, cli, load_model, sample
+from jetflow.noise import Noise, Purpose, key_for
+from jetflow.types import Guidance
+
+
+def test_samples_are_told_by_the_labels_they_were_drawn_with(trained):
+    """Against the likelihoods of the same samples, one label after another."""
+    workdir = trained("tarflow")
+    arguments = ["--workdir", str(workdir), "--num_samples=23", "--batch_size=8", "--draws=1"]
+    command = ["evaluate", "--metrics=sample_accuracy", *arguments, "--guidance=4", "--seed=5"]
+    assert cli.main(command) == 0
+    names = [path.name for path in workdir.glob("evals/sample_accuracy-*seed=5.json")]
+    assert names == ["sample_accuracy-00000012-draws=1,guidance=4.0,num_samples=23,seed=5.json"]
+    result = json.loads((workdir / "evals" / names[0]).read_text())
+
+    model = load_model(workdir)
+    label = np.arange(23, dtype=np.int32) % 10
+    images = sample(
+        model.flow, model.variables, key_for(5, 0, Purpose.SAMPLE), num=23, label=label,
+        guidance=Guidance(4.0), noise="gaussian",
+    )  # fmt: skip
+    key, noise = key_for(5, 0, Purpose.EVALUATE), Noise("gaussian", 0.1)
+    flow, variables, images = model.flow, model.variables, jnp.asarray(images)
+    bits = [
+        bits_per_dim(flow, variables, images, jnp.full(23, y), key, noise=noise) for y in range(10)
+    ]
+    right = int((np.argmin(np.stack(bits), axis=0) == label).sum())
+    assert result["value"] == right / 23
+    assert 0 < right < 23
+    assert result["samples"]["guidance"] == 4.0 and result["standard_error"] > 0
+
+
+def test_labels_are_needed(trained, capsys):
+    workdir = str(trained("volume preserving"))
+    assert cli.main(["evaluate", "--metrics=sample_accuracy", "--workdir", workdir]) == 2
+    assert "sample_accuracy is for flows with labels" in capsys.readouterr().err
