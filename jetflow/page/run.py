@@ -85,14 +85,13 @@ def _evaluations(results: list[dict[str, Any]]) -> list[Block]:
         split = " ".join(str(data[key]) for key in ("name", "version", "split") if key in data)
         rest = {key: value for key, value in result.items() if key not in NO_SETTINGS}
         given = unquote(result["file"].removeprefix(f"{result['metric']}-{result['step']:08d}"))
-        rest |= {"as": given[1:]} if given else {}
         rest |= {"weights": "averaged"} if result.get("weights") == "ema" else {}
         rows.append(
             (
                 result["metric"],
                 *(_cell(result.get(key)) for key in ("value", "standard_error", "step")),
                 split,
-                _settings(rest),
+                ", ".join(filter(None, [given[1:].replace(",", ", "), _settings(rest)])),
             )
         )
     header = ("metric", "value", "±", "step", "data", "settings")
