@@ -29,6 +29,11 @@ class Axis:
         label = _label(point, self.settings)
         return self.labels.index(label) if label in self.labels else -1
 
+    def label(self, point: dict[str, Any]) -> str:
+        """Which value a point has, for people."""
+        place = self.place(point)
+        return self.labels[place] if place >= 0 else "–"
+
 
 def axes(points: Sequence[dict[str, Any]]) -> list[Axis]:
     """The axes of a grid: settings with several values; those that name each other are one.

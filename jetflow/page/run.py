@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import jax
 
@@ -30,8 +31,9 @@ from jetflow.workdir import flat, read_flow
 
 POINTS = 250  # of a curve; of a longer one, so many means are drawn
 PICTURES = 8  # sample grids, from the first to the last
-# Of an evaluation, what has a column of its own.
-COLUMNS = ("metric", "value", "standard_error", "step", "weights", "data")
+# Of an evaluation, what is no setting, or is in the name of its file where it is not by default.
+NO_SETTINGS = ("metric", "value", "standard_error", "step", "weights", "data", "file",
+               "parts", "importance_weighted", "samples", "reference", "network")  # fmt: skip
 
 
 def run_page(workdir: Path) -> Page:
@@ -68,7 +70,8 @@ def run_page(workdir: Path) -> Page:
 
 def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
     """What each evaluation found, by step and metric."""
-    results = [json.loads(path.read_text()) for path in sorted((workdir / "evals").glob("*.json"))]
+    paths = sorted((workdir / "evals").glob("*.json"))
+    results = [json.loads(path.read_text()) | {"file": path.stem} for path in paths]
     results = [result for result in results if {"metric", "value", "step"} <= result.keys()]
     return sorted(results, key=lambda result: (-result["step"], result["metric"]))
 
@@ -80,14 +83,15 @@ def _evaluations(results: list[dict[str, Any]]) -> list[Block]:
     for result in results:
         data = result.get("data") or {}
         split = " ".join(str(data[key]) for key in ("name", "version", "split") if key in data)
-        rest = {key: value for key, value in result.items() if key not in COLUMNS}
+        rest = {key: value for key, value in result.items() if key not in NO_SETTINGS}
+        given = unquote(result["file"].removeprefix(f"{result['metric']}-{result['step']:08d}"))
         rest |= {"weights": "averaged"} if result.get("weights") == "ema" else {}
         rows.append(
             (
                 result["metric"],
                 *(_cell(result.get(key)) for key in ("value", "standard_error", "step")),
                 split,
-                _settings(rest),
+                ", ".join(filter(None, [given[1:].replace(",", ", "), _settings(rest)])),
             )
         )
     header = ("metric", "value", "±", "step", "data", "settings")

@@ -160,6 +160,6 @@ def _log_ticks(low: Number, high: Number) -> list[tuple[Number, str]]:
 def _short(value: Number, decimals: int) -> str:
     """The number at a tick, at most about six characters."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10 * size or (abs(value) >= size and value % size == 0):
+        if abs(value) >= size and value % (size / 10) == 0:
             return f"{value / size:g}{unit}"
     return f"{value:.0e}" if decimals > 4 else f"{value:.{decimals}f}"

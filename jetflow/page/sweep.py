@@ -9,7 +9,6 @@ from typing import Any
 from jetflow.page.axes import Axis, axes
 from jetflow.page.content import (
     Block,
-    Cell,
     HeatMap,
     Lines,
     Number,
@@ -21,11 +20,11 @@ from jetflow.page.content import (
     Table,
     number,
 )
+from jetflow.page.found import Found, direction, is_better_higher
 from jetflow.page.run import config_blocks, data_blocks, network_blocks
 from jetflow.sweeps import Folder
 from jetflow.workdir import flat, read_config
 
-HIGHER_IS_BETTER = {"accuracy", "sample_accuracy", "precision", "recall", "density", "coverage"}
 MOST_LINES = 6  # in a plot, and rows of a map of all points
 FEWEST_VALUES = 3  # of an axis that is plotted as one
 
@@ -59,123 +58,14 @@ def sweep_page(path: Path) -> Page:
     )
 
 
-class Found:
-    """What a sweep has found, by point and metric."""
-
-    def __init__(self, path: Path, content: dict, records: list[dict], swept: list[Axis]):
-        self.points: list[dict[str, Any]] = content["points"]
-        self.axes = swept
-        self._path = path
-        self._records = {record["number"]: record for record in records}
-        done = [record for record in records if record["status"] == "done"]
-        self.metrics = list(dict.fromkeys(name for record in done for name in record["metrics"]))
-
-    def value(self, index: int, metric: str) -> Number | None:
-        """Of a point; None where it has none, or none that is finite."""
-        return self._records.get(index, {}).get("metrics", {}).get(metric)
-
-    def spot(self, index: int, metric: str, note: str = "") -> Spot:
-        """A point's value with its samples."""
-        record = self._records.get(index, {"status": "not measured yet"})
-        picture = self._path / "points" / f"{record.get('name')}.png"
-        value = self.value(index, metric)
-        if value is None:
-            note = record["status"]
-        return Spot(value, note, picture if picture.exists() else None)
-
-    def order(self, indices: Sequence[int], metric: str) -> list[int]:
-        """Points from the best value on; those without one last."""
-        sign = -1 if is_better_higher(metric) else 1
-        values = {i: self.value(i, metric) for i in indices}
-        valued = [i for i in indices if values[i] is not None]
-        return sorted(valued, key=lambda i: (sign * (values[i] or 0), i)) + [
-            i for i in indices if values[i] is None
-        ]
-
-    def best(self, indices: Sequence[int], metric: str) -> int | None:
-        """The point with the best value."""
-        first = next(iter(self.order(indices, metric)), None)
-        return None if first is None or self.value(first, metric) is None else first
-
-    def winner(self) -> str:
-        """ ": the best fid is 3.2, at guidance 1"; empty before there is one."""
-        main = self.metrics[0] if self.metrics else ""
-        best = self.best(range(len(self.points)), main)
-        if best is None:
-            return ""
-        value = number(self.value(best, main) or 0.0)
-        where = ", ".join(f"{axis.name} {_label(axis, self.points[best])}" for axis in self.axes)
-        return f"; the best {main} is {value}, at {where}" if where else ""
-
-    def table(self) -> Table:
-        """The points, best first by the first metric; those without a value last."""
-        main = self.metrics[0] if self.metrics else ""
-        order = self.order(range(len(self.points)), main)
-        sizes = {i: self._records.get(i, {}).get("parameters") for i in order}
-        sized = len({size for size in sizes.values() if size is not None}) > 1
-        header = ["point", *self._headings(), *(axis.name for axis in self.axes)]
-        header += [*(["parameters"] if sized else []), "status"]
-        rows: list[list[Cell]] = []
-        for i in order:
-            row: list[Cell] = [str(i)]
-            row += [cell for metric in self.metrics for cell in self._cells(i, metric)]
-            row += [_label(axis, self.points[i]) for axis in self.axes]
-            rows.append([*row, *([sizes[i]] if sized else []), self._status(i)])
-        ordered = f"Sorted by {main}, {_direction(main)}; the best row is marked." if main else ""
-        marked = 0 if main and self.value(order[0], main) is not None else None
-        return Table(header, rows, ordered, marked)
-
-    def data(self) -> Table:
-        """Every setting and metric of every point, in the order of the sweep."""
-        names = list(dict.fromkeys(name for point in self.points for name in point))
-        errors = [f"{metric}_standard_error" for metric in self.metrics]
-        header = ["point", *names, *self.metrics, *errors, "parameters", "status", "error"]
-        rows: list[list[Cell]] = []
-        for i, point in enumerate(self.points):
-            record = self._records.get(i, {})
-            row: list[Cell] = [
-                i,
-                *(point[name]["label"] if name in point else None for name in names),
-            ]
-            row += [self.value(i, metric) for metric in self.metrics]
-            row += [record.get("errors", {}).get(metric) for metric in self.metrics]
-            rows.append([*row, record.get("parameters"), self._status(i), record.get("error")])
-        return Table(header, rows)
-
-    def _headings(self) -> Iterator[str]:
-        for metric in self.metrics:
-            yield f"{metric} {'↑' if is_better_higher(metric) else '↓'}"
-            if self._has_errors(metric):
-                yield "±"
-
-    def _cells(self, index: int, metric: str) -> Iterator[Cell]:
-        yield self.value(index, metric)
-        if self._has_errors(metric):
-            yield self._records.get(index, {}).get("errors", {}).get(metric)
-
-    def _has_errors(self, metric: str) -> bool:
-        return any(record.get("errors", {}).get(metric) for record in self._records.values())
-
-    def _status(self, index: int) -> str:
-        return self._records.get(index, {"status": "not measured yet"})["status"]
-
-
-def is_better_higher(metric: str) -> bool:
-    return metric in HIGHER_IS_BETTER
-
-
-def _direction(metric: str) -> str:
-    return "higher is better" if is_better_higher(metric) else "lower is better"
-
-
 def _plots(found: Found) -> Iterator[Lines]:
     """Each metric over each axis of numbers: a line for each setting of the rest."""
-    for metric, axis in itertools.product(found.metrics, found.axes):
+    for metric, axis in itertools.product(found.varying, found.axes):
         if len(axis.numbers) < FEWEST_VALUES:
             continue
         rest = [other for other in found.axes if other is not axis]
         groups = _grouped(found.points, rest)
-        caption = f"{_direction(metric).capitalize()}."
+        caption = f"{direction(metric).capitalize()}."
         if len(groups) > MOST_LINES:
             groups = {"best of the rest": list(range(len(found.points)))}
             caption += f" Of all other settings, the best at each {axis.name}."
@@ -196,18 +86,18 @@ def _line(found: Found, metric: str, axis: Axis, group: list[int]) -> list[tuple
 
 def _maps(found: Found) -> Iterator[Block]:
     """All points with their samples, then each pair of axes at the best of the rest."""
-    if not found.metrics or not found.axes:
+    if not found.varying or not found.axes:
         return
-    main = found.metrics[0]
+    main = found.varying[0]
     wide = max(found.axes, key=lambda axis: len(axis.labels))
     rest = [axis for axis in found.axes if axis is not wide]
     caption = "Brighter is higher; {}, and ★ marks the best."
-    for metric in found.metrics:
+    for metric in found.varying:
         groups = _grouped(found.points, rest)
         samples = " The same prior noise at every point." if metric == main else ""
         yield _map(
             found, metric, wide, ", ".join(axis.name for axis in rest), groups,
-            f"{metric}: all points", caption.format(_direction(metric)) + samples,
+            f"{metric}: all points", caption.format(direction(metric)) + samples,
             pictures=metric == main,
         )  # fmt: skip
         pairs = itertools.combinations(found.axes, 2) if len(found.axes) > 2 else ()
@@ -216,7 +106,7 @@ def _maps(found: Found) -> Iterator[Block]:
             yield _map(
                 found, metric, x, y.name, _grouped(found.points, [y]),
                 f"{metric}: {x.name} and {y.name}",
-                f"At the best of the other settings. {caption.format(_direction(metric))}",
+                f"At the best of the other settings. {caption.format(direction(metric))}",
                 pictures=False,
             )  # fmt: skip
 
@@ -244,15 +134,10 @@ def _grouped(points: Sequence[dict[str, Any]], rest: Sequence[Axis]) -> dict[str
     groups: dict[str, list[int]] = {}
     for index, point in enumerate(points):
         several = len(rest) > 1
-        names = [f"{axis.name} {_label(axis, point)}" if several else _label(axis, point)
+        names = [f"{axis.name} {axis.label(point)}" if several else axis.label(point)
                  for axis in rest]  # fmt: skip
         groups.setdefault(", ".join(names), []).append(index)
     return groups
-
-
-def _label(axis: Axis, point: dict[str, Any]) -> str:
-    place = axis.place(point)
-    return axis.labels[place] if place >= 0 else "–"
 
 
 def _failures(records: list[dict[str, Any]]) -> list[Block]:
