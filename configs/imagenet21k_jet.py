@@ -15,5 +15,5 @@ def get_config(arguments=""):
     config = {"32": imagenet32_jet, "64": imagenet64_jet}[pixels].get_config("64x5")
     config.data.name = f"imagenet21k/{pixels}"
     config.train.epochs = 50
-    config.train.eval_every = 25_000  # about twice an epoch
+    config.train.eval_every = 25_000  # about every second epoch
     return base.smoke(config, f"shapes/{pixels}") if smoke else config

@@ -2,19 +2,15 @@
 
 import dataclasses
 import math
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jetflow import environment, hosts, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
-from jetflow.data import pipeline
 from jetflow.data.ahead import Ahead
 from jetflow.evals import bpd, samples
 from jetflow.noise import Noise, Purpose, key_for
@@ -23,55 +19,14 @@ from jetflow.run import Run
 from jetflow.sampling.ancestral import draw_all, not_finite, quantise
 from jetflow.state import TrainState
 from jetflow.step import Metrics
+from jetflow.stop import Stopped, StopSignal
 from jetflow.types import Batch
 
 DIVERGED = 3  # an exit status: to run the command again would end the same way
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop."""
-
-
 class Diverged(Exception):
     """The loss or its gradient is not finite; the message says since when."""
-
-
-class StopSignal:
-    """Notes SIGTERM and Ctrl-C, so that a run can save before it ends; a second one ends it.
-
-    Of several processes, any may get the signal, and all of them stop at the same call of `poll`,
-    which they make equally often: JAX listens for SIGTERM and lets them agree.
-    """
-
-    def __enter__(self) -> "StopSignal":
-        self.number: int | None = None
-        self._several = jax.process_count() > 1
-        self._polls = 0
-        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        for again in self._before:
-            signal.signal(again, signal.SIG_DFL)
-        os.write(2, b"\nstopping as soon as this step, or its compilation, is done; "
-                    b"a second signal ends the run at once\n")  # fmt: skip
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self.number = number
-
-    def poll(self) -> None:
-        """Raise `Stopped` if a signal came."""
-        self._polls += 1
-        if self._several and multihost_utils.reached_preemption_sync_point(self._polls):
-            self.number = signal.SIGTERM
-        if self.number is not None:
-            raise Stopped
 
 
 def train(run: Run, workdir: Path) -> int:
@@ -131,7 +86,7 @@ class Session:
         try:
             self._look(state, start, resumed=True)  # for what an interruption cut off
             if start < total:
-                batches = self._batches(start)  # which are read while the step compiles
+                batches = self.run.batches(start)  # which are read while the step compiles
                 train_step = self._compile(state)
                 with self.reporter.pause():
                     batch = next(batches)
@@ -160,19 +115,6 @@ class Session:
         self._save(state, step)
         self.checkpoints.wait()
         self._conclude()
-
-    def _batches(self, start: int) -> Ahead[Batch, Batch]:
-        """Global batches on the device, from that of step `start` on."""
-        size = self.run.config.train.batch_size
-        batches = pipeline.train_batches(
-            self.run.train_data,
-            batch_size=size,
-            seed=self.run.config.train.seed,
-            start_step=start,
-            rows=sharding.local_rows(self.run.mesh, size),
-            workers=self.run.config.data.workers,
-        )
-        return Ahead(batches, lambda batch: sharding.put_batch(batch, self.run.mesh, size))
 
     def _compile(self, state: TrainState) -> Callable:
         self.reporter.say("compiling the training step")

@@ -16,6 +16,7 @@ from jetflow import optim, sharding, transfer, transfer_plan
 from jetflow import state as states
 from jetflow.config import Config
 from jetflow.data import pipeline
+from jetflow.data.ahead import Ahead
 from jetflow.flows.build import build
 from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import Sampler, check_guidance
@@ -85,6 +86,19 @@ class Run:
         step = jax.jit(self.trainer.train_step, donate_argnums=0, out_shardings=(shardings, None))
         with sharding.on(self.mesh):
             return step.lower(state, batch)
+
+    def batches(self, start: int = 0) -> Ahead[Batch, Batch]:
+        """Global training batches on the devices, from that of step `start` on."""
+        size = self.config.train.batch_size
+        batches = pipeline.train_batches(
+            self.train_data,
+            batch_size=size,
+            seed=self.config.train.seed,
+            start_step=start,
+            rows=sharding.local_rows(self.mesh, size),
+            workers=self.config.data.workers,
+        )
+        return Ahead(batches, lambda batch: sharding.put_batch(batch, self.mesh, size))
 
     def fresh_state(self) -> tuple[TrainState, str]:
         """The state before the first step, made where it is to lie, and what it was made of.

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import psutil
 
-from jetflow import plan, sharding
+from jetflow import plan
 from jetflow.data import pipeline
-from jetflow.data.ahead import Ahead
 from jetflow.run import Run
 from jetflow.state import TrainState
 from jetflow.tpus import KINDS, TPUS
@@ -134,18 +133,10 @@ class Training:
 
 def training(run: Run, *, steps: int, repeats: int) -> Training:
     """Measure the training step in `repeats` rounds of so many steps."""
-    config, size = run.config, run.config.train.batch_size
-    state = run.fresh_state()
+    size = run.config.train.batch_size
+    state, _ = run.fresh_state()
     step = run.lower_step(state, run.abstract_batch(size)).compile()
-    batches = pipeline.train_batches(
-        run.train_data,
-        batch_size=size,
-        seed=config.train.seed,
-        rows=sharding.local_rows(run.mesh, size),
-        workers=config.data.workers,
-    )
-    ahead = Ahead(batches, lambda batch: sharding.put_batch(batch, run.mesh, size))
-    with contextlib.closing(ahead):
+    with contextlib.closing(run.batches()) as ahead:
         batch = next(ahead)
         state, rounds = _rounds(step, state, lambda _: (batch, 0.0), steps, repeats)
         _, real = _rounds(step, state, ahead.after, steps, repeats)

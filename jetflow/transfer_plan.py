@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jetflow import manifest
+from jetflow.flows.build import with_defaults
 from jetflow.types import Flow, UsageError
 
 FATES = ("loaded", "resampled", "fresh", "dropped")
@@ -51,7 +52,7 @@ class Side:
     @property
     def classes(self) -> str:
         """Whose classes the flow has: "imagenet1k/64" those of "imagenet1k/128"."""
-        return self.data.partition("/")[0]
+        return re.sub(r"/\d+$", "", self.data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,8 @@ def _differing_fields(source: Side, target: Side) -> list[str]:
 
 def _flow_fields(side: Side) -> dict[str, Any]:
     """All that both flows must have in common, by name; each value in one of its spellings."""
-    section = {name: value for name, value in side.section.items() if name not in COMPUTATION}
+    section = with_defaults(side.section)
+    section = {name: value for name, value in section.items() if name not in COMPUTATION}
     if depths := section.get("layers_per_block"):
         depths = [depths] if isinstance(depths, int) else list(depths)
         section["layers_per_block"] = depths * section["num_blocks"] if len(depths) == 1 else depths

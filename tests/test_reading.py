@@ -70,7 +70,7 @@ def test_examples_are_those_that_tfds_reads(encoding, tmp_path, monkeypatch):
 
 
 def prepared(builder):
-    pipeline._prepare_quietly(builder)
+    builder.download_and_prepare(file_format="array_record")
     return builder
 
 

@@ -9,7 +9,7 @@ import tiny_runs
 from PIL import Image
 
 from jetflow import cli
-from jetflow.report import read_metrics
+from jetflow.report import SPEED, read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilation_cache")]
 
@@ -43,10 +43,9 @@ def smoke(runs: Path, name: str, argument: str) -> Path:
                       *workdir.glob("samples/*")]:  # fmt: skip
             shutil.rmtree(later) if later.is_dir() else later.unlink()
         assert cli.main(arguments) == 0  # which resumes at step 4
-        speeds = {"images_per_second", "data_wait_share"}
         for again, before in zip(read_metrics(workdir / "metrics.jsonl"), whole, strict=True):
-            assert {k: v for k, v in again.items() if k not in speeds} == {
-                k: v for k, v in before.items() if k not in speeds
+            assert {k: v for k, v in again.items() if k not in SPEED} == {
+                k: v for k, v in before.items() if k not in SPEED
             }
     return workdir
 

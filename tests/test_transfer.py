@@ -19,7 +19,7 @@ from jetflow import cli, config, manifest, report, transfer_plan
 from jetflow.checkpoint import Checkpoints
 from jetflow.data.pipeline import Dataset
 from jetflow.flows import coupling, orders, resample
-from jetflow.report import read_metrics
+from jetflow.report import SPEED, read_metrics
 from jetflow.run import Run, set_up
 from jetflow.state import TrainState
 from jetflow.types import UsageError
@@ -404,7 +404,7 @@ def test_all_meshes_start_alike(name, tmp_path):
     several, one = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("eight", "one"))
     for a, b in zip(several, one, strict=True):
         assert a.keys() == b.keys()
-        for metric in set(b) - {"images_per_second"}:
+        for metric in set(b) - SPEED:
             assert a[metric] == pytest.approx(b[metric], rel=1e-5), metric
     (_, a), (_, b) = read_state(tmp_path / "eight"), read_state(tmp_path / "one")
     frozen = [path for path in b if path.startswith(("params", "ema")) and "position" in path]

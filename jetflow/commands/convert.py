@@ -15,7 +15,7 @@ from jetflow import commands
 from jetflow.checkpoint import Checkpoints
 from jetflow.convert import models
 from jetflow.convert.models import Published
-from jetflow.data import pipeline
+from jetflow.data import prepared
 from jetflow.types import UsageError
 from jetflow.workdir import CONFIG, load_model, read_config, write_json
 
@@ -149,7 +149,7 @@ def _read_jet(values: flags.FlagValues, source: str) -> Published:
 def check_data(name: str, published: Published) -> None:
     """Raise if there is no such data set, or if its images or classes are not the model's."""
     try:
-        features: Any = pipeline._builder_class(name)().info.features
+        features: Any = prepared.unprepared(name).info.features
     except UsageError as error:
         raise UsageError(str(error).replace("config.data.name", "--data")) from error
     if features["image"].shape != published.image_shape:

@@ -81,6 +81,15 @@ def prepare(
         return _made(name, builder, make_builder, manual_dir=folder)
 
 
+def unprepared(name: str) -> tfds.core.DatasetBuilder:
+    """The builder of a data set, whether the data is there or not.
+
+    Raises:
+        UsageError: if there is no such data set.
+    """
+    return _maker(name, None)()
+
+
 def default_manual_dir(data_dir: str | os.PathLike | None) -> Path:
     return Path(resolve(data_dir)) / "downloads" / "manual"
 

@@ -126,7 +126,7 @@ def build(config: Any, *, image_shape: tuple[int, int, int], num_classes: int = 
     """
     fields = dict(config)
     constructor = _one_of("kind", fields.pop("kind", None), FLOWS)
-    known = [name for name in inspect.signature(constructor).parameters if name not in _GIVEN]
+    known = _parameters(constructor)
     for name in fields:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
@@ -136,7 +136,20 @@ def build(config: Any, *, image_shape: tuple[int, int, int], num_classes: int = 
     return constructor(image_shape=image_shape, num_classes=num_classes, **fields)
 
 
-_GIVEN = ("image_shape", "num_classes")
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config section of a flow with the values of the fields that it leaves out."""
+    parameters = _parameters(_one_of("kind", config["kind"], FLOWS)).values()
+    optional = {
+        field.name: field.default for field in parameters if field.default is not field.empty
+    }
+    return optional | dict(config)
+
+
+def _parameters(constructor: Callable[..., Stack]) -> dict[str, inspect.Parameter]:
+    """The fields of a flow's config section, by name."""
+    parameters = inspect.signature(constructor).parameters
+    given = ("image_shape", "num_classes")
+    return {name: parameter for name, parameter in parameters.items() if name not in given}
 
 
 def _one_of(field: str, value: Any, choices: Collection[str]) -> Any:

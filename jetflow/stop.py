@@ -1,0 +1,49 @@
+"""Signals that end a run: noted, so that it can save before."""
+
+import os
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C, so that a run can save before it ends; a second one ends it.
+
+    Of several processes, any may get the signal, and all of them stop at the same call of `poll`,
+    which they make equally often: JAX listens for SIGTERM and lets them agree.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self.number: int | None = None
+        self._several = jax.process_count() > 1
+        self._polls = 0
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        for again in self._before:
+            signal.signal(again, signal.SIG_DFL)
+        os.write(2, b"\nstopping as soon as this step, or its compilation, is done; "
+                    b"a second signal ends the run at once\n")  # fmt: skip
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.number = number
+
+    def poll(self) -> None:
+        """Raise `Stopped` if a signal came."""
+        self._polls += 1
+        if self._several and multihost_utils.reached_preemption_sync_point(self._polls):
+            self.number = signal.SIGTERM
+        if self.number is not None:
+            raise Stopped
