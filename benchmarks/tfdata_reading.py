@@ -43,6 +43,10 @@ def main() -> None:
     if arguments.serve:
         serve(arguments)
         return
+    if not arguments.tensorflow:
+        parser.error(
+            "--tensorflow is missing; expected the Python of an environment with TensorFlow"
+        )
     with tempfile.TemporaryDirectory() as folder:
         pngs = Path(folder) / "photos.tfrecord"
         write_pngs(pngs, arguments.size)

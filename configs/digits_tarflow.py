@@ -7,15 +7,12 @@ from configs import base
 
 
 def get_config():
-    config = base.tarflow()
+    config = base.for_samples(base.tarflow(), noise_std=0.1)
     config.data.name = "digits"
     config.data.labels = True
     config.flow.width = 128
     config.flow.num_blocks = 4
     config.flow.layers_per_block = (2,)
-    config.flow.pixel_scale = 127.5
-    config.noise.kind = "gaussian"
-    config.noise.std = 0.1
     config.noise.label_drop = 0.1
     config.optim.lr = 2e-3
     config.train.batch_size = 32
@@ -27,5 +24,4 @@ def get_config():
     config.eval.samples = 80
     config.eval.temperature = 0.7
     config.eval.guidance = 2.0
-    config.eval.denoise = True
     return config

@@ -8,9 +8,9 @@ The paper cites van den Oord's version for what has no labels, while its code re
 as Chrabaszcz's version has them. We take Chrabaszcz's, whose likelihoods are lower: the 2.99 may be
 of either. `--config.data.name=imagenet64_old` is the other.
 
-Ours: nets in bfloat16 where samples are the aim, rematerialisation, and the state split over the
-devices; the strength of guidance is to be searched, see configs/sweeps. With `:smoke`,
-`:unconditional,smoke` and `:conditional,smoke`, a trial of a minute or two on a CPU.
+Ours: where samples are the aim, the batch of 256 and nets in bfloat16; rematerialisation, and the
+state split over the devices; the strength of guidance is to be searched, see configs/sweeps. With
+`:smoke`, `:unconditional,smoke` and `:conditional,smoke`, a trial of a minute or two on a CPU.
 """
 
 from configs import base

@@ -1,7 +1,7 @@
 """Jet pretrained on crops of one photograph, finetuned on 256 crops of the other: docs/transfer.md.
 
-`:pretrain` takes all crops of china.jpg; `:finetune`, with --config.init_from=WORKDIR of that run,
-and `:scratch`, without, are the same 200 steps on the few crops of flower.jpg.
+`:pretrain` takes all crops of china.jpg. `:finetune`, from that run in runs/china, and `:scratch`
+are the same 200 steps on the few crops of flower.jpg.
 """
 
 from configs import base
@@ -25,6 +25,7 @@ def get_config(part="finetune"):
         config.data.train_split = "train[:256]"
         config.train.steps = 200
         config.train.eval_every = 20
+        config.init_from = "runs/china" if part == "finetune" else ""
     else:
         raise ValueError(f"{part!r} is no part; expected pretrain, finetune or scratch")
     return config

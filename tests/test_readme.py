@@ -50,6 +50,7 @@ def test_sweep_example(tmp_path):
 
 
 def test_commands_parse(monkeypatch):
+    """Those in blocks, and those in the cells of tables."""
     monkeypatch.chdir(ROOT)
     commands = [
         part
@@ -59,7 +60,9 @@ def test_commands_parse(monkeypatch):
         if part.strip().startswith("jetflow ")
     ]
     assert len(commands) >= 5
-    for line in commands:
+    tables = re.findall(r"\| `(jetflow [^`]*)` \|$", README, flags=re.MULTILINE)
+    assert len(tables) >= 15
+    for line in [*commands, *tables]:
         name, *arguments = shlex.split(line)[1:]
         values = flags.FlagValues()
         command = cli.load(name)
