@@ -46,14 +46,17 @@ class Runner:
 
     def check(self) -> None:
         """Raise a UsageError where a setting of a point is none, or is of the wrong type."""
+        known = {*self._parse(evaluate, {}), *self._parse(sample, {})}
+        runs = set()
         for point in self._sweep.points:
             settings = self._sweep.settings(point)
+            of_training = [name for name in point.choices if is_of_training(name)]
             try:
-                if self._run is None:
-                    self._parse_training(point, Path("unused"))
-                elif of_training := [name for name in point.choices if is_of_training(name)]:
+                if self._run is not None and of_training:
                     raise UsageError(f"{of_training[0]} is swept, so --run cannot be given")
-                known = {*self._parse(evaluate, {}), *self._parse(sample, {})}
+                if self._run is None and point.run_name not in runs:
+                    self._parse_training(point, Path("unused"))
+                    runs.add(point.run_name)
                 for name in settings:
                     if not is_of_training(name) and name not in known:
                         raise UsageError(f"{name} is no flag of `jetflow evaluate` or `sample`")
