@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from jetflow import cli
 from jetflow.data import images, pipeline, prepared
 from jetflow.data.builders import BUILDERS, shapes
 from jetflow.data.builders.imagenet import ImageNet21k
-from jetflow.data.facts import FACTS
+from jetflow.data.facts import FACTS, differences
 from jetflow.data.pipeline import eval_batches
 from jetflow.types import Batch, UsageError
 
@@ -105,11 +106,29 @@ def test_a_pickle_that_would_run_code_is_refused(make):
     def write(folder):
         archives.cifar10(folder)
         evil = b"cos\nsystem\n(S'touch owned'\ntR."
-        files = {f"cifar-10-batches-py/{name}": evil for name in ("data_batch_1", "test_batch")}
+        names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+        files = {f"cifar-10-batches-py/{name}": evil for name in names}
         archives.gzip_tar(files, folder / "cifar-10-python.tar.gz")
 
     with pytest.raises(UsageError, match=r"asks for os\.system"):
         make("cifar10", write)
+
+
+@pytest.mark.parametrize("kind", ["npz", "pickle"])
+def test_a_batch_that_lacks_or_is_there_twice_is_refused(make, kind):
+    def write(folder):
+        archives.new_imagenet(folder, 32, kind)
+        [path] = folder.glob("*train*.zip")
+        with zipfile.ZipFile(path) as archive:
+            files = {name: archive.read(name) for name in archive.namelist()}
+        [fourth] = (name for name in files if "batch_4" in name)
+        content = files.pop(fourth)
+        archives.zip_of(files | ({} if kind == "npz" else {fourth + ".npz": content,
+                                                           fourth: content}), path)  # fmt: skip
+
+    found = {"npz": r"3, 5, 6", "pickle": r"3, 4, 4, 5, 6"}[kind]
+    with pytest.raises(UsageError, match=rf"expected files like .*found \[1, 2, {found}"):
+        make("imagenet32_new", write)
 
 
 @pytest.mark.parametrize("name", ["imagenet64_old", "imagenet64_new", "afhq/64", "imagenet1k/64"])
@@ -273,6 +292,19 @@ def test_missing_archives_are_named_with_their_sizes(name, tmp_path, capsys):
 def test_malformed_names_of_folders(name, tmp_path):
     with pytest.raises(UsageError, match="expected folder/NAME/SIZE"):
         pipeline.load(name, "train", data_dir=tmp_path)
+
+
+def test_counts_that_are_not_the_published_ones_are_named(make, capsys):
+    make("cifar10")
+    lines = capsys.readouterr().err.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert [line.split(";")[0] for line in warnings] == [
+        "warning: cifar10 train: 25 images, but 50,000 were published",
+        "warning: cifar10 test: 5 images, but 10,000 were published",
+    ]
+    whole = FACTS["afhq/64"].splits
+    assert differences("afhq/64", whole) == [] == differences("folder/pets/64", {"train": 3})
+    assert "afhq/64 validation: 0 images" in differences("afhq/64", {"train": 14_630})[0]
 
 
 def test_plans_know_the_sets_that_need_archives():

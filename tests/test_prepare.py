@@ -17,6 +17,7 @@ from jetflow.commands import prepare as command
 from jetflow.data import pieces, pipeline, prepared
 from jetflow.data.builders.archived import Progress
 from jetflow.data.builders.imagenet import ImageNet21k
+from jetflow.data.facts import FACTS, differences
 
 ROOT = Path(__file__).parents[1]
 NAME = "imagenet21k/32"
@@ -29,6 +30,7 @@ PROGRAM = f"""
 import sys, time
 from jetflow.data import prepared
 from jetflow.data.builders.imagenet import ImageNet21k
+from jetflow.data.facts import FACTS, differences
 ImageNet21k.PIECE_BYTES = 10_000
 def tell(progress):
     print("piece", progress.images, progress.unreadable, file=sys.stderr, flush=True)
@@ -200,6 +202,9 @@ def test_command(name, tmp_path, capsys):
         assert lines[-1] == f"prepared in {builder.data_dir}"
         assert ("files were left out" in lines[-2]) == (name.split("/")[0] in (
             "imagenet1k", "imagenet21k", "imagenet21k_fall11", "folder"))  # fmt: skip
+        told = [line for line in lines if "were published" in line]
+        assert told == differences(name, prepared.counts(builder))
+        assert len(told) == len(FACTS[name].splits if name in FACTS else ())
 
 
 @pytest.mark.slow
