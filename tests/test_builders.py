@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ def make(tmp_path):
 
 def unreadable(dataset: pipeline.Dataset) -> list[list[str]]:
     """Name and reason of each file that was left out."""
-    [folder] = {Path(path).parent for path in dataset.source.data_source._paths}
+    [folder] = {Path(path).parent for path in dataset.source._records.data_source._paths}
     lines = (folder / "unreadable.tsv").read_text().splitlines()
     return [line.split("\t") for line in lines]
 
@@ -232,6 +233,52 @@ def test_folder_without_classes_or_with_splits(make, tmp_path):
     prepared.prepare("folder/own/16", tmp_path / "data", manual_dir=tmp_path / "manual", workers=1)
     whole = pipeline.load("folder/own/16", "validation", data_dir=tmp_path / "data")
     assert len(whole) == 48 and whole.num_classes == 1  # "pets"
+
+
+def test_folder_holds_out_by_path_and_at_least_one_image(make):
+    def write(folder):
+        for kind in range(30):
+            for number in range(8):
+                path = folder / "pets" / str(kind) / f"{number}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archives.jpeg(0, 8, 8))
+        for number in range(3):
+            path = folder / "few" / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(archives.encoded(np.full((4, 4, 3), number, np.uint8), "PNG"))
+
+    batches, _ = make("folder/pets/4", write)
+    paths = [f"{kind}/{number}.jpg" for kind in range(30) for number in range(8)]
+    hashes = [int.from_bytes(hashlib.sha256(p.encode()).digest()[:8], "big") for p in paths]
+    chosen = {path for path, value in zip(paths, hashes, strict=True) if value % 20 == 0}
+    chosen.add(paths[np.argmin(hashes)])
+    names = sorted(map(str, range(30)))  # class k is that of the k-th name
+    expected = [names.index(path.split("/")[0]) for path in sorted(chosen)]
+    assert batches["test"].label.tolist() == expected and len(chosen) > 5
+
+    batches, sets = make("folder/few/4", write)
+    assert (len(sets["train"]), len(sets["test"])) == (2, 1)
+    values = [hashlib.sha256(f"{number}.png".encode()).digest() for number in range(3)]
+    assert batches["test"].image.max() == values.index(min(values))
+
+
+def test_file_names_of_every_kind(make, tmp_path):
+    odd = b"b\xffd\tn\nm.jpg"  # not UTF-8, and neither of one line nor of one column
+
+    def write(folder):
+        for kind in (b"cats \xe9", b"do\ngs"):
+            inner = os.fsencode(folder / "pets") + b"/" + kind
+            os.makedirs(inner)
+            for name, content in {odd: b"", b"\xfc.jpg": archives.jpeg(0), b"c": b"x"}.items():
+                Path(os.fsdecode(inner + b"/" + name)).write_bytes(content)
+
+    _, sets = make("folder/pets/8", write)
+    assert {name for name, _ in unreadable(sets["train"])} == {
+        f"{kind}/{name}"
+        for kind in (r"cats \udce9", r"do\ngs")
+        for name in (r"b\udcffd\tn\nm.jpg", "c")
+    }
+    assert sets["train"].num_classes == 2
 
 
 def test_shapes_are_drawn_without_archives(data_dir):

@@ -1,12 +1,15 @@
 """Archives and folders read in parts: what is whole comes, what is not is told."""
 
+import errno
 import tarfile
+from pathlib import Path
 
 import archives
 import pytest
 
 from jetflow.data.images import Unreadable
-from jetflow.data.parts import TarPart, flat_tar
+from jetflow.data.parts import FilePart, TarPart, flat_tar
+from jetflow.types import UsageError
 
 FILES = {f"{number}.png": bytes([number + 1]) * 700 for number in range(10)}
 BLOCKS = 3  # of 512 bytes, that each file takes with its header
@@ -25,7 +28,7 @@ DAMAGED = {
 }
 
 
-def contents(part: TarPart) -> tuple[list[bytes], list[str]]:
+def contents(part: TarPart | FilePart) -> tuple[list[bytes], list[str]]:
     """The files that were read, and the reasons of what was not."""
     found = [item.content for item in part.read()]
     return (
@@ -69,3 +72,23 @@ def test_a_whole_tar_is_read_whatever_follows_its_last_file(tmp_path, trailer):
     read = [contents(part) for part in parts]
     assert [each for some, _ in read for each in some] == files
     assert not any(reasons for _, reasons in read)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOENT])
+def test_what_a_disk_fails_to_read_for_now_is_not_left_out(tmp_path, monkeypatch, code):
+    read = Path.read_bytes
+
+    def read_bytes(path):
+        if path.name == "b.png":
+            raise OSError(code, "of that kind")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    part = FilePart(tmp_path, ("a.png", "b.png", "c.png"), (0, 0, 0), 3)
+    if code in (errno.EIO, errno.ESTALE):
+        with pytest.raises(UsageError, match=r"cannot read .*b\.png \(of that kind\)"):
+            contents(part)
+    else:
+        assert contents(part) == ([b"a", b"c"], ["of that kind"])

@@ -243,12 +243,16 @@ def test_bad_input(argv, message, tmp_path, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_nothing_readable_is_an_error(tmp_path, capsys):
-    for split in ("train", "valid"):
-        archives.tar_of({"a.png": b""}, tmp_path / f"{split}_32x32.tar")
+@pytest.mark.parametrize("empty", ["train", "valid"])
+def test_a_split_without_images_is_an_error(tmp_path, capsys, empty):
+    archives.old_imagenet(tmp_path, 32, train=2, validation=2)
+    archives.tar_of({"a.png": b""}, tmp_path / f"{empty}_32x32.tar")
     argv = ["prepare", "imagenet32_old", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]
     assert cli.main([*argv, "--workers=1"]) == 2
-    assert "not one readable image" in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    split = {"train": "train", "valid": "validation"}[empty]
+    assert f"not one readable image for split {split};" in error
+    assert error.endswith(f"1 files, first ('{empty}_32x32.tar/a.png', 'empty file')")
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):

@@ -16,7 +16,7 @@ from typing import IO, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from jetflow.data.images import Unreadable
-from jetflow.types import NO_LABEL
+from jetflow.types import NO_LABEL, UsageError
 
 # What a damaged archive raises as a whole; a damaged image in it is an `Unreadable` item.
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)
@@ -162,8 +162,13 @@ class FilePart:
         for name, label in zip(self.files, self.labels, strict=True):
             try:
                 content = (self.root / name).read_bytes()
-            except OSError as error:
+            except (FileNotFoundError, PermissionError) as error:
                 content = Unreadable(str(error.strerror))
+            except OSError as error:  # of a disk or a network, which the next start may not have
+                raise UsageError(
+                    f"cannot read {self.root / name} ({error.strerror}); run the same command "
+                    "again when it can be read: what is finished is kept"
+                ) from error
             yield Item(name, content, label)
 
 

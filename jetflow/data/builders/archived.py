@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -164,6 +165,7 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
                 features["label"].names = classes
             total = sum(size_on_disk(path) for path in found.values())
             notes = self._write(self._pieces(splits, len(classes)), total)
+            _check_splits(splits, notes, folder)
         except DAMAGE as error:
             raise UsageError(
                 f"an archive of {self.name} in {folder} is damaged, or not what its name says "
@@ -201,8 +203,6 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
             left_out += len(note.unreadable)
             bytes_read += sum(part.size for part in piece.parts)
             self.on_progress(Progress(images_done, left_out, bytes_read, total))
-        if not images_done:
-            raise UsageError("there is not one readable image in the archives")
         checksums = {split: digest.hexdigest()[:16] for split, digest in digests.items()}
         metadata: Any = self.info.metadata
         metadata.update(checksums=checksums, unreadable=left_out)
@@ -225,8 +225,9 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
             for split in dict.fromkeys(split for note in notes for split in note.splits)
         ]  # fmt: skip
         self.info.set_splits(tfds.core.SplitDict(infos))
-        lines = [f"{name}\t{reason}\n" for note in notes for name, reason in note.unreadable]
-        (Path(self.data_dir) / UNREADABLE).write_text("".join(lines), "utf-8")
+        rows = [map(one_line, each) for note in notes for each in note.unreadable]
+        text = "".join("\t".join(row) + "\n" for row in rows)
+        (Path(self.data_dir) / UNREADABLE).write_text(text, "utf-8")
 
     def _post_download_and_prepare_hook(self) -> None:
         shutil.rmtree(self.partial_dir)
@@ -247,6 +248,21 @@ class PublishedBuilder(ArchiveBuilder, skip_registration=True):
 
     def _resize_method(self) -> str:
         return self.RESIZE_METHOD
+
+
+def _check_splits(splits: Sequence[Split], notes: Sequence[Note], folder: Path) -> None:
+    filled = {name for note in notes for name in note.splits}
+    left_out = [each for note in notes for each in note.unreadable]
+    first = f"; left out were {len(left_out):,} files, first {left_out[0]}" if left_out else ""
+    for split in splits:
+        if split.name not in filled:
+            raise UsageError(f"{folder} has not one readable image for split {split.name}{first}")
+
+
+def one_line(name: str) -> str:
+    """A name that holds neither tabs nor line breaks nor what is not UTF-8: they are escaped."""
+    odd = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+    return odd.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 
 
 def say(text: str) -> None:
