@@ -193,7 +193,9 @@ def test_command(name, tmp_path, capsys):
     argv = ["prepare", name, f"--data_dir={tmp_path / 'data'}", f"--manual_dir={manual}"]
     for _ in range(2):  # the second time, nothing is left to do
         assert cli.main([*argv, "--workers=1"]) == 0
-        lines = capsys.readouterr().out.splitlines()
+        said = capsys.readouterr()
+        assert "custom data configuration" not in said.err
+        lines = said.out.splitlines()
         builder = prepared.find(name, tmp_path / "data")
         for line, split in zip(lines, builder.info.splits, strict=False):
             dataset = pipeline.load(name, split, data_dir=tmp_path / "data")
@@ -205,6 +207,19 @@ def test_command(name, tmp_path, capsys):
         told = [line for line in lines if "were published" in line]
         assert told == differences(name, prepared.counts(builder))
         assert len(told) == len(FACTS[name].splits if name in FACTS else ())
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_progress_ends_at_the_whole(name, tmp_path):
+    ARCHIVES[name](tmp_path)
+    seen = []
+    prepared.prepare(
+        name, tmp_path / "data", manual_dir=tmp_path, workers=1, on_progress=seen.append
+    )
+    last = seen[-1]
+    # The rest of a tar is its end: some blocks, more than its images where they are small.
+    whole = {"imagenet32_old": 0.5, "imagenet64_old": 0.9, "imagenet1k/64": 0.7}.get(name, 1)
+    assert whole <= last.bytes_read / last.bytes_in_all <= 1
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from jetflow.data import images, pieces, shards
+from jetflow.data import images, pieces, records, shards
 from jetflow.data.parts import DAMAGE, Part
 from jetflow.data.pieces import HeldOut, Note, Piece
 from jetflow.types import UsageError
@@ -67,7 +67,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far the preparing is: images written, files left out, and bytes of archives read."""
+    """How far the preparing is: images written, files left out, and bytes read, as unpacked."""
 
     images: int
     unreadable: int
@@ -163,7 +163,7 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
             if self.LABELLED:
                 features: Any = self.info.features
                 features["label"].names = classes
-            total = sum(size_on_disk(path) for path in found.values())
+            total = _bytes_to_read(splits) or sum(map(size_on_disk, found.values()))
             notes = self._write(self._pieces(splits, len(classes)), total)
             _check_splits(splits, notes, folder)
         except DAMAGE as error:
@@ -212,8 +212,9 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
         features: Any = self.info.features
         has_classes = self.LABELLED and features["label"].num_classes
         for record in shards.read_records(path):
-            example = features.deserialize_example_np(record)
-            update_checksum(digest, example["image"], example["label"] if has_classes else None)
+            example = records.decode(record, features)
+            label = example["label"] if has_classes else None
+            records.update_checksum(digest, example["image"], label)
 
     def _publish(self, notes: list[Note]) -> None:
         """Make the pieces the shards of the splits, in `data_dir`, which TFDS then renames."""
@@ -281,11 +282,14 @@ def as_published(content: bytes | np.ndarray, size: int) -> np.ndarray:
     )
 
 
-def update_checksum(digest: Any, image: np.ndarray, label: Any) -> None:
-    """Add an image's pixels and, where there are labels, its label to a SHA-256."""
-    digest.update(image.tobytes())
-    if label is not None:
-        digest.update(np.int32(label).astype("<i4").tobytes())
+def _bytes_to_read(splits: Sequence[Split]) -> int | None:
+    """All parts together, where they are known beforehand."""
+    sizes = []
+    for split in splits:
+        if not isinstance(split.parts, Sequence):
+            return None
+        sizes += [part.size for part in split.parts]
+    return sum(sizes)
 
 
 def size_on_disk(path: Path) -> int:

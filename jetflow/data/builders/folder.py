@@ -1,9 +1,10 @@
 """Any tree of images, with one sub-folder per class or without classes."""
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
@@ -38,9 +39,12 @@ class Folder(ArchiveBuilder, skip_registration=True):
 
     def __init__(self, *, config: str, **kwargs):
         self.archives = (Archive(config.rsplit("/", 1)[0], "a folder of images"),)
-        description = "A tree of images, resized."
-        full_config = tfds.core.BuilderConfig(name=config, description=description)
-        super().__init__(config=full_config, **kwargs)
+        super().__init__(config=self.get_builder_config(config), **kwargs)
+
+    @classmethod
+    def get_builder_config(cls, name: str, version: Any = None) -> tfds.core.BuilderConfig:
+        """Any tree at any size is one: of a config that it does not find here, TFDS warns."""
+        return _config(name)
 
     def _splits(self, found: dict[str, Path]) -> tuple[Sequence[str], Sequence[Split]]:
         [root] = found.values()
@@ -76,6 +80,11 @@ class Folder(ArchiveBuilder, skip_registration=True):
             labels = tuple(number.get(name.split("/")[0], NO_LABEL) for name in names)
             made.append(FilePart(root, names, labels, sum(sizes[run])))
         return made
+
+
+@functools.cache  # TFDS asks again, and wants the very same
+def _config(name: str) -> tfds.core.BuilderConfig:
+    return tfds.core.BuilderConfig(name=name, description="A tree of images, resized.")
 
 
 def config_name(name: str) -> str:
