@@ -2,6 +2,8 @@
 
 import functools
 import hashlib
+import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from jetflow import cli
 from jetflow.data import images, pipeline, prepared
 from jetflow.data.builders import BUILDERS, shapes
 from jetflow.data.builders.imagenet import ImageNet21k
-from jetflow.data.facts import FACTS
+from jetflow.data.facts import FACTS, differences
 from jetflow.data.pipeline import eval_batches
 from jetflow.types import Batch, UsageError
 
@@ -50,7 +52,7 @@ def make(tmp_path):
 
 def unreadable(dataset: pipeline.Dataset) -> list[list[str]]:
     """Name and reason of each file that was left out."""
-    [folder] = {Path(path).parent for path in dataset.source.data_source._paths}
+    [folder] = {Path(path).parent for path in dataset.source._records.data_source._paths}
     lines = (folder / "unreadable.tsv").read_text().splitlines()
     return [line.split("\t") for line in lines]
 
@@ -105,11 +107,29 @@ def test_a_pickle_that_would_run_code_is_refused(make):
     def write(folder):
         archives.cifar10(folder)
         evil = b"cos\nsystem\n(S'touch owned'\ntR."
-        files = {f"cifar-10-batches-py/{name}": evil for name in ("data_batch_1", "test_batch")}
+        names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+        files = {f"cifar-10-batches-py/{name}": evil for name in names}
         archives.gzip_tar(files, folder / "cifar-10-python.tar.gz")
 
     with pytest.raises(UsageError, match=r"asks for os\.system"):
         make("cifar10", write)
+
+
+@pytest.mark.parametrize("kind", ["npz", "pickle"])
+def test_a_batch_that_lacks_or_is_there_twice_is_refused(make, kind):
+    def write(folder):
+        archives.new_imagenet(folder, 32, kind)
+        [path] = folder.glob("*train*.zip")
+        with zipfile.ZipFile(path) as archive:
+            files = {name: archive.read(name) for name in archive.namelist()}
+        [fourth] = (name for name in files if "batch_4" in name)
+        content = files.pop(fourth)
+        archives.zip_of(files | ({} if kind == "npz" else {fourth + ".npz": content,
+                                                           fourth: content}), path)  # fmt: skip
+
+    found = {"npz": r"3, 5, 6", "pickle": r"3, 4, 4, 5, 6"}[kind]
+    with pytest.raises(UsageError, match=rf"expected files like .*found \[1, 2, {found}"):
+        make("imagenet32_new", write)
 
 
 @pytest.mark.parametrize("name", ["imagenet64_old", "imagenet64_new", "afhq/64", "imagenet1k/64"])
@@ -215,6 +235,52 @@ def test_folder_without_classes_or_with_splits(make, tmp_path):
     assert len(whole) == 48 and whole.num_classes == 1  # "pets"
 
 
+def test_folder_holds_out_by_path_and_at_least_one_image(make):
+    def write(folder):
+        for kind in range(30):
+            for number in range(8):
+                path = folder / "pets" / str(kind) / f"{number}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archives.jpeg(0, 8, 8))
+        for number in range(3):
+            path = folder / "few" / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(archives.encoded(np.full((4, 4, 3), number, np.uint8), "PNG"))
+
+    batches, _ = make("folder/pets/4", write)
+    paths = [f"{kind}/{number}.jpg" for kind in range(30) for number in range(8)]
+    hashes = [int.from_bytes(hashlib.sha256(p.encode()).digest()[:8], "big") for p in paths]
+    chosen = {path for path, value in zip(paths, hashes, strict=True) if value % 20 == 0}
+    chosen.add(paths[np.argmin(hashes)])
+    names = sorted(map(str, range(30)))  # class k is that of the k-th name
+    expected = [names.index(path.split("/")[0]) for path in sorted(chosen)]
+    assert batches["test"].label.tolist() == expected and len(chosen) > 5
+
+    batches, sets = make("folder/few/4", write)
+    assert (len(sets["train"]), len(sets["test"])) == (2, 1)
+    values = [hashlib.sha256(f"{number}.png".encode()).digest() for number in range(3)]
+    assert batches["test"].image.max() == values.index(min(values))
+
+
+def test_file_names_of_every_kind(make, tmp_path):
+    odd = b"b\xffd\tn\nm.jpg"  # not UTF-8, and neither of one line nor of one column
+
+    def write(folder):
+        for kind in (b"cats \xe9", b"do\ngs"):
+            inner = os.fsencode(folder / "pets") + b"/" + kind
+            os.makedirs(inner)
+            for name, content in {odd: b"", b"\xfc.jpg": archives.jpeg(0), b"c": b"x"}.items():
+                Path(os.fsdecode(inner + b"/" + name)).write_bytes(content)
+
+    _, sets = make("folder/pets/8", write)
+    assert {name for name, _ in unreadable(sets["train"])} == {
+        f"{kind}/{name}"
+        for kind in (r"cats \udce9", r"do\ngs")
+        for name in (r"b\udcffd\tn\nm.jpg", "c")
+    }
+    assert sets["train"].num_classes == 2
+
+
 def test_shapes_are_drawn_without_archives(data_dir):
     for size in shapes.SIZES[:2]:
         train, test = (
@@ -273,6 +339,19 @@ def test_missing_archives_are_named_with_their_sizes(name, tmp_path, capsys):
 def test_malformed_names_of_folders(name, tmp_path):
     with pytest.raises(UsageError, match="expected folder/NAME/SIZE"):
         pipeline.load(name, "train", data_dir=tmp_path)
+
+
+def test_counts_that_are_not_the_published_ones_are_named(make, capsys):
+    make("cifar10")
+    lines = capsys.readouterr().err.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert [line.split(";")[0] for line in warnings] == [
+        "warning: cifar10 train: 25 images, but 50,000 were published",
+        "warning: cifar10 test: 5 images, but 10,000 were published",
+    ]
+    whole = FACTS["afhq/64"].splits
+    assert differences("afhq/64", whole) == [] == differences("folder/pets/64", {"train": 3})
+    assert "afhq/64 validation: 0 images" in differences("afhq/64", {"train": 14_630})[0]
 
 
 def test_plans_know_the_sets_that_need_archives():

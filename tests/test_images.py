@@ -65,6 +65,15 @@ def test_floating_point_is_refused():
         decode(archives.encoded(Image.new("F", (4, 4)), "TIFF"))
 
 
+def test_want_of_memory_is_no_fault_of_the_file(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", no_memory)
+    with pytest.raises(MemoryError):
+        decode(archives.jpeg(1))
+
+
 @pytest.mark.parametrize(("width", "height"), [(12, 8), (8, 13), (16, 17)])
 def test_resize_averages_over_the_centred_square(width, height):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)

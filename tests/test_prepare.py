@@ -17,6 +17,7 @@ from jetflow.commands import prepare as command
 from jetflow.data import pieces, pipeline, prepared
 from jetflow.data.builders.archived import Progress
 from jetflow.data.builders.imagenet import ImageNet21k
+from jetflow.data.facts import FACTS, differences
 
 ROOT = Path(__file__).parents[1]
 NAME = "imagenet21k/32"
@@ -29,6 +30,7 @@ PROGRAM = f"""
 import sys, time
 from jetflow.data import prepared
 from jetflow.data.builders.imagenet import ImageNet21k
+from jetflow.data.facts import FACTS, differences
 ImageNet21k.PIECE_BYTES = 10_000
 def tell(progress):
     print("piece", progress.images, progress.unreadable, file=sys.stderr, flush=True)
@@ -191,7 +193,9 @@ def test_command(name, tmp_path, capsys):
     argv = ["prepare", name, f"--data_dir={tmp_path / 'data'}", f"--manual_dir={manual}"]
     for _ in range(2):  # the second time, nothing is left to do
         assert cli.main([*argv, "--workers=1"]) == 0
-        lines = capsys.readouterr().out.splitlines()
+        said = capsys.readouterr()
+        assert "custom data configuration" not in said.err
+        lines = said.out.splitlines()
         builder = prepared.find(name, tmp_path / "data")
         for line, split in zip(lines, builder.info.splits, strict=False):
             dataset = pipeline.load(name, split, data_dir=tmp_path / "data")
@@ -200,6 +204,22 @@ def test_command(name, tmp_path, capsys):
         assert lines[-1] == f"prepared in {builder.data_dir}"
         assert ("files were left out" in lines[-2]) == (name.split("/")[0] in (
             "imagenet1k", "imagenet21k", "imagenet21k_fall11", "folder"))  # fmt: skip
+        told = [line for line in lines if "were published" in line]
+        assert told == differences(name, prepared.counts(builder))
+        assert len(told) == len(FACTS[name].splits if name in FACTS else ())
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_progress_ends_at_the_whole(name, tmp_path):
+    ARCHIVES[name](tmp_path)
+    seen = []
+    prepared.prepare(
+        name, tmp_path / "data", manual_dir=tmp_path, workers=1, on_progress=seen.append
+    )
+    last = seen[-1]
+    # The rest of a tar is its end: some blocks, more than its images where they are small.
+    whole = {"imagenet32_old": 0.5, "imagenet64_old": 0.9, "imagenet1k/64": 0.7}.get(name, 1)
+    assert whole <= last.bytes_read / last.bytes_in_all <= 1
 
 
 @pytest.mark.slow
@@ -238,12 +258,16 @@ def test_bad_input(argv, message, tmp_path, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_nothing_readable_is_an_error(tmp_path, capsys):
-    for split in ("train", "valid"):
-        archives.tar_of({"a.png": b""}, tmp_path / f"{split}_32x32.tar")
+@pytest.mark.parametrize("empty", ["train", "valid"])
+def test_a_split_without_images_is_an_error(tmp_path, capsys, empty):
+    archives.old_imagenet(tmp_path, 32, train=2, validation=2)
+    archives.tar_of({"a.png": b""}, tmp_path / f"{empty}_32x32.tar")
     argv = ["prepare", "imagenet32_old", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]
     assert cli.main([*argv, "--workers=1"]) == 2
-    assert "not one readable image" in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    split = {"train": "train", "valid": "validation"}[empty]
+    assert f"not one readable image for split {split};" in error
+    assert error.endswith(f"1 files, first ('{empty}_32x32.tar/a.png', 'empty file')")
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):

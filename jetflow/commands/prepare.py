@@ -12,6 +12,7 @@ from tqdm import tqdm
 from jetflow import commands
 from jetflow.data import pipeline, prepared
 from jetflow.data.builders.archived import UNREADABLE, Progress
+from jetflow.data.facts import differences
 
 USAGE = "jetflow prepare imagenet64_old --manual_dir ~/archives"
 ARGUMENTS = ("DATASET",)
@@ -39,6 +40,8 @@ def run(values: flags.FlagValues, name: str) -> int:
     for split in builder.info.splits:
         dataset = pipeline.load(name, split, data_dir=values.data_dir)
         print(f"{dataset.describe()}, resize: {dataset.resize}, checksum {dataset.checksum()}")
+    for line in differences(name, prepared.counts(builder)):
+        print(line)
     if left_out := (builder.info.metadata or {}).get("unreadable"):
         print(f"{left_out:,} files were left out: {Path(builder.data_dir) / UNREADABLE}")
     print(f"prepared in {builder.data_dir}")

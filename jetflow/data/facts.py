@@ -4,6 +4,7 @@ Of prepared data, `pipeline.load` knows the very numbers.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
 
@@ -43,6 +44,21 @@ class Facts:
             raise UsageError(f"{split!r} is no split of this data set; it has {counts}") from error
         spans = [(part.from_ or 0, part.to or self.splits[part.splitname]) for part in parts]
         return sum(end - start for start, end in spans)
+
+
+def differences(name: str, splits: Mapping[str, int]) -> list[str]:
+    """A line for each split whose number of images is not the published one, where that is known.
+
+    Args:
+        splits: images in each, of the data set as it was prepared.
+    """
+    published = FACTS[name].splits if name in FACTS else {}
+    return [
+        f"{name} {split}: {splits.get(split, 0):,} images, but {count:,} were published; is the "
+        "archive whole?"
+        for split, count in published.items()
+        if splits.get(split, 0) != count
+    ]
 
 
 _OLD = {"train": 1_281_149, "validation": 49_999}

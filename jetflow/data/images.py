@@ -38,7 +38,7 @@ def decode(content: bytes) -> Image.Image:
             with Image.open(io.BytesIO(content)) as file:
                 file.load()
                 return _as_rgb(ImageOps.exif_transpose(file))
-    except Unreadable:
+    except (Unreadable, MemoryError):  # the machine's want, not the file's
         raise
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged files
         reason = " ".join(str(error).split())

@@ -16,7 +16,7 @@ from typing import IO, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from jetflow.data.images import Unreadable
-from jetflow.types import NO_LABEL
+from jetflow.types import NO_LABEL, UsageError
 
 # What a damaged archive raises as a whole; a damaged image in it is an `Unreadable` item.
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)
@@ -97,10 +97,23 @@ def _members(path: Path, offset: int, size: int) -> Iterator[tuple[tarfile.TarIn
         file.seek(offset)
         if not size:
             raise tarfile.ReadError("it is empty")
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
             while (member := tar.next()) and member.offset < offset + size:
+                if member.isfile() and member.offset_data + member.size > offset + size:
+                    raise tarfile.ReadError(f"it ends within {member.name}")
                 if (content := tar.extractfile(member)) is not None:
                     yield member, content
+
+
+class _Header(tarfile.TarInfo):
+    """A header as it should be; `tarfile` takes a damaged or a cut one for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +162,13 @@ class FilePart:
         for name, label in zip(self.files, self.labels, strict=True):
             try:
                 content = (self.root / name).read_bytes()
-            except OSError as error:
+            except (FileNotFoundError, PermissionError) as error:
                 content = Unreadable(str(error.strerror))
+            except OSError as error:  # of a disk or a network, which the next start may not have
+                raise UsageError(
+                    f"cannot read {self.root / name} ({error.strerror}); run the same command "
+                    "again when it can be read: what is finished is kept"
+                ) from error
             yield Item(name, content, label)
 
 
@@ -177,7 +195,7 @@ def flat_tar(
 
 def tar_files(path: Path) -> Iterator[tarfile.TarInfo]:
     """The files of a tar, by their headers alone where it is not compressed."""
-    with tarfile.open(path) as tar:
+    with tarfile.open(path, tarinfo=_Header) as tar:
         while (member := tar.next()) is not None:
             vars(tar)["members"].clear()  # or it keeps a million headers
             if member.isfile():

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -45,14 +45,30 @@ def image_features(size: int, labelled: bool) -> tfds.features.FeaturesDict:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """One of `share` images goes to the split `name`, chosen by a hash of its file's name."""
+    """One of `share` images goes to the split `name`, chosen by a hash of its file's name.
+
+    Attributes:
+        by_path: the hash is of the whole name of the item, with its folders.
+        always: an item that is held out whatever its hash.
+    """
 
     name: str
     share: int
+    by_path: bool = False
+    always: str | None = None
 
     def holds(self, item: str) -> bool:
-        digest = hashlib.sha256(item.rsplit("/", 1)[-1].encode()).digest()
-        return int.from_bytes(digest[:8], "big") % self.share == 0
+        return item == self.always or self.hash(item) % self.share == 0
+
+    def hash(self, item: str) -> int:
+        """The first 8 bytes of the SHA-256 of a name, as a big-endian number."""
+        name = item if self.by_path else item.rsplit("/", 1)[-1]
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big")
+
+    def at_least_one(self, items: Sequence[str]) -> "HeldOut":
+        """The same, but of several items one is held out: if none is, that of the lowest hash."""
+        return dataclasses.replace(self, always=min(items, key=self.hash) if items[1:] else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +233,11 @@ def write_all(folder: Path, pieces: Iterable[Piece], workers: int) -> Iterator[t
 def _result(piece: Piece, note: Note | Future[Note]) -> tuple[Piece, Note]:
     try:
         note = note if isinstance(note, Note) else note.result()
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, MemoryError) as error:
+        how = "was killed, perhaps" if isinstance(error, BrokenProcessPool) else "stopped"
         raise UsageError(
-            "a process that decodes images was killed, perhaps for want of memory; run the same "
-            "command again, with a lower --workers: what is finished is kept"
+            f"a process that decodes images {how} for want of memory; run the same command again, "
+            "with a lower --workers: what is finished is kept"
         ) from error
     if piece.spooled:
         piece.spooled.unlink(missing_ok=True)

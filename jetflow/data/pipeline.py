@@ -19,8 +19,7 @@ from jaxtyping import Int
 
 from jetflow.data import prepared
 from jetflow.data import workers as processes
-from jetflow.data.builders.archived import update_checksum
-from jetflow.data.records import Examples
+from jetflow.data.records import Examples, update_checksum
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 # Few threads: for small images Python's lock is the limit, and Grain's default of 16 threads reads

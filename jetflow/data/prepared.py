@@ -15,7 +15,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from jetflow.data.builders import BUILDERS, Folder, folder
-from jetflow.data.builders.archived import ArchiveBuilder, Progress
+from jetflow.data.builders.archived import ArchiveBuilder, Progress, say
+from jetflow.data.facts import differences
 from jetflow.types import UsageError
 
 
@@ -78,7 +79,15 @@ def prepare(
         builder.on_progress = on_progress
         for leftover in Path(builder.data_dir).parent.glob(f"{builder.version}.incomplete*"):
             shutil.rmtree(leftover)  # links to pieces only, if a kill came in the last second
-        return _made(name, builder, make_builder, manual_dir=folder)
+        builder = _made(name, builder, make_builder, manual_dir=folder)
+    for line in differences(name, counts(builder)):
+        say(f"warning: {line}")
+    return builder
+
+
+def counts(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
+    """Images in each split of prepared data."""
+    return {name: split.num_examples for name, split in builder.info.splits.items()}
 
 
 def unprepared(name: str) -> tfds.core.DatasetBuilder:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -30,18 +31,24 @@ class Examples:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image": uint8 [H, W, C], "label"?: int} of an example."""
-        return self._decode(self._records[index])
+        return decode(self._records[index], self._features)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Of several at once, whose bytes are read in parallel."""
         records = self._records.__getitems__(indices) if indices else []
-        return [self._decode(record) for record in records]
+        return [decode(record, self._features) for record in records]
 
-    def _decode(self, record: bytes) -> dict[str, Any]:
-        stored = _MESSAGES.Example.FromString(record).features.feature
-        example = {
-            "image": self._features["image"].decode_example_np(stored["image"].bytes_list.value[0])
-        }
-        if "label" in self._features:
-            example["label"] = stored["label"].int64_list.value[0]
-        return example
+
+def decode(record: bytes, features: Any) -> dict[str, Any]:
+    """{"image": uint8 [H, W, C], "label"?: int} of an example as it is stored."""
+    stored = _MESSAGES.Example.FromString(record).features.feature
+    image = features["image"].decode_example_np(stored["image"].bytes_list.value[0])
+    label = {"label": stored["label"].int64_list.value[0]} if "label" in features else {}
+    return {"image": image, **label}
+
+
+def update_checksum(digest: Any, image: np.ndarray, label: Any) -> None:
+    """Add an image's pixels and, where there are labels, its label to a SHA-256."""
+    digest.update(image.tobytes())
+    if label is not None:
+        digest.update(np.int32(label).astype("<i4").tobytes())

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from jetflow.data import images, pieces, shards
+from jetflow.data import images, pieces, records, shards
 from jetflow.data.parts import DAMAGE, Part
 from jetflow.data.pieces import HeldOut, Note, Piece
 from jetflow.types import UsageError
@@ -66,7 +67,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far the preparing is: images written, files left out, and bytes of archives read."""
+    """How far the preparing is: images written, files left out, and bytes read, as unpacked."""
 
     images: int
     unreadable: int
@@ -162,8 +163,9 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
             if self.LABELLED:
                 features: Any = self.info.features
                 features["label"].names = classes
-            total = sum(size_on_disk(path) for path in found.values())
+            total = _bytes_to_read(splits) or sum(map(size_on_disk, found.values()))
             notes = self._write(self._pieces(splits, len(classes)), total)
+            _check_splits(splits, notes, folder)
         except DAMAGE as error:
             raise UsageError(
                 f"an archive of {self.name} in {folder} is damaged, or not what its name says "
@@ -201,8 +203,6 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
             left_out += len(note.unreadable)
             bytes_read += sum(part.size for part in piece.parts)
             self.on_progress(Progress(images_done, left_out, bytes_read, total))
-        if not images_done:
-            raise UsageError("there is not one readable image in the archives")
         checksums = {split: digest.hexdigest()[:16] for split, digest in digests.items()}
         metadata: Any = self.info.metadata
         metadata.update(checksums=checksums, unreadable=left_out)
@@ -212,8 +212,9 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
         features: Any = self.info.features
         has_classes = self.LABELLED and features["label"].num_classes
         for record in shards.read_records(path):
-            example = features.deserialize_example_np(record)
-            update_checksum(digest, example["image"], example["label"] if has_classes else None)
+            example = records.decode(record, features)
+            label = example["label"] if has_classes else None
+            records.update_checksum(digest, example["image"], label)
 
     def _publish(self, notes: list[Note]) -> None:
         """Make the pieces the shards of the splits, in `data_dir`, which TFDS then renames."""
@@ -225,8 +226,9 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
             for split in dict.fromkeys(split for note in notes for split in note.splits)
         ]  # fmt: skip
         self.info.set_splits(tfds.core.SplitDict(infos))
-        lines = [f"{name}\t{reason}\n" for note in notes for name, reason in note.unreadable]
-        (Path(self.data_dir) / UNREADABLE).write_text("".join(lines), "utf-8")
+        rows = [map(one_line, each) for note in notes for each in note.unreadable]
+        text = "".join("\t".join(row) + "\n" for row in rows)
+        (Path(self.data_dir) / UNREADABLE).write_text(text, "utf-8")
 
     def _post_download_and_prepare_hook(self) -> None:
         shutil.rmtree(self.partial_dir)
@@ -249,6 +251,21 @@ class PublishedBuilder(ArchiveBuilder, skip_registration=True):
         return self.RESIZE_METHOD
 
 
+def _check_splits(splits: Sequence[Split], notes: Sequence[Note], folder: Path) -> None:
+    filled = {name for note in notes for name in note.splits}
+    left_out = [each for note in notes for each in note.unreadable]
+    first = f"; left out were {len(left_out):,} files, first {left_out[0]}" if left_out else ""
+    for split in splits:
+        if split.name not in filled:
+            raise UsageError(f"{folder} has not one readable image for split {split.name}{first}")
+
+
+def one_line(name: str) -> str:
+    """A name that holds neither tabs nor line breaks nor what is not UTF-8: they are escaped."""
+    odd = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+    return odd.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -265,11 +282,14 @@ def as_published(content: bytes | np.ndarray, size: int) -> np.ndarray:
     )
 
 
-def update_checksum(digest: Any, image: np.ndarray, label: Any) -> None:
-    """Add an image's pixels and, where there are labels, its label to a SHA-256."""
-    digest.update(image.tobytes())
-    if label is not None:
-        digest.update(np.int32(label).astype("<i4").tobytes())
+def _bytes_to_read(splits: Sequence[Split]) -> int | None:
+    """All parts together, where they are known beforehand."""
+    sizes = []
+    for split in splits:
+        if not isinstance(split.parts, Sequence):
+            return None
+        sizes += [part.size for part in split.parts]
+    return sum(sizes)
 
 
 def size_on_disk(path: Path) -> int:

@@ -11,17 +11,24 @@ from jetflow.types import UsageError
 
 
 def rows_parts(
-    paths: Sequence[Path], wanted: re.Pattern, *, image_size: int, first_label: int, most_rows: int
+    paths: Sequence[Path],
+    wanted: re.Pattern,
+    *,
+    numbers: Sequence[int],
+    image_size: int,
+    first_label: int,
+    most_rows: int,
 ) -> list[RowsPart]:
     """The batches of some archives, in the order of their numbers, in parts.
 
     Args:
         paths: zips, tars or folders.
-        wanted: matches a batch's file name; its first group is the number, or empty.
+        wanted: matches a batch's file name; its first group is the number, or empty, which is 0.
+        numbers: of the batches that there are.
         most_rows: in a part, where the batch's format can be read in part.
 
     Raises:
-        UsageError: if an archive has none.
+        UsageError: if an archive has none, or a batch lacks or is there twice.
     """
     batches = []
     for path in paths:
@@ -33,8 +40,14 @@ def rows_parts(
         if not found:
             raise UsageError(f"{path} holds no file like {wanted.pattern}; is it the right one?")
         batches += found
+    batches.sort()
+    if (there := [number for number, *_ in batches]) != list(numbers):
+        raise UsageError(
+            f"expected files like {wanted.pattern} with the numbers {list(numbers)} in "
+            f"{' and '.join(map(str, paths))}, found {there}; bring the archives again"
+        )
     made = []
-    for _, path, member, size in sorted(batches):
+    for _, path, member, size in batches:
         rows = npz_rows(path, member)
         if rows is None:
             made.append(RowsPart(path, member, image_size, first_label, size))

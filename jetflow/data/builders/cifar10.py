@@ -37,5 +37,6 @@ class Cifar10(PublishedBuilder, skip_registration=True):
             rows_parts, [found[self.ARCHIVE.name]], image_size=32, first_label=0,
             most_rows=self.PIECE_IMAGES,
         )  # fmt: skip
-        train, test = batches(re.compile(r"data_batch_(\d)")), batches(re.compile(r"test_batch()"))
+        train = batches(re.compile(r"data_batch_(\d)"), numbers=range(1, 6))
+        test = batches(re.compile(r"test_batch()"), numbers=[0])
         return CLASSES, [Split("train", train), Split("test", test)]

@@ -1,14 +1,15 @@
 """Any tree of images, with one sub-folder per class or without classes."""
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
 from jetflow.data import parts
-from jetflow.data.builders.archived import Archive, ArchiveBuilder, Split
+from jetflow.data.builders.archived import Archive, ArchiveBuilder, Split, one_line
 from jetflow.data.parts import FilePart
 from jetflow.data.pieces import HeldOut
 from jetflow.types import NO_LABEL, UsageError
@@ -27,19 +28,23 @@ class Folder(ArchiveBuilder, skip_registration=True):
     """
 
     name = "folder"
-    HELD_OUT: ClassVar = HeldOut("test", share=20)
+    HELD_OUT: ClassVar = HeldOut("test", share=20, by_path=True)
     DESCRIPTION = f"""
     A tree of images, cut to squares and resized, in the order of their names. Without folders of
     splits, one image of {HELD_OUT.share} is held out as `test`: those for which the first 8 bytes
-    of the SHA-256 of the file's name, as a big-endian number, are a multiple of that.
+    of the SHA-256 of the path below the tree ("cats/1.jpg"), as a big-endian number, are a multiple
+    of that, and the one for which they are lowest.
     """
     PIECE_IMAGES = 4096
 
     def __init__(self, *, config: str, **kwargs):
         self.archives = (Archive(config.rsplit("/", 1)[0], "a folder of images"),)
-        description = "A tree of images, resized."
-        full_config = tfds.core.BuilderConfig(name=config, description=description)
-        super().__init__(config=full_config, **kwargs)
+        super().__init__(config=self.get_builder_config(config), **kwargs)
+
+    @classmethod
+    def get_builder_config(cls, name: str, version: Any = None) -> tfds.core.BuilderConfig:
+        """Any tree at any size is one: of a config that it does not find here, TFDS warns."""
+        return _config(name)
 
     def _splits(self, found: dict[str, Path]) -> tuple[Sequence[str], Sequence[Split]]:
         [root] = found.values()
@@ -55,12 +60,14 @@ class Folder(ArchiveBuilder, skip_registration=True):
         in_folders = all("/" in name for names in files.values() for name, _ in names)
         tops = {name.split("/")[0] for names in files.values() for name, _ in names}
         classes = sorted(tops) if in_folders else []
-        held_out = self.HELD_OUT if len(roots) == 1 else None
+        held_out = None
+        if len(roots) == 1:
+            held_out = self.HELD_OUT.at_least_one([name for name, _ in files["train"]])
         splits = [
             Split(split, self._parts(roots[split], names, classes), held_out)
             for split, names in files.items()
         ]
-        return classes, splits
+        return [one_line(name) for name in classes], splits
 
     def _parts(
         self, root: Path, files: list[tuple[str, int]], classes: list[str]
@@ -73,6 +80,11 @@ class Folder(ArchiveBuilder, skip_registration=True):
             labels = tuple(number.get(name.split("/")[0], NO_LABEL) for name in names)
             made.append(FilePart(root, names, labels, sum(sizes[run])))
         return made
+
+
+@functools.cache  # TFDS asks again, and wants the very same
+def _config(name: str) -> tfds.core.BuilderConfig:
+    return tfds.core.BuilderConfig(name=name, description="A tree of images, resized.")
 
 
 def config_name(name: str) -> str:

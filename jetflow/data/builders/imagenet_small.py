@@ -82,8 +82,10 @@ class _ImageNetNew(PublishedBuilder, skip_registration=True):
         batches = functools.partial(
             rows_parts, image_size=self.size, first_label=1, most_rows=self.PIECE_IMAGES
         )
-        train = batches([found[each.name] for each in self.TRAIN], _TRAIN_BATCH)
-        validation = batches([found[self.VALIDATION.name]], _VALIDATION_BATCH)
+        train = batches(
+            [found[each.name] for each in self.TRAIN], _TRAIN_BATCH, numbers=range(1, 11)
+        )
+        validation = batches([found[self.VALIDATION.name]], _VALIDATION_BATCH, numbers=[0])
         classes = [str(label) for label in range(1, 1001)]
         return classes, [Split("train", train), Split("validation", validation)]
 
