@@ -97,4 +97,6 @@ def _spread(dataset: pipeline.Dataset, like: pipeline.Dataset) -> pipeline.Datas
     step = max(1, len(dataset) // len(like))
     end = min(step * len(like), len(dataset))
     some = grain.MapDataset.source(dataset.source)[:end:step]
-    return dataclasses.replace(dataset, split=f"{dataset.split}[:{end}:{step}]", source=some)
+    name = f"{dataset.split}[:{end}:{step}]"
+    # What was taken when the data was prepared is of the whole split.
+    return dataclasses.replace(dataset, split=name, source=some, known_checksum=None)
