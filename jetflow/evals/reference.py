@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from jetflow.evals.features import images_of
 from jetflow.evals.fid import Gaussian
 from jetflow.evals.statistics import SIZES, Statistics
 from jetflow.evals.weights import Network
+from jetflow.files import write_atomically
 from jetflow.types import UsageError
 
 # What measures images: the chunks of them, and their number -> their statistics.
@@ -71,11 +71,8 @@ def write(path: Path, statistics: Statistics, network: Network, data: dict[str, 
         gaussian = Gaussian.of(getattr(statistics, name))
         arrays[mean], arrays[covariance] = gaussian.mean, gaussian.covariance
     facts = {"data": data, "images": statistics.done, "network": network.facts()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with write_atomically(path) as file:
         np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
-    os.replace(temporary, path)
 
 
 def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: bool) -> Reference:
