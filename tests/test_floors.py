@@ -29,6 +29,7 @@ FLOORS = (
         "hlo",
         "loop",
         "plan",
+        "stop",
         "sweeps",
         "throughput",
         "tpus",
