@@ -84,7 +84,8 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
         images: whether some images' features are needed, besides the moments.
 
     Raises:
-        UsageError: if it cannot be read, or was made with another network.
+        UsageError: if it cannot be read, or was made with another network; moments that do not say
+            of which network they are, as ADM's, are of the published one.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -98,8 +99,8 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
             f"--reference {path} cannot be read ({error}); expected an .npz of `jetflow evaluate "
             "--make_reference`, or of ADM's evaluator"
         ) from error
-    _check_network(path, facts, network)
     found = {name: _gaussian(path, arrays, name) for name in MOMENTS}
+    _check_network(path, facts, network, has_moments=any(found.values()))
     features = arrays.get("features", np.zeros((0, SIZES["pooled"]), np.float32))
     if names & {"images", "arr_0"} and (images or found["pooled"] is None):
         count, chunks = images_of(path, "reference", chunk)
@@ -129,8 +130,9 @@ def _gaussian(path: Path, arrays, which: str) -> Gaussian | None:
     return Gaussian(*(arrays[name].astype(np.float64) for name in (mean, covariance)))
 
 
-def _check_network(path: Path, facts: dict[str, Any], network: Network) -> None:
-    """The facts of a foreign file are not known; ADM's are of the published network."""
+def _check_network(
+    path: Path, facts: dict[str, Any], network: Network, *, has_moments: bool
+) -> None:
     here = network.facts()
     for name, value in facts.get("network", {}).items():
         if value != here.get(name):
@@ -139,6 +141,12 @@ def _check_network(path: Path, facts: dict[str, Any], network: Network) -> None:
                 f"{here.get(name)}; make it again with --make_reference, or give "
                 "--inception_weights"
             )
+    if has_moments and "network" not in facts and not network.is_published:
+        raise UsageError(
+            f"--reference {path} does not say with which network its moments were made, so they "
+            f"are taken as of the published one, but here are weights {network.sha256[:8]}; leave "
+            "--inception_weights out, or make a reference with --make_reference"
+        )
 
 
 def checksum(path: Path) -> str:
