@@ -80,6 +80,7 @@ def _gap(evaluation: Evaluation, noise: Noise) -> list[Outcome]:
         "held_out": finite(there.mean),
         "train": finite(here.mean),
         "draws": evaluation.draws,
+        "conditional": there.conditional,
         "noise": {"kind": noise.kind, "std": noise.std},
         "data": held_out.facts(),
         "train_data": trained_on.facts(),
