@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jetflow import hosts, sharding
 from jetflow.checkpoint import Checkpoints
+from jetflow.files import write_atomically
 from jetflow.flows.build import build
 from jetflow.report import METRICS, read_metrics
 from jetflow.state import abstract_variables
@@ -192,10 +193,9 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, on the first process; a reader never sees half of it."""
     if not hosts.is_first():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps(content, indent=2) + "\n"
+    with write_atomically(path) as file:
+        file.write(text.encode())
 
 
 def _has_begun(workdir: Path) -> bool:

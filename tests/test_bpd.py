@@ -12,6 +12,7 @@ from flow_laws import jit
 
 import jetflow
 from jetflow import noise, sharding
+from jetflow.commands.likelihoods import _spread
 from jetflow.data.pipeline import Dataset
 from jetflow.evals import bpd, classify
 from jetflow.flows.labels import check_labels
@@ -161,6 +162,15 @@ def test_draws_are_weighted_and_parts_are_of_the_mean(flow, variables, dataset):
     assert measured.importance_weighted < measured.mean - 1e-5
     expected = np.std(measured.bits.mean(0), ddof=1) / np.sqrt(7)
     assert measured.error_over_examples == pytest.approx(expected)
+
+
+def test_some_examples_have_a_checksum_of_their_own(dataset):
+    whole = dataclasses.replace(dataset, split="train", known_checksum="0123456789abcdef")
+    three = dataclasses.replace(dataset, source=dataset.source[:3])
+    some = _spread(whole, three)
+    assert some.split == "train[:6:2]"
+    expected = dataclasses.replace(dataset, source=dataset.source[:6:2]).checksum()
+    assert some.checksum() == expected != whole.checksum()
 
 
 # Labels by likelihoods.

@@ -135,13 +135,30 @@ def test_kernel_distance():
 
 
 def test_kernel_distance_over_subsets():
-    """Unbiased, so that it may be below zero; and its error shrinks with the subsets."""
+    """Unbiased, so that it may be below zero."""
     x, y = features(400, 5, seed=7), features(300, 5, seed=8)
-    few, many = (kid.kernel_distance(x, y, size=50, subsets=n) for n in (20, 320))
+    few, many = (kid.kernel_distance(x, y, size=50, subsets=n) for n in (5, 320))
     assert (many.subsets, many.size) == (320, 50)
-    assert abs(many.mean) < 5 * many.standard_error + 0.05
-    assert 2.5 < few.standard_error / many.standard_error < 6
+    assert abs(many.mean) < 5 * many.standard_error < 0.5
+    assert few.standard_error > many.standard_error
     assert many == kid.kernel_distance(x, y, size=50, subsets=320)
     assert many != kid.kernel_distance(x, y, size=50, subsets=320, seed=1)
     apart = kid.kernel_distance(x, y + 1, size=50)
     assert apart.mean > 10 * apart.standard_error > 0
+
+
+@pytest.mark.parametrize("size", [20, 400])  # many overlapping subsets, and all at once
+@pytest.mark.parametrize(("shift", "largest"), [(0.5, 1.3), (0.0, 4.0)])
+def test_error_of_the_kernel_distance_is_that_over_fresh_images(size, shift, largest):
+    found = [
+        kid.kernel_distance(
+            features(200, 4, seed=2 * trial),
+            features(200, 4, seed=2 * trial + 1, shift=shift),
+            size=size,
+            subsets=15,
+        )
+        for trial in range(150)
+    ]
+    spread = np.std([one.mean for one in found], ddof=1)
+    claimed = np.sqrt(np.mean([one.standard_error**2 for one in found]))
+    assert 0.8 < claimed / spread < largest

@@ -18,7 +18,7 @@ FLOORS = (
     ("likelihood", "noise"),
     ("sharding", "optim", "state"),
     ("step", "sampling"),
-    ("data", "checkpoint", "hosts", "manifest", "pth", "report"),
+    ("data", "checkpoint", "files", "hosts", "manifest", "pth", "report"),
     ("evals",),
     ("environment", "run", "transfer", "transfer_plan", "workdir"),
     (
@@ -29,6 +29,7 @@ FLOORS = (
         "hlo",
         "loop",
         "plan",
+        "stop",
         "sweeps",
         "throughput",
         "tpus",

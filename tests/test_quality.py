@@ -63,6 +63,15 @@ def test_each_image_counts_once(batch_size, direct):
     np.testing.assert_allclose(features, direct[index], atol=1e-5)
 
 
+def test_none_of_the_first_images_is_kept(direct):
+    made = statistics.Statistics(23, small_network.KEPT)
+    index = np.setdiff1d(np.arange(23), small_network.collected(23).kept()[0])
+    made.add(index, direct[index], direct[index, :24])
+    merged = made.merged()
+    assert merged.pooled.count == len(index) == 14 and len(merged.kept()[0]) == 0
+    np.testing.assert_allclose(merged.pooled.mean(), direct[index].mean(0), atol=1e-5)
+
+
 @pytest.mark.parametrize("axes", [["data=8"], ["data=2", "fsdp=2", "tensor=2"]])
 def test_eight_devices_find_the_same(axes, tmp_path):
     out = tmp_path / "eight.npz"
@@ -87,6 +96,10 @@ def adm_file(path, **arrays):
 def moments(size, seed=0):
     rows = np.random.default_rng(seed).standard_normal((10, size))
     return rows.mean(0), np.cov(rows.T)
+
+
+def published():
+    return weights.Network(small_network.network().arrays, sha256=weights.PUBLISHED * 8)
 
 
 def read(path, *, images=False, network=None):
@@ -116,14 +129,18 @@ def test_reference_is_read_as_written(tmp_path):
 
 def test_adm_file_of_moments_alone(tmp_path):
     (mu, sigma), (mu_s, sigma_s) = moments(48), moments(24)
-    found = read(adm_file(tmp_path / "a.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s))
+    path = adm_file(tmp_path / "a.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    found = read(path, network=published())
     np.testing.assert_array_equal(found.gaussian("pooled").covariance, sigma)
     np.testing.assert_array_equal(found.gaussian("spatial").mean, mu_s)
     with pytest.raises(UsageError, match="has neither images nor features"):
         found.some_features()
-    found = read(adm_file(tmp_path / "b.npz", mu=mu, sigma=sigma))  # as of pytorch-fid
+    path = adm_file(tmp_path / "b.npz", mu=mu, sigma=sigma)  # as of pytorch-fid
+    found = read(path, network=published())
     with pytest.raises(UsageError, match="has no mu_s and sigma_s"):
         found.gaussian("spatial")
+    with pytest.raises(UsageError, match=r"does not say with which network .* weights aaaaaaaa"):
+        read(path)
 
 
 def test_adm_file_of_images_alone(tmp_path):
@@ -138,10 +155,10 @@ def test_adm_file_of_moments_and_some_images(tmp_path):
     """The moments, of more images than there are in it, stay; single features are of the images."""
     mu, sigma = moments(48)
     path = adm_file(tmp_path / "a.npz", mu=mu, sigma=sigma, arr_0=small_network.images())
-    found = read(path, images=True)
+    found = read(path, images=True, network=published())
     np.testing.assert_array_equal(found.gaussian("pooled").mean, mu)
     assert len(found.some_features()) == small_network.KEPT
-    assert not len(read(path).features)  # which nobody asked for
+    assert not len(read(path, network=published()).features)  # which nobody asked for
 
 
 @pytest.mark.parametrize(
@@ -302,6 +319,20 @@ def test_killed_evaluation_goes_on(with_reference, monkeypatch):
     assert starts[-1] == 0 and resumed.keys() == whole.keys()
     for name, result in whole.items():
         assert resumed[name]["value"] == pytest.approx(result["value"], rel=1e-9, abs=1e-9), name
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"text", None])
+def test_damaged_statistics_of_a_killed_evaluation(content, tmp_path):
+    """They are as none; only whole ones of the same settings are taken up."""
+    kept = drawn.Drawn.__new__(drawn.Drawn)
+    kept.path, kept._made_with = tmp_path / "a.partial.npz", {"seed": 0}
+    kept._save(small_network.collected(8))
+    assert kept._read() is not None
+    whole = kept.path.read_bytes()
+    kept.path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    found = statistics.Statistics(23, 9)
+    kept.resume(found)
+    assert found.done == 0 and found.pooled.count == 0
 
 
 def test_images_that_are_not_finite_are_counted(with_reference):

@@ -1,18 +1,21 @@
 """Samples drawn for an evaluation: only their statistics are kept, and a kill costs little."""
 
 import json
-import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 
 from jetflow import hosts
 from jetflow.commands import decoding, sampling
 from jetflow.commands.evaluation import Evaluation
 from jetflow.evals.statistics import Statistics
+from jetflow.files import write_atomically
 from jetflow.noise import Purpose, key_for
 from jetflow.sampling.ancestral import draw_all, quantise
 
@@ -83,19 +86,20 @@ class Drawn:
     def _save(self, merged: Statistics) -> None:
         if not hosts.is_first():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = dict(merged.arrays())
         arrays["settings"] = np.array(json.dumps(self._made_with))
         arrays["progress"] = np.array([merged.done, merged.broken])
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "wb") as file:
+        with write_atomically(self.path) as file:
             np.savez(file, **arrays)
-        os.replace(temporary, self.path)
 
     def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
-        with np.load(self.path, allow_pickle=False) as file:
-            saved = dict(file)
-        same = json.loads(str(saved.pop("settings"))) == self._made_with
-        return saved if same else None
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                saved = dict(file)
+            made_with = json.loads(str(saved.pop("settings")))
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            logging.warning("%s is damaged (%s): all samples are drawn again", self.path, error)
+            return None
+        return saved if made_with == self._made_with else None

@@ -80,6 +80,7 @@ def _gap(evaluation: Evaluation, noise: Noise) -> list[Outcome]:
         "held_out": finite(there.mean),
         "train": finite(here.mean),
         "draws": evaluation.draws,
+        "conditional": there.conditional,
         "noise": {"kind": noise.kind, "std": noise.std},
         "data": held_out.facts(),
         "train_data": trained_on.facts(),
@@ -97,4 +98,6 @@ def _spread(dataset: pipeline.Dataset, like: pipeline.Dataset) -> pipeline.Datas
     step = max(1, len(dataset) // len(like))
     end = min(step * len(like), len(dataset))
     some = grain.MapDataset.source(dataset.source)[:end:step]
-    return dataclasses.replace(dataset, split=f"{dataset.split}[:{end}:{step}]", source=some)
+    name = f"{dataset.split}[:{end}:{step}]"
+    # What was taken when the data was prepared is of the whole split.
+    return dataclasses.replace(dataset, split=name, source=some, known_checksum=None)

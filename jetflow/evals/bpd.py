@@ -78,11 +78,13 @@ class Likelihood:
         bits: per dimension, of each draw of the noise and each example.
         parts: what the prior, the preprocessing and each block contribute to their mean.
         dimensions: of an example.
+        conditional: whether they are of images given their labels, p(x | y).
     """
 
     bits: Float[np.ndarray, "K N"]
     parts: Float[np.ndarray, "P"]
     dimensions: int
+    conditional: bool
 
     @property
     def draws(self) -> int:
@@ -107,7 +109,10 @@ class Likelihood:
 
     @property
     def importance_weighted(self) -> float:
-        """The bound that has all draws of an example in it, over all examples."""
+        """The bound that has all draws of an example in it, over all examples.
+
+        One for uniform noise alone: the mean of p over gaussian noise bounds nothing.
+        """
         return float(importance_weighted(self.bits, self.dimensions).mean())
 
 
@@ -153,7 +158,9 @@ def measure(
             poll()
         all_bits.append(bits)
     mean_parts = np.sum(parts, axis=0) / (draws * len(dataset))
-    return Likelihood(np.stack(all_bits), mean_parts, math.prod(dataset.image_shape))
+    conditional = bool(flow.num_classes and dataset.num_classes)
+    dimensions = math.prod(dataset.image_shape)
+    return Likelihood(np.stack(all_bits), mean_parts, dimensions, conditional)
 
 
 def metric_name(noise: Noise) -> str:
@@ -165,12 +172,14 @@ def record(
     likelihood: Likelihood, noise: Noise, dataset: pipeline.Dataset, *, step: int, weights: str
 ) -> dict[str, Any]:
     """What is written of a likelihood: the value and everything that it depends on."""
+    is_bound = noise.kind == "uniform"
     return {
         "metric": metric_name(noise),
         "value": finite(likelihood.mean),
         "standard_error": finite(likelihood.standard_error),
         "draws": likelihood.draws,
-        "importance_weighted": finite(likelihood.importance_weighted),
+        "importance_weighted": finite(likelihood.importance_weighted) if is_bound else None,
+        "conditional": likelihood.conditional,
         "parts": {
             "prior": finite(likelihood.parts[0]),
             "pixels": finite(likelihood.parts[1]),
@@ -188,6 +197,7 @@ def describe(result: Mapping[str, Any]) -> str:
     data, draws = result["data"], result["draws"]
     over = f"standard error over {draws} noise draws" if draws > 1 else "1 noise draw"
     over += ", averaged weights" if result["weights"] == "ema" else ""
+    over += ", given the labels" if result["conditional"] else ""
     text = (
         f"{result['metric']} {number(result)} ({over}) on {data['name']} {data['version']} "
         f"{data['split']}: {data['examples']:,} examples, resize: {data['resize']}, "

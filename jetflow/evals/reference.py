@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from jetflow.evals.features import images_of
 from jetflow.evals.fid import Gaussian
 from jetflow.evals.statistics import SIZES, Statistics
 from jetflow.evals.weights import Network
+from jetflow.files import write_atomically
 from jetflow.types import UsageError
 
 # What measures images: the chunks of them, and their number -> their statistics.
@@ -71,11 +71,8 @@ def write(path: Path, statistics: Statistics, network: Network, data: dict[str, 
         gaussian = Gaussian.of(getattr(statistics, name))
         arrays[mean], arrays[covariance] = gaussian.mean, gaussian.covariance
     facts = {"data": data, "images": statistics.done, "network": network.facts()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with write_atomically(path) as file:
         np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
-    os.replace(temporary, path)
 
 
 def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: bool) -> Reference:
@@ -87,7 +84,8 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
         images: whether some images' features are needed, besides the moments.
 
     Raises:
-        UsageError: if it cannot be read, or was made with another network.
+        UsageError: if it cannot be read, or was made with another network; moments that do not say
+            of which network they are, as ADM's, are of the published one.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -101,8 +99,8 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
             f"--reference {path} cannot be read ({error}); expected an .npz of `jetflow evaluate "
             "--make_reference`, or of ADM's evaluator"
         ) from error
-    _check_network(path, facts, network)
     found = {name: _gaussian(path, arrays, name) for name in MOMENTS}
+    _check_network(path, facts, network, has_moments=any(found.values()))
     features = arrays.get("features", np.zeros((0, SIZES["pooled"]), np.float32))
     if names & {"images", "arr_0"} and (images or found["pooled"] is None):
         count, chunks = images_of(path, "reference", chunk)
@@ -132,8 +130,9 @@ def _gaussian(path: Path, arrays, which: str) -> Gaussian | None:
     return Gaussian(*(arrays[name].astype(np.float64) for name in (mean, covariance)))
 
 
-def _check_network(path: Path, facts: dict[str, Any], network: Network) -> None:
-    """The facts of a foreign file are not known; ADM's are of the published network."""
+def _check_network(
+    path: Path, facts: dict[str, Any], network: Network, *, has_moments: bool
+) -> None:
     here = network.facts()
     for name, value in facts.get("network", {}).items():
         if value != here.get(name):
@@ -142,6 +141,12 @@ def _check_network(path: Path, facts: dict[str, Any], network: Network) -> None:
                 f"{here.get(name)}; make it again with --make_reference, or give "
                 "--inception_weights"
             )
+    if has_moments and "network" not in facts and not network.is_published:
+        raise UsageError(
+            f"--reference {path} does not say with which network its moments were made, so they "
+            f"are taken as of the published one, but here are weights {network.sha256[:8]}; leave "
+            "--inception_weights out, or make a reference with --make_reference"
+        )
 
 
 def checksum(path: Path) -> str:

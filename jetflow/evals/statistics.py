@@ -7,6 +7,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
@@ -121,5 +122,6 @@ class Statistics:
 def _gather(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "P ..."]:
     """Float64 arrays of all processes. Their bits travel as integers: JAX would round them."""
     bits = np.ascontiguousarray(array, np.float64).view(np.uint32)
-    gathered = np.asarray(multihost_utils.process_allgather(bits)).reshape(-1, *bits.shape)
+    gathered = np.asarray(multihost_utils.process_allgather(bits))
+    gathered = gathered.reshape(jax.process_count(), *bits.shape)  # -1 fails on empty arrays
     return np.ascontiguousarray(gathered).view(np.float64)

@@ -1,0 +1,26 @@
+"""Files that readers find whole, also where several processes write the same one."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def write_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` at the end; if the context fails, nothing changes.
+
+    Its folder is made where there is none. Of several writers, each has a temporary file of its
+    own, and the last one stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not of `tempfile`, whose files no other user may read.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
