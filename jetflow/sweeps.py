@@ -226,6 +226,11 @@ class Folder:
             raise UsageError(f"no sweep in {self.path}; start one with `jetflow sweep`")
         return json.loads(path.read_text())
 
+    def step(self, run: str | None) -> int | None:
+        """The checkpoint of a given run that the points are measured at, once that is known."""
+        there = self.content() if (self.path / SWEEP).exists() else {}
+        return there.get("fixed", {}).get("step") if there.get("run") == run else None
+
     def record_path(self, point: Point) -> Path:
         return self.path / "points" / f"{point.name}.json"
 
@@ -233,10 +238,6 @@ class Folder:
         """Whether it was measured; a failed point is to be tried again."""
         path = self.record_path(point)
         return path.exists() and json.loads(path.read_text())["status"] == "done"
-
-    def missing(self) -> int:
-        """Points that were neither measured nor failed."""
-        return len(self.content()["points"]) - len(self.records())
 
     def records(self) -> list[dict[str, Any]]:
         """Of all points that were measured or failed, by their numbers."""

@@ -166,6 +166,15 @@ def test_sweep_as_csv(sweep, capsys):
     assert rows[4]["error"] == "it was <bad>" and rows[0]["accuracy_standard_error"] == "0.003"
 
 
+def test_the_step_is_shown_where_points_differ_in_it(sweep):
+    table = sweep_page(sweep).table
+    assert table is not None and "step" not in table.header
+    for step, path in enumerate((sweep / "points").glob("*.json")):
+        write_json(path, json.loads(path.read_text()) | {"step": step})
+    table = sweep_page(sweep).table
+    assert table is not None and table.header[-2:] == ["step", "status"]
+
+
 def test_sweep_as_markdown(sweep, capsys):
     text = report(capsys, sweep, "--format=md")
     assert "| **3** | **9** | **0.93** | **0.003** | **1** | **y, q** | **done** |" in text

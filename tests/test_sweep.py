@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -289,6 +290,21 @@ def test_a_folder_holds_one_sweep(sweep, capsys):
     sweep.path.write_text(text)
     assert sweep("--point=5") == 0
     assert [record["number"] for record in sweep.records()] == [0, 5]
+
+
+def test_all_points_measure_one_checkpoint(sweep, tmp_path, capsys):
+    """Also where the run is trained on in between, and not where that one is gone."""
+    sweep.run = shutil.copytree(sweep.run, tmp_path / "run")
+    checkpoints = sweep.run / "checkpoints"
+    shutil.move(checkpoints / "12", tmp_path / "12")
+    assert sweep("--point=0") == 0
+    shutil.move(tmp_path / "12", checkpoints / "12")
+    assert sweep("--point=1") == 0
+    assert [record["step"] for record in sweep.records()] == [10, 10]
+    shutil.rmtree(checkpoints / "10")
+    assert sweep("--point=2") == 2
+    assert "no checkpoint of step 10" in capsys.readouterr().err
+    assert len(sweep.records()) == 2
 
 
 # Sweeps that train.

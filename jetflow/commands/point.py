@@ -1,5 +1,6 @@
 """A point of a sweep: the run that it needs, trained where it is not, then measured and shown."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -61,6 +62,27 @@ class Runner:
                 self._parse(sample, settings)
             except UsageError as error:
                 raise UsageError(f"point {point.name}: {error}") from error
+
+    def pinned(self, known: int | None) -> Sweep:
+        """The sweep with the checkpoint of the given run fixed at all points that name none.
+
+        So that a run that is trained on, or another process that starts later, mixes no two.
+
+        Args:
+            known: the step that the folder of the sweep was begun with.
+
+        Raises:
+            UsageError: if the run has no sound checkpoint, or that step no more.
+        """
+        open_points = [p for p in self._sweep.points if "step" not in self._sweep.settings(p)]
+        if self._run is None or not open_points:
+            return self._sweep
+        mesh = commands.mesh(self._parse(evaluate, self._sweep.settings(open_points[0])))
+        model = load_model(Path(self._run), known, mesh)
+        self._loaded = (Path(self._run), model.step, mesh), model
+        fixed = {**self._sweep.fixed, "step": model.step}
+        self._sweep = dataclasses.replace(self._sweep, fixed=fixed)
+        return self._sweep
 
     def go_through(self, points: list[Point]) -> tuple[int, int]:
         """Measure those points that were not yet measured, and that no other process is at.

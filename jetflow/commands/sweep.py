@@ -48,7 +48,10 @@ def run(values: flags.FlagValues) -> int:
         for point in chosen:
             print(shlex.join(_command(values, point)))
         return 0
-    folder.open(sweep.content(run_dir))
+    with folder.locked(sweeps.SWEEP, wait=True):
+        known = hosts.agreed(-1 if (step := folder.step(run_dir)) is None else step)
+        sweep = runner.pinned(None if known < 0 else known)
+        folder.open(sweep.content(run_dir))
     try:
         failed, elsewhere = runner.go_through(chosen)
     except Stopped as stopped:

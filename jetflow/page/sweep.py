@@ -164,7 +164,7 @@ def _settings(content: dict, records: list[dict], path: Path) -> list[Block]:
         rows = [(run, *(str(one.get(n)) for n in differing)) for run, one in leaves.items()]
         header = ("run", *(n.removeprefix("config.") for n in differing))
         blocks.append(Table(header, rows, "Where the configs of the runs differ."))
-    blocks += config_blocks({name: part for name, part in first.items()}, differing)
+    blocks += config_blocks(first, differing)
     return blocks
 
 
