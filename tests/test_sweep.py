@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import html_page
+import jax
 import pytest
 import tiny_runs
 
-from jetflow import cli, sweeps
+from jetflow import cli, loop, sweeps
 from jetflow.commands import evaluate, point
 from jetflow.sweeps import Folder, Sweep, axis, chain, product, together
 from jetflow.types import UsageError
@@ -337,6 +338,37 @@ def test_a_sweep_trains_each_run_once(tmp_path, capsys, compilation_cache):
     page = html_page.read((workdir / "report.html").read_text())
     assert "Where the configs of the runs differ" in page.text and "flow.net" in page.text
     assert cli.main(["report", str(workdir / "runs" / "net=vit")]) == 0
+
+
+def test_a_failed_training_is_tried_once_a_command(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def train(run, workdir):
+        tried.append(workdir.name)
+        return loop.DIVERGED
+
+    monkeypatch.setattr(loop, "train", train)
+    path, workdir = training_sweep(tmp_path), tmp_path / "swept"
+    for count in (1, 2):
+        assert cli.main(["sweep", "--sweep", str(path), "--workdir", str(workdir)]) == 1
+        assert tried == ["net=vit", "net=conv"] * count
+    assert ["diverged" in record["error"] for record in Folder(workdir).records()] == [True] * 4
+
+
+@pytest.mark.parametrize("error", [UsageError, RuntimeError])
+def test_a_failure_ends_processes_that_are_joined(error, sweep, monkeypatch):
+    """Others may wait for the one that failed; `hosts.joined` ends them."""
+
+    def fail(*_):
+        raise error("no luck")
+
+    folder = Folder(sweep.workdir)
+    runner = point.Runner(sweeps.read(str(sweep.path)), folder, run=str(sweep.run), data_dir=None)
+    monkeypatch.setattr(evaluate, "measure", fail)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(error, match="no luck"):
+        runner.go(sweeps.read(str(sweep.path)).points[0])
+    assert not folder.records()
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ class Runner:
         self._sweep, self._folder, self._data_dir = sweep, folder, data_dir
         self._run = run
         self._trained: set[str] = set()
+        self._untrained: dict[str, str] = {}  # and why: tried once for all points that share it
         self._loaded: tuple[Any, Model] | None = None
         self._likelihoods: dict[Any, list[dict[str, Any]]] = {}
 
@@ -101,7 +102,11 @@ class Runner:
         return failed, elsewhere
 
     def go(self, point: Point) -> bool:
-        """Measure a point and write its record; whether it went well."""
+        """Measure a point and write its record; whether it went well.
+
+        Of several processes that are joined, a failure ends all: one may have failed alone, and the
+        others wait for it.
+        """
         start = time.perf_counter()
         record = {
             "number": point.number,
@@ -110,13 +115,14 @@ class Runner:
         }
         try:
             record |= {"status": "done", **self._measure(point)}
-        except UsageError as error:
-            record |= {"status": "failed", "error": str(error)}
+        except Stopped:
+            raise
         except Exception as error:
-            if isinstance(error, Stopped) or jax.process_count() > 1:
-                raise  # the other processes may wait for this one
-            traceback.print_exc()
-            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            if jax.process_count() > 1:
+                raise
+            if not isinstance(error, UsageError):
+                traceback.print_exc()
+            record |= {"status": "failed", "error": _told(error)}
         record["seconds"] = time.perf_counter() - start
         record["environment"] = environment.describe()
         write_json(self._folder.record_path(point), record)
@@ -150,9 +156,23 @@ class Runner:
 
     def _train(self, point: Point) -> Path:
         """The workdir of the point's run, when its training has ended."""
-        workdir = self._folder.path / "runs" / point.run_name
-        if point.run_name in self._trained:
+        name = point.run_name
+        workdir = self._folder.path / "runs" / name
+        if name in self._untrained:
+            raise UsageError(self._untrained[name])
+        if name in self._trained:
             return workdir
+        try:
+            self._go_on_training(point, workdir)
+        except Stopped:
+            raise
+        except Exception as error:
+            self._untrained[name] = _told(error)
+            raise
+        self._trained.add(name)
+        return workdir
+
+    def _go_on_training(self, point: Point, workdir: Path) -> None:
         load = functools.partial(pipeline.load, data_dir=self._data_dir)
         with self._folder.locked(f"run,{point.run_name}", wait=True):
             status = loop.train(set_up(self._parse_training(point, workdir).config, load), workdir)
@@ -160,8 +180,6 @@ class Runner:
             raise UsageError(f"the training diverged, see {workdir}/metrics.jsonl; lower its rate")
         if status:
             raise Stopped(status)
-        self._trained.add(point.run_name)
-        return workdir
 
     def _load(self, workdir: Path, step: int | None, mesh: Mesh) -> Model:
         key = workdir, step, mesh
@@ -235,6 +253,10 @@ class Runner:
         argv = [command.__name__.rpartition(".")[2]]
         config.parse(values, argv + [f"--{name}={value}" for name, value in given.items()])
         return values
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
 
 
 def _with(values: flags.FlagValues, **changed: Any) -> flags.FlagValues:
