@@ -24,7 +24,7 @@ from jetflow.run import set_up
 from jetflow.sampling.ancestral import draw_all, quantise
 from jetflow.sweeps import Folder, Point, Sweep, is_of_training, say
 from jetflow.types import UsageError
-from jetflow.workdir import Model, load_model, write_json
+from jetflow.workdir import Model, load_model, suffix, write_json
 
 
 class Stopped(Exception):
@@ -208,12 +208,24 @@ class Runner:
         return asked.index(metric) if metric in asked else parts[0]
 
     def _make_reference(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> None:
-        """The reference of the sweep: one for all points, made by the first that needs it."""
+        """The reference of the point, made by the first that needs it.
+
+        One for all points that compare with as many features, by one network, of the same data.
+        """
         if values.reference is not None:
             return
-        path = self._folder.path / "reference.npz"
+        data = model.config["data"]
+        settings = {
+            "data": values.reference_data or data["name"],
+            "split": values.reference_split or data["train_split"],
+            "num_features": values.num_features,
+            "inception_weights": values.inception_weights,
+        }
+        defaults = {name: values[name].default for name in ("num_features", "inception_weights")}
+        name = f"reference{suffix(settings, defaults)}.npz"
+        path = self._folder.path / name
         values.reference = str(path)
-        with self._folder.locked("reference", wait=True):
+        with self._folder.locked(name, wait=True):
             if not hosts.agreed(path.exists()):
                 made = _with(values, metrics=None, make_reference=True)
                 evaluate.measure(made, model, mesh)
