@@ -4,6 +4,7 @@ A sweep is a Python file with a function `get_sweep`. A setting is named as on t
 `config.optim.lr` is one of the training, `guidance` or `step` a flag of sampling and evaluation.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -13,7 +14,7 @@ import itertools
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -78,21 +79,29 @@ class Point:
     Attributes:
         number: its place in the grid, from 0.
         choices: its settings by name.
+        names: what each setting of the sweep is called.
     """
 
     number: int
     choices: Mapping[str, Choice]
+    names: Mapping[str, str]
 
     @property
     def name(self) -> str:
         """For people and files: "003,guidance=0.5,denoise=True"."""
-        return f"{self.number:03d},{_name(self.choices)}"
+        return f"{self.number:03d},{self._called(self.choices)}"
 
     @property
     def run_name(self) -> str:
-        """Of the training that the point needs, which others may share."""
-        chosen = {name: one for name, one in self.choices.items() if is_of_training(name)}
-        return _name(chosen) or "run"
+        """Of the training that the point needs, which points of no other settings share."""
+        return self._called(filter(is_of_training, self.choices)) or "run"
+
+    def _called(self, settings: Iterable[str]) -> str:
+        parts = (f"{self.names[name]}={quote(self.choices[name].label, '+')}" for name in settings)
+        text = ",".join(parts)
+        if len(text) <= LONGEST_NAME:
+            return text
+        return f"{text[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +128,8 @@ class Sweep:
 
     @property
     def points(self) -> list[Point]:
-        return [Point(number, choices) for number, choices in enumerate(self.grid.points)]
+        names = short_names(name for choices in self.grid.points for name in choices)
+        return [Point(number, choices, names) for number, choices in enumerate(self.grid.points)]
 
     def settings(self, point: Point) -> dict[str, Any]:
         """All settings of a point."""
@@ -140,9 +150,14 @@ def is_of_training(name: str) -> bool:
     return name.startswith("config.")
 
 
-def short(name: str) -> str:
-    """A setting's name without its section."""
-    return name.rpartition(".")[2]
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """What settings are called beside each other: the shortest ends that no two of them share."""
+    parts = {name: name.split(".") for name in names}
+    ends = {name: [".".join(part[i:]) for i in reversed(range(len(part)))]
+            for name, part in parts.items()}  # fmt: skip
+    count = collections.Counter(itertools.chain.from_iterable(ends.values()))
+    return {name: next((end for end in mine if count[end] == 1), name)
+            for name, mine in ends.items()}  # fmt: skip
 
 
 def read(path: str) -> Sweep:
@@ -168,12 +183,7 @@ def read(path: str) -> Sweep:
         raise UsageError(f"--sweep {path}{where}: {type(error).__name__}: {error}") from error
     if not isinstance(sweep, Sweep) or not sweep.grid.points or not sweep.metrics:
         raise UsageError(f"--sweep {path}: get_sweep() must return a Sweep with points and metrics")
-    seen: dict[str, int] = {}
-    for point in sweep.points:
-        if (first := seen.setdefault(_name(point.choices), point.number)) != point.number:
-            raise UsageError(
-                f"--sweep {path}: the points {first} and {point.number} are the same; drop one"
-            )
+    _check_points(sweep, path)
     title, _, description = (module.__doc__ or file.stem).strip().partition("\n")
     config, colon, argument = sweep.config.partition(":")
     config = f"{file.resolve().parent.joinpath(config).resolve()}{colon}{argument}"
@@ -278,12 +288,23 @@ def _joined(parts: Sequence[dict[str, Choice]]) -> dict[str, Choice]:
     return {name: choice for part in parts for name, choice in part.items()}
 
 
-def _name(choices: Mapping[str, Choice]) -> str:
-    text = ",".join(f"{short(name)}={choice.label}" for name, choice in choices.items())
-    text = quote(text, safe=",=+")
-    if len(text) <= LONGEST_NAME:
-        return text
-    return f"{text[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+def _check_points(sweep: Sweep, path: str) -> None:
+    """Raise a UsageError unless points, and the values of a setting, differ by their labels."""
+    labelled: dict[tuple[str, str], Any] = {}
+    seen: dict[frozenset[tuple[str, str]], int] = {}
+    for point in sweep.points:
+        labels = [(name, choice.label) for name, choice in point.choices.items()]
+        for key in labels:
+            value = point.choices[key[0]].value
+            if (first := labelled.setdefault(key, value)) != value:
+                raise UsageError(
+                    f"--sweep {path}: {key[0]} has the values {first!r} and {value!r} under the "
+                    f"label {key[1]}; give them labels that differ, as axis(name, {{label: value}})"
+                )
+        if (number := seen.setdefault(frozenset(labels), point.number)) != point.number:
+            raise UsageError(
+                f"--sweep {path}: the points {number} and {point.number} are the same; drop one"
+            )
 
 
 def _label(value: Any) -> str:
