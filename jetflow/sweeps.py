@@ -1,29 +1,27 @@
-"""Sweeps: a grid of settings, its points, and the folder that keeps what was found at each.
+"""Sweeps: a grid of settings, its points, and their names.
 
 A sweep is a Python file with a function `get_sweep`. A setting is named as on the command line:
 `config.optim.lr` is one of the training, `guidance` or `step` a flag of sampling and evaluation.
 """
 
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import itertools
 import json
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from jetflow import hosts
 from jetflow.types import UsageError
-from jetflow.workdir import write_json
 
-SWEEP = "sweep.json"
 LONGEST_NAME = 120  # characters; many file systems take no more than 255 bytes
 
 
@@ -42,11 +40,15 @@ class Grid:
     points: tuple[dict[str, Choice], ...]
 
 
-def axis(name: str, values: Sequence[Any] | Mapping[str, Any]) -> Grid:
-    """A point a value; a mapping gives label → value."""
+def axis(name: str, values: Sequence[Any] | np.ndarray | Mapping[str, Any]) -> Grid:
+    """A point a value; a mapping gives label → value. NumPy's numbers become Python's.
+
+    None stands for the default of a flag.
+    """
     if isinstance(values, Mapping):
-        named = values
+        named = {label: _plain(value) for label, value in values.items()}
     else:
+        values = [_plain(value) for value in values]
         named = {_label(value): value for value in values}
         if len(named) < len(values):
             raise UsageError(f"the axis {name} has a value twice in {list(values)}; drop one")
@@ -135,14 +137,20 @@ class Sweep:
         """All settings of a point."""
         return {**self.fixed, **{name: choice.value for name, choice in point.choices.items()}}
 
-    def content(self, run: str | None) -> dict[str, Any]:
-        """What is kept of it in the folder; `run` is that given in place of trainings."""
+    def content(self, run: str | None, recipe: dict[str, Any] | None) -> dict[str, Any]:
+        """What is kept of it in the folder.
+
+        Args:
+            run: given in place of trainings, or
+            recipe: the config that the points change fields of.
+        """
         points = [
             {name: dataclasses.asdict(choice) for name, choice in point.choices.items()}
             for point in self.points
         ]
         fields = {name: getattr(self, name) for name in ("title", "description", "metrics")}
         fields |= {"config": Path(self.config).name, "run": run, "fixed": self.fixed}
+        fields["recipe"] = recipe or {}
         return json.loads(json.dumps({**fields, "pictures": self.pictures, "points": points}))
 
 
@@ -191,89 +199,6 @@ def read(path: str) -> Sweep:
     return dataclasses.replace(sweep, config=config, title=title, description=description)
 
 
-@dataclasses.dataclass(frozen=True)
-class Folder:
-    """What a sweep leaves: `sweep.json`, and each point's record and picture in `points/`."""
-
-    path: Path
-
-    def open(self, content: dict[str, Any]) -> None:
-        """Make it the folder of this sweep; one with more points than before may go on in it.
-
-        Raises:
-            UsageError: if it holds another one, or cannot be written.
-        """
-        there = self.content() if (self.path / SWEEP).exists() else None
-        if there is not None and self.records():
-            known, new = there.pop("points"), content["points"]
-            differing = [
-                f"{name} is {there.get(name)} there and {value} here"
-                for name, value in content.items()
-                if name not in ("points", "title", "description") and there.get(name) != value
-            ]
-            if new[: len(known)] != known:
-                differing.append("its points are others, or in another order (new ones go last)")
-            if differing:
-                raise UsageError(
-                    f"{self.path} holds another sweep: {'; '.join(differing)}; give another "
-                    "--workdir"
-                )
-        try:
-            write_json(self.path / SWEEP, content)
-        except OSError as error:
-            raise UsageError(
-                f"--workdir {self.path} cannot be written ({error}); give a folder that can"
-            ) from error
-
-    def content(self) -> dict[str, Any]:
-        """Of the sweep that lives there.
-
-        Raises:
-            UsageError: if there is none.
-        """
-        path = self.path / SWEEP
-        if not path.exists():
-            raise UsageError(f"no sweep in {self.path}; start one with `jetflow sweep`")
-        return json.loads(path.read_text())
-
-    def step(self, run: str | None) -> int | None:
-        """The checkpoint of a given run that the points are measured at, once that is known."""
-        there = self.content() if (self.path / SWEEP).exists() else {}
-        return there.get("fixed", {}).get("step") if there.get("run") == run else None
-
-    def record_path(self, point: Point) -> Path:
-        return self.path / "points" / f"{point.name}.json"
-
-    def is_done(self, point: Point) -> bool:
-        """Whether it was measured; a failed point is to be tried again."""
-        path = self.record_path(point)
-        return path.exists() and json.loads(path.read_text())["status"] == "done"
-
-    def records(self) -> list[dict[str, Any]]:
-        """Of all points that were measured or failed, by their numbers."""
-        found = [json.loads(path.read_text()) for path in (self.path / "points").glob("*.json")]
-        return sorted(found, key=lambda record: record["number"])
-
-    @contextlib.contextmanager
-    def locked(self, name: str, *, wait: bool) -> Iterator[bool]:
-        """Whether this process has a lock; other processes on the sweep are kept out as long.
-
-        It goes with the process, however it ends.
-        """
-        if not hosts.is_first():
-            yield hosts.agreed(False)
-            return
-        folder = self.path / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / name, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield hosts.agreed(False)
-            else:
-                yield hosts.agreed(True)
-
-
 def say(text: str) -> None:
     """Tell a person how the sweep is going."""
     if hosts.is_first():
@@ -305,6 +230,10 @@ def _check_points(sweep: Sweep, path: str) -> None:
             raise UsageError(
                 f"--sweep {path}: the points {number} and {point.number} are the same; drop one"
             )
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _label(value: Any) -> str:

@@ -29,6 +29,7 @@ FLOORS = (
         "hlo",
         "loop",
         "plan",
+        "sweep_folder",
         "sweeps",
         "throughput",
         "tpus",

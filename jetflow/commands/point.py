@@ -22,7 +22,8 @@ from jetflow.noise import Purpose, key_for
 from jetflow.report import make_grid, save_png
 from jetflow.run import set_up
 from jetflow.sampling.ancestral import draw_all, quantise
-from jetflow.sweeps import Folder, Point, Sweep, is_of_training, say
+from jetflow.sweep_folder import Folder
+from jetflow.sweeps import Point, Sweep, is_of_training, say
 from jetflow.types import UsageError
 from jetflow.workdir import Model, load_model, suffix, write_json
 
@@ -46,23 +47,33 @@ class Runner:
         self._loaded: tuple[Any, Model] | None = None
         self._likelihoods: dict[Any, list[dict[str, Any]]] = {}
 
-    def check(self) -> None:
-        """Raise a UsageError where a setting of a point is none, or is of the wrong type."""
+    def check(self, *, on_this_machine: bool) -> None:
+        """Raise a UsageError where a setting of a point is none, or is of the wrong type.
+
+        Args:
+            on_this_machine: or if the points do not fit its devices.
+        """
         for point in self._sweep.points:
             settings = self._sweep.settings(point)
             try:
                 if self._run is None:
-                    self._parse_training(point, Path("unused"))
+                    self._parse_training(settings, Path("unused"))
                 elif of_training := [name for name in point.choices if is_of_training(name)]:
                     raise UsageError(f"{of_training[0]} is swept, so --run cannot be given")
                 known = {*self._parse(evaluate, {}), *self._parse(sample, {})}
                 for name in settings:
                     if not is_of_training(name) and name not in known:
                         raise UsageError(f"{name} is no flag of `jetflow evaluate` or `sample`")
-                evaluate.check(self._parse(evaluate, settings))
+                values = self._parse(evaluate, settings)
+                if on_this_machine:
+                    evaluate.check(values)
                 self._parse(sample, settings)
             except UsageError as error:
                 raise UsageError(f"point {point.name}: {error}") from error
+
+    def recipe(self) -> dict[str, Any] | None:
+        """The config that trainings change fields of; none where a run is given."""
+        return None if self._run else self._parse_training({}, Path("unused")).config.to_dict()
 
     def pinned(self, known: int | None) -> Sweep:
         """The sweep with the checkpoint of the given run fixed at all points that name none.
@@ -175,7 +186,8 @@ class Runner:
     def _go_on_training(self, point: Point, workdir: Path) -> None:
         load = functools.partial(pipeline.load, data_dir=self._data_dir)
         with self._folder.locked(f"run,{point.run_name}", wait=True):
-            status = loop.train(set_up(self._parse_training(point, workdir).config, load), workdir)
+            values = self._parse_training(self._sweep.settings(point), workdir)
+            status = loop.train(set_up(values.config, load), workdir)
         if status == loop.DIVERGED:
             raise UsageError(f"the training diverged, see {workdir}/metrics.jsonl; lower its rate")
         if status:
@@ -243,9 +255,10 @@ class Runner:
         images = np.concatenate([quantise(batch.pixels, kind) for batch in drawn])
         return make_grid(images, square_rows(num))
 
-    def _parse_training(self, point: Point, workdir: Path) -> flags.FlagValues:
-        settings = self._sweep.settings(point)
+    def _parse_training(self, settings: Mapping[str, Any], workdir: Path) -> flags.FlagValues:
         chosen = {name: value for name, value in settings.items() if is_of_training(name)}
+        if missing := [name for name, value in chosen.items() if value is None]:
+            raise UsageError(f"{missing[0]} is None; give a value, or leave the field out")
         arguments = [f"--{name}={value}" for name, value in chosen.items()]
         argv = ["train", "--config", self._sweep.config, *arguments, "--workdir", str(workdir)]
         values = flags.FlagValues()
@@ -257,7 +270,8 @@ class Runner:
         """The flags of a command with those settings that it has."""
         values = flags.FlagValues()
         command.define(values, [])
-        given = {name: value for name, value in settings.items() if name in values}
+        given = {name: value for name, value in settings.items()
+                 if name in values and value is not None}  # fmt: skip
         if command is evaluate:
             given["metrics"] = ",".join(self._sweep.metrics)
         if self._data_dir is not None:
