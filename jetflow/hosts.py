@@ -4,16 +4,20 @@ Every process runs the same program on its own devices. The first one alone writ
 """
 
 import contextlib
+import fcntl
+import functools
 import os
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from jetflow.types import UsageError
@@ -107,8 +111,12 @@ def _join() -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return jax.process_index() == 0
+    """Whether this process is the one that writes and prints.
+
+    Asks for no device where there is one process: a command that computes nothing must not wait for
+    an accelerator that a training holds.
+    """
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def agreed(value: T) -> T:
@@ -126,6 +134,36 @@ def agreed_numbers(numbers: Sequence[int]) -> list[int]:
     if is_first():
         mine[:] = numbers
     return [int(number) for number in multihost_utils.broadcast_one_to_all(mine)]
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this process has the lock of a file: all others are kept out as long.
+
+    Other processes of this run, too: the first one alone should ask. The lock goes with the
+    process, however it ends. On a disk without locks, as some network disks are, every process has
+    it, and the user is warned to start only one.
+
+    Args:
+        wait: until it is free; else the answer may be no.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with open(path, "w") as file:
+        mine = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            mine = False
+        except OSError as error:
+            _warn_of_no_locks(path.parent, str(error))
+        yield mine
+
+
+@functools.cache  # once a folder
+def _warn_of_no_locks(folder: Path, error: str) -> None:
+    logging.warning("%s cannot be locked (%s): start no other process there", folder, error)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,28 +1,27 @@
-"""Sweeps: a grid of settings, its points, and the folder that keeps what was found at each.
+"""Sweeps: a grid of settings, its points, and their names.
 
 A sweep is a Python file with a function `get_sweep`. A setting is named as on the command line:
 `config.optim.lr` is one of the training, `guidance` or `step` a flag of sampling and evaluation.
 """
 
-import contextlib
+import collections
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import itertools
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from jetflow import hosts
 from jetflow.types import UsageError
-from jetflow.workdir import write_json
 
-SWEEP = "sweep.json"
 LONGEST_NAME = 120  # characters; many file systems take no more than 255 bytes
 
 
@@ -41,11 +40,15 @@ class Grid:
     points: tuple[dict[str, Choice], ...]
 
 
-def axis(name: str, values: Sequence[Any] | Mapping[str, Any]) -> Grid:
-    """A point a value; a mapping gives label → value."""
+def axis(name: str, values: Sequence[Any] | np.ndarray | Mapping[str, Any]) -> Grid:
+    """A point a value; a mapping gives label → value. NumPy's numbers become Python's.
+
+    None stands for the default of a flag.
+    """
     if isinstance(values, Mapping):
-        named = values
+        named = {label: _plain(value) for label, value in values.items()}
     else:
+        values = [_plain(value) for value in values]
         named = {_label(value): value for value in values}
         if len(named) < len(values):
             raise UsageError(f"the axis {name} has a value twice in {list(values)}; drop one")
@@ -78,21 +81,29 @@ class Point:
     Attributes:
         number: its place in the grid, from 0.
         choices: its settings by name.
+        names: what each setting of the sweep is called.
     """
 
     number: int
     choices: Mapping[str, Choice]
+    names: Mapping[str, str]
 
     @property
     def name(self) -> str:
         """For people and files: "003,guidance=0.5,denoise=True"."""
-        return f"{self.number:03d},{_name(self.choices)}"
+        return f"{self.number:03d},{self._called(self.choices)}"
 
     @property
     def run_name(self) -> str:
-        """Of the training that the point needs, which others may share."""
-        chosen = {name: one for name, one in self.choices.items() if is_of_training(name)}
-        return _name(chosen) or "run"
+        """Of the training that the point needs, which points of no other settings share."""
+        return self._called(filter(is_of_training, self.choices)) or "run"
+
+    def _called(self, settings: Iterable[str]) -> str:
+        parts = (f"{self.names[name]}={quote(self.choices[name].label, '+')}" for name in settings)
+        text = ",".join(parts)
+        if len(text) <= LONGEST_NAME:
+            return text
+        return f"{text[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,20 +130,27 @@ class Sweep:
 
     @property
     def points(self) -> list[Point]:
-        return [Point(number, choices) for number, choices in enumerate(self.grid.points)]
+        names = short_names(name for choices in self.grid.points for name in choices)
+        return [Point(number, choices, names) for number, choices in enumerate(self.grid.points)]
 
     def settings(self, point: Point) -> dict[str, Any]:
         """All settings of a point."""
         return {**self.fixed, **{name: choice.value for name, choice in point.choices.items()}}
 
-    def content(self, run: str | None) -> dict[str, Any]:
-        """What is kept of it in the folder; `run` is that given in place of trainings."""
+    def content(self, run: str | None, recipe: dict[str, Any] | None) -> dict[str, Any]:
+        """What is kept of it in the folder.
+
+        Args:
+            run: given in place of trainings, or
+            recipe: the config that the points change fields of.
+        """
         points = [
             {name: dataclasses.asdict(choice) for name, choice in point.choices.items()}
             for point in self.points
         ]
         fields = {name: getattr(self, name) for name in ("title", "description", "metrics")}
         fields |= {"config": Path(self.config).name, "run": run, "fixed": self.fixed}
+        fields["recipe"] = recipe or {}
         return json.loads(json.dumps({**fields, "pictures": self.pictures, "points": points}))
 
 
@@ -140,9 +158,14 @@ def is_of_training(name: str) -> bool:
     return name.startswith("config.")
 
 
-def short(name: str) -> str:
-    """A setting's name without its section."""
-    return name.rpartition(".")[2]
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """What settings are called beside each other: the shortest ends that no two of them share."""
+    parts = {name: name.split(".") for name in names}
+    ends = {name: [".".join(part[i:]) for i in reversed(range(len(part)))]
+            for name, part in parts.items()}  # fmt: skip
+    count = collections.Counter(itertools.chain.from_iterable(ends.values()))
+    return {name: next((end for end in mine if count[end] == 1), name)
+            for name, mine in ends.items()}  # fmt: skip
 
 
 def read(path: str) -> Sweep:
@@ -168,99 +191,12 @@ def read(path: str) -> Sweep:
         raise UsageError(f"--sweep {path}{where}: {type(error).__name__}: {error}") from error
     if not isinstance(sweep, Sweep) or not sweep.grid.points or not sweep.metrics:
         raise UsageError(f"--sweep {path}: get_sweep() must return a Sweep with points and metrics")
-    seen: dict[str, int] = {}
-    for point in sweep.points:
-        if (first := seen.setdefault(_name(point.choices), point.number)) != point.number:
-            raise UsageError(
-                f"--sweep {path}: the points {first} and {point.number} are the same; drop one"
-            )
+    _check_points(sweep, path)
     title, _, description = (module.__doc__ or file.stem).strip().partition("\n")
     config, colon, argument = sweep.config.partition(":")
     config = f"{file.resolve().parent.joinpath(config).resolve()}{colon}{argument}"
     description = " ".join(description.split())
     return dataclasses.replace(sweep, config=config, title=title, description=description)
-
-
-@dataclasses.dataclass(frozen=True)
-class Folder:
-    """What a sweep leaves: `sweep.json`, and each point's record and picture in `points/`."""
-
-    path: Path
-
-    def open(self, content: dict[str, Any]) -> None:
-        """Make it the folder of this sweep; one with more points than before may go on in it.
-
-        Raises:
-            UsageError: if it holds another one, or cannot be written.
-        """
-        there = self.content() if (self.path / SWEEP).exists() else None
-        if there is not None and self.records():
-            known, new = there.pop("points"), content["points"]
-            differing = [
-                f"{name} is {there.get(name)} there and {value} here"
-                for name, value in content.items()
-                if name not in ("points", "title", "description") and there.get(name) != value
-            ]
-            if new[: len(known)] != known:
-                differing.append("its points are others, or in another order (new ones go last)")
-            if differing:
-                raise UsageError(
-                    f"{self.path} holds another sweep: {'; '.join(differing)}; give another "
-                    "--workdir"
-                )
-        try:
-            write_json(self.path / SWEEP, content)
-        except OSError as error:
-            raise UsageError(
-                f"--workdir {self.path} cannot be written ({error}); give a folder that can"
-            ) from error
-
-    def content(self) -> dict[str, Any]:
-        """Of the sweep that lives there.
-
-        Raises:
-            UsageError: if there is none.
-        """
-        path = self.path / SWEEP
-        if not path.exists():
-            raise UsageError(f"no sweep in {self.path}; start one with `jetflow sweep`")
-        return json.loads(path.read_text())
-
-    def record_path(self, point: Point) -> Path:
-        return self.path / "points" / f"{point.name}.json"
-
-    def is_done(self, point: Point) -> bool:
-        """Whether it was measured; a failed point is to be tried again."""
-        path = self.record_path(point)
-        return path.exists() and json.loads(path.read_text())["status"] == "done"
-
-    def missing(self) -> int:
-        """Points that were neither measured nor failed."""
-        return len(self.content()["points"]) - len(self.records())
-
-    def records(self) -> list[dict[str, Any]]:
-        """Of all points that were measured or failed, by their numbers."""
-        found = [json.loads(path.read_text()) for path in (self.path / "points").glob("*.json")]
-        return sorted(found, key=lambda record: record["number"])
-
-    @contextlib.contextmanager
-    def locked(self, name: str, *, wait: bool) -> Iterator[bool]:
-        """Whether this process has a lock; other processes on the sweep are kept out as long.
-
-        It goes with the process, however it ends.
-        """
-        if not hosts.is_first():
-            yield hosts.agreed(False)
-            return
-        folder = self.path / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / name, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield hosts.agreed(False)
-            else:
-                yield hosts.agreed(True)
 
 
 def say(text: str) -> None:
@@ -277,12 +213,27 @@ def _joined(parts: Sequence[dict[str, Choice]]) -> dict[str, Choice]:
     return {name: choice for part in parts for name, choice in part.items()}
 
 
-def _name(choices: Mapping[str, Choice]) -> str:
-    text = ",".join(f"{short(name)}={choice.label}" for name, choice in choices.items())
-    text = quote(text, safe=",=+")
-    if len(text) <= LONGEST_NAME:
-        return text
-    return f"{text[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+def _check_points(sweep: Sweep, path: str) -> None:
+    """Raise a UsageError unless points, and the values of a setting, differ by their labels."""
+    labelled: dict[tuple[str, str], Any] = {}
+    seen: dict[frozenset[tuple[str, str]], int] = {}
+    for point in sweep.points:
+        labels = [(name, choice.label) for name, choice in point.choices.items()]
+        for key in labels:
+            value = point.choices[key[0]].value
+            if (first := labelled.setdefault(key, value)) != value:
+                raise UsageError(
+                    f"--sweep {path}: {key[0]} has the values {first!r} and {value!r} under the "
+                    f"label {key[1]}; give them labels that differ, as axis(name, {{label: value}})"
+                )
+        if (number := seen.setdefault(frozenset(labels), point.number)) != point.number:
+            raise UsageError(
+                f"--sweep {path}: the points {number} and {point.number} are the same; drop one"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _label(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,6 @@ from typing import Any
 from urllib.parse import quote
 
 import jax
-from absl import logging
 from jax.sharding import Mesh
 
 from jetflow import hosts, sharding
@@ -137,21 +135,15 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / LOCK, "w")  # noqa: SIM115
+        (workdir / LOCK).touch()
     except OSError as error:
         raise UsageError(
             f"--workdir {workdir} cannot be written ({error}); give a folder that can"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with hosts.locked(workdir / LOCK, wait=False) as mine:
+        if not mine:
             raise UsageError(
                 f"another process trains in {workdir}; wait for its end, or give another --workdir"
-            ) from error
-        except OSError as error:  # some network disks have no locks
-            logging.warning(
-                "%s cannot be locked (%s): start no other training there", workdir, error
             )
         if existing != config:
             write_json(workdir / CONFIG, config)

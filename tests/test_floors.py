@@ -30,6 +30,7 @@ FLOORS = (
         "loop",
         "plan",
         "stop",
+        "sweep_folder",
         "sweeps",
         "throughput",
         "tpus",

@@ -1,6 +1,8 @@
 """Several processes: two of four CPU devices each, joined over the loopback."""
 
+import errno
 import fcntl
+import functools
 import json
 import re
 import shutil
@@ -107,6 +109,25 @@ def test_a_process_says_that_it_waits(monkeypatch, capsys):
     with hosts.joined():
         pass
     assert "still waiting for the other processes" in capsys.readouterr().err
+
+
+def test_a_lock_keeps_others_out(tmp_path):
+    lock = functools.partial(hosts.locked, tmp_path / "lock")
+    with lock(wait=False) as mine, lock(wait=False) as another:
+        assert mine and not another
+    with lock(wait=True) as mine:
+        assert mine
+
+
+def test_a_disk_without_locks_keeps_nobody_out(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for name in ("one", "other"):
+        with hosts.locked(tmp_path / name, wait=True) as mine:
+            assert mine
+    assert caplog.text.count(f"{tmp_path} cannot be locked ([Errno 37] No locks") == 1
 
 
 def test_lists_are_those_of_the_first_process():

@@ -9,6 +9,7 @@ import shutil
 import html_page
 import numpy as np
 import pytest
+import tiny_runs
 
 from jetflow import cli, environment
 from jetflow.page import svg
@@ -17,6 +18,7 @@ from jetflow.page.content import HeatMap, Lines, Page, Section, Series, Spot, Ta
 from jetflow.page.html import render
 from jetflow.page.sweep import sweep_page
 from jetflow.report import read_metrics, save_png
+from jetflow.sweeps import Sweep, axis, chain, product
 from jetflow.workdir import write_json
 
 
@@ -164,6 +166,50 @@ def test_sweep_as_csv(sweep, capsys):
     assert [row["fid"] for row in rows] == ["15.0", "14.0", "10.0", "9.0", "", ""]
     assert [row["config.tied"] for row in rows] == ["p", "q"] * 3
     assert rows[4]["error"] == "it was <bad>" and rows[0]["accuracy_standard_error"] == "0.003"
+
+
+def test_the_step_is_shown_where_points_differ_in_it(sweep):
+    table = sweep_page(sweep).table
+    assert table is not None and "step" not in table.header
+    for step, path in enumerate((sweep / "points").glob("*.json")):
+        write_json(path, json.loads(path.read_text()) | {"step": step})
+    table = sweep_page(sweep).table
+    assert table is not None and table.header[-2:] == ["step", "status"]
+
+
+def test_a_chain_has_all_points_on_its_map(tmp_path, capsys):
+    """Those without the axis of the columns in a column of their own, without it in the plots."""
+    grid = chain(product(axis("a", [1, 2, 3]), axis("b", [4, 5])), axis("b", [6]), axis("c", [7]))
+    write_json(tmp_path / "sweep.json", Sweep(grid, ("fid",), "c.py").content(None, None))
+    for i in range(8):
+        record = {"number": i, "name": "", "status": "done", "seconds": 1.0}
+        record |= {"environment": {}, "metrics": {"fid": 8.25 - i}}
+        write_json(tmp_path / "points" / f"{i}.json", record)
+    text = report(capsys, tmp_path, "--format=md")
+    everything = text.partition("### fid: all points")[2].partition("###")[0]
+    assert "| 1 | 2 | 3 | – |" in everything
+    assert [everything.count(f"{8.25 - i}") for i in range(8)] == [1] * 8
+
+
+def test_axes_are_called_by_names_that_differ():
+    point = {"config.train.seed": {"value": 1, "label": "1"}, "seed": {"value": 1, "label": "1"}}
+    other = point | {"seed": {"value": 2, "label": "2"}}
+    third = other | {"config.train.seed": {"value": 2, "label": "2"}}
+    assert [one.name for one in axes([point, other, third])] == ["train.seed", "seed"]
+
+
+def test_an_error_of_lines_is_one_row(sweep, capsys):
+    path = sweep / "points" / "004,point.json"
+    write_json(path, json.loads(path.read_text()) | {"error": "first |\nsecond"})
+    assert "| 004,point | first \\| second |" in report(capsys, sweep, "--format=md")
+
+
+def test_a_page_asks_for_no_accelerator(sweep):
+    """Which a training may hold."""
+    process = tiny_runs.start(["report", str(sweep)], JAX_PLATFORMS="tpu")
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 0 and out == f"{sweep}/report.html\n", said
+    assert not (sweep / "report.html.tmp").exists()
 
 
 def test_sweep_as_markdown(sweep, capsys):

@@ -14,7 +14,7 @@ import tiny_runs
 from jetflow import cli, workdir
 from jetflow.commands import drawn
 from jetflow.data import pipeline
-from jetflow.evals import inception, reference, statistics, weights
+from jetflow.evals import inception, reference
 from jetflow.evals.features import _program, images_of
 from jetflow.types import UsageError
 
@@ -24,11 +24,7 @@ STEP = tiny_runs.STEPS
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The small network for the FID's own."""
-    monkeypatch.setattr(inception, "activations", small_network.activations)
-    monkeypatch.setattr(weights, "load", lambda path=None: small_network.network(path or "a"))
-    for name, size in small_network.SIZES.items():
-        monkeypatch.setitem(statistics.SIZES, name, size)
-    _program.cache_clear()
+    small_network.install(monkeypatch)
     yield
     _program.cache_clear()
 

@@ -2,18 +2,23 @@
 
 import csv
 import fcntl
+import re
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import html_page
+import jax
+import numpy as np
 import pytest
 import tiny_runs
 
-from jetflow import cli, sweeps
+from jetflow import cli, loop, sweeps
 from jetflow.commands import evaluate, point
-from jetflow.sweeps import Folder, Sweep, axis, chain, product, together
+from jetflow.sweep_folder import Folder
+from jetflow.sweeps import Sweep, axis, chain, product, together
 from jetflow.types import UsageError
 
 SHIPPED = sorted((tiny_runs.ROOT / "configs" / "sweeps").glob("*.py"))
@@ -73,14 +78,39 @@ def test_names():
     assert first.name == "000,kinds=4%3A1,guidance=0.5"
     assert second.name == "001,kinds=4%3A1,guidance=2"
     assert first.run_name == second.run_name == "kinds=4%3A1"
-    long = [sweeps.Point(0, {"x": sweeps.Choice(0, "y" * 500 + end)}).name for end in "ab"]
+    labels = ["y" * 500 + end for end in "ab"]
+    long = [sweeps.Point(0, {"x": sweeps.Choice(0, label)}, {"x": "x"}).name for label in labels]
     assert long[0] != long[1] and max(map(len, long)) < 150
+    tricky = axis("a", {"1,b=2": 0}), product(axis("a", {"1": 1}), axis("b", {"2": 2}))
+    first, second = Sweep(chain(*tricky), ("bpd",), "x.py").points
+    assert first.name.partition(",")[2] != second.name.partition(",")[2]
+
+
+def test_names_are_as_short_as_they_can_be_within_a_sweep():
+    grid = product(
+        axis("config.train.seed", [1]), axis("seed", [2]),
+        axis("config.flow.depth", [3]), axis("config.optim.depth", [4]),
+        axis("config.optim.lr", [5]),
+    )  # fmt: skip
+    (only,) = Sweep(grid, ("bpd",), "x.py").points
+    trained = ["train.seed=1", "flow.depth=3", "optim.depth=4", "lr=5"]
+    assert only.run_name.split(",") == trained
+    assert only.name.split(",") == ["000", trained[0], "seed=2", *trained[1:]]
+
+
+def test_values_of_numpy_are_plain():
+    grid = product(axis("step", np.arange(3)), axis("x", {"half": np.float32(0.5)}))
+    content = Sweep(grid, ("bpd",), "x.py").content(None, None)
+    assert content["points"][2] == {
+        "step": {"value": 2, "label": "2"},
+        "x": {"value": 0.5, "label": "half"},
+    }
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_sweeps_can_run(path, tmp_path):
     sweep = sweeps.read(str(path))
-    point.Runner(sweep, Folder(tmp_path), run=None, data_dir=None).check()
+    point.Runner(sweep, Folder(tmp_path), run=None, data_dir=None).check(on_this_machine=True)
     assert len(sweep.points) >= 4
     assert len(sweep.title) > 20 and sweep.description
     assert not list(tmp_path.iterdir())
@@ -98,6 +128,16 @@ BAD_FILES = {
     "point twice": (
         POINTS.replace("product(", "chain(axis('seed', [3]), ").replace("import", "import chain,"),
         "the points 0 and 3 are the same",
+    ),
+    "label twice": (
+        POINTS.replace("product(", "chain(axis('seed', {'3': 5}), ").replace(
+            "import", "import chain,"
+        ),
+        "seed has the values 5 and 3 under the label 3",
+    ),
+    "no value of a field": (
+        POINTS.replace('"draws", [1, 2]', '"config.optim.lr", [None]'),
+        "config.optim.lr is None",
     ),
     "unknown flag": (POINTS.replace('"seed"', '"sead"'), "sead is no flag of"),
     "unknown metric": (POINTS.replace("noised_bpd", "fit"), "--metrics has 'fit'"),
@@ -261,6 +301,20 @@ def test_shards_and_printed_commands_cover_the_sweep(sweep, uninterrupted, capsy
     assert table(sweep.workdir, capsys) == table(uninterrupted, capsys)
 
 
+def test_commands_are_printed_for_another_machine(sweep, capsys):
+    assert sweep("--fix=mesh=data=64") == 2
+    assert sweep("--fix=mesh=data=64", "--print") == 0
+    assert capsys.readouterr().out.count("--fix=mesh=data=64") == 4
+    assert not sweep.workdir.exists()
+
+
+def test_none_is_the_default_of_a_flag(sweep):
+    sweep.path.write_text(sweep.path.read_text().replace("[1, 2]", "[1, None]"))
+    assert sweep("--point=2") == 0
+    (record,) = sweep.records()
+    assert record["settings"]["draws"] == "None" and record["results"][0]["draws"] == 2
+
+
 def test_a_point_that_another_process_is_at_is_left_to_it(sweep, capsys):
     name = "001,draws=1,seed=4"
     (sweep.workdir / "locks").mkdir(parents=True)
@@ -275,7 +329,7 @@ def test_a_folder_holds_one_sweep(sweep, capsys):
     assert sweep("--point=0") == 0
     before = (sweep.workdir / "sweep.json").read_bytes()
     for more, message in (
-        (["--fix=split=train"], "fixed is"),
+        (["--fix=split=train"], "fixed.split is None there and train here"),
         ([], "its points are others"),
     ):
         if not more:
@@ -289,6 +343,21 @@ def test_a_folder_holds_one_sweep(sweep, capsys):
     sweep.path.write_text(text)
     assert sweep("--point=5") == 0
     assert [record["number"] for record in sweep.records()] == [0, 5]
+
+
+def test_all_points_measure_one_checkpoint(sweep, tmp_path, capsys):
+    """Also where the run is trained on in between, and not where that one is gone."""
+    sweep.run = shutil.copytree(sweep.run, tmp_path / "run")
+    checkpoints = sweep.run / "checkpoints"
+    shutil.move(checkpoints / "12", tmp_path / "12")
+    assert sweep("--point=0") == 0
+    shutil.move(tmp_path / "12", checkpoints / "12")
+    assert sweep("--point=1") == 0
+    assert [record["step"] for record in sweep.records()] == [10, 10]
+    shutil.rmtree(checkpoints / "10")
+    assert sweep("--point=2") == 2
+    assert "no checkpoint of step 10" in capsys.readouterr().err
+    assert len(sweep.records()) == 2
 
 
 # Sweeps that train.
@@ -321,6 +390,63 @@ def test_a_sweep_trains_each_run_once(tmp_path, capsys, compilation_cache):
     page = html_page.read((workdir / "report.html").read_text())
     assert "Where the configs of the runs differ" in page.text and "flow.net" in page.text
     assert cli.main(["report", str(workdir / "runs" / "net=vit")]) == 0
+
+
+def test_a_folder_is_that_of_a_sweep_before_it_has_points(tmp_path):
+    folder = Folder(tmp_path)
+    content = Sweep(axis("a", [1]), ("bpd",), "x.py").content(None, None)
+    folder.open(content)
+    folder.open(content | {"title": "Another title"})
+    with pytest.raises(UsageError, match="holds another sweep: run is None there and r here"):
+        folder.open(content | {"run": "r"})
+
+
+def test_an_edited_config_is_another_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "train", lambda *_: loop.DIVERGED)
+    monkeypatch.chdir(tiny_runs.ROOT)
+    config, path, workdir = tmp_path / "recipe.py", training_sweep(tmp_path), tmp_path / "swept"
+    path.write_text(re.sub(r"'\S+photos_jet.py'", f"'{config}'", path.read_text()))
+    recipe = (
+        "from configs import photos_jet\n\n\ndef get_config():\n"
+        "    config = photos_jet.get_config()\n    config.optim.b2 = 0.9\n    return config\n"
+    )
+    config.write_text(recipe)
+    arguments = ["sweep", "--sweep", str(path), "--workdir", str(workdir), "--point=0"]
+    assert cli.main(arguments) == 1
+    config.write_text(recipe.replace("0.9", "0.8"))
+    assert cli.main(arguments) == 2
+    assert "recipe.optim.b2 is 0.9 there and 0.8 here" in capsys.readouterr().err
+
+
+def test_a_failed_training_is_tried_once_a_command(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def train(run, workdir):
+        tried.append(workdir.name)
+        return loop.DIVERGED
+
+    monkeypatch.setattr(loop, "train", train)
+    path, workdir = training_sweep(tmp_path), tmp_path / "swept"
+    for count in (1, 2):
+        assert cli.main(["sweep", "--sweep", str(path), "--workdir", str(workdir)]) == 1
+        assert tried == ["net=vit", "net=conv"] * count
+    assert ["diverged" in record["error"] for record in Folder(workdir).records()] == [True] * 4
+
+
+@pytest.mark.parametrize("error", [UsageError, RuntimeError])
+def test_a_failure_ends_processes_that_are_joined(error, sweep, monkeypatch):
+    """Others may wait for the one that failed; `hosts.joined` ends them."""
+
+    def fail(*_):
+        raise error("no luck")
+
+    folder = Folder(sweep.workdir)
+    runner = point.Runner(sweeps.read(str(sweep.path)), folder, run=str(sweep.run), data_dir=None)
+    monkeypatch.setattr(evaluate, "measure", fail)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(error, match="no luck"):
+        runner.go(sweeps.read(str(sweep.path)).points[0])
+    assert not folder.records()
 
 
 @pytest.mark.slow

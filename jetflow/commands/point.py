@@ -1,5 +1,6 @@
 """A point of a sweep: the run that it needs, trained where it is not, then measured and shown."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -21,9 +22,10 @@ from jetflow.noise import Purpose, key_for
 from jetflow.report import make_grid, save_png
 from jetflow.run import set_up
 from jetflow.sampling.ancestral import draw_all, quantise
-from jetflow.sweeps import Folder, Point, Sweep, is_of_training, say
+from jetflow.sweep_folder import Folder
+from jetflow.sweeps import Point, Sweep, is_of_training, say
 from jetflow.types import UsageError
-from jetflow.workdir import Model, load_model, write_json
+from jetflow.workdir import Model, load_model, suffix, write_json
 
 
 class Stopped(Exception):
@@ -41,11 +43,16 @@ class Runner:
         self._sweep, self._folder, self._data_dir = sweep, folder, data_dir
         self._run = run
         self._trained: set[str] = set()
+        self._untrained: dict[str, str] = {}  # and why: tried once for all points that share it
         self._loaded: tuple[Any, Model] | None = None
         self._likelihoods: dict[Any, list[dict[str, Any]]] = {}
 
-    def check(self) -> None:
-        """Raise a UsageError where a setting of a point is none, or is of the wrong type."""
+    def check(self, *, on_this_machine: bool) -> None:
+        """Raise a UsageError where a setting of a point is none, or is of the wrong type.
+
+        Args:
+            on_this_machine: or if the points do not fit its devices.
+        """
         known = {*self._parse(evaluate, {}), *self._parse(sample, {})}
         runs = set()
         for point in self._sweep.points:
@@ -55,15 +62,42 @@ class Runner:
                 if self._run is not None and of_training:
                     raise UsageError(f"{of_training[0]} is swept, so --run cannot be given")
                 if self._run is None and point.run_name not in runs:
-                    self._parse_training(point, Path("unused"))
+                    self._parse_training(settings, Path("unused"))
                     runs.add(point.run_name)
                 for name in settings:
                     if not is_of_training(name) and name not in known:
                         raise UsageError(f"{name} is no flag of `jetflow evaluate` or `sample`")
-                evaluate.check(self._parse(evaluate, settings))
+                values = self._parse(evaluate, settings)
+                if on_this_machine:
+                    evaluate.check(values)
                 self._parse(sample, settings)
             except UsageError as error:
                 raise UsageError(f"point {point.name}: {error}") from error
+
+    def recipe(self) -> dict[str, Any] | None:
+        """The config that trainings change fields of; none where a run is given."""
+        return None if self._run else self._parse_training({}, Path("unused")).config.to_dict()
+
+    def pinned(self, known: int | None) -> Sweep:
+        """The sweep with the checkpoint of the given run fixed at all points that name none.
+
+        So that a run that is trained on, or another process that starts later, mixes no two.
+
+        Args:
+            known: the step that the folder of the sweep was begun with.
+
+        Raises:
+            UsageError: if the run has no sound checkpoint, or that step no more.
+        """
+        open_points = [p for p in self._sweep.points if "step" not in self._sweep.settings(p)]
+        if self._run is None or not open_points:
+            return self._sweep
+        mesh = commands.mesh(self._parse(evaluate, self._sweep.settings(open_points[0])))
+        model = load_model(Path(self._run), known, mesh)
+        self._loaded = (Path(self._run), model.step, mesh), model
+        fixed = {**self._sweep.fixed, "step": model.step}
+        self._sweep = dataclasses.replace(self._sweep, fixed=fixed)
+        return self._sweep
 
     def go_through(self, points: list[Point]) -> tuple[int, int]:
         """Measure those points that were not yet measured, and that no other process is at.
@@ -82,7 +116,11 @@ class Runner:
         return failed, elsewhere
 
     def go(self, point: Point) -> bool:
-        """Measure a point and write its record; whether it went well."""
+        """Measure a point and write its record; whether it went well.
+
+        Of several processes that are joined, a failure ends all: one may have failed alone, and the
+        others wait for it.
+        """
         start = time.perf_counter()
         record = {
             "number": point.number,
@@ -91,13 +129,14 @@ class Runner:
         }
         try:
             record |= {"status": "done", **self._measure(point)}
-        except UsageError as error:
-            record |= {"status": "failed", "error": str(error)}
+        except Stopped:
+            raise
         except Exception as error:
-            if isinstance(error, Stopped) or jax.process_count() > 1:
-                raise  # the other processes may wait for this one
-            traceback.print_exc()
-            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            if jax.process_count() > 1:
+                raise
+            if not isinstance(error, UsageError):
+                traceback.print_exc()
+            record |= {"status": "failed", "error": _told(error)}
         record["seconds"] = time.perf_counter() - start
         record["environment"] = environment.describe()
         write_json(self._folder.record_path(point), record)
@@ -131,18 +170,31 @@ class Runner:
 
     def _train(self, point: Point) -> Path:
         """The workdir of the point's run, when its training has ended."""
-        workdir = self._folder.path / "runs" / point.run_name
-        if point.run_name in self._trained:
+        name = point.run_name
+        workdir = self._folder.path / "runs" / name
+        if name in self._untrained:
+            raise UsageError(self._untrained[name])
+        if name in self._trained:
             return workdir
+        try:
+            self._go_on_training(point, workdir)
+        except Stopped:
+            raise
+        except Exception as error:
+            self._untrained[name] = _told(error)
+            raise
+        self._trained.add(name)
+        return workdir
+
+    def _go_on_training(self, point: Point, workdir: Path) -> None:
         load = functools.partial(pipeline.load, data_dir=self._data_dir)
         with self._folder.locked(f"run,{point.run_name}", wait=True):
-            status = loop.train(set_up(self._parse_training(point, workdir).config, load), workdir)
+            values = self._parse_training(self._sweep.settings(point), workdir)
+            status = loop.train(set_up(values.config, load), workdir)
         if status == loop.DIVERGED:
             raise UsageError(f"the training diverged, see {workdir}/metrics.jsonl; lower its rate")
         if status:
             raise Stopped(status)
-        self._trained.add(point.run_name)
-        return workdir
 
     def _load(self, workdir: Path, step: int | None, mesh: Mesh) -> Model:
         key = workdir, step, mesh
@@ -171,12 +223,24 @@ class Runner:
         return asked.index(metric) if metric in asked else parts[0]
 
     def _make_reference(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> None:
-        """The reference of the sweep: one for all points, made by the first that needs it."""
+        """The reference of the point, made by the first that needs it.
+
+        One for all points that compare with as many features, by one network, of the same data.
+        """
         if values.reference is not None:
             return
-        path = self._folder.path / "reference.npz"
+        data = model.config["data"]
+        settings = {
+            "data": values.reference_data or data["name"],
+            "split": values.reference_split or data["train_split"],
+            "num_features": values.num_features,
+            "inception_weights": values.inception_weights,
+        }
+        defaults = {name: values[name].default for name in ("num_features", "inception_weights")}
+        name = f"reference{suffix(settings, defaults)}.npz"
+        path = self._folder.path / name
         values.reference = str(path)
-        with self._folder.locked("reference", wait=True):
+        with self._folder.locked(name, wait=True):
             if not hosts.agreed(path.exists()):
                 made = _with(values, metrics=None, make_reference=True)
                 evaluate.measure(made, model, mesh)
@@ -194,9 +258,10 @@ class Runner:
         images = np.concatenate([quantise(batch.pixels, kind) for batch in drawn])
         return make_grid(images, square_rows(num))
 
-    def _parse_training(self, point: Point, workdir: Path) -> flags.FlagValues:
-        settings = self._sweep.settings(point)
+    def _parse_training(self, settings: Mapping[str, Any], workdir: Path) -> flags.FlagValues:
         chosen = {name: value for name, value in settings.items() if is_of_training(name)}
+        if missing := [name for name, value in chosen.items() if value is None]:
+            raise UsageError(f"{missing[0]} is None; give a value, or leave the field out")
         arguments = [f"--{name}={value}" for name, value in chosen.items()]
         argv = ["train", "--config", self._sweep.config, *arguments, "--workdir", str(workdir)]
         values = flags.FlagValues()
@@ -208,7 +273,8 @@ class Runner:
         """The flags of a command with those settings that it has."""
         values = flags.FlagValues()
         command.define(values, [])
-        given = {name: value for name, value in settings.items() if name in values}
+        given = {name: value for name, value in settings.items()
+                 if name in values and value is not None}  # fmt: skip
         if command is evaluate:
             given["metrics"] = ",".join(self._sweep.metrics)
         if self._data_dir is not None:
@@ -216,6 +282,10 @@ class Runner:
         argv = [command.__name__.rpartition(".")[2]]
         config.parse(values, argv + [f"--{name}={value}" for name, value in given.items()])
         return values
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
 
 
 def _with(values: flags.FlagValues, **changed: Any) -> flags.FlagValues:

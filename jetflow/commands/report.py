@@ -1,5 +1,6 @@
 """`jetflow report`: one page of a run or a sweep."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from jetflow.page.content import Page
 from jetflow.page.html import render
 from jetflow.page.run import run_page
 from jetflow.page.sweep import sweep_page
-from jetflow.sweeps import SWEEP
+from jetflow.sweep_folder import SWEEP
 from jetflow.types import UsageError
 
 USAGE = "jetflow report runs/digits"
@@ -41,10 +42,17 @@ def run(values: flags.FlagValues, folder: str) -> int:
     if out is None:
         sys.stdout.write(content)
         return 0
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(content, encoding="utf-8")
+    write(Path(out), content)
     print(out)
     return 0
+
+
+def write(path: Path, content: str) -> None:
+    """Write a page; who looks at it meanwhile sees the one before, and never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_page(folder: Path) -> Page:

@@ -8,11 +8,13 @@ from pathlib import Path
 from absl import flags
 
 from jetflow import commands, hosts, sweeps
+from jetflow.commands import report
 from jetflow.commands.point import Runner, Stopped
 from jetflow.page.html import render
 from jetflow.page.sweep import sweep_page
 from jetflow.page.text import plain
-from jetflow.sweeps import Folder, Point, Sweep, say
+from jetflow.sweep_folder import SWEEP, Folder
+from jetflow.sweeps import Point, Sweep, say
 from jetflow.types import UsageError
 
 USAGE = "jetflow sweep --sweep configs/sweeps/guidance.py --workdir runs/guidance"
@@ -43,12 +45,15 @@ def run(values: flags.FlagValues) -> int:
     chosen = _chosen(sweep, values)
     run_dir = None if values.run is None else str(Path(values.run).resolve())
     runner = Runner(sweep, folder, run=run_dir, data_dir=values.data_dir)
-    runner.check()
+    runner.check(on_this_machine=not values.print)
     if values.print:
         for point in chosen:
             print(shlex.join(_command(values, point)))
         return 0
-    folder.open(sweep.content(run_dir))
+    with folder.locked(SWEEP, wait=True):
+        known = hosts.agreed(-1 if (step := folder.step(run_dir)) is None else step)
+        sweep = runner.pinned(None if known < 0 else known)
+        folder.open(sweep.content(run_dir, runner.recipe()))
     try:
         failed, elsewhere = runner.go_through(chosen)
     except Stopped as stopped:
@@ -103,7 +108,7 @@ def _conclude(folder: Folder) -> None:
     """The table, and the page beside it."""
     page = sweep_page(folder.path)
     out = folder.path / "report.html"
-    out.write_text(render(page), encoding="utf-8")
+    report.write(out, render(page))
     assert page.table is not None
     print(plain(page.table))
     print(f"the page: {out}")

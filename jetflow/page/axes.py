@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jetflow.page.content import Number
-from jetflow.sweeps import short
+from jetflow.sweeps import short_names
+
+LACKING = "–"  # where a point does not have a setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Axis:
     Attributes:
         settings: their full names.
         name: for people.
-        labels: of its values, one a point of the axis, in the order of the sweep.
+        labels: of its values, in the order of the sweep; points of a chain may have none of them.
         numbers: the values, where all are numbers; else none.
     """
 
@@ -32,11 +34,11 @@ class Axis:
     def label(self, point: dict[str, Any]) -> str:
         """Which value a point has, for people."""
         place = self.place(point)
-        return self.labels[place] if place >= 0 else "–"
+        return self.labels[place] if place >= 0 else LACKING
 
 
 def axes(points: Sequence[dict[str, Any]]) -> list[Axis]:
-    """The axes of a grid: settings with several values; those that name each other are one.
+    """The axes of a grid: settings that not all points share; those that name each other are one.
 
     Args:
         points: of each, setting → {"value", "label"}.
@@ -51,16 +53,17 @@ def axes(points: Sequence[dict[str, Any]]) -> list[Axis]:
                 break
         else:
             groups.append((name,))
-    return [_axis(points, group) for group in groups]
+    called = short_names(names)
+    return [_axis(points, group, ", ".join(map(called.__getitem__, group))) for group in groups]
 
 
-def _axis(points: Sequence[dict[str, Any]], settings: tuple[str, ...]) -> Axis:
-    having = [point for point in points if all(name in point for name in settings)]
+def _axis(points: Sequence[dict[str, Any]], settings: tuple[str, ...], name: str) -> Axis:
+    having = [point for point in points if settings[0] in point]
     values = {_label(point, settings): point[settings[0]]["value"] for point in having}
     numbers = tuple(value for value in values.values() if _is_number(value))
     return Axis(
         settings,
-        ", ".join(map(short, settings)),
+        name,
         tuple(values),
         numbers if len(numbers) == len(values) else (),
     )
@@ -68,12 +71,14 @@ def _axis(points: Sequence[dict[str, Any]], settings: tuple[str, ...]) -> Axis:
 
 def _together(points: Sequence[dict[str, Any]], one: str, other: str) -> bool:
     """Whether each value of the one setting comes with one value of the other, and back."""
+    if any((one in point) != (other in point) for point in points):
+        return False
     pairs = {(_label(point, (one,)), _label(point, (other,))) for point in points}
     return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
 def _label(point: dict[str, Any], settings: tuple[str, ...]) -> str:
-    return ", ".join(point[name]["label"] if name in point else "–" for name in settings)
+    return ", ".join(point[name]["label"] if name in point else LACKING for name in settings)
 
 
 def _is_number(value: Any) -> bool:

@@ -38,13 +38,12 @@ class Found:
         """Of a point; None where it has none, or none that is finite."""
         return self._records.get(index, {}).get("metrics", {}).get(metric)
 
-    def spot(self, index: int, metric: str, note: str = "") -> Spot:
+    def spot(self, index: int, metric: str) -> Spot:
         """A point's value with its samples."""
         record = self._records.get(index, {"status": "not measured yet"})
         picture = self._path / "points" / f"{record.get('name')}.png"
         value = self.value(index, metric)
-        if value is None:
-            note = record["status"]
+        note = record["status"] if value is None else ""
         return Spot(value, note, picture if picture.exists() else None)
 
     def order(self, indices: Sequence[int], metric: str) -> list[int]:
@@ -75,16 +74,15 @@ class Found:
         """The points, best first by the first metric; those without a value last."""
         main = self.metrics[0] if self.metrics else ""
         order = self.order(range(len(self.points)), main)
-        sizes = {i: self._records.get(i, {}).get("parameters") for i in order}
-        sized = len({size for size in sizes.values() if size is not None}) > 1
+        facts = [name for name in ("parameters", "step") if self._differs(name)]
         header = ["point", *self._headings(), *(axis.name for axis in self.axes)]
-        header += [*(["parameters"] if sized else []), "status"]
+        header += [*facts, "status"]
         rows: list[list[Cell]] = []
         for i in order:
             row: list[Cell] = [str(i)]
             row += [cell for metric in self.metrics for cell in self._cells(i, metric)]
             row += [axis.label(self.points[i]) for axis in self.axes]
-            rows.append([*row, *([sizes[i]] if sized else []), self._status(i)])
+            rows.append([*row, *(self._fact(i, name) for name in facts), self._status(i)])
         ordered = f"Sorted by {main}, {direction(main)}; the best row is marked." if main else ""
         marked = 0 if main and self.value(order[0], main) is not None else None
         return Table(header, rows, ordered, marked)
@@ -93,7 +91,8 @@ class Found:
         """Every setting and metric of every point, in the order of the sweep."""
         names = list(dict.fromkeys(name for point in self.points for name in point))
         errors = [f"{metric}_standard_error" for metric in self.metrics]
-        header = ["point", *names, *self.metrics, *errors, "parameters", "status", "error"]
+        facts = [name for name in ("parameters", "step", "status", "error") if name not in names]
+        header = ["point", *names, *self.metrics, *errors, *facts]
         rows: list[list[Cell]] = []
         for i, point in enumerate(self.points):
             record = self._records.get(i, {})
@@ -103,7 +102,8 @@ class Found:
             ]
             row += [self.value(i, metric) for metric in self.metrics]
             row += [record.get("errors", {}).get(metric) for metric in self.metrics]
-            rows.append([*row, record.get("parameters"), self._status(i), record.get("error")])
+            known = {**record, "status": self._status(i)}
+            rows.append([*row, *(known.get(name) for name in facts)])
         return Table(header, rows)
 
     def _headings(self) -> Iterator[str]:
@@ -119,6 +119,15 @@ class Found:
 
     def _has_errors(self, metric: str) -> bool:
         return any(record.get("errors", {}).get(metric) for record in self._records.values())
+
+    def _fact(self, index: int, name: str) -> Cell:
+        return self._records.get(index, {}).get(name)
+
+    def _differs(self, name: str) -> bool:
+        """Whether points differ in a fact that no axis shows."""
+        shown = any(name in axis.settings for axis in self.axes)
+        known = {self._fact(i, name) for i in range(len(self.points))} - {None}
+        return len(known) > 1 and not shown
 
     def _status(self, index: int) -> str:
         return self._records.get(index, {"status": "not measured yet"})["status"]

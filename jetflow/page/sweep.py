@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jetflow.page.axes import Axis, axes
+from jetflow.page.axes import LACKING, Axis, axes
 from jetflow.page.content import (
     Block,
     HeatMap,
@@ -22,7 +22,7 @@ from jetflow.page.content import (
 )
 from jetflow.page.found import Found, direction, is_better_higher
 from jetflow.page.run import config_blocks, data_blocks, network_blocks
-from jetflow.sweeps import Folder
+from jetflow.sweep_folder import Folder
 from jetflow.workdir import flat, read_config
 
 MOST_LINES = 6  # in a plot, and rows of a map of all points
@@ -69,7 +69,8 @@ def _plots(found: Found) -> Iterator[Lines]:
         if len(groups) > MOST_LINES:
             groups = {"best of the rest": list(range(len(found.points)))}
             caption += f" Of all other settings, the best at each {axis.name}."
-        series = [Series(name, _line(found, metric, axis, group)) for name, group in groups.items()]
+        lines = {name: _line(found, metric, axis, group) for name, group in groups.items()}
+        series = [Series(name, line) for name, line in lines.items() if line]
         yield Lines(f"{metric} over {axis.name}", axis.name, metric, series, caption)
 
 
@@ -115,18 +116,20 @@ def _map(
     found: Found, metric: str, x: Axis, y: str, groups: dict[str, list[int]], title: str,
     caption: str, *, pictures: bool,
 ) -> HeatMap:  # fmt: skip
+    lacking = any(x.place(point) < 0 for point in found.points)
+    columns = [*x.labels, *([LACKING] if lacking else [])]
     spots = []
     for group in groups.values():
         row = []
-        for place in range(len(x.labels)):
-            inside = [i for i in group if x.place(found.points[i]) == place]
+        for column in columns:
+            inside = [i for i in group if x.label(found.points[i]) == column]
             best = found.best(inside, metric)
             chosen = best if best is not None else next(iter(inside), None)
             spot = None if chosen is None else found.spot(chosen, metric)
             row.append(Spot(spot.value, spot.note) if spot and not pictures else spot)
         spots.append(row)
     higher = is_better_higher(metric)
-    return HeatMap(title, x.name, y, x.labels, list(groups), spots, higher, caption)
+    return HeatMap(title, x.name, y, columns, list(groups), spots, higher, caption)
 
 
 def _grouped(points: Sequence[dict[str, Any]], rest: Sequence[Axis]) -> dict[str, list[int]]:
@@ -164,7 +167,7 @@ def _settings(content: dict, records: list[dict], path: Path) -> list[Block]:
         rows = [(run, *(str(one.get(n)) for n in differing)) for run, one in leaves.items()]
         header = ("run", *(n.removeprefix("config.") for n in differing))
         blocks.append(Table(header, rows, "Where the configs of the runs differ."))
-    blocks += config_blocks({name: part for name, part in first.items()}, differing)
+    blocks += config_blocks(first, differing)
     return blocks
 
 

@@ -71,5 +71,6 @@ def _spot(spot: Spot | None) -> str:
 def _table(header, rows) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
-        "| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines
+        "| " + " | ".join(" ".join(text.split()).replace("|", "\\|") for text in line) + " |"
+        for line in lines
     )
