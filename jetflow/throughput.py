@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ import jax
 import psutil
 
 from jetflow import plan
-from jetflow.data import pipeline
+from jetflow.data import pipeline, processes
 from jetflow.run import Run
 from jetflow.state import TrainState
 from jetflow.tpus import KINDS, TPUS
@@ -74,7 +73,7 @@ def reading(dataset: pipeline.Dataset, *, batch_size: int, workers: int, repeats
         ),
         megabytes_per_second=median * image[0].nbytes / 1e6,
         first_batch_seconds=first,
-        cores=_cores(),
+        cores=processes.cores(),
     )
 
 
@@ -86,13 +85,6 @@ def _read_round(batches: Iterator[Batch]) -> tuple[int, float, float]:
         next(batches)
         count, seconds = count + 1, time.perf_counter() - start
     return count, seconds, processor_seconds() - processor
-
-
-def _cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def processor_seconds() -> float:

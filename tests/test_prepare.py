@@ -78,6 +78,12 @@ def children(process: int) -> list[int]:
     ]
 
 
+def decoders(process: int) -> list[int]:
+    """The processes below one that decode images, from their first moment on."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(process)}
+    return [pid for pid, command in commands.items() if b"spawn_main" in command]
+
+
 def ended(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
@@ -133,6 +139,32 @@ def test_ctrl_c_ends_it_at_once(manual, tmp_path):
     _, said = process.communicate(timeout=30)
     assert process.returncode != 0 and "KeyboardInterrupt" in said
     wait_for_end(below)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_processes_start_is_this_ones_to_answer(manual, tmp_path):
+    process = start(tmp_path, manual, workers=2, pause=60)
+    deadline = time.monotonic() + 120
+    while not (below := decoders(process.pid)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    for pid in [process.pid, *below]:  # as a terminal does
+        os.kill(pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert said.count("Traceback") == 1 and said.strip().endswith("KeyboardInterrupt")
+    wait_for_end(below)
+
+
+def test_a_kill_in_the_last_second_leaves_nothing_for_good(tmp_path):
+    archives.old_imagenet(tmp_path, 32)
+    for _ in range(2):
+        builder = prepared.prepare(
+            "imagenet32_old", tmp_path / "data", manual_dir=tmp_path, workers=1
+        )
+        assert builder.info.initialized and not list(tmp_path.rglob("*.partial"))
+        builder.partial_dir.mkdir()
+        (builder.partial_dir / "000000-train.array_record").write_bytes(b"written")
 
 
 def test_the_number_of_processes_does_not_matter(manual, tmp_path, whole):

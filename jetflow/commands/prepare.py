@@ -1,6 +1,5 @@
 """`jetflow prepare`: a data set made ready to be read, from archives where it needs some."""
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -31,10 +30,10 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def run(values: flags.FlagValues, name: str) -> int:
-    workers = values.workers or len(os.sched_getaffinity(0))
     with Display(name) as display:
         builder = prepared.prepare(
-            name, values.data_dir, manual_dir=values.manual_dir, workers=workers,
+            name, values.data_dir, manual_dir=values.manual_dir,
+            workers=values.workers,
             on_progress=display.update,
         )  # fmt: skip
     for split in builder.info.splits:

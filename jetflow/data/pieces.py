@@ -12,8 +12,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +23,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from jetflow.data import processes
 from jetflow.data.images import Unreadable
 from jetflow.data.parts import Item, Part
 from jetflow.types import UsageError
@@ -223,7 +222,8 @@ def write_all(folder: Path, pieces: Iterable[Piece], workers: int) -> Iterator[t
     with _pool(workers) as pool:
         for piece in pieces:
             note = read_note(folder, piece)
-            ahead.append((piece, note or pool.submit(write_piece, folder, piece)))
+            with processes.blocked_signals():  # Ctrl-C is this process's to answer
+                ahead.append((piece, note or pool.submit(write_piece, folder, piece)))
             if len(ahead) > 2 * workers:  # enough that nobody waits, and that spools stay few
                 yield _result(*ahead.popleft())
         while ahead:
@@ -249,24 +249,13 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that are started afresh, and end with this one however it ends."""
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # the parent has threads, of JAX say
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
+    start = processes.end_with_parent
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start)
     try:
         yield pool
     except BaseException:  # Ctrl-C too: not to wait for pieces that are begun
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
+            process.kill()  # they do not hear SIGTERM
         pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
-
-
-def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_it() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_it, daemon=True).start()

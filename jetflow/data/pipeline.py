@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int
 
 from jetflow.data import prepared
-from jetflow.data import workers as processes
+from jetflow.data import workers as reading
 from jetflow.data.records import Examples, update_checksum
 from jetflow.types import NO_LABEL, Batch, UsageError
 
@@ -177,7 +177,7 @@ def _read_all(
     """The batches whose examples are at `positions`, a Grain data set of int [B]."""
     read = functools.partial(_read, dataset, rows)
     batches = positions.map(read).to_iter_dataset(_READ_OPTIONS)
-    yield from processes.read(batches, workers) if workers else batches
+    yield from reading.read(batches, workers) if workers else batches
 
 
 def _read(dataset: Dataset, rows: Int[np.ndarray, "R"] | None, positions: np.ndarray) -> Batch:

@@ -14,6 +14,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from jetflow.data import processes
 from jetflow.data.builders import BUILDERS, Folder, folder
 from jetflow.data.builders.archived import ArchiveBuilder, Progress, say
 from jetflow.data.facts import differences
@@ -66,16 +67,20 @@ def prepare(
     """
     make_builder = _maker(name, data_dir)
     builder: Any = make_builder()
-    if builder.info.initialized or not isinstance(builder, ArchiveBuilder):
+    if not isinstance(builder, ArchiveBuilder):
         return find(name, data_dir)
+    if builder.info.initialized:
+        builder.tidy_up()
+        return builder
     folder = Path(manual_dir or default_manual_dir(data_dir)).expanduser().absolute()
     if missing := builder.missing(folder):
         raise UsageError(f"data set {name!r} lacks archives: {missing}; give their --manual_dir")
     with _alone(builder):
         builder = make_builder()
         if builder.info.initialized:  # by another process, while this one waited
+            builder.tidy_up()
             return builder
-        builder.workers = workers or os.cpu_count() or 1
+        builder.workers = workers or processes.cores()
         builder.on_progress = on_progress
         for leftover in Path(builder.data_dir).parent.glob(f"{builder.version}.incomplete*"):
             shutil.rmtree(leftover)  # links to pieces only, if a kill came in the last second

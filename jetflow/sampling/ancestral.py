@@ -44,7 +44,7 @@ class Drawn(NamedTuple):
     @property
     def finite(self) -> Bool[np.ndarray, "B"]:
         """Which images have finite values alone. The others are shown in black, never redrawn."""
-        return np.isfinite(self.pixels).all(axis=(1, 2, 3))
+        return np.asarray(np.isfinite(self.pixels).all(axis=(1, 2, 3)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ the end they become the shards of the data set at once.
 import dataclasses
 import functools
 import hashlib
-import os
 import re
 import shutil
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from jetflow.data import images, pieces, records, shards
+from jetflow.data import images, pieces, processes, records, shards
 from jetflow.data.parts import DAMAGE, Part
 from jetflow.data.pieces import HeldOut, Note, Piece
 from jetflow.types import UsageError
@@ -99,7 +98,7 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
     SHARD_IMAGES: ClassVar[int] = 1024  # a shard has at least so many: small pieces are joined
 
     archives: Sequence[Archive]
-    workers: int = os.cpu_count() or 1
+    workers: int = processes.cores()
     on_progress: Callable[[Progress], None] = staticmethod(lambda progress: None)
 
     @property
@@ -231,7 +230,11 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
         (Path(self.data_dir) / UNREADABLE).write_text(text, "utf-8")
 
     def _post_download_and_prepare_hook(self) -> None:
-        shutil.rmtree(self.partial_dir)
+        self.tidy_up()
+
+    def tidy_up(self) -> None:
+        """Remove the pieces of data that is complete, which a kill in the last second leaves."""
+        shutil.rmtree(self.partial_dir, ignore_errors=True)  # perhaps another process does, too
 
 
 class PublishedBuilder(ArchiveBuilder, skip_registration=True):
