@@ -164,6 +164,21 @@ def test_draws_are_weighted_and_parts_are_of_the_mean(flow, variables, dataset):
     assert measured.error_over_examples == pytest.approx(expected)
 
 
+def test_what_is_written(flow, variables, dataset):
+    """Only uniform noise makes a bound of the mean of p, and only labels a conditional one."""
+    measured = measure(flow, variables, dataset, batch_size=4, draws=2)
+    unlabelled = dataclasses.replace(dataset, num_classes=0)
+    without = measure(flow, variables, unlabelled, batch_size=4, draws=2)
+    uniform, gaussian = bpd.UNIFORM, Noise("gaussian", std=0.3)
+    source = {"step": 1, "weights": "ema"}
+    result = bpd.record(measured, uniform, dataset, **source)
+    assert result["importance_weighted"] == measured.importance_weighted
+    assert result["conditional"] and "averaged weights, given the labels)" in bpd.describe(result)
+    assert bpd.record(measured, gaussian, dataset, **source)["importance_weighted"] is None
+    result = bpd.record(without, uniform, unlabelled, **source)
+    assert not result["conditional"] and "given the labels" not in bpd.describe(result)
+
+
 def test_some_examples_have_a_checksum_of_their_own(dataset):
     whole = dataclasses.replace(dataset, split="train", known_checksum="0123456789abcdef")
     three = dataclasses.replace(dataset, source=dataset.source[:3])
@@ -198,5 +213,21 @@ def test_accuracy(how, batch_size, flow, variables, dataset):
         flow, variables, dataclasses.replace(dataset, source=source), mesh=mesh, noise=how,
         seed=2, draws=2, batch_size=batch_size,
     )  # fmt: skip
-    assert found.value == 5 / 7
+    assert found.value == 5 / 7 and found.not_finite == 0
     assert found.standard_error == pytest.approx(math.sqrt(5 / 7 * 2 / 7 / 7))
+
+
+def test_likelihoods_that_are_not_finite_are_of_no_label(flow, variables, dataset):
+    """Not of the first one, which all of these have."""
+    broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), variables)
+    source = [example | {"label": 0} for example in dataset.source]
+    zeros = dataclasses.replace(dataset, source=source)
+    found = classify.measure(
+        flow, broken, zeros, mesh=sharding.make_mesh(data=-1, fsdp=1), noise=bpd.UNIFORM,
+        batch_size=4,
+    )  # fmt: skip
+    assert (found.value, found.not_finite) == (0, 7)  # and no padding
+    result = classify.record(found, bpd.UNIFORM, zeros, step=1, weights="ema")
+    assert "(7 have likelihoods that are not finite, and count as wrong)" in classify.describe(
+        result
+    )

@@ -38,6 +38,29 @@ def test_features_are_the_published_ones(images, tensors, golden):
     assert np.unique(found["spatial"]).size > 500
 
 
+def test_spatial_features_are_of_their_branch(tensors, golden, monkeypatch):
+    """The first 7 channels of the first convolution of the block Mixed_6d.
+
+    ADM's evaluator names them `mixed_6/conv:0`, where TensorFlow counts from `mixed`, our 5b.
+    """
+    convolve, outputs = inception._convolve, {}
+
+    def watched(weights, x, stride):
+        outputs[id(weights)] = convolve(weights, x, stride)
+        return outputs[id(weights)]
+
+    @jax.jit
+    def compute(weights, images):
+        found = inception.activations(weights, images)["spatial"]
+        order = ["5b", "5c", "5d", "6a", "6b", "6c", "6d"]  # mixed, mixed_1, … mixed_6
+        return found, outputs[id(weights[f"Mixed_{order[6]}.branch1x1"])]
+
+    monkeypatch.setattr(inception, "_convolve", watched)
+    found, expected = compute(inception.fold(tensors), golden["images64"][:1])
+    assert expected.shape == (1, 17, 17, 192) and expected[..., :7].std() > 0
+    np.testing.assert_array_equal(found, expected[..., :7])
+
+
 def resized(image, size):
     """Pixel by pixel, as TensorFlow 1 defines it."""
     height, width = image.shape

@@ -12,7 +12,7 @@ import small_network
 import tiny_runs
 
 from jetflow import cli, workdir
-from jetflow.commands import drawn
+from jetflow.commands import drawn, quality
 from jetflow.data import pipeline
 from jetflow.evals import inception, reference
 from jetflow.evals.features import _program, images_of
@@ -245,6 +245,8 @@ def test_all_metrics(with_reference):
     assert by_name["recall"]["features"] == {"samples": 30, "reference": 40}
     assert by_name["kid"]["subset_size"] == 30
     assert f"step {STEP}: fid {by_name['fid']['value']:.4f} of 30 samples against digits" in said
+    named = f"digits 1.0.0 train[:40]: 40 images, resize: none, checksum {data.checksum()}\n"
+    assert said.count(f"of 30 samples against {named}") == 7
     assert said.count("weights aaaaaaaa, not the published ones: comparable only with itself") == 7
 
 
@@ -352,6 +354,28 @@ def test_images_that_are_not_finite_are_counted(with_reference):
 def test_bad_flags(flags, message, evaluate):
     said, results = evaluate("--metrics", "fid", *flags, status=2)
     assert message in said and len(said.splitlines()) == 1 and not results
+
+
+def test_a_reference_of_unknown_data_says_so():
+    facts = {"data": None, "images": None, "file": "a.npz", "checksum": "01234567"}
+    said = quality._named(facts)
+    assert said.startswith("a.npz: images of unknown number, of data and resize that it does not")
+    assert said.endswith("checksum of the file 01234567")
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"), [(["--num_samples", 5], 5), (["--num_features", 4], 4), ([], None)]
+)
+def test_too_few_features_are_noticed_before_samples_are_drawn(
+    flags, count, with_reference, monkeypatch
+):
+    monkeypatch.setattr(drawn, "draw_all", lambda *_, **__: 1 / 0)
+    if count is None:  # those of the reference
+        count = 5
+        with_reference("--make_reference", "--reference_split", "train[:5]")
+        flags = ["--reference_split", "train[:5]"]
+    said, results = with_reference("--metrics", "fid,density_coverage", *flags, status=2)
+    assert f"there are {count} features, too few for 5 neighbours" in said and not results
 
 
 def test_bad_samples(with_reference, tmp_path):

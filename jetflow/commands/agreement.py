@@ -23,23 +23,29 @@ def sample_accuracy(evaluation: Evaluation) -> list[Outcome]:
     if not model.flow.num_classes:
         raise UsageError("sample_accuracy is for flows with labels; leave it out of --metrics")
     noise = evaluation.classifier_noise
-    right = classify.count_right(
-        model.flow, model.variables, _batches(evaluation), mesh=evaluation.mesh, noise=noise,
-        seed=values.seed, draws=evaluation.draws, batch_size=values.batch_size,
+    found = classify.measure_batches(
+        model.flow, model.variables, _batches(evaluation), values.num_samples,
+        mesh=evaluation.mesh, noise=noise, seed=values.seed, draws=evaluation.draws,
+        batch_size=values.batch_size,
     )  # fmt: skip
-    found = classify.Accuracy(right / values.num_samples, values.num_samples, evaluation.draws)
     result = {
         "metric": "sample_accuracy",
         "value": found.value,
         "standard_error": found.standard_error,
         "draws": found.draws,
+        "not_finite": found.not_finite,
         "noise": {"kind": noise.kind, "std": noise.std},
-        "samples": {"images": values.num_samples, "seed": values.seed, **sampling.settings(values)},
+        "samples": {
+            "images": values.num_samples,
+            "seed": values.seed,
+            **sampling.used(values, model),
+        },
         **evaluation.source,
     }
     text = (
         f"sample_accuracy {number(result)} (standard error over {found.examples:,} samples), by "
         f"the flow's own likelihoods with {noise.kind} noise, mean of {found.draws} draws"
+        f"{classify.broken(result)}"
     )
     own = {"draws": evaluation.draws}, {"draws": model.config["eval"]["draws"]}
     name = suffix(evaluation.drawn_settings | own[0], evaluation.drawn_defaults | own[1])

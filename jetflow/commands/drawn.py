@@ -39,7 +39,7 @@ class Drawn:
         sampler = sampling.sampler(values, model, evaluation.mesh)
         size = min(values.batch_size, values.num_samples)
         self._sampler = decoding.with_method(sampler, values.method, values, model, size)
-        self.settings = sampling.settings(values) | {
+        self.settings = sampling.used(values, model) | {
             name: values[name].value for name in ("num_samples", "seed", "num_features")
         }
         self._made_with = self.settings | {"step": model.step, "weights_sha256": network_sha256}

@@ -80,8 +80,7 @@ def measure(values: flags.FlagValues, model: Model, mesh: Mesh) -> list[dict[str
     compared = Quality(evaluation, needs_images=bool(set(metrics) & set(QUALITIES) - BY_MOMENTS))
     if values.make_reference:
         print(f"reference written to {compared.make_reference()}")
-    if set(metrics) & set(QUALITIES):
-        _ = compared.reference  # what is wrong with it is said before the samples are drawn
+    compared.check(metrics)
     for metric in metrics:
         if metric in QUALITIES:
             outcomes = QUALITIES[metric](compared)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,6 +23,8 @@ from jetflow.evals.records import finite, number
 from jetflow.evals.statistics import Statistics
 from jetflow.types import Batch, UsageError
 from jetflow.workdir import suffix
+
+NEIGHBOURS = {"kid": 1, "precision_recall": 3, "density_coverage": 5}  # that a feature must have
 
 
 def define(values: flags.FlagValues) -> None:
@@ -67,6 +69,23 @@ class Quality:
         measure = functools.partial(self._measure, what="reference")
         size = self.evaluation.values.batch_size
         return reference.read(path, self.network, measure, chunk=size, images=self.needs_images)
+
+    def check(self, metrics: Collection[str]) -> None:
+        """Say what these metrics lack before any sample is drawn.
+
+        Raises:
+            UsageError: if the reference is missing, or not what they need, or features are too few.
+        """
+        values = self.evaluation.values
+        for metric, which in (("fid", "pooled"), ("sfid", "spatial")):
+            if metric in metrics:
+                self.reference.gaussian(which)
+        for metric in set(metrics) & set(NEIGHBOURS):
+            neighbours.check_count(len(self.reference.some_features()), NEIGHBOURS[metric])
+            made = values.num_samples
+            if values.samples:
+                made, _ = images_of(Path(values.samples), "samples", values.batch_size)
+            neighbours.check_count(min(made, values.num_features), NEIGHBOURS[metric])
 
     @functools.cached_property
     def samples(self) -> tuple[Statistics, dict[str, Any]]:
@@ -192,10 +211,18 @@ class Quality:
 
 
 def _named(facts: dict[str, Any]) -> str:
+    """A reference for a person, with all that a distance depends on in it."""
+    images = f"{facts['images']:,} images" if facts["images"] else "images of unknown number"
     data = facts["data"]
-    name = f"{data['name']} {data['version']} {data['split']}" if data else facts["file"]
-    count = f": {facts['images']:,} images" if facts["images"] else ""
-    return f"{name}{count}, checksum {facts['checksum']}"
+    if not data:
+        return (
+            f"{facts['file']}: {images}, of data and resize that it does not say, checksum of the "
+            f"file {facts['checksum']}"
+        )
+    return (
+        f"{data['name']} {data['version']} {data['split']}: {images}, resize: {data['resize']}, "
+        f"checksum {data['checksum']}"
+    )
 
 
 def fid(quality: Quality) -> list[Outcome]:
@@ -221,11 +248,11 @@ def kid(quality: Quality) -> list[Outcome]:
 
 
 def precision_recall(quality: Quality) -> list[Outcome]:
-    return _by_neighbours(quality, neighbours.precision_recall, 3)
+    return _by_neighbours(quality, neighbours.precision_recall, NEIGHBOURS["precision_recall"])
 
 
 def density_coverage(quality: Quality) -> list[Outcome]:
-    return _by_neighbours(quality, neighbours.density_coverage, 5)
+    return _by_neighbours(quality, neighbours.density_coverage, NEIGHBOURS["density_coverage"])
 
 
 def _by_neighbours(quality: Quality, measure, k: int) -> list[Outcome]:

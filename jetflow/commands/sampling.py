@@ -45,7 +45,6 @@ def sampler(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
         raise UsageError("--denoise needs a flow trained with gaussian noise; leave it out")
     if values.denoise_std is not None and not values.denoise:
         raise UsageError(f"--denoise_std is {values.denoise_std}, but --denoise is missing; add it")
-    std = noise["std"] if values.denoise_std is None else values.denoise_std
     guidance = Guidance(
         values.guidance, values.guide_what, values.attention_temperature, values.annealed
     )
@@ -54,7 +53,7 @@ def sampler(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
         model.variables,
         guidance=guidance,
         temperature=values.temperature,
-        denoise=std if values.denoise else 0.0,
+        denoise=used(values, model)["denoise_std"] or 0.0,
         mesh=mesh,
     )
 
@@ -62,6 +61,13 @@ def sampler(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
 def settings(values: flags.FlagValues) -> dict[str, Any]:
     """The values of `SETTINGS`."""
     return {name: values[name].value for name in SETTINGS}
+
+
+def used(values: flags.FlagValues, model: Model) -> dict[str, Any]:
+    """`settings` for the record: `denoise_std` is the one in use, None without denoising."""
+    given = values.denoise_std
+    std = model.config["noise"]["std"] if given is None else given
+    return settings(values) | {"denoise_std": std if values.denoise else None}
 
 
 def defaults(values: flags.FlagValues) -> dict[str, Any]:

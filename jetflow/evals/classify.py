@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -27,11 +26,13 @@ class Accuracy:
     Attributes:
         value: the share.
         examples, draws: how many there are, and of the noise for each.
+        not_finite: examples with a likelihood that is not; they count as wrong.
     """
 
     value: float
     examples: int
     draws: int
+    not_finite: int
 
     @property
     def standard_error(self) -> float:
@@ -57,26 +58,26 @@ def measure(
     """
     rows = sharding.local_rows(mesh, batch_size)
     batches = pipeline.eval_batches(dataset, batch_size=batch_size, rows=rows)
-    right = count_right(
-        flow, variables, batches, mesh=mesh, noise=noise, seed=seed, draws=draws,
+    return measure_batches(
+        flow, variables, batches, len(dataset), mesh=mesh, noise=noise, seed=seed, draws=draws,
         batch_size=batch_size,
     )  # fmt: skip
-    return Accuracy(right / len(dataset), len(dataset), draws)
 
 
-def count_right(
+def measure_batches(
     flow: Flow,
     variables: Any,
     batches: Iterable[Batch],
+    examples: int,
     *,
     mesh: Mesh,
     noise: Noise,
     seed: int,
     draws: int,
     batch_size: int,
-) -> int:
-    """How many images of these batches, of which each process has its rows, are told right."""
-    right = 0
+) -> Accuracy:
+    """The same of as many examples in batches, of which each process has its rows."""
+    right = not_finite = 0
     for batch in batches:
         batch = sharding.put_batch(batch, mesh, batch_size)
         bits = jnp.zeros(())
@@ -84,9 +85,12 @@ def count_right(
             key = key_for(seed, draw, Purpose.EVALUATE)
             with sharding.on(mesh):
                 bits = bits + _bits_by_label(flow, noise, variables, batch.image, key, batch.index)
-        found = (jnp.argmin(bits, axis=0) == batch.label) & (batch.index >= 0)
-        right += int(np.sum(multihost_utils.process_allgather(found, tiled=True)))
-    return right
+        finite = jnp.isfinite(bits).all(0)  # the least of nan would be the first label's
+        told = jnp.stack([finite & (jnp.argmin(bits, axis=0) == batch.label), ~finite], axis=1)
+        told = multihost_utils.process_allgather(told & (batch.index >= 0)[:, None], tiled=True)
+        right += int(told[:, 0].sum())
+        not_finite += int(told[:, 1].sum())
+    return Accuracy(right / examples, examples, draws, not_finite)
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "noise"))
@@ -109,6 +113,7 @@ def record(
         "value": accuracy.value,
         "standard_error": accuracy.standard_error,
         "draws": accuracy.draws,
+        "not_finite": accuracy.not_finite,
         "noise": {"kind": noise.kind, "std": noise.std},
         "data": dataset.facts(),
         "step": step,
@@ -123,4 +128,12 @@ def describe(result: dict[str, Any]) -> str:
         f"accuracy {number(result)} (standard error over {data['examples']:,} examples of "
         f"{data['name']} {data['version']} {data['split']}, checksum {data['checksum']}), by the "
         f"likelihoods of images with {noise['kind']} noise, mean of {result['draws']} draws"
+        f"{broken(result)}"
     )
+
+
+def broken(result: dict[str, Any]) -> str:
+    """What is to be said of likelihoods that are not finite, if there are any."""
+    count = result["not_finite"]
+    said = f"\n  ({count:,} have likelihoods that are not finite, and count as wrong)"
+    return said if count else ""

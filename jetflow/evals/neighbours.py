@@ -64,15 +64,20 @@ def radii(points: Float[np.ndarray, "N D"], k: int) -> Float[np.ndarray, "N"]:
     Raises:
         UsageError: if there are not so many others.
     """
-    if len(points) <= k:
-        raise UsageError(
-            f"there are {len(points)} features, too few for {k} neighbours of each; raise "
-            "--num_samples, or give a reference with more of them"
-        )
+    check_count(len(points), k)
     # The nearest is the point itself.
     return np.concatenate(
         [np.partition(distances, k, axis=1)[:, k] for distances in _blocks(points, points)]
     )
+
+
+def check_count(count: int, k: int) -> None:
+    """Raise a UsageError if so many points do not have k neighbours each."""
+    if count <= k:
+        raise UsageError(
+            f"there are {count} features, too few for {k} neighbours of each; raise "
+            "--num_samples or --num_features, or give a reference with more of them"
+        )
 
 
 def _blocks(
