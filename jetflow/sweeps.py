@@ -116,6 +116,8 @@ class Sweep:
         config: of the runs that are measured, with a path from the sweep's file; runs that differ
             in no setting of the training are one run.
         fixed: settings of all points.
+        repeats: settings, such as seeds, whose values are repeats of one measurement: their mean
+            and spread is shown, and no best one is chosen among them.
         pictures: samples shown of each point; 0 for none.
         title, description: the docstring of the sweep's file.
     """
@@ -124,6 +126,7 @@ class Sweep:
     metrics: tuple[str, ...]
     config: str
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    repeats: tuple[str, ...] = ()
     pictures: int = 36
     title: str = ""
     description: str = ""
@@ -148,7 +151,9 @@ class Sweep:
             {name: dataclasses.asdict(choice) for name, choice in point.choices.items()}
             for point in self.points
         ]
-        fields = {name: getattr(self, name) for name in ("title", "description", "metrics")}
+        fields = {
+            name: getattr(self, name) for name in ("title", "description", "metrics", "repeats")
+        }
         fields |= {"config": Path(self.config).name, "run": run, "fixed": self.fixed}
         fields["recipe"] = recipe or {}
         return json.loads(json.dumps({**fields, "pictures": self.pictures, "points": points}))
@@ -214,7 +219,13 @@ def _joined(parts: Sequence[dict[str, Choice]]) -> dict[str, Choice]:
 
 
 def _check_points(sweep: Sweep, path: str) -> None:
-    """Raise a UsageError unless points, and the values of a setting, differ by their labels."""
+    """Raise a UsageError unless points, and the values of a setting, differ by their labels.
+
+    So that points, and trainings, of other settings have other names.
+    """
+    swept = {name for choices in sweep.grid.points for name in choices}
+    if unknown := [name for name in sweep.repeats if name not in swept]:
+        raise UsageError(f"--sweep {path}: repeats has {unknown[0]}, which is no axis; add one")
     labelled: dict[tuple[str, str], Any] = {}
     seen: dict[frozenset[tuple[str, str]], int] = {}
     for point in sweep.points:

@@ -1,6 +1,11 @@
-"""Weights of the FID's network made by a rule, and what the published network makes of them."""
+"""Weights of the FID's network made by a rule, and what the published network makes of them.
+
+Run as a script, it writes a file for --inception_weights, where the published one cannot be
+downloaded: `python tests/inception_rule.py rule.pth`. Distances by it compare with each other only.
+"""
 
 import json
+import sys
 import zlib
 from pathlib import Path
 
@@ -44,3 +49,8 @@ def write(path: Path) -> Path:
     """A file of these weights, such as --inception_weights takes."""
     torch_writer.write(path, tensors())
     return path
+
+
+if __name__ == "__main__":
+    (out,) = sys.argv[1:]
+    print(write(Path(out)))

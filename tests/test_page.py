@@ -191,6 +191,27 @@ def test_a_chain_has_all_points_on_its_map(tmp_path, capsys):
     assert [everything.count(f"{8.25 - i}") for i in range(8)] == [1] * 8
 
 
+def test_repeats_are_one_point_with_their_spread(tmp_path, capsys):
+    """Best is the better mean, not the luckiest seed."""
+    grid = product(axis("net", ["lucky", "good"]), axis("config.train.seed", [0, 1, 2]))
+    sweep = Sweep(grid, ("bpd",), "c.py", repeats=("config.train.seed",))
+    write_json(tmp_path / "sweep.json", sweep.content(None, None))
+    for i, bpd in enumerate((1.0, 5.0, 6.0, 3.0, 2.0)):
+        record = {"number": i, "name": "", "status": "done", "seconds": 1.0}
+        record |= {"environment": {}, "metrics": {"bpd": bpd}, "errors": {"bpd": 0.01}}
+        write_json(tmp_path / "points" / f"{i}.json", record)
+    page = sweep_page(tmp_path)
+    assert page.table is not None and page.table.marked == 0
+    assert page.table.header == ["point", "bpd ↓", "±", "net", "status"]
+    (good, lucky), deviations = page.table.rows, [0.5**0.5, 7**0.5]
+    assert good == ["1", 2.5, pytest.approx(deviations[0]), "good", "2 of 3 done"]
+    assert lucky == ["0", 4.0, pytest.approx(deviations[1]), "lucky", "done"]
+    assert page.summary == "5 of 6 points measured; the best mean bpd is 2.5, at net good"
+    assert len(page.data.rows) == 6
+    text = report(capsys, tmp_path, "--format=md")
+    assert "± is their standard deviation" in text and "## Repeats" in text
+
+
 def test_axes_are_called_by_names_that_differ():
     point = {"config.train.seed": {"value": 1, "label": "1"}, "seed": {"value": 1, "label": "1"}}
     other = point | {"seed": {"value": 2, "label": "2"}}

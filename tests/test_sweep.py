@@ -135,6 +135,7 @@ BAD_FILES = {
         ),
         "seed has the values 5 and 3 under the label 3",
     ),
+    "no such repeats": (POINTS.replace("pictures=4", "repeats=('step',)"), "repeats has step"),
     "no value of a field": (
         POINTS.replace('"draws", [1, 2]', '"config.optim.lr", [None]'),
         "config.optim.lr is None",

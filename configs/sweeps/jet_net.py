@@ -13,4 +13,5 @@ def get_sweep():
         metrics=("bpd",),
         config="../photos_jet.py:16",
         fixed={"config.train.steps": 500},
+        repeats=("config.train.seed",),
     )

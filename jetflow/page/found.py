@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jetflow.page.axes import Axis
+from jetflow.page.axes import axes
 from jetflow.page.content import Cell, Number, Spot, Table, number
 
 HIGHER_IS_BETTER = {"accuracy", "sample_accuracy", "precision", "recall", "density", "coverage"}
@@ -19,13 +19,13 @@ class Found:
         metrics: in the order in which the sweep asks for them.
     """
 
-    def __init__(self, path: Path, content: dict, records: list[dict], swept: list[Axis]):
-        self.points: list[dict[str, Any]] = content["points"]
-        self.axes = swept
+    def __init__(self, path: Path, points: list[dict[str, Any]], records: list[dict[str, Any]]):
+        self.points = points
+        self.axes = axes(points)
         self._path = path
         self._records = {record["number"]: record for record in records}
-        done = [record for record in records if record["status"] == "done"]
-        self.metrics = list(dict.fromkeys(name for record in done for name in record["metrics"]))
+        measured = [record.get("metrics", {}) for record in records]
+        self.metrics = list(dict.fromkeys(name for metrics in measured for name in metrics))
 
     @property
     def varying(self) -> list[str]:
@@ -60,15 +60,15 @@ class Found:
         first = next(iter(self.order(indices, metric)), None)
         return None if first is None or self.value(first, metric) is None else first
 
-    def winner(self) -> str:
-        """ ": the best fid is 3.2, at guidance 1"; empty before there is one."""
+    def winner(self, what: str = "best") -> str:
+        """ "; the best fid is 3.2, at guidance 1"; empty before there is one."""
         main = self.metrics[0] if self.metrics else ""
         best = self.best(range(len(self.points)), main)
         if best is None:
             return ""
         value = number(self.value(best, main) or 0.0)
         where = ", ".join(f"{axis.name} {axis.label(self.points[best])}" for axis in self.axes)
-        return f"; the best {main} is {value}, at {where}" if where else ""
+        return f"; the {what} {main} is {value}, at {where}" if where else ""
 
     def table(self) -> Table:
         """The points, best first by the first metric; those without a value last."""

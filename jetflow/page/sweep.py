@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jetflow.page.axes import LACKING, Axis, axes
+from jetflow.page.axes import LACKING, Axis
 from jetflow.page.content import (
     Block,
     HeatMap,
@@ -21,6 +21,7 @@ from jetflow.page.content import (
     number,
 )
 from jetflow.page.found import Found, direction, is_better_higher
+from jetflow.page.repeats import merged
 from jetflow.page.run import config_blocks, data_blocks, network_blocks
 from jetflow.sweep_folder import Folder
 from jetflow.workdir import flat, read_config
@@ -33,15 +34,19 @@ def sweep_page(path: Path) -> Page:
     """What there is in the folder of a sweep, also of one that has not ended."""
     folder = Folder(path)
     content, records = folder.content(), folder.records()
-    swept = axes(content["points"])
-    found = Found(path, content, records, swept)
+    each = Found(path, content["points"], records)
+    repeats = content.get("repeats", ())
+    found = Found(path, *merged(content["points"], records, repeats)) if repeats else each
     table = found.table()
     failed = sum(record["status"] == "failed" for record in records)
     summary = f"{len(records) - failed} of {len(content['points'])} points measured"
     summary += f", {failed} failed" if failed else ""
-    summary += found.winner()
+    summary += found.winner("best mean" if repeats else "best")
     sections = [
-        Section("Table", [*_prose(content["description"]), table, *_networks(records)]),
+        Section(
+            "Table", [*_prose(content["description"]), *_means(repeats), table, *_networks(records)]
+        ),
+        Section("Repeats", [each.table()] if repeats else [], folded=True),
         Section("Effects", [*_plots(found)]),
         Section("Maps", [*_maps(found)]),
         Section("Failures", _failures(records)),
@@ -53,7 +58,7 @@ def sweep_page(path: Path) -> Page:
         title=content["title"].rstrip("."),
         summary=summary,
         sections=[section for section in sections if section.blocks],
-        data=found.data(),
+        data=each.data(),
         table=table,
     )
 
@@ -201,6 +206,13 @@ def _environment(records: list[dict[str, Any]]) -> list[Block]:
     took = f"The points took {number(seconds, 3)} seconds in all, with the trainings they needed."
     rows = [[name, *(str(one.get(name, "–")) for one in columns)] for name in columns[0]]
     return [Table(header, rows, took)]
+
+
+def _means(repeats: Sequence[str]) -> list[Block]:
+    if not repeats:
+        return []
+    return [Prose(f"Each value is the mean of the points that differ in {', '.join(repeats)} alone,"
+                  " and ± is their standard deviation.")]  # fmt: skip
 
 
 def _prose(text: str) -> list[Block]:
