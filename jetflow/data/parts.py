@@ -105,6 +105,10 @@ def _members(path: Path, offset: int, size: int) -> Iterator[tuple[tarfile.TarIn
                     yield member, content
 
 
+# What ends an archive as it should end: a block of zeros, or nothing more.
+_ENDS = (getattr(tarfile, "EOFHeaderError"), getattr(tarfile, "EmptyHeaderError"))  # noqa: B009
+
+
 class _Header(tarfile.TarInfo):
     """A header as it should be; `tarfile` takes a damaged or a cut one for the archive's end."""
 
@@ -112,7 +116,9 @@ class _Header(tarfile.TarInfo):
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
         try:
             return super().fromtarfile(tar)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+        except tarfile.HeaderError as error:
+            if type(error) in _ENDS:
+                raise
             raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from error
 
 
