@@ -37,9 +37,7 @@ class Folder:
         try:
             write_json(self.path / SWEEP, content)
         except OSError as error:
-            raise UsageError(
-                f"--workdir {self.path} cannot be written ({error}); give a folder that can"
-            ) from error
+            raise _unwritable(self.path, error) from error
 
     def content(self) -> dict[str, Any]:
         """Of the sweep that lives there.
@@ -55,7 +53,8 @@ class Folder:
     def step(self, run: str | None) -> int | None:
         """The checkpoint of a given run that the points are measured at, once that is known."""
         there = self.content() if (self.path / SWEEP).exists() else {}
-        return there.get("fixed", {}).get("step") if there.get("run") == run else None
+        step = there.get("fixed", {}).get("step") if there.get("run") == run else None
+        return None if step is None else int(step)
 
     def record_path(self, point: Point) -> Path:
         return self.path / "points" / f"{point.name}.json"
@@ -77,9 +76,16 @@ class Folder:
             yield hosts.agreed(False)
             return
         folder = self.path / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         with hosts.locked(folder / name, wait=wait) as mine:
             yield hosts.agreed(mine)
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"--workdir {path} cannot be written ({error}); give a folder that can")
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -92,7 +98,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     fields = [
         name
         for name in {**there, **here}
-        if there.get(name) != here.get(name)
+        if str(there.get(name)) != str(here.get(name))  # --fix gives text
         and not name.startswith(("sweep.recipe.mesh.", "sweep.recipe.data.workers"))
     ]
     shown = [

@@ -137,8 +137,11 @@ class Sweep:
         return [Point(number, choices, names) for number, choices in enumerate(self.grid.points)]
 
     def settings(self, point: Point) -> dict[str, Any]:
-        """All settings of a point."""
-        return {**self.fixed, **{name: choice.value for name, choice in point.choices.items()}}
+        """All settings of a point; those that are None are left out."""
+        chosen = {name: choice.value for name, choice in point.choices.items()}
+        return {
+            name: value for name, value in {**self.fixed, **chosen}.items() if value is not None
+        }
 
     def content(self, run: str | None, recipe: dict[str, Any] | None) -> dict[str, Any]:
         """What is kept of it in the folder.
@@ -232,6 +235,8 @@ def _check_points(sweep: Sweep, path: str) -> None:
         labels = [(name, choice.label) for name, choice in point.choices.items()]
         for key in labels:
             value = point.choices[key[0]].value
+            if value is None and is_of_training(key[0]):
+                raise UsageError(f"--sweep {path}: {key[0]} is None; give the value of a config")
             if (first := labelled.setdefault(key, value)) != value:
                 raise UsageError(
                     f"--sweep {path}: {key[0]} has the values {first!r} and {value!r} under the "

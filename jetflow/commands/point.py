@@ -260,8 +260,6 @@ class Runner:
 
     def _parse_training(self, settings: Mapping[str, Any], workdir: Path) -> flags.FlagValues:
         chosen = {name: value for name, value in settings.items() if is_of_training(name)}
-        if missing := [name for name, value in chosen.items() if value is None]:
-            raise UsageError(f"{missing[0]} is None; give a value, or leave the field out")
         arguments = [f"--{name}={value}" for name, value in chosen.items()]
         argv = ["train", "--config", self._sweep.config, *arguments, "--workdir", str(workdir)]
         values = flags.FlagValues()
@@ -273,8 +271,7 @@ class Runner:
         """The flags of a command with those settings that it has."""
         values = flags.FlagValues()
         command.define(values, [])
-        given = {name: value for name, value in settings.items()
-                 if name in values and value is not None}  # fmt: skip
+        given = {name: value for name, value in settings.items() if name in values}
         if command is evaluate:
             given["metrics"] = ",".join(self._sweep.metrics)
         if self._data_dir is not None:

@@ -1,6 +1,7 @@
 """`jetflow report`: one page of a run or a sweep."""
 
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def run(values: flags.FlagValues, folder: str) -> int:
 def write(path: Path, content: str) -> None:
     """Write a page; who looks at it meanwhile sees the one before, and never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)
 
