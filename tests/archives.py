@@ -35,16 +35,16 @@ def jpeg(seed: int, width: int = 80, height: int = 60) -> bytes:
     return encoded(picture(seed, width, height), "JPEG", quality=95)
 
 
-def rotated_jpeg(seed: int) -> bytes:
+def rotated_jpeg(seed: int, width: int, height: int) -> bytes:
     """Lies on its side, and its EXIF says so."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded(picture(seed, 80, 60), "JPEG", quality=95, exif=exif)
+    return encoded(picture(seed, width, height), "JPEG", quality=95, exif=exif)
 
 
-def awkward(seed: int) -> dict[str, bytes]:
+def awkward(seed: int, width: int = 80, height: int = 60) -> dict[str, bytes]:
     """Readable files of every kind, by what is odd in them."""
-    rgb = Image.fromarray(picture(seed, 80, 60))
+    rgb = Image.fromarray(picture(seed, width, height))
     wide = rgb.convert("L").point(lambda v: v * 257, "I").convert("I;16")
     return {
         "grey": encoded(rgb.convert("L"), "JPEG"),
@@ -52,7 +52,7 @@ def awkward(seed: int) -> dict[str, bytes]:
         "palette": encoded(rgb.quantize(16), "GIF"),
         "16-bit": encoded(wide, "PNG"),
         "transparent": encoded(rgb.convert("RGBA"), "PNG"),
-        "rotated": rotated_jpeg(seed),
+        "rotated": rotated_jpeg(seed, width, height),
         "PNG by another name": encoded(rgb, "PNG"),
         "small": jpeg(seed, 20, 17),
     }
@@ -204,6 +204,20 @@ def afhq(folder: Path, name: str = "afhq.zip", held_out: str = "val") -> None:
         for number in range(count)
     }
     zip_of({"afhq/train/": b"", **files}, folder / name)
+
+
+def training_images(folder: Path, name: str, files: dict[str, bytes]) -> None:
+    """Archives of a data set whose training images are these, in the order of their names."""
+    if name.startswith("afhq"):
+        members = {f"afhq/train/cat/{file}": content for file, content in files.items()}
+        zip_of(members, folder / f"{name.split('/')[0]}.zip")
+    elif name.startswith("imagenet21k"):
+        outer = "fall11_whole.tar" if "fall11" in name else "winter21_whole.tar"
+        tar_of({f"{SYNSETS[0]}.tar": tar_of(files)}, folder / outer)
+    else:
+        size = {"imagenet32_old": 32, "imagenet64_old": 64}[name]
+        old_imagenet(folder, size, validation=1)
+        tar_of(files, folder / f"train_{size}x{size}.tar")
 
 
 def tree(folder: Path, classes: bool = True) -> None:

@@ -296,6 +296,25 @@ def test_shapes_are_drawn_without_archives(data_dir):
     assert min(map(len, means.values())) == 25
 
 
+@pytest.mark.parametrize("name", [
+    "imagenet64_old", "imagenet32_old", "imagenet21k/32", "imagenet21k_fall11/64", "afhq/64",
+    "afhq_v2/64",
+])  # fmt: skip
+def test_awkward_files_come_and_what_is_no_image_is_listed(make, name):
+    size, published = FACTS[name].image_shape[0], name.endswith("_old")
+    good, bad = archives.awkward(1, *((size, size) if published else (80, 60))), {}
+    if published:
+        bad["small"] = good.pop("small")
+    bad |= archives.unreadable(1)
+    contents = enumerate([*good.values(), *bad.values()])
+    files = {f"{number:02d}.JPEG": content for number, content in contents}
+    batches, sets = make(name, functools.partial(archives.training_images, name=name, files=files))
+    expected = [images.resize(images.decode(content), size) for content in good.values()]
+    np.testing.assert_array_equal(batches["train"].image, expected)
+    listed = [name.rsplit("/", 1)[1] for name, _ in unreadable(sets["train"])]
+    assert listed == list(files)[len(good) :] and len(listed) >= 4
+
+
 # What is said.
 
 
