@@ -441,12 +441,12 @@ def test_a_failure_ends_processes_that_are_joined(error, sweep, monkeypatch):
     def fail(*_):
         raise error("no luck")
 
-    folder = Folder(sweep.workdir)
-    runner = point.Runner(sweeps.read(str(sweep.path)), folder, run=str(sweep.run), data_dir=None)
-    monkeypatch.setattr(evaluate, "measure", fail)
+    monkeypatch.setattr(point.Runner, "_measure", fail)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    folder, swept = Folder(sweep.workdir), sweeps.read(str(sweep.path))
+    runner = point.Runner(swept, folder, run=str(sweep.run), data_dir=None)
     with pytest.raises(error, match="no luck"):
-        runner.go(sweeps.read(str(sweep.path)).points[0])
+        runner.go(swept.points[0])
     assert not folder.records()
 
 
