@@ -2,12 +2,17 @@
 
 import functools
 import os
+import signal
 
 import pytest
 from jaxtyping import install_import_hook
 
 # Tests run on CPUs, here and in the processes that they start, whatever else there is.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# The processes among which pytest-xdist divides the tests ignore Ctrl-C, and so would all that they
+# start, among it shells, which could not even trap it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the first import of jetflow, so that every module of it is instrumented.
 install_import_hook("jetflow", "beartype.beartype")

@@ -94,9 +94,17 @@ def test_ctrl_c_in_a_terminal_reaches_the_command_once(tmp_path):
         os.execv(LAUNCH / "restart.sh", ["restart.sh", sys.executable, "-c", SIGNALS])
     wait_for((tmp_path / "up").exists, "the command")
     os.write(terminal, b"\x03")
-    _, status = os.waitpid(pid, 0)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 143
+    ended = []
+
+    def has_ended():
+        ended[:] = os.waitpid(pid, os.WNOHANG)
+        return ended[0] == pid
+
+    try:
+        wait_for(has_ended, "the end")
+    finally:
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(ended[1]) == 143
     assert (tmp_path / "got").read_text() == "SIGTERM"
 
 
