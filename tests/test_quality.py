@@ -14,7 +14,7 @@ import tiny_runs
 from jetflow import cli, workdir
 from jetflow.commands import drawn, quality
 from jetflow.data import pipeline
-from jetflow.evals import inception, reference
+from jetflow.evals import inception, reference, statistics, weights
 from jetflow.evals.features import _program, images_of
 from jetflow.types import UsageError
 

@@ -442,9 +442,9 @@ def test_a_failure_ends_processes_that_are_joined(error, sweep, monkeypatch):
         raise error("no luck")
 
     monkeypatch.setattr(point.Runner, "_measure", fail)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
     folder, swept = Folder(sweep.workdir), sweeps.read(str(sweep.path))
     runner = point.Runner(swept, folder, run=str(sweep.run), data_dir=None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(error, match="no luck"):
         runner.go(swept.points[0])
     assert not folder.records()

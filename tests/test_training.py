@@ -54,8 +54,8 @@ def first_call(function, action):
 
 
 def at_compilation(patch, number):
-    batches = first_call(loop.Session._batches, lambda: tiny_runs.send(number))
-    patch.setattr(loop.Session, "_batches", batches)
+    batches = first_call(run.Run.batches, lambda: tiny_runs.send(number))
+    patch.setattr(run.Run, "batches", batches)
 
 
 def after_step(step):
@@ -328,7 +328,7 @@ def test_what_is_said(tmp_path, capsys):
     assert [int(re.fullmatch(pattern, line)[1]) for line in progress] == [1, 4, 8, 12]
     held_out = [line for line in lines if "held-out noised_bpd" in line]
     assert [line.partition(":")[0] for line in held_out] == ["step 6", "step 12"]
-    assert "1 noise draw, averaged weights)" in held_out[0]
+    assert "1 noise draw, averaged weights, given the labels)" in held_out[0]
     assert "± " in held_out[1] and "2 noise" in held_out[1]
     assert all("297 examples, resize: none, checksum " in line for line in held_out)
     assert text.count("not comparable with a bpd of dequantised images") == len(held_out)

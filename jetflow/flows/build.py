@@ -142,7 +142,7 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     optional = {
         field.name: field.default for field in parameters if field.default is not field.empty
     }
-    return optional | dict(config)
+    return dict(config) | {name: value for name, value in optional.items() if name not in config}
 
 
 def _parameters(constructor: Callable[..., Stack]) -> dict[str, inspect.Parameter]:
