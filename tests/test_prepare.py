@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import archives
 import numpy as np
@@ -159,7 +160,7 @@ def test_ctrl_c_while_processes_start_is_this_ones_to_answer(manual, tmp_path):
 def test_a_kill_in_the_last_second_leaves_nothing_for_good(tmp_path):
     archives.old_imagenet(tmp_path, 32)
     for _ in range(2):
-        builder = prepared.prepare(
+        builder: Any = prepared.prepare(
             "imagenet32_old", tmp_path / "data", manual_dir=tmp_path, workers=1
         )
         assert builder.info.initialized and not list(tmp_path.rglob("*.partial"))
