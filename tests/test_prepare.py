@@ -80,9 +80,14 @@ def children(process: int) -> list[int]:
 
 
 def decoders(process: int) -> list[int]:
-    """The processes below one that decode images, from their first moment on."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(process)}
-    return [pid for pid, command in commands.items() if b"spawn_main" in command]
+    """The processes below one that decode images, once Python answers Ctrl-C in them."""
+    begun = []
+    for pid in children(process):
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            status = Path(f"/proc/{pid}/status").read_text().splitlines()
+            [caught] = (int(line.split()[1], 16) for line in status if line.startswith("SigCgt"))
+            begun += [pid] if caught >> (signal.SIGINT - 1) & 1 else []
+    return begun
 
 
 def ended(pid: int) -> bool:

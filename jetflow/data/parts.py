@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol, runtime_checkable
+from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -105,6 +105,9 @@ def _members(path: Path, offset: int, size: int) -> Iterator[tuple[tarfile.TarIn
                     yield member, content
 
 
+_ERRORS: Any = tarfile  # has more of them than type checkers know
+
+
 class _Header(tarfile.TarInfo):
     """A header as it should be; `tarfile` takes a damaged or a cut one for the archive's end."""
 
@@ -112,7 +115,7 @@ class _Header(tarfile.TarInfo):
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
         try:
             return super().fromtarfile(tar)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+        except (_ERRORS.InvalidHeaderError, _ERRORS.TruncatedHeaderError) as error:
             raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from error
 
 
