@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import archives
 import numpy as np
@@ -79,9 +80,14 @@ def children(process: int) -> list[int]:
 
 
 def decoders(process: int) -> list[int]:
-    """The processes below one that decode images, from their first moment on."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(process)}
-    return [pid for pid, command in commands.items() if b"spawn_main" in command]
+    """The processes below one that decode images, once Python answers Ctrl-C in them."""
+    begun = []
+    for pid in children(process):
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            status = Path(f"/proc/{pid}/status").read_text().splitlines()
+            [caught] = (int(line.split()[1], 16) for line in status if line.startswith("SigCgt"))
+            begun += [pid] if caught >> (signal.SIGINT - 1) & 1 else []
+    return begun
 
 
 def ended(pid: int) -> bool:
@@ -159,7 +165,7 @@ def test_ctrl_c_while_processes_start_is_this_ones_to_answer(manual, tmp_path):
 def test_a_kill_in_the_last_second_leaves_nothing_for_good(tmp_path):
     archives.old_imagenet(tmp_path, 32)
     for _ in range(2):
-        builder = prepared.prepare(
+        builder: Any = prepared.prepare(
             "imagenet32_old", tmp_path / "data", manual_dir=tmp_path, workers=1
         )
         assert builder.info.initialized and not list(tmp_path.rglob("*.partial"))

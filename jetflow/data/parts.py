@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol, runtime_checkable
+from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -105,8 +105,7 @@ def _members(path: Path, offset: int, size: int) -> Iterator[tuple[tarfile.TarIn
                     yield member, content
 
 
-# What ends an archive as it should end: a block of zeros, or nothing more.
-_ENDS = (getattr(tarfile, "EOFHeaderError"), getattr(tarfile, "EmptyHeaderError"))  # noqa: B009
+_ERRORS: Any = tarfile  # has more of them than type checkers know
 
 
 class _Header(tarfile.TarInfo):
@@ -116,9 +115,7 @@ class _Header(tarfile.TarInfo):
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
         try:
             return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
-            if type(error) in _ENDS:
-                raise
+        except (_ERRORS.InvalidHeaderError, _ERRORS.TruncatedHeaderError) as error:
             raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from error
 
 

@@ -222,7 +222,8 @@ def write_all(folder: Path, pieces: Iterable[Piece], workers: int) -> Iterator[t
     with _pool(workers) as pool:
         for piece in pieces:
             note = read_note(folder, piece)
-            with processes.blocked_signals():  # Ctrl-C is this process's to answer
+            # Ctrl-C is this process's to answer, when the other has started.
+            with processes.later_interrupt(), processes.blocked_signals():
                 ahead.append((piece, note or pool.submit(write_piece, folder, piece)))
             if len(ahead) > 2 * workers:  # enough that nobody waits, and that spools stay few
                 yield _result(*ahead.popleft())

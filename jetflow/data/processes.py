@@ -34,6 +34,23 @@ def blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextlib.contextmanager
+def later_interrupt() -> Iterator[None]:
+    """Ctrl-C raises after the block: in its midst, it would leave a process half started."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # somebody else answers it
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def end_with_parent() -> None:
     """Called in a child: a parent that was killed cannot ask it to stop."""
     parent = multiprocessing.parent_process()
