@@ -3,15 +3,12 @@
 import errno
 import fcntl
 import functools
-import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import time
 
-import inception_rule
 import jax
 import numpy as np
 import pytest
@@ -221,26 +218,3 @@ def test_a_signal_to_one_process_stops_all(start, alone, who, tmp_path):
     assert "all saved in" in ends[0][1]
     finish(start(train("tarflow", workdir)))
     same_metrics(workdir, alone)
-
-
-@pytest.mark.slow
-def test_processes_compare_samples_as_one(start, alone, tmp_path):
-    """With the FID's own network; each process has a part of the images."""
-    weights, workdir = inception_rule.write(tmp_path / "weights.pth"), tmp_path / "run"
-    shutil.copytree(alone, workdir)
-    flags = ["evaluate", "--workdir", workdir, "--metrics", "fid,sfid,kid,precision_recall"]
-    flags += ["--num_samples", 20, "--batch_size", 8, "--inception_weights", weights]
-    flags += ["--reference_split", "train[:20]"]
-    results = []
-    for more, processes in (["--make_reference"], 2), ([], 1):
-        finish(start([*flags, *more], processes=processes), timeout=900)
-        paths = sorted(workdir.glob("evals/*num_samples=20*.json"))
-        results.append([json.loads(path.read_text()) for path in paths])
-        for path in paths:
-            path.unlink()
-    assert [result["metric"] for result in results[0]] == [
-        "fid", "kid", "precision", "recall", "sfid"
-    ]  # fmt: skip
-    for several, one in zip(*results, strict=True):
-        assert several["value"] == pytest.approx(one["value"], rel=1e-3), one["metric"]
-        assert several["reference"] == one["reference"]

@@ -178,7 +178,7 @@ def test_all_meshes_train_alike(name, tmp_path):
             assert several.keys() == one.keys()
             for metric in set(one) - set(SPEED):
                 assert several[metric] == pytest.approx(one[metric], rel=1e-5), (axes, metric)
-        assert part == whole if axes == (8, 1, 1) else part < 1.2 * whole / (axes[1] * axes[2])
+        assert part == whole if axes == (8, 1, 1) else part < 1.4 * whole / (axes[1] * axes[2])
 
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "2x2x2", moved)
