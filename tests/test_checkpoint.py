@@ -219,7 +219,7 @@ def test_arrays_of_another_step(tmp_path, warnings):
     assert "the checksum of " in warnings[0]
 
 
-# Not `quiet`: once in some thousand reads TensorStore answers when asyncio's loop is closed already.
+# Not `quiet`: once in a thousand reads TensorStore answers when the event loop is closed already.
 @pytest.mark.parametrize("harm", [flip, truncate, lambda path: path.unlink()])
 def test_every_file(tmp_path, harm, warnings):
     """Whichever file is harmed: the state is that of the step, or the step is passed over."""
