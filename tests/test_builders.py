@@ -14,6 +14,7 @@ import pytest
 from jetflow import cli
 from jetflow.data import images, pipeline, prepared
 from jetflow.data.builders import BUILDERS, shapes
+from jetflow.data.builders.archived import Progress
 from jetflow.data.builders.imagenet import ImageNet21k
 from jetflow.data.facts import FACTS, differences
 from jetflow.data.pipeline import eval_batches
@@ -193,7 +194,15 @@ def test_imagenet21k_is_the_same_from_each_layout(make, monkeypatch, tmp_path, c
         manual.mkdir()
         archives.imagenet21k(manual, layout)
         where = tmp_path / "data" / manual.name
-        prepared.prepare("imagenet21k/32", where, manual_dir=manual, workers=1)
+        said: list[Progress] = []
+        prepared.prepare(
+            "imagenet21k/32", where, manual_dir=manual, workers=1, on_progress=said.append
+        )
+        looked = [each.bytes_read for each in said if each.is_first_pass]
+        assert looked == sorted(looked) and bool(looked) == layout.endswith(".gz")
+        assert (
+            not looked or 0 < looked[-1] <= said[0].bytes_in_all == (manual / layout).stat().st_size
+        )
         loaded = [
             pipeline.load("imagenet21k/32", s, data_dir=where) for s in ("train", "validation")
         ]

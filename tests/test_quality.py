@@ -12,7 +12,7 @@ import small_network
 import tiny_runs
 
 from jetflow import cli, workdir
-from jetflow.commands import drawn, quality
+from jetflow.commands import drawn, quality, sampling
 from jetflow.data import pipeline
 from jetflow.evals import inception, reference, statistics, weights
 from jetflow.evals.features import _program, images_of
@@ -288,7 +288,7 @@ def test_settings_have_names_of_their_own(with_reference):
 def test_killed_evaluation_goes_on(with_reference, monkeypatch):
     flags = ["--metrics", METRICS, "--num_samples", 40]
     monkeypatch.setattr(drawn, "SAVED_EVERY", 16)
-    draw_all, starts = drawn.draw_all, []
+    draw_all, starts = sampling.draw_all, []
 
     def interrupted(*args, start, **fields):
         starts.append(start)
@@ -298,7 +298,7 @@ def test_killed_evaluation_goes_on(with_reference, monkeypatch):
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(drawn, "draw_all", interrupted)
+        patch.setattr(sampling, "draw_all", interrupted)
         with_reference(*flags, status=130)
         (partial,) = with_reference.folder.glob("evals/*.partial.npz")
         with_reference(*flags, "--seed", 1, status=130)  # starts from none, and leaves its own
@@ -308,7 +308,7 @@ def test_killed_evaluation_goes_on(with_reference, monkeypatch):
         starts.append(start)
         return draw_all(*args, start=start, **fields)
 
-    monkeypatch.setattr(drawn, "draw_all", watched)
+    monkeypatch.setattr(sampling, "draw_all", watched)
     _, resumed = with_reference(*flags)
     assert starts == [0, 0, 32] and not partial.exists()
     for path in with_reference.folder.glob("evals/*.json"):
@@ -322,7 +322,7 @@ def test_killed_evaluation_goes_on(with_reference, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"PK", b"text", None])
 def test_damaged_statistics_of_a_killed_evaluation(content, tmp_path):
     """They are as none; only whole ones of the same settings are taken up."""
-    kept = drawn.Drawn.__new__(drawn.Drawn)
+    kept = drawn.DrawnSamples.__new__(drawn.DrawnSamples)
     kept.path, kept._made_with = tmp_path / "a.partial.npz", {"seed": 0}
     kept._save(small_network.collected(8))
     assert kept._read() is not None
@@ -369,7 +369,7 @@ def test_a_reference_of_unknown_data_says_so():
 def test_too_few_features_are_noticed_before_samples_are_drawn(
     flags, count, with_reference, monkeypatch
 ):
-    monkeypatch.setattr(drawn, "draw_all", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sampling, "draw_all", lambda *_, **__: 1 / 0)
     if count is None:  # those of the reference
         count = 5
         with_reference("--make_reference", "--reference_split", "train[:5]")

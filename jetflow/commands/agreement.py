@@ -6,13 +6,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jetflow import sharding
-from jetflow.commands import decoding, sampling
+from jetflow.commands import sampling
 from jetflow.commands.evaluation import Evaluation, Outcome
 from jetflow.evals import classify
 from jetflow.evals.features import in_batches
 from jetflow.evals.records import number
-from jetflow.noise import Purpose, key_for
-from jetflow.sampling.ancestral import draw_all, quantise
 from jetflow.types import Batch, UsageError
 from jetflow.workdir import suffix
 
@@ -62,12 +60,7 @@ def _batches(evaluation: Evaluation) -> Iterator[Batch]:
 
 def _images(evaluation: Evaluation) -> Iterator[UInt8[np.ndarray, "_ H W C"]]:
     values, model = evaluation.values, evaluation.model
-    sampler = sampling.sampler(values, model, evaluation.mesh)
-    size = min(values.batch_size, values.num_samples)
-    sampler = decoding.with_method(sampler, values.method, values, model, size)
-    label = np.arange(values.num_samples, dtype=np.int32) % model.flow.num_classes
-    for drawn in draw_all(
-        sampler, key_for(values.seed, 0, Purpose.SAMPLE), num=values.num_samples, label=label,
-        batch_size=values.batch_size,
-    ):  # fmt: skip
-        yield quantise(drawn.pixels, model.config["noise"]["kind"])
+    num = values.num_samples
+    sampler = sampling.sampler(values, model, evaluation.mesh, num)
+    label = sampling.labels_in_turn(model, num)
+    return (images for images, _ in sampling.draw(sampler, values, model, num=num, label=label))

@@ -12,20 +12,16 @@ from absl import logging
 from jaxtyping import UInt8
 
 from jetflow import hosts
-from jetflow.commands import decoding, sampling
+from jetflow.commands import sampling
 from jetflow.commands.evaluation import Evaluation
 from jetflow.evals.statistics import Statistics
 from jetflow.files import write_atomically
-from jetflow.noise import Purpose, key_for
-from jetflow.sampling.ancestral import draw_all, quantise
 
 SAVED_EVERY = 5000  # images
 
 
-class Drawn:
-    """The samples that the flags ask for: image i depends on the seed, its label and i alone.
-
-    Labels take turns, so that each class has equally many images.
+class DrawnSamples:
+    """The samples that the flags ask for; labels take turns.
 
     Attributes:
         settings: all that the statistics depend on, by the names of flags.
@@ -36,9 +32,7 @@ class Drawn:
         self._evaluation = evaluation
         self.path = path
         values, model = evaluation.values, evaluation.model
-        sampler = sampling.sampler(values, model, evaluation.mesh)
-        size = min(values.batch_size, values.num_samples)
-        self._sampler = decoding.with_method(sampler, values.method, values, model, size)
+        self._sampler = sampling.sampler(values, model, evaluation.mesh, values.num_samples)
         self.settings = sampling.used(values, model) | {
             name: values[name].value for name in ("num_samples", "seed", "num_features")
         }
@@ -46,16 +40,14 @@ class Drawn:
 
     def chunks(self, statistics: Statistics) -> Iterator[UInt8[np.ndarray, "_ H W C"]]:
         """The images from `statistics.done` on; counts those that are not finite."""
-        values, flow = self._evaluation.values, self._evaluation.model.flow
-        num, classes = values.num_samples, flow.num_classes
-        label = np.arange(num, dtype=np.int32) % classes if classes else None
-        kind = self._evaluation.model.config["noise"]["kind"]
-        for drawn in draw_all(
-            self._sampler, key_for(values.seed, 0, Purpose.SAMPLE), num=num, label=label,
-            batch_size=values.batch_size, start=statistics.done,
-        ):  # fmt: skip
+        values, model = self._evaluation.values, self._evaluation.model
+        num = values.num_samples
+        label = sampling.labels_in_turn(model, num)
+        for images, drawn in sampling.draw(
+            self._sampler, values, model, num=num, label=label, start=statistics.done
+        ):
             statistics.broken += int((~drawn.finite).sum())
-            yield quantise(drawn.pixels, kind)
+            yield images
 
     def resume(self, statistics: Statistics) -> None:
         """Take up what an evaluation with the same settings left, if it did."""

@@ -6,18 +6,19 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 from PIL import Image
 
 from jetflow import commands
-from jetflow.commands import decoding
+from jetflow.commands import sampling
 from jetflow.data import pipeline
 from jetflow.evals.samples import rows_by_class
 from jetflow.flows.labels import check_labels
 from jetflow.noise import Purpose, key_for
 from jetflow.report import make_grid, save_gif, save_png
 from jetflow.sampling import explore
-from jetflow.sampling.ancestral import Sampler, check_guided, quantise
+from jetflow.sampling.ancestral import check_guided, quantise
 from jetflow.types import UsageError
 from jetflow.workdir import Model
 
@@ -35,7 +36,7 @@ def define(values: flags.FlagValues) -> None:
          "the test split) and interpolate (default: two samples)")  # fmt: skip
 
 
-def run(values: flags.FlagValues, model: Model, sampler: Sampler) -> int:
+def run(values: flags.FlagValues, model: Model, mesh: Mesh) -> int:
     """Raises a UsageError on flags that the mode does not have, or pictures that do not fit."""
     if values.npz:
         raise UsageError(f"--npz is for samples, not for --mode {values.mode}; leave it out")
@@ -48,7 +49,7 @@ def run(values: flags.FlagValues, model: Model, sampler: Sampler) -> int:
                     f"--{name} is for samples; a reconstruction is the inverse alone: leave it out"
                 )
     mode = {"reconstruct": _reconstruct, "interpolate": _interpolate, "trace": _trace}
-    frames, rows = mode[values.mode](values, model, sampler)
+    frames, rows = mode[values.mode](values, model, mesh)
     out = Path(values.out)
     if out.suffix == ".gif":
         save_gif(out, [make_grid(frame, [len(frame)]) for frame in frames])
@@ -58,12 +59,12 @@ def run(values: flags.FlagValues, model: Model, sampler: Sampler) -> int:
     return 0
 
 
-def _reconstruct(values, model: Model, sampler: Sampler):
+def _reconstruct(values, model: Model, mesh: Mesh):
     """Two frames: the originals, and what is decoded from their latents."""
     images, labels = _given_images(values, model, values.num or 8)
     label = check_labels(model.flow, labels, len(images))
+    sampler = sampling.sampler(values, model, mesh, len(images))
     size = min(values.batch_size, len(images))
-    sampler = decoding.with_method(sampler, values.method, values, model, size)
     kind = model.config["noise"]["kind"]
     parts = []
     for start in range(0, len(images), size):
@@ -81,10 +82,10 @@ def _reconstruct(values, model: Model, sampler: Sampler):
     return [images, quantise(pixels, kind)], [len(images)] * 2
 
 
-def _interpolate(values, model: Model, sampler: Sampler):
+def _interpolate(values, model: Model, mesh: Mesh):
     """A frame a point of the path."""
     num = values.num or 8
-    sampler = decoding.with_method(sampler, values.method, values, model, num)
+    sampler = sampling.sampler(values, model, mesh, num)
     label = check_labels(model.flow, values.label, num)
     check_guided(sampler.guidance, label)
     kind = model.config["noise"]["kind"]
@@ -99,10 +100,10 @@ def _interpolate(values, model: Model, sampler: Sampler):
     return list(quantise(drawn.pixels, kind)[:, None]), [num]
 
 
-def _trace(values, model: Model, sampler: Sampler):
+def _trace(values, model: Model, mesh: Mesh):
     """A frame a stage, of the images that plain sampling gives; in the picture, a row an image."""
     num = values.num or 8
-    sampler = decoding.with_method(sampler, values.method, values, model, num)
+    sampler = sampling.sampler(values, model, mesh, num)
     labels, _ = rows_by_class(num, model.flow.num_classes)
     label = check_labels(model.flow, labels if values.label is None else values.label, num)
     check_guided(sampler.guidance, label)

@@ -15,13 +15,11 @@ from absl import flags
 from jax.sharding import Mesh
 
 from jetflow import commands, config, environment, hosts, loop
-from jetflow.commands import decoding, evaluate, sample, sampling, train
+from jetflow.commands import evaluate, sample, sampling, train
 from jetflow.data import pipeline
 from jetflow.evals.samples import rows_by_class, square_rows
-from jetflow.noise import Purpose, key_for
 from jetflow.report import make_grid, save_png
 from jetflow.run import set_up
-from jetflow.sampling.ancestral import draw_all, quantise
 from jetflow.sweep_folder import Folder
 from jetflow.sweeps import Point, Sweep, is_of_training, say
 from jetflow.types import UsageError
@@ -249,14 +247,9 @@ class Runner:
         """Samples of all classes, in a grid that is about square."""
         num = self._sweep.pictures
         labels, _ = rows_by_class(num, model.flow.num_classes)
-        sampler = sampling.sampler(values, model, mesh)
-        size = min(values.batch_size, num)
-        sampler = decoding.with_method(sampler, values.method, values, model, size)
-        key = key_for(values.seed, 0, Purpose.SAMPLE)
-        drawn = draw_all(sampler, key, num=num, label=labels, batch_size=values.batch_size)
-        kind = model.config["noise"]["kind"]
-        images = np.concatenate([quantise(batch.pixels, kind) for batch in drawn])
-        return make_grid(images, square_rows(num))
+        sampler = sampling.sampler(values, model, mesh, num)
+        drawn = sampling.draw(sampler, values, model, num=num, label=labels)
+        return make_grid(np.concatenate([images for images, _ in drawn]), square_rows(num))
 
     def _parse_training(self, settings: Mapping[str, Any], workdir: Path) -> flags.FlagValues:
         chosen = {name: value for name, value in settings.items() if is_of_training(name)}

@@ -60,18 +60,14 @@ class Display:
         return self
 
     def __exit__(self, *_):
-        if self._bar is not None:
-            self._bar.close()
+        self._close()
 
     def update(self, progress: Progress) -> None:
         now = time.monotonic()
-        first = self._first or progress  # of the rate: what an earlier start did took no time now
-        rate = (progress.images - first.images) / max(now - self._begin, 1e-9)
-        if self._first is None:
+        if self._first is None or self._first.is_first_pass != progress.is_first_pass:
             self._first, self._begin = progress, now
-        state = (
-            f"{progress.images:,} images, {rate:,.0f} images/s, {progress.unreadable:,} unreadable"
-        )
+            self._close()
+        state = "first pass" if progress.is_first_pass else self._state(progress, now)
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(
@@ -84,3 +80,16 @@ class Display:
             self._said = now
             share = progress.bytes_read / max(progress.bytes_in_all, 1)
             print(f"{self._name}: {share:.0%}, {state}", file=sys.stderr, flush=True)
+
+    def _state(self, progress: Progress, now: float) -> str:
+        assert self._first is not None
+        new = progress.images - self._first.images  # what an earlier start did took no time now
+        rate = new / max(now - self._begin, 1e-9)
+        return (
+            f"{progress.images:,} images, {rate:,.0f} images/s, {progress.unreadable:,} unreadable"
+        )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

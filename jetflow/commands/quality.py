@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from jetflow import commands, hosts, sharding
 from jetflow.commands import sampling
-from jetflow.commands.drawn import Drawn
+from jetflow.commands.drawn import DrawnSamples
 from jetflow.commands.evaluation import Evaluation, Outcome
 from jetflow.data import pipeline
 from jetflow.evals import kid as kernel
@@ -98,7 +98,7 @@ class Quality:
             return self._measure(chunks, count, what="samples"), {"images": count, **facts}
         folder = self.evaluation.model.workdir / "evals"
         name = f"samples-{self.evaluation.model.step:08d}{self._sampling_suffix}.partial.npz"
-        drawn = Drawn(self.evaluation, self.network.sha256, folder / name)
+        drawn = DrawnSamples(self.evaluation, self.network.sha256, folder / name)
         statistics = Statistics(values.num_samples, values.num_features)
         drawn.resume(statistics)
         batches = self._batches(drawn.chunks(statistics), start=statistics.done)

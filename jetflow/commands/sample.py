@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from jetflow import commands, hosts
 from jetflow.archive import Archive
-from jetflow.commands import decoding, explore, sampling
+from jetflow.commands import explore, sampling
 from jetflow.evals.samples import corner, rows_by_class, square_rows
 from jetflow.flows.labels import check_labels
-from jetflow.noise import LARGEST_SEED, Purpose, key_for
+from jetflow.noise import LARGEST_SEED
 from jetflow.report import make_grid, save_png
-from jetflow.sampling.ancestral import Sampler, draw_all, quantise
+from jetflow.sampling.ancestral import Sampler
 from jetflow.types import UsageError
 from jetflow.workdir import Model, load_model
 
@@ -57,17 +57,14 @@ def run(values: flags.FlagValues) -> int:
     workdir = Path(commands.required(values, "workdir", "runs/NAME"))
     mesh = commands.mesh(values)
     model = load_model(workdir, values.step, mesh)
-    sampler = sampling.sampler(values, model, mesh)
     if values.mode != "samples":
-        return explore.run(values, model, sampler)
+        return explore.run(values, model, mesh)
     num = values.num or 64
     labels, rows = rows_by_class(num, model.flow.num_classes)
     if values.label is not None:
         labels = np.asarray(check_labels(model.flow, values.label, num))
         rows = square_rows(num)
-    sampler = decoding.with_method(
-        sampler, values.method, values, model, min(values.batch_size, num)
-    )
+    sampler = sampling.sampler(values, model, mesh, num)
     archive = _archive(values, model, labels, num) if values.npz and hosts.is_first() else None
     images = _draw(sampler, values, model, labels, num, archive)
     if not hosts.is_first():
@@ -93,20 +90,16 @@ def _archive(
 
 def _draw(sampler: Sampler, values, model: Model, labels, num: int, archive: Archive | None):
     """Draw the images; returns a function that gives those of some numbers."""
-    kind, kept, sweeps, residual = model.config["noise"]["kind"], [], (), 0.0
+    kept, sweeps, residual = [], (), 0.0
     start = hosts.agreed(archive.done if archive else 0)
     finite = [archive.finite] if archive else []
     if start:
         print(f"going on behind {start:,} images of {values.npz}.partial")
-    batches = draw_all(
-        sampler, key_for(values.seed, 0, Purpose.SAMPLE), num=num, label=labels,
-        batch_size=values.batch_size, start=start,
-    )  # fmt: skip
+    batches = sampling.draw(sampler, values, model, num=num, label=labels, start=start)
     clock = time.perf_counter()
     with tqdm(total=num, initial=start, unit=" images", disable=None, leave=False) as bar:
-        for drawn in batches:
+        for images, drawn in batches:
             finite.append(drawn.finite)
-            images = quantise(drawn.pixels, kind)
             if archive is not None:
                 archive.append(images, drawn.finite)
             elif hosts.is_first():

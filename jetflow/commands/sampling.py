@@ -1,13 +1,17 @@
-"""The flags on how images are drawn, which `sample` and `evaluate` share, and their `Sampler`."""
+"""The flags on how images are drawn, which commands share, and the drawing."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
+from jaxtyping import Int, UInt8
 
 from jetflow import commands
 from jetflow.commands import decoding
-from jetflow.sampling.ancestral import Sampler
+from jetflow.noise import Purpose, key_for
+from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, quantise
 from jetflow.types import Guidance, UsageError
 from jetflow.workdir import Model
 
@@ -34,8 +38,8 @@ def define(values: flags.FlagValues) -> None:
     decoding.define(values)
 
 
-def sampler(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
-    """The sampler that the flags ask for, but for its decoding, see `decoding.with_method`.
+def sampler(values: flags.FlagValues, model: Model, mesh: Mesh, num: int) -> Sampler:
+    """What draws `num` images as the flags ask for them.
 
     Raises:
         UsageError: on flags that this flow does not have.
@@ -48,7 +52,7 @@ def sampler(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
     guidance = Guidance(
         values.guidance, values.guide_what, values.attention_temperature, values.annealed
     )
-    return Sampler(
+    plain = Sampler(
         model.flow,
         model.variables,
         guidance=guidance,
@@ -56,6 +60,32 @@ def sampler(values: flags.FlagValues, model: Model, mesh: Mesh) -> Sampler:
         denoise=used(values, model)["denoise_std"] or 0.0,
         mesh=mesh,
     )
+    return decoding.with_method(plain, values.method, values, model, min(values.batch_size, num))
+
+
+def draw(
+    sampler: Sampler,
+    values: flags.FlagValues,
+    model: Model,
+    *,
+    num: int,
+    label: Int[np.ndarray, "N"] | None,
+    start: int = 0,
+) -> Iterator[tuple[UInt8[np.ndarray, "_ H W C"], Drawn]]:
+    """The images start, …, num − 1 in batches, and what they were before they were rounded.
+
+    Image i depends on the seed, its label and i alone.
+    """
+    key, kind = key_for(values.seed, 0, Purpose.SAMPLE), model.config["noise"]["kind"]
+    size = values.batch_size
+    for drawn in draw_all(sampler, key, num=num, label=label, batch_size=size, start=start):
+        yield quantise(drawn.pixels, kind), drawn
+
+
+def labels_in_turn(model: Model, num: int) -> Int[np.ndarray, "N"] | None:
+    """Of so many images, so that each class has equally many; None for a flow without labels."""
+    classes = model.flow.num_classes
+    return np.arange(num, dtype=np.int32) % classes if classes else None
 
 
 def settings(values: flags.FlagValues) -> dict[str, Any]:

@@ -196,11 +196,19 @@ def flat_tar(
         yield part(members[-1].offset_data + members[-1].size)
 
 
-def tar_files(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, by their headers alone where it is not compressed."""
-    with tarfile.open(path, tarinfo=_Header) as tar:
+def tar_files(
+    path: Path, on_read: Callable[[int], None] = lambda position: None
+) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar, by their headers alone where it is not compressed.
+
+    Args:
+        path: of the tar.
+        on_read: told from time to time how far in the file, as it lies on the disk, that is.
+    """
+    with open(path, "rb") as file, tarfile.open(fileobj=file, tarinfo=_Header) as tar:
         while (member := tar.next()) is not None:
             vars(tar)["members"].clear()  # or it keeps a million headers
+            on_read(file.tell())
             if member.isfile():
                 yield member
 

@@ -66,12 +66,19 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far the preparing is: images written, files left out, and bytes read, as unpacked."""
+    """How far the preparing is.
+
+    Attributes:
+        images, unreadable: images written, and files left out.
+        bytes_read, bytes_in_all: as unpacked, but for those of a first pass.
+        is_first_pass: whether this is the search for what a compressed archive holds.
+    """
 
     images: int
     unreadable: int
     bytes_read: int
     bytes_in_all: int
+    is_first_pass: bool = False
 
 
 class ArchiveBuilder(FileReaderBuilder, skip_registration=True):

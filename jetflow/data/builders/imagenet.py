@@ -7,14 +7,14 @@ import gzip
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
 from jetflow.data import pieces
-from jetflow.data.builders.archived import Archive, ArchiveBuilder, Split, say
+from jetflow.data.builders.archived import Archive, ArchiveBuilder, Progress, Split, say
 from jetflow.data.parts import TarPart, flat_tar, tar_files
 from jetflow.data.pieces import HeldOut, Piece
 from jetflow.types import UsageError
@@ -123,11 +123,14 @@ class ImageNet21k(ArchiveBuilder, skip_registration=True):
     def _index_of_compressed(self, path: Path) -> list[tuple[str, int, int]]:
         """Noted for the next start: it takes a pass over the whole archive."""
         note = self.partial_dir / "tars.json"
-        known = [path.name, path.stat().st_size]
+        total = path.stat().st_size
+        known = [path.name, total]
         if note.exists() and (content := json.loads(note.read_text("utf-8")))["archive"] == known:
             return [tuple(tar) for tar in content["tars"]]
         say(f"{path} is compressed: looking for its tars takes a first pass over it")
-        tars = _inner_tars(path)
+        tars = _inner_tars(
+            path, lambda position: self.on_progress(Progress(0, 0, position, total, True))
+        )
         unfinished = note.with_suffix(".unfinished")
         unfinished.write_text(json.dumps({"archive": known, "tars": tars}), "utf-8")
         unfinished.rename(note)
@@ -172,11 +175,13 @@ def _is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def _inner_tars(path: Path) -> list[tuple[str, int, int]]:
+def _inner_tars(
+    path: Path, on_read: Callable[[int], None] = lambda position: None
+) -> list[tuple[str, int, int]]:
     """(name, offset, size) of each tar in a tar."""
     return [
         (PurePosixPath(member.name).name, member.offset_data, member.size)
-        for member in tar_files(path)
+        for member in tar_files(path, on_read)
         if member.name.endswith(".tar")
     ]
 
