@@ -29,6 +29,14 @@ def float64():
         yield
 
 
+@pytest.fixture
+def fresh_traces():
+    """For tests that replace parts of jetflow: JAX keeps what it has traced of them."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def data_dir(tmp_path_factory):
     """Where all tests, and the processes that they start, find data sets: prepared only once."""

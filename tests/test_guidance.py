@@ -164,6 +164,7 @@ def annealed_from_zero(real):
     return lambda prediction, strength, guided: real(prediction, strength - 1.5 / 3, guided)
 
 
+@pytest.mark.usefixtures("fresh_traces")
 @pytest.mark.parametrize(
     ("name", "owner", "function", "bug"),
     [

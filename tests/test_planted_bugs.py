@@ -16,7 +16,7 @@ from jetflow.flows.pixels import Pixels
 from jetflow.nn import transformer
 from jetflow.nn.encoder import Encoder
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "fresh_traces")
 
 
 ROUND_TRIP = flow_laws.inverse_undoes_forward

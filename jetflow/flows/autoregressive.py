@@ -1,5 +1,6 @@
 """TarFlow: autoregressive affine blocks over patches (arXiv 2412.06329)."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +9,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows import affine
-from jetflow.nn.causal import Cache, CausalTransformer, fan_in_uniform
-from jetflow.nn.transformer import at_least_float32, uniform_init
+from jetflow.nn.causal import KERNEL_INIT, Cache, CausalTransformer, bias_init, enlarged
+from jetflow.nn.transformer import at_least_float32
 from jetflow.types import Decoding, Guidance
 
 LARGEST_GUESS = 1e4  # far above any token's value, far below what overflows in a net
+SEGMENT, MOST_SEGMENTS = 64, 3  # tokens between enlargements of the cache; each is compiled anew
 EMBEDDING_INIT = nn.initializers.normal(stddev=1e-2)
 
 
@@ -77,8 +79,8 @@ class AutoregressiveBlock(nn.Module):
         self.proj_in = nn.Dense(
             self.width,
             dtype=self.dtype,
-            kernel_init=fan_in_uniform(),
-            bias_init=uniform_init(features**-0.5),
+            kernel_init=KERNEL_INIT,
+            bias_init=bias_init(features),
         )
         self.position = self.param("position", EMBEDDING_INIT, (tokens, self.width), jnp.float32)
         if self.num_classes:
@@ -91,7 +93,7 @@ class AutoregressiveBlock(nn.Module):
             features if self.volume_preserving else 2 * features,
             dtype=wide,
             kernel_init=nn.initializers.zeros_init(),
-            bias_init=uniform_init(self.width**-0.5),
+            bias_init=bias_init(self.width),
         )
 
     def forward(self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None):
@@ -125,10 +127,14 @@ class AutoregressiveBlock(nn.Module):
         return x, logdet
 
     def _sequentially(self, z, label, guidance, decoding):
-        """T − 1 steps, each of one token."""
+        """T − 1 steps, each of one token.
+
+        A step reads the whole cache, so it grows as they go on: in few stages, as each is a loop of
+        its own.
+        """
         batch, tokens, _ = z.shape
         given = self._given(label, batch, guidance)
-        cache = self.transformer.empty_cache(len(given.condition), tokens, decoding.cache_dtype)
+        cache = self.transformer.empty_cache(len(given.condition), 0, decoding.cache_dtype)
 
         def body(block: AutoregressiveBlock, carry: _Sequence, inputs):
             index, next_z = inputs
@@ -140,9 +146,14 @@ class AutoregressiveBlock(nn.Module):
         # Token 0 has no past: its shift and log-scale are zero.
         carry = _Sequence(z[:, 0], cache, jnp.zeros(batch, z.dtype))
         scanned = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
-        inputs = (jnp.arange(tokens - 1), z[:, 1:].swapaxes(0, 1))
-        carry, rest = scanned(self, carry, inputs)
-        x = jnp.concatenate([z[:, :1], rest.swapaxes(0, 1)], axis=1)
+        inputs, found = (jnp.arange(tokens - 1), z[:, 1:].swapaxes(0, 1)), [z[None, :, 0]]
+        for segment in _segments(tokens - 1):
+            carry = carry._replace(cache=enlarged(carry.cache, segment.stop))
+            carry, part = scanned(
+                self, carry, jax.tree.map(lambda array, s=segment: array[s], inputs)
+            )
+            found.append(part)
+        x = jnp.concatenate(found).swapaxes(0, 1)
         return x, carry.logdet, jnp.array(tokens - 1), jnp.zeros((), z.dtype)
 
     def _by_windows(self, z, label, guidance, decoding):
@@ -246,6 +257,13 @@ class AutoregressiveBlock(nn.Module):
     def _in_order(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Between image order and decoding order; its own inverse."""
         return tokens[:, ::-1] if self.backward else tokens
+
+
+def _segments(steps: int) -> list[slice]:
+    """The steps of sequential decoding between which the cache grows."""
+    count = min(-(-steps // SEGMENT), MOST_SEGMENTS)
+    bounds = [steps * number // count for number in range(count + 1)] if count else []
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def _interleave(conditional: Float[Array, "B *S"], unconditional: Float[Array, "B *S"]):

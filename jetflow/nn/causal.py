@@ -1,20 +1,40 @@
 """The causal transformer of TarFlow's blocks (arXiv 2412.06329), with a KV cache."""
 
+import functools
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
-from jetflow.nn.transformer import KVCache, TransformerLayer, through_layers, uniform_init
+from jetflow.nn.transformer import (
+    KVCache,
+    TransformerLayer,
+    TransposedDense,
+    through_layers,
+    uniform_init,
+)
 
 Cache: TypeAlias = tuple[KVCache, ...]  # one a layer
 
 
-def fan_in_uniform() -> nn.initializers.Initializer:
-    """U(±1/√fan_in) for kernels, the initialisation of the published net's linear layers."""
-    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# U(±1/√fan_in), the initialisation of the published net's linear layers, biases included.
+KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def bias_init(fan_in: int) -> nn.initializers.Initializer:
+    return uniform_init(fan_in**-0.5)
+
+
+def enlarged(cache: Cache, tokens: int) -> Cache:
+    """The cache with room for so many tokens."""
+
+    def pad(array: Float[Array, "B N T H"]) -> Float[Array, "B N _ H"]:
+        return jnp.pad(array, ((0, 0), (0, 0), (0, tokens - array.shape[2]), (0, 0)))
+
+    return jax.tree.map(pad, cache)
 
 
 class CausalTransformer(nn.Module):
@@ -39,8 +59,8 @@ class CausalTransformer(nn.Module):
             width=self.width,
             norm_epsilon=1e-5,
             approximate_gelu=False,
-            kernel_init=fan_in_uniform(),
-            bias_init=lambda fan_in: uniform_init(fan_in**-0.5),
+            kernel_init=KERNEL_INIT,
+            bias_init=bias_init,
             dtype=self.dtype,
         )
 
@@ -61,10 +81,17 @@ class CausalTransformer(nn.Module):
         return (KVCache(zeros, zeros),) * self.num_layers
 
     def layer_params(self) -> tuple[Any, ...]:
-        """The parameters of each layer, for `extend`: a loop would cut them out at each token."""
-        stacked = self.layers.variables["params"]
+        """The parameters of each layer, for `extend`: a loop would cut them out at each token.
+
+        Kernels as `TransposedDense` takes them.
+        """
+        stacked = flatten_dict(self.layers.variables["params"])
+        stacked = {
+            path: array.swapaxes(1, 2) if path[-1] == "kernel" else array
+            for path, array in stacked.items()
+        }
         return tuple(
-            jax.tree.map(lambda array, index=index: array[index], stacked)
+            unflatten_dict({path: array[index] for path, array in stacked.items()})
             for index in range(self.num_layers)
         )
 
@@ -77,8 +104,14 @@ class CausalTransformer(nn.Module):
         layer_params: tuple[Any, ...],
     ) -> tuple[Float[Array, "B S W"], Cache]:
         """The S tokens from `start` on, given the cache of those before."""
-        layer, caches = self.layers.clone(parent=None), []
+        layer, caches = self.layers.clone(parent=None, dense=TransposedDense), []
         for params, old in zip(layer_params, cache, strict=True):
-            x, new = layer.apply({"params": params}, x, old, start, temperature, method="extend")
+            x, new = _extend_layer(layer, params, x, old, start, temperature)
             caches.append(new)
         return x, tuple(caches)
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def _extend_layer(layer, params, x, cache: KVCache, start, temperature):
+    """Of any layer: it is traced once for all layers and blocks of a shape, which takes seconds."""
+    return layer.apply({"params": params}, x, cache, start, temperature, method="extend")

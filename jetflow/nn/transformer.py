@@ -99,6 +99,30 @@ class KVCache(NamedTuple):
     value: Float[Array, "B N T H"]
 
 
+class TransposedDense(nn.Module):
+    """An `nn.Dense` whose kernel is given as [out, in].
+
+    For the few rows of a decoding step XLA's CPU backend multiplies from the left 1.4 to 1.7 times
+    as fast. A barrier keeps it from making that a product from the right again.
+    """
+
+    features: int
+    dtype: jnp.dtype
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", lambda key: self.kernel_init(key, shape).T).astype(self.dtype)
+        bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        product = jnp.einsum("oi,ri->or", kernel, rows)
+        if jax.default_backend() == "cpu":
+            product = jax.lax.optimization_barrier(product)
+        return product.T.reshape(*x.shape[:-1], self.features) + bias
+
+
 class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with an MLP of four times the width.
 
@@ -109,6 +133,7 @@ class TransformerLayer(nn.Module):
         kernel_init: initialiser of every kernel.
         bias_init: fan-in → initialiser of the biases.
         dtype: of the matmuls; parameters stay float32.
+        dense: the module of the linear maps.
     """
 
     num_heads: int
@@ -118,6 +143,7 @@ class TransformerLayer(nn.Module):
     kernel_init: Initializer
     bias_init: Callable[[int], Initializer]
     dtype: jnp.dtype
+    dense: type[nn.Module] = nn.Dense
 
     def setup(self):
         width = self.width
@@ -133,8 +159,8 @@ class TransformerLayer(nn.Module):
             epsilon=self.norm_epsilon, dtype=at_least_float32(self.dtype), use_fast_variance=False
         )
 
-    def _dense(self, features: int, fan_in: int, kernel_init: Initializer) -> nn.Dense:
-        return nn.Dense(
+    def _dense(self, features: int, fan_in: int, kernel_init: Initializer) -> nn.Module:
+        return self.dense(
             features, dtype=self.dtype, kernel_init=kernel_init, bias_init=self.bias_init(fan_in)
         )
 
