@@ -18,7 +18,7 @@ from jetflow.types import Decoding
 
 REPEATS = 3
 SMALLEST_WINDOW = 8  # of those that are tried
-PATIENCE = 2  # windows in a row that are slower than the best so far, before the search ends
+PATIENCE = 2  # windows in a row that are slower than the one before, until the search ends
 
 
 def calibrate(
@@ -66,13 +66,12 @@ def seconds_by_window(seconds: Callable[[int], float], tokens: int) -> dict[int,
     """
     widest = max(1, min(WINDOW, tokens - 1))
     times = {window: seconds(window) for window in dict.fromkeys((1, widest))}
-    slower = 0
+    slower, last = 0, times[widest]
     window = 2 ** ((widest - 1).bit_length() - 1) if widest > 2 else 0
     while window >= SMALLEST_WINDOW and slower < PATIENCE:
-        best = min(times.values())
         times[window] = seconds(window)
-        slower = 0 if times[window] < best else slower + 1
-        window //= 2
+        slower = 0 if times[window] < last else slower + 1
+        window, last = window // 2, times[window]
     return times
 
 

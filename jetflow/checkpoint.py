@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from logging import ERROR, getLogger
 from typing import Any, TypeVar
@@ -28,8 +27,6 @@ from jetflow import hosts, manifest
 from jetflow.types import UsageError
 
 T = TypeVar("T")
-
-LARGEST_LAG = 60  # seconds until a network disk shows everywhere what one process wrote
 
 
 class Damage(Exception):
@@ -174,7 +171,7 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise UsageError(f"no checkpoint of step {step} in {self.directory}; it has {steps}")
         for candidate in reversed(steps) if step is None else [step]:
-            _wait_to_see(self.directory / str(candidate))
+            hosts.wait_to_see(self.directory / str(candidate))
             try:
                 return read(candidate), candidate
             except Damage as damage:
@@ -251,13 +248,6 @@ def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax
     args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
     restored = ocp.PyTreeCheckpointHandler().restore(directory, args=args)
     return {path: restored[path] for path in wanted}
-
-
-def _wait_to_see(directory: epath.Path) -> None:
-    """Until a step that the first process found shows here, too: network disks may lag behind."""
-    end = time.monotonic() + LARGEST_LAG
-    while not directory.exists() and time.monotonic() < end:
-        time.sleep(0.5)
 
 
 def _everywhere(read: Callable[[], T]) -> T:

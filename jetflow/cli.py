@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"unexpected argument {unexpected[0]!r}; see `jetflow {name} --help`")
         if missing := command.ARGUMENTS[len(rest) :]:
             raise UsageError(f"{missing[0]} is missing; expected {command.USAGE}")
-        with hosts.joined():
+        with hosts.joined(saves_at_signals=name == "train"):
             return command.run(values, *rest)
     except UsageError as error:
         print(f"jetflow: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
 from jetflow.types import UsageError
@@ -29,13 +31,14 @@ JOIN_SECONDS = 300  # for all processes to come; then JAX aborts those that are 
 NOTICE_SECONDS = 20  # before a process says that it waits for others
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, after which the others end
 LAST_WORDS_SECONDS = 5
+LARGEST_LAG = 60  # seconds until a network disk shows a file that another machine wrote
 
 # What a launcher sets where there are several processes, which `jax.distributed` then finds.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JETFLOW_PROCESSES")
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(*, saves_at_signals: bool) -> Iterator[None]:
     """With the other processes of this run, if there are any.
 
     There are if JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or Slurm, MPI
@@ -45,6 +48,10 @@ def joined() -> Iterator[None]:
     would wait for them. Bad input ends it with status 2, anything else with 1, and the others then
     end within some two minutes. Where some do not come at all, JAX ends those that wait.
 
+    Args:
+        saves_at_signals: whether a SIGTERM is only noted, for `StopSignal`. Else it ends a process
+            as it does where there is one alone.
+
     Raises:
         UsageError: if the environment is incomplete.
     """
@@ -53,6 +60,8 @@ def joined() -> Iterator[None]:
         yield
         return
     _join()
+    if not saves_at_signals:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has joined with a handler of its own
     try:
         with contextlib.ExitStack() as silence:
             if not is_first():
@@ -124,6 +133,13 @@ def agreed(value: T) -> T:
     if jax.process_count() == 1:
         return value
     return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def wait_to_see(path: Path | epath.Path) -> None:
+    """Until what the first process wrote or found shows here, too: network disks may lag behind."""
+    end = time.monotonic() + LARGEST_LAG
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.5)
 
 
 def agreed_numbers(numbers: Sequence[int]) -> list[int]:

@@ -16,7 +16,7 @@ from jetflow.evals import bpd, samples
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.report import METRICS, Reporter, make_grid, save_png
 from jetflow.run import Run
-from jetflow.sampling.ancestral import draw_all, not_finite, quantise
+from jetflow.sampling.ancestral import draw_all, not_finite
 from jetflow.state import TrainState
 from jetflow.step import Metrics
 from jetflow.stop import Stopped, StopSignal
@@ -165,7 +165,7 @@ class Session:
             noises.append(bpd.UNIFORM)  # noised data has no bpd; the images have
         for noise in noises:
             metric = bpd.metric_name(noise)
-            written = workdirs.result_path(self.workdir, metric, step).exists()
+            written = hosts.is_first() and workdirs.result_path(self.workdir, metric, step).exists()
             done = resumed and written and self.reporter.has(step, f"test_{metric}")
             if not hosts.agreed(done):
                 self._flush()
@@ -207,7 +207,7 @@ class Session:
             self.poll()
         if complaint := not_finite(np.concatenate([drawn.finite for drawn in batches])):
             self.reporter.say(f"step {step}: {complaint}")
-        images = [quantise(drawn.pixels, noise.kind) for drawn in batches]
+        images = [drawn.images(noise.kind) for drawn in batches]
         grid = make_grid(np.concatenate(images), rows)
         self.reporter.picture(step, "samples", grid)
         save_png(self._picture(step), grid)
@@ -245,6 +245,8 @@ class Session:
 
     def _conclude(self) -> None:
         """The last lines: the result, and where everything is."""
+        if not hosts.is_first():
+            return
         result = workdirs.read_result(self.workdir, "bpd", self.run.total_steps)
         evaluation = workdirs.result_path(self.workdir, "bpd", self.run.total_steps)
         self.reporter.say(

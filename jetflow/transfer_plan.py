@@ -19,6 +19,8 @@ from jetflow.types import Flow, UsageError
 FATES = ("loaded", "resampled", "fresh", "dropped")
 # What has values for each token, which depend on the grid of tokens.
 OF_TOKENS = {"position": "resampled", "variance": "resampled", "token_order": "fresh"}
+# Data sets of other names with the same classes in the same order.
+SAME_CLASSES = {"imagenet32_new": "imagenet64_new", "afhq_v2": "afhq"}
 COMPUTATION = ("dtype", "remat", "scan")  # fields of a flow that its parameters do not depend on
 
 
@@ -52,7 +54,8 @@ class Side:
     @property
     def classes(self) -> str:
         """Whose classes the flow has: "imagenet1k/64" those of "imagenet1k/128"."""
-        return re.sub(r"/\d+$", "", self.data)
+        name = re.sub(r"/\d+$", "", self.data)
+        return SAME_CLASSES.get(name, name)
 
 
 @dataclasses.dataclass(frozen=True)

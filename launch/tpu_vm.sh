@@ -67,7 +67,7 @@ act() {
 tpu() {
   local verb=$1
   shift
-  act gcloud compute tpus tpu-vm "$verb" "$@" "${place[@]}"
+  act gcloud compute tpus tpu-vm "$verb" "$@" ${place[@]+"${place[@]}"}  # bash 3.2 calls an empty array unbound
 }
 
 on_workers() {  # WORKER COMMAND

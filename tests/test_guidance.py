@@ -133,6 +133,18 @@ def test_samples_are_those_of_the_reference(name):
     samples_are_those_of_the_reference(name)
 
 
+@pytest.mark.usefixtures("fresh_traces")
+@pytest.mark.parametrize("name", ["both", "annealed"])
+def test_the_cache_grows_as_it_is_filled(name, monkeypatch):
+    """One token in the first stage, and one in the next."""
+    monkeypatch.setattr(autoregressive, "SEGMENT", 1)
+    assert [part.stop - part.start for part in autoregressive._segments(3)] == [1, 1, 1]
+    samples_are_those_of_the_reference(name)
+    monkeypatch.setattr(autoregressive, "enlarged", emptied(autoregressive.enlarged))
+    with pytest.raises(AssertionError):
+        samples_are_those_of_the_reference(name)
+
+
 def test_every_setting_matters():
     images = [expected(name)[0] for name in CASES if name != "unconditional"]
     for i, image in enumerate(images):
@@ -158,6 +170,10 @@ def from_the_unconditional(real):
 
 def guides_what_it_should_not(real):
     return lambda prediction, strength, guided: real(prediction, strength, True)
+
+
+def emptied(real):
+    return lambda cache, tokens: jax.tree.map(jnp.zeros_like, real(cache, tokens))
 
 
 def annealed_from_zero(real):

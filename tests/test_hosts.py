@@ -99,11 +99,25 @@ def test_a_half_told_process_is_refused(environment, message):
     assert message in said and "Traceback" not in said
 
 
+@pytest.mark.slow
+def test_a_signal_ends_sampling_at_once(start, alone, tmp_path):
+    """It has no need to save: what is drawn is on the disk."""
+    npz = tmp_path / "images.npz"
+    flags = ["--workdir", alone, "--num", 10**6, "--npz", npz, "--out", tmp_path / "grid.png"]
+    group = start(["sample", *flags])
+    while not list(tmp_path.glob("images.npz.partial/*.npy")):
+        assert all(process.poll() is None for process in group), finish(group)
+        time.sleep(0.1)
+    for process in group:
+        process.send_signal(signal.SIGTERM)
+    finish(group, status=-signal.SIGTERM, timeout=30)
+
+
 def test_a_process_says_that_it_waits(monkeypatch, capsys):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setattr(hosts, "NOTICE_SECONDS", 0.01)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: time.sleep(0.5))
-    with hosts.joined():
+    with hosts.joined(saves_at_signals=True):
         pass
     assert "still waiting for the other processes" in capsys.readouterr().err
 

@@ -187,7 +187,7 @@ def test_pictures_are_written_whole(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("num", "num_classes", "rows"),
-    [(20, 10, [2] * 10), (13, 5, [3, 3, 3, 2, 2]), (3, 10, [1, 1, 1]), (7, 0, [3, 3, 1])],
+    [(20, 10, [2] * 10), (13, 5, [3, 3, 3, 2, 2]), (7, 0, [3, 3, 1])],
 )
 def test_rows(num, num_classes, rows):
     labels, counts = rows_by_class(num, num_classes)
@@ -198,3 +198,12 @@ def test_rows(num, num_classes, rows):
     else:
         assert labels is None
         assert counts == square_rows(num)
+
+
+@pytest.mark.parametrize(("num", "num_classes"), [(64, 1000), (3, 10), (12, 10), (100, 25)])
+def test_many_classes_make_no_strip(num, num_classes):
+    labels, counts = rows_by_class(num, num_classes)
+    assert labels is not None and counts == square_rows(num)
+    assert len(set(labels)) == min(num, num_classes)
+    assert np.ptp(np.bincount(labels, minlength=num_classes)) <= 1
+    assert labels[0] == 0 and labels[-1] >= num_classes * (1 - 1 / min(num, num_classes)) - 1

@@ -254,6 +254,7 @@ def embeddings(state):
     [
         ("jet", (3, "a/8"), (3, "a/16"), "loaded: the classes of a"),
         ("tarflow", (3, "a/8"), (3, "a/16"), "loaded: the classes of a"),
+        ("jet", (3, "afhq/64"), (3, "afhq_v2/128"), "loaded: the classes of afhq"),
         ("jet", (3, "a"), (3, "b"), "fresh: 3 classes of b, there 3 of a"),
         ("tarflow", (3, ""), (3, "b"),
          "fresh: 3 classes of b, there 3 of data that its config does not name"),

@@ -16,6 +16,7 @@ from jetflow.checkpoint import Checkpoints
 from jetflow.convert import models
 from jetflow.convert.models import Published
 from jetflow.data import prepared
+from jetflow.data.facts import FACTS
 from jetflow.types import UsageError
 from jetflow.workdir import CONFIG, load_model, read_config, write_json
 
@@ -172,7 +173,7 @@ def _config(published: Published, *, noise_std: float, data: str) -> dict[str, A
         "data": {
             "name": data,
             "train_split": "train",
-            "test_split": "test",
+            "test_split": _held_out_split(data),
             "labels": published.num_classes > 0,
         },
         "noise": {
@@ -189,6 +190,11 @@ def _config(published: Published, *, noise_std: float, data: str) -> dict[str, A
             "total_steps": 0,
         },
     }
+
+
+def _held_out_split(data: str) -> str:
+    splits = FACTS[data].splits if data in FACTS else ()
+    return next((split for split in splits if split != "train"), "test")
 
 
 def _write(published: Published, out: Path, config: dict[str, Any]) -> None:

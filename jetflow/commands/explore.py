@@ -1,6 +1,6 @@
 """`jetflow sample --mode …`: reconstructions, interpolations, and the image block by block."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jetflow.flows.labels import check_labels
 from jetflow.noise import Purpose, key_for
 from jetflow.report import make_grid, save_gif, save_png
 from jetflow.sampling import explore
-from jetflow.sampling.ancestral import check_guided, quantise
+from jetflow.sampling.ancestral import Drawn, check_guided
 from jetflow.types import UsageError
 from jetflow.workdir import Model
 
@@ -64,12 +64,9 @@ def _reconstruct(values, model: Model, mesh: Mesh):
     images, labels = _given_images(values, model, values.num or 8)
     label = check_labels(model.flow, labels, len(images))
     sampler = sampling.sampler(values, model, mesh, len(images))
-    size = min(values.batch_size, len(images))
     kind = model.config["noise"]["kind"]
     parts = []
-    for start in range(0, len(images), size):
-        part = slice(start, start + size)
-        of_part = None if label is None else label[part]
+    for part, of_part in _batches(values, label, len(images)):
         z = explore.encode(sampler, images[part], of_part, kind)
         parts.append(sampler.decode(z, of_part))
     commands.complain(np.concatenate([drawn.finite for drawn in parts]))
@@ -79,7 +76,8 @@ def _reconstruct(values, model: Model, mesh: Mesh):
         f"error of {len(images)} reconstructions, in pixel values 0..255: "
         f"largest {np.abs(error).max():.1e}, root mean square {np.sqrt((error**2).mean()):.1e}"
     )
-    return [images, quantise(pixels, kind)], [len(images)] * 2
+    decoded = np.concatenate([drawn.images(kind) for drawn in parts])
+    return [images, decoded], [len(images)] * 2
 
 
 def _interpolate(values, model: Model, mesh: Mesh):
@@ -95,9 +93,9 @@ def _interpolate(values, model: Model, mesh: Mesh):
     else:
         ends = sampler.latents(key_for(values.seed, 0, Purpose.SAMPLE), np.arange(2))
     path = explore.interpolate(ends[0], ends[1], num)
-    drawn = sampler.decode(path, label)
-    commands.complain(drawn.finite)
-    return list(quantise(drawn.pixels, kind)[:, None]), [num]
+    parts = [sampler.decode(path[part], of_part) for part, of_part in _batches(values, label, num)]
+    commands.complain(np.concatenate([drawn.finite for drawn in parts]))
+    return list(np.concatenate([drawn.images(kind) for drawn in parts])[:, None]), [num]
 
 
 def _trace(values, model: Model, mesh: Mesh):
@@ -108,13 +106,28 @@ def _trace(values, model: Model, mesh: Mesh):
     label = check_labels(model.flow, labels if values.label is None else values.label, num)
     check_guided(sampler.guidance, label)
     z = sampler.latents(key_for(values.seed, 0, Purpose.SAMPLE), np.arange(num))
-    stages = explore.trace(sampler, z, label)
+    stages = np.concatenate(
+        [
+            explore.trace(sampler, z[part], of_part)
+            for part, of_part in _batches(values, label, num)
+        ],
+        axis=1,
+    )
     commands.complain(np.isfinite(stages[-1]).all(axis=(1, 2, 3)))
     chosen = np.linspace(0, len(stages) - 1, min(len(stages), LARGEST_STRIP)).round().astype(int)
-    frames = quantise(stages[chosen], model.config["noise"]["kind"])
+    kind = model.config["noise"]["kind"]
+    frames = np.stack([Drawn(stages[stage]).images(kind) for stage in chosen])
     if Path(values.out).suffix == ".gif":
         return list(frames), []
     return list(frames.swapaxes(0, 1)), [len(chosen)] * num
+
+
+def _batches(values, label, num: int) -> Iterator[tuple[slice, Any]]:
+    """Which of `num` images are computed at a time, and their labels."""
+    size = min(values.batch_size, num)
+    for start in range(0, num, size):
+        part = slice(start, start + size)
+        yield part, None if label is None else label[part]
 
 
 def _given_images(values, model: Model, num: int) -> tuple[UInt8[np.ndarray, "N H W C"], Any]:

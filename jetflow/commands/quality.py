@@ -17,7 +17,7 @@ from jetflow.commands.evaluation import Evaluation, Outcome
 from jetflow.data import pipeline
 from jetflow.evals import kid as kernel
 from jetflow.evals import neighbours, reference, weights
-from jetflow.evals.features import collect, images_of, in_batches
+from jetflow.evals.features import collect, finite_of, images_of, in_batches
 from jetflow.evals.fid import Gaussian, frechet_distance
 from jetflow.evals.records import finite, number
 from jetflow.evals.statistics import Statistics
@@ -95,7 +95,10 @@ class Quality:
             path = Path(values.samples)
             count, chunks = images_of(path, "samples", values.batch_size)
             facts = {"file": str(path), "checksum": reference.checksum(path)}
-            return self._measure(chunks, count, what="samples"), {"images": count, **facts}
+            statistics = self._measure(chunks, count, what="samples")
+            if (are_finite := finite_of(path)) is not None:
+                statistics.broken = int((~are_finite).sum())
+            return statistics, {"images": count, **facts}
         folder = self.evaluation.model.workdir / "evals"
         name = f"samples-{self.evaluation.model.step:08d}{self._sampling_suffix}.partial.npz"
         drawn = DrawnSamples(self.evaluation, self.network.sha256, folder / name)
@@ -124,6 +127,7 @@ class Quality:
         if hosts.is_first():
             reference.write(path, merged, self.network, data.facts())
         hosts.agreed(True)  # the others wait for the file
+        hosts.wait_to_see(path)
         return path
 
     def outcome(self, metric: str, value: float, error: float | None = None, **facts) -> Outcome:

@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt8
 from jetflow import commands
 from jetflow.commands import decoding
 from jetflow.noise import Purpose, key_for
-from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, quantise
+from jetflow.sampling.ancestral import Drawn, Sampler, draw_all
 from jetflow.types import Guidance, UsageError
 from jetflow.workdir import Model
 
@@ -79,7 +79,7 @@ def draw(
     key, kind = key_for(values.seed, 0, Purpose.SAMPLE), model.config["noise"]["kind"]
     size = values.batch_size
     for drawn in draw_all(sampler, key, num=num, label=label, batch_size=size, start=start):
-        yield quantise(drawn.pixels, kind), drawn
+        yield drawn.images(kind), drawn
 
 
 def labels_in_turn(model: Model, num: int) -> Int[np.ndarray, "N"] | None:

@@ -90,6 +90,8 @@ class TarPart:
         except DAMAGE as error:
             reason = Unreadable(f"the tar is damaged behind its file number {number}: {error}")
             yield Item(self.name, reason, NO_LABEL)
+        except OSError as error:
+            raise _unread(self.path, error) from error
 
 
 def _members(path: Path, offset: int, size: int) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
@@ -142,6 +144,8 @@ class ZipPart:
                     content = archive.read(member)
                 except DAMAGE as error:
                     content = Unreadable(f"damaged in the zip: {error}")
+                except OSError as error:
+                    raise _unread(self.path, error) from error
                 yield Item(member, content, label)
 
 
@@ -167,12 +171,17 @@ class FilePart:
                 content = (self.root / name).read_bytes()
             except (FileNotFoundError, PermissionError) as error:
                 content = Unreadable(str(error.strerror))
-            except OSError as error:  # of a disk or a network, which the next start may not have
-                raise UsageError(
-                    f"cannot read {self.root / name} ({error.strerror}); run the same command "
-                    "again when it can be read: what is finished is kept"
-                ) from error
+            except OSError as error:
+                raise _unread(self.root / name, error) from error
             yield Item(name, content, label)
+
+
+def _unread(path: Path, error: OSError) -> UsageError:
+    """Of a disk or a network that failed, which the next start may find mended."""
+    return UsageError(
+        f"cannot read {path} ({error.strerror}); run the same command again when it can be read: "
+        "what is finished is kept"
+    )
 
 
 def flat_tar(

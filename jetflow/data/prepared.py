@@ -85,8 +85,9 @@ def prepare(
         for leftover in Path(builder.data_dir).parent.glob(f"{builder.version}.incomplete*"):
             shutil.rmtree(leftover)  # links to pieces only, if a kill came in the last second
         builder = _made(name, builder, make_builder, manual_dir=folder)
-    for line in differences(name, counts(builder)):
-        say(f"warning: {line}")
+    if found := differences(name, counts(builder)):
+        say("\n".join(f"warning: {line}" for line in found))
+        say(f"If not, bring it again, delete {builder.data_dir}, and run the same command.")
     return builder
 
 

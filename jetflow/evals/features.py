@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from jetflow import sharding
 from jetflow.evals import inception
@@ -110,6 +110,12 @@ def images_of(path: Path, flag: str, chunk: int) -> tuple[int, Iterator[np.ndarr
             f"--{flag} {path} holds {dtype} {list(shape)}; expected uint8 [N, H, W, 1 or 3]"
         )
     return shape[0], _chunks(path, name, chunk)
+
+
+def finite_of(path: Path) -> Bool[np.ndarray, "N"] | None:
+    """Which images of such an .npz were finite when they were drawn, where it says so."""
+    with np.load(path, allow_pickle=False) as file:
+        return file["finite"].astype(bool) if "finite" in file else None
 
 
 def _chunks(path: Path, name: str, chunk: int) -> Iterator[np.ndarray]:

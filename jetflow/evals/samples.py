@@ -3,14 +3,19 @@
 import numpy as np
 from jaxtyping import Int
 
+MOST_ROWS = 20  # of a picture that a person takes in
+
 
 def rows_by_class(num: int, num_classes: int) -> tuple[Int[np.ndarray, "N"] | None, list[int]]:
     """Labels for `num` images, as evenly as it goes, and how many images each row of a grid has.
 
-    Without classes there are no labels, and the grid is about square.
+    Without classes there are no labels, and the grid is about square; with many, or few images of
+    each, it is so too.
     """
     if not num_classes:
         return None, square_rows(num)
+    if num < 2 * num_classes or num_classes > MOST_ROWS:
+        return (np.arange(num) * num_classes // num).astype(np.int32), square_rows(num)
     parts = np.array_split(np.arange(num), num_classes)
     labels = np.repeat(np.arange(num_classes), [len(part) for part in parts])
     return labels.astype(np.int32), [len(part) for part in parts if len(part)]
@@ -22,7 +27,7 @@ def square_rows(num: int) -> list[int]:
     return [min(columns, num - start) for start in range(0, num, columns)]
 
 
-def corner(rows: list[int], limit: int = 20) -> tuple[Int[np.ndarray, "K"], list[int]]:
+def corner(rows: list[int], limit: int = MOST_ROWS) -> tuple[Int[np.ndarray, "K"], list[int]]:
     """The numbers of the images in the first `limit` rows and columns of a grid, and its rows."""
     starts = np.cumsum([0, *rows[:-1]])
     shown = [min(count, limit) for count in rows[:limit]]

@@ -162,7 +162,8 @@ class AutoregressiveBlock(nn.Module):
         A token follows from those before it. So the first one that is not settled is right after
         one sweep, and each further one as long as the guesses before it did not change by more
         than the tolerance. The window then starts behind them, but does not slide past the end:
-        the settled tokens that it holds there stay as they are.
+        the settled tokens that it holds there stay as they are. An image that is lost, as a settled
+        token of it is not finite, keeps no other one waiting.
         """
         batch, tokens, _ = z.shape
         width = min(decoding.window, tokens - 1)
@@ -174,11 +175,14 @@ class AutoregressiveBlock(nn.Module):
         def sweep(block: AutoregressiveBlock, carry: _Window):
             first = jnp.minimum(carry.done, tokens - width)
             settled = first + jnp.arange(width) < carry.done
+            final = jnp.arange(tokens)[:, None] < carry.done
+            lost = ~jnp.isfinite(jnp.where(final, carry.tokens, 0.0)).all((1, 2))
             before = _window(carry.tokens, first - 1, width)
             log_scale, shift, cache = block._extend(before, first - 1, carry.cache, given, guidance)
             found, _ = affine.denormalise(_window(z, first, width), log_scale, shift)
             old = _window(carry.tokens, first, width)
-            change = jnp.where(settled, 0.0, _change(found, old).max((0, 2)))
+            change = jnp.where(lost[:, None, None], 0.0, _change(found, old)).max((0, 2))
+            change = jnp.where(settled, 0.0, change)
             agreed = jnp.cumprod(change <= decoding.tolerance)
             count = 1 + agreed[:-1].sum()
             place = jnp.arange(width)

@@ -85,11 +85,10 @@ class CausalTransformer(nn.Module):
 
         Kernels as `TransposedDense` takes them.
         """
-        stacked = flatten_dict(self.layers.variables["params"])
-        stacked = {
-            path: array.swapaxes(1, 2) if path[-1] == "kernel" else array
-            for path, array in stacked.items()
-        }
+        stacked: Any = flatten_dict(self.layers.variables["params"])
+        for path in stacked:
+            if path[-1] == "kernel":
+                stacked[path] = stacked[path].swapaxes(1, 2)
         return tuple(
             unflatten_dict({path: array[index] for path, array in stacked.items()})
             for index in range(self.num_layers)

@@ -117,9 +117,11 @@ class TransposedDense(nn.Module):
         kernel = self.param("kernel", lambda key: self.kernel_init(key, shape).T).astype(self.dtype)
         bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        product = jnp.einsum("oi,ri->or", kernel, rows)
-        if jax.default_backend() == "cpu":
-            product = jax.lax.optimization_barrier(product)
+        product = jax.lax.platform_dependent(
+            jnp.einsum("oi,ri->or", kernel, rows),
+            cpu=jax.lax.optimization_barrier,
+            default=lambda product: product,
+        )
         return product.T.reshape(*x.shape[:-1], self.features) + bias
 
 

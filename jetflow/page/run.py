@@ -33,7 +33,8 @@ POINTS = 250  # of a curve; of a longer one, so many means are drawn
 PICTURES = 8  # sample grids, from the first to the last
 # Of an evaluation, what is no setting, or is in the name of its file where it is not by default.
 NO_SETTINGS = ("metric", "value", "standard_error", "step", "weights", "data", "file",
-               "parts", "importance_weighted", "samples", "reference", "network")  # fmt: skip
+               "parts", "importance_weighted", "samples", "reference", "network",
+               "train_data")  # fmt: skip
 
 
 def run_page(workdir: Path) -> Page:
@@ -81,16 +82,18 @@ def _evaluations(results: list[dict[str, Any]]) -> list[Block]:
         return []
     rows = []
     for result in results:
-        data = result.get("data") or {}
-        split = " ".join(str(data[key]) for key in ("name", "version", "split") if key in data)
         rest = {key: value for key, value in result.items() if key not in NO_SETTINGS}
         given = unquote(result["file"].removeprefix(f"{result['metric']}-{result['step']:08d}"))
         rest |= {"weights": "averaged"} if result.get("weights") == "ema" else {}
+        if result.get("importance_weighted") is not None:
+            rest |= {"importance-weighted": result["importance_weighted"]}
+        if "reference" in result:
+            rest |= {"samples": result["samples"]["images"]}
         rows.append(
             (
                 result["metric"],
                 *(_cell(result.get(key)) for key in ("value", "standard_error", "step")),
-                split,
+                _compared_with(result),
                 ", ".join(filter(None, [given[1:].replace(",", ", "), _settings(rest)])),
             )
         )
@@ -101,6 +104,12 @@ def _evaluations(results: list[dict[str, Any]]) -> list[Block]:
         "also depends on the noise."
     )
     return [Table(header, rows, caption), *network_blocks(results)]
+
+
+def _compared_with(result: dict[str, Any]) -> str:
+    """The data of a likelihood, or that of the reference of a distance."""
+    data = result.get("data") or result.get("reference", {}).get("data") or {}
+    return " ".join(str(data[key]) for key in ("name", "version", "split") if key in data)
 
 
 def _curves(metrics: list[dict[str, Any]]) -> Iterator[Block]:
@@ -199,8 +208,9 @@ def data_blocks(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
     """The data sets with their checksums, of the training split and of all that was evaluated."""
     section, resolved = config["data"], config["resolved"]
     sources = [*results, *(result["reference"] for result in results if "reference" in result)]
-    facts = [source["data"] for source in sources if isinstance(source.get("data"), dict)]
-    keys = ("name", "version", "split", "examples", "checksum")
+    facts = [source.get(key) for source in sources for key in ("data", "train_data")]
+    facts = [fact for fact in facts if isinstance(fact, dict)]
+    keys = ("name", "version", "split", "examples", "resize", "checksum")
     rows = dict.fromkeys(tuple(_cell(fact.get(key)) for key in keys) for fact in facts)
     trained = (section["name"], resolved.get("data_version"), section["train_split"])
     shape = "×".join(map(str, resolved["image_shape"]))

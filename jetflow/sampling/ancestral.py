@@ -46,6 +46,14 @@ class Drawn(NamedTuple):
         """Which images have finite values alone. The others are shown in black, never redrawn."""
         return np.asarray(np.isfinite(self.pixels).all(axis=(1, 2, 3)))
 
+    def images(self, noise: str) -> UInt8[np.ndarray, "B H W C"]:
+        """The images as files have them; those that are not finite are black.
+
+        Args:
+            noise: the kind of noise that the flow was trained with, see `quantise`.
+        """
+        return quantise(np.where(self.finite[:, None, None, None], self.pixels, 0), noise)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
@@ -198,7 +206,7 @@ def sample(
     batches = [*draw_all(sampler, key, num=num, label=label, batch_size=batch_size)]
     if complaint := not_finite(np.concatenate([drawn.finite for drawn in batches])):
         warnings.warn(complaint, RuntimeWarning, stacklevel=2)
-    return np.concatenate([quantise(drawn.pixels, noise) for drawn in batches])
+    return np.concatenate([drawn.images(noise) for drawn in batches])
 
 
 def not_finite(finite: Bool[np.ndarray, "N"]) -> str:
@@ -228,9 +236,9 @@ def _decode(flow, variables, z, label, guidance, denoise, decoding, *, denoising
 
 
 def quantise(pixels: Float[np.ndarray, "... H W C"], noise: str) -> UInt8[np.ndarray, "... H W C"]:
-    """Pixel values to uint8: down after uniform dequantisation, else to the nearest."""
+    """Finite pixel values to uint8: down after uniform dequantisation, else to the nearest."""
     whole = np.floor(pixels) if noise == "uniform" else np.rint(pixels)
-    return np.nan_to_num(np.clip(whole, 0, 255)).astype(np.uint8)
+    return np.clip(whole, 0, 255).astype(np.uint8)
 
 
 def check_guided(guidance: Guidance | None, label: Int[AnyArray, "N"] | None) -> None:

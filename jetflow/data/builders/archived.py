@@ -7,6 +7,7 @@ the end they become the shards of the data set at once.
 import dataclasses
 import functools
 import hashlib
+import json
 import re
 import shutil
 import sys
@@ -164,6 +165,7 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
         paths = {archive.name: archive.find(folder) for archive in self.archives}
         found = {name: path for name, path in paths.items() if path}
         self._warn_of_sizes(found)
+        self._forget_pieces_of_others(found)
         try:
             classes, splits = self._splits(found)
             if self.LABELLED:
@@ -185,6 +187,17 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
             size = path.stat().st_size
             if path.name == archive.name and isinstance(archive.size, int) and size != archive.size:
                 say(f"{path} has {size:,} bytes; the published file has {archive.size:,}")
+
+    def _forget_pieces_of_others(self, found: dict[str, Path]) -> None:
+        """Remove what was made of archives that have been brought again since."""
+        states = {name: path.stat() for name, path in found.items() if path.is_file()}
+        here = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+        note = self.partial_dir / "archives.json"
+        if note.exists() and json.loads(note.read_text("utf-8")) != here:
+            say(f"{self.partial_dir} was begun with other archives; starting anew")
+            for path in self.partial_dir.iterdir():
+                path.unlink()
+        note.write_text(json.dumps(here), "utf-8")
 
     def _pieces(self, splits: Sequence[Split], classes: int) -> Iterator[Piece]:
         index = 0

@@ -2,14 +2,16 @@
 
 import functools
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from jetflow.data import parts
-from jetflow.data.builders.archived import Archive, ArchiveBuilder, Split, one_line
+from jetflow.data.builders.archived import Archive, ArchiveBuilder, Split, one_line, say
 from jetflow.data.parts import FilePart
 from jetflow.data.pieces import HeldOut
 from jetflow.types import NO_LABEL, UsageError
@@ -24,7 +26,7 @@ class Folder(ArchiveBuilder, skip_registration=True):
 
     Where the tree has a folder `train`, that is the split of this name, and `val`, `validation` and
     `test` beside it are others; else all images are one tree. What has only one split gets another,
-    `test`. Where a split's tree has all images in sub-folders, those are the classes.
+    `test`. Where the trees have all images in sub-folders, those are the classes.
     """
 
     name = "folder"
@@ -57,9 +59,7 @@ class Folder(ArchiveBuilder, skip_registration=True):
         if "train" not in roots:
             roots = {"train": root}
         files = {split: _files(tree) for split, tree in roots.items()}
-        in_folders = all("/" in name for names in files.values() for name, _ in names)
-        tops = {name.split("/")[0] for names in files.values() for name, _ in names}
-        classes = sorted(tops) if in_folders else []
+        classes = _classes({roots[split]: names for split, names in files.items()})
         held_out = None
         if len(roots) == 1:
             held_out = self.HELD_OUT.at_least_one([name for name, _ in files["train"]])
@@ -103,6 +103,25 @@ def config_name(name: str) -> str:
     return f"{tree}/{int(size)}"
 
 
+def _classes(files: dict[Path, list[tuple[str, int]]]) -> list[str]:
+    """The sub-folders of the trees; none where images lie beside them."""
+    names = [(root, name) for root, there in files.items() for name, _ in there]
+    tops = {name.split("/")[0] for _, name in names if "/" in name}
+    beside = [root / name for root, name in names if "/" not in name]
+    if tops and (image := next(filter(_is_image, beside), None)):
+        say(f"{image} lies beside folders of images, so these are not taken for classes")
+        return []
+    return sorted(tops)
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # whatever Pillow raises of a file that is none
+        return False
+
+
 def _files(root: Path) -> list[tuple[str, int]]:
     """(path below root, size) of all files, in the order of their paths; no hidden ones."""
     found = []
@@ -111,5 +130,11 @@ def _files(root: Path) -> list[tuple[str, int]]:
         for name in names:
             if not name.startswith("."):
                 path = Path(folder, name)
-                found.append((path.relative_to(root).as_posix(), path.stat().st_size))
+                try:
+                    state = path.stat()
+                except OSError:  # a link to nothing, say: it will be listed as unreadable
+                    found.append((path.relative_to(root).as_posix(), 0))
+                    continue
+                if stat.S_ISREG(state.st_mode):
+                    found.append((path.relative_to(root).as_posix(), state.st_size))
     return sorted(found)

@@ -77,6 +77,8 @@ def _validation_labels(devkit: Path, classes: Sequence[str]) -> list[int]:
         for member in tar:
             if file := tar.extractfile(member):
                 files[PurePosixPath(member.name).name] = file.read()
+    if lacking := {"meta.mat", "ILSVRC2012_validation_ground_truth.txt"} - set(files):
+        raise UsageError(f"{devkit} has no {min(lacking)}; is it the devkit for tasks 1 and 2?")
     synsets: Any = scipy.io.loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
     names = {int(each["ILSVRC2012_ID"]): str(each["WNID"]) for each in synsets}
     numbers = {name: number for number, name in enumerate(classes)}
