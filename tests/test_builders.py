@@ -230,6 +230,29 @@ def test_folder_with_classes(make):
     assert set(batches["train"].label) == {0, 1}
 
 
+def test_folder_with_stray_files(make, tmp_path):
+    def write(folder):
+        archives.tree(folder)
+        (folder / "pets" / "LICENSE.txt").write_text("free")
+        (folder / "pets" / "cats" / "gone.jpg").symlink_to(folder / "nowhere.jpg")
+        os.mkfifo(folder / "pets" / "cats" / "pipe.jpg")
+
+    batches, sets = make("folder/pets/16", write)
+    assert sets["train"].num_classes == 2 and set(batches["train"].label) == {0, 1}
+    reasons = dict(unreadable(sets["train"]))
+    assert {"LICENSE.txt", "cats/gone.jpg"} <= set(reasons) and len(reasons) == 6
+
+
+def test_folder_with_images_beside_folders_has_no_classes(make, capsys):
+    def write(folder):
+        archives.tree(folder)
+        (folder / "pets" / "one.jpg").write_bytes(archives.jpeg(0))
+
+    _, sets = make("folder/pets/16", write)
+    assert sets["train"].num_classes == 0
+    assert "pets/one.jpg lies beside folders of images" in capsys.readouterr().err
+
+
 def test_folder_without_classes_or_with_splits(make, tmp_path):
     def write(folder):
         archives.tree(folder, classes=False)

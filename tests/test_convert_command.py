@@ -12,6 +12,7 @@ from published import GOLDEN, assert_equal, case, settings_of, tarflow_arguments
 from jetflow import cli
 from jetflow.commands import convert
 from jetflow.convert.models import Published
+from jetflow.data.facts import FACTS
 from jetflow.pth import torch_file
 from jetflow.types import UsageError
 from jetflow.workdir import load_model
@@ -309,3 +310,9 @@ def test_file_that_cannot_be_written(noisy, capsys):
     _, workdir, _ = noisy
     assert reverse(workdir, Path("/proc/a.pth")) == 2
     assert "--out /proc/a.pth cannot be written" in capsys.readouterr().err
+
+
+def test_held_out_split_of_every_data_set():
+    for name, facts in FACTS.items():
+        assert {"train", convert._held_out_split(name)} == set(facts.splits)
+    assert convert._held_out_split("digits") == "test"

@@ -209,6 +209,21 @@ def test_a_piece_that_was_made_of_something_else_is_made_again(
     assert contents(tmp_path / "data") == whole
 
 
+def test_an_archive_that_was_brought_again_is_read_again(manual, tmp_path, whole, capsys):
+    def stop(progress):
+        if not progress.is_first_pass:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared.prepare(NAME, tmp_path / "data", manual_dir=manual, workers=1, on_progress=stop)
+    (manual / LAYOUT).write_bytes((manual / LAYOUT).read_bytes())
+    capsys.readouterr()
+    prepared.prepare(NAME, tmp_path / "data", manual_dir=manual, workers=1)
+    said = capsys.readouterr().err
+    assert "was begun with other archives; starting anew" in said and "first pass" in said
+    assert contents(tmp_path / "data") == whole
+
+
 def test_small_pieces_are_joined_and_large_ones_are_shards(manual, tmp_path, whole, monkeypatch):
     monkeypatch.setattr(ImageNet21k, "SHARD_IMAGES", 20)
     prepared.prepare(NAME, tmp_path / "data", manual_dir=manual, workers=1)

@@ -270,6 +270,11 @@ def test_samples_of_a_file(with_reference, tmp_path):
     arguments = ["sample", "--workdir", with_reference.folder, "--num", 20, "--npz", npz, *flags]
     assert cli.main([*map(str, arguments), "--out", str(tmp_path / "grid.png")]) == 0
     _, from_file = with_reference("--metrics", "fid", "--samples", npz)
+    with np.load(npz) as file:
+        arrays = dict(file) | {"finite": np.arange(len(file["images"])) > 1}
+    np.savez(tmp_path / "broken.npz", **arrays)
+    said, _ = with_reference("--metrics", "fid", "--samples", tmp_path / "broken.npz")
+    assert "2 samples are not finite" in said
     (one,), (other,) = drawn_here.values(), from_file.values()
     assert other["value"] > 0
     assert other["value"] != one["value"]
