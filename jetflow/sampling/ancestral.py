@@ -236,9 +236,9 @@ def _decode(flow, variables, z, label, guidance, denoise, decoding, *, denoising
 
 
 def quantise(pixels: Float[np.ndarray, "... H W C"], noise: str) -> UInt8[np.ndarray, "... H W C"]:
-    """Finite pixel values to uint8: down after uniform dequantisation, else to the nearest."""
+    """Pixel values to uint8: down after uniform dequantisation, else to the nearest."""
     whole = np.floor(pixels) if noise == "uniform" else np.rint(pixels)
-    return np.clip(whole, 0, 255).astype(np.uint8)
+    return np.nan_to_num(np.clip(whole, 0, 255)).astype(np.uint8)
 
 
 def check_guided(guidance: Guidance | None, label: Int[AnyArray, "N"] | None) -> None:
