@@ -15,5 +15,5 @@ def get_sweep():
         ),
         metrics=("fid",),
         config="../photos_tarflow.py:16",
-        fixed={"attention_temperature": 0.5, "num_samples": 2000},
+        fixed={"attention_temperature": 0.5, "num_samples": 300},
     )
