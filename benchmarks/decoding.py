@@ -41,7 +41,14 @@ def main() -> None:
             )
             drawn, seconds = timed(sampler, z, arguments.repeats)
             reference = drawn if reference is None else reference
-            report(sampler, drawn, reference, guided=guidance is not None, method=method, s=seconds)
+            report(
+                sampler,
+                drawn,
+                reference,
+                guided=guidance is not None,
+                method=method,
+                seconds=seconds,
+            )
 
 
 def how(sampler: Sampler, method: str, batch_size: int) -> tuple[Decoding, ...]:
@@ -62,7 +69,9 @@ def timed(sampler: Sampler, z: np.ndarray, repeats: int) -> tuple[Drawn, float]:
     return drawn, float(np.median(seconds)) if seconds else float("nan")
 
 
-def report(sampler: Sampler, drawn: Drawn, first: Drawn, *, guided: bool, method: str, s: float):
+def report(
+    sampler: Sampler, drawn: Drawn, first: Drawn, *, guided: bool, method: str, seconds: float
+):
     tokens = (sampler.flow.latent_shape[0] - 1) * len(drawn.sweeps)
     print(json.dumps({
         "guided": guided,
@@ -74,7 +83,7 @@ def report(sampler: Sampler, drawn: Drawn, first: Drawn, *, guided: bool, method
         "residual": drawn.residual,
         # From the first method's images, in units of [-1, 1].
         "largest_difference": float(np.abs(drawn.pixels - first.pixels).max() / HALF_RANGE),
-        "seconds": s,
+        "seconds": seconds,
     }), flush=True)  # fmt: skip
 
 

@@ -191,13 +191,13 @@ class ArchiveBuilder(FileReaderBuilder, skip_registration=True):
     def _forget_pieces_of_others(self, found: dict[str, Path]) -> None:
         """Remove what was made of archives that have been brought again since."""
         states = {name: path.stat() for name, path in found.items() if path.is_file()}
-        here = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+        here = json.dumps({name: [one.st_size, one.st_mtime_ns] for name, one in states.items()})
         note = self.partial_dir / "archives.json"
-        if note.exists() and json.loads(note.read_text("utf-8")) != here:
+        if note.exists() and note.read_text("utf-8") != here:
             say(f"{self.partial_dir} was begun with other archives; starting anew")
             for path in self.partial_dir.iterdir():
                 path.unlink()
-        note.write_text(json.dumps(here), "utf-8")
+        note.write_text(here, "utf-8")
 
     def _pieces(self, splits: Sequence[Split], classes: int) -> Iterator[Piece]:
         index = 0
