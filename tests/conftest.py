@@ -50,9 +50,10 @@ def data_dir(tmp_path_factory):
 def compilation_cache(tmp_path_factory):
     """Lets tests that train the same tiny flow again and again compile it once.
 
-    In processes of their own, too; they compile from scratch in `test_kill.py`.
+    In all processes, those of pytest-xdist and those that tests start.
     """
-    path = str(tmp_path_factory.mktemp("compiled"))
+    base = tmp_path_factory.getbasetemp()
+    path = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     settings = {
         "jax_compilation_cache_dir": path,
         "jax_persistent_cache_min_compile_time_secs": 0.0,

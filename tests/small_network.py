@@ -2,14 +2,17 @@
 
 It has few features, since the metrics take seconds of many.
 
-Run as a script, on devices of its own, it writes the statistics of some images.
+Run as a script, on devices of its own, it writes the statistics of some images; or, with a command
+line of `jetflow`, it runs that with the small network.
 """
 
 import sys
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from jetflow import cli
 from jetflow.evals import inception, statistics, weights
 from jetflow.evals.features import _program, collect, in_batches
 from jetflow.evals.statistics import Statistics
@@ -54,8 +57,9 @@ def collected(batch_size, mesh=None, count=TOTAL):
 
 
 if __name__ == "__main__":
-    inception.activations = activations
-    statistics.SIZES.update(SIZES)
+    install(pytest.MonkeyPatch())
+    if sys.argv[1] == "evaluate":
+        sys.exit(cli.main(sys.argv[1:]))
     out, size, *axes = sys.argv[1:]
     mesh = make_mesh(**{name: int(n) for name, _, n in (axis.partition("=") for axis in axes)})
     np.savez(out, **collected(int(size), mesh).arrays())

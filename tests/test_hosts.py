@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import functools
+import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import small_network
 import tiny_runs
 from PIL import Image
 
@@ -19,15 +22,23 @@ from jetflow import hosts
 from jetflow.report import SPEED, read_metrics
 
 DEVICES = 8
-FIELDS = {"mesh__fsdp": 2, "mesh__data": -1, "flow__width": 128}
+# Plain samples, for they compile faster.
+FIELDS = {
+    "mesh__fsdp": 2,
+    "mesh__data": -1,
+    "flow__width": 128,
+    "eval__guidance": 0.0,
+    "eval__denoise": False,
+}
+DISTANCES = "fid,sfid,kid,precision_recall,density_coverage"
 
 
 @pytest.fixture(scope="module")
-def start(data_dir):
+def start(data_dir, compilation_cache):
     """A function: starts a command line on several processes, which share eight devices."""
     started = []
 
-    def run(arguments, processes=2) -> list[subprocess.Popen]:
+    def run(arguments, processes=2, **options) -> list[subprocess.Popen]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -35,8 +46,9 @@ def start(data_dir):
         if processes > 1:
             variables |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
             variables |= {"JAX_NUM_PROCESSES": str(processes)}
+        options |= variables
         group = [
-            tiny_runs.start([str(a) for a in arguments], JAX_PROCESS_ID=str(number), **variables)
+            tiny_runs.start([str(a) for a in arguments], JAX_PROCESS_ID=str(number), **options)
             for number in range(processes)
         ]
         started.extend(group)
@@ -185,15 +197,42 @@ def test_processes_train_sample_and_evaluate_as_one(start, alone, tmp_path):
     with np.load(npz) as two, np.load(tmp_path / "one.npz") as one:
         assert np.abs(two["images"].astype(int) - one["images"]).max() <= 1
 
-    for mode in ("reconstruct", "interpolate", "trace"):
+    for mode, method in [("reconstruct", "cached"), ("interpolate", "auto"), ("trace", "cached")]:
         pictures = []
         for processes in (2, 1):
             out = tmp_path / f"{mode}{processes}.png"
             arguments = ["sample", "--workdir", workdir, "--mode", mode, "--num", 3, "--out", out]
-            finish(start([*arguments, "--mesh", "fsdp=2,data=4", "--method", "auto"], processes))
+            finish(start([*arguments, "--mesh", "fsdp=2,data=4", "--method", method], processes))
             with Image.open(out) as picture:
                 pictures.append(np.asarray(picture).astype(int))
         assert np.abs(pictures[0] - pictures[1]).max() <= 1, mode
+
+
+@pytest.mark.slow
+def test_processes_find_the_same_distances_as_one(start, alone, tmp_path):
+    """Each reads its part of the data and of the samples; their statistics become one."""
+    program = [small_network.__file__]
+    found = {}
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        shutil.copytree(alone, workdir)
+        arguments = ["evaluate", "--workdir", workdir, "--batch_size", 16]
+        reference = tmp_path / f"reference{processes}.npz"
+        split = ["--reference_split", "train[:45]", "--reference", reference]
+        finish(start([*arguments, *split, "--make_reference"], processes, program=program))
+        metrics = [
+            "--reference",
+            reference,
+            "--num_samples",
+            30,
+            "--metrics",
+            "fid,sfid,kid,precision_recall,density_coverage",
+        ]
+        finish(start([*arguments, *metrics], processes, program=program))
+        results = [json.loads(path.read_text()) for path in workdir.glob("evals/*num_samples*")]
+        found[processes] = {result["metric"]: result["value"] for result in results}
+    assert len(found[1]) == 7 and found[1]["fid"] > 0
+    assert found[2] == pytest.approx(found[1], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import tiny_runs
 from tiny_runs import assert_same, remains
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilation_cache")]
 
 STEPS = 60
 # Saves, evaluations and pictures take most of the time, so that many kills fall into them. Plain
@@ -27,9 +27,8 @@ KILLS = 5
 TIMEOUT = 180  # seconds
 
 
-def start(name, workdir):
-    """A process that trains, compiling anew as a person's would."""
-    return tiny_runs.start(tiny_runs.arguments(name, workdir, **FIELDS))
+def start(name, workdir, **variables):
+    return tiny_runs.start(tiny_runs.arguments(name, workdir, **FIELDS), **variables)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,8 @@ def test_killed_runs_end_the_same(name, uninterrupted, tmp_path):
     chance = random.Random(f"kill {name}")
     moments = []
     for kill in range(KILLS):
-        process = start(name, tmp_path)
+        compiles = {"JAX_ENABLE_COMPILATION_CACHE": "false"} if kill == 0 else {}
+        process = start(name, tmp_path, **compiles)
         if kill == 0:  # it starts up or compiles
             time.sleep(chance.uniform(0, 5))
         else:  # before it has saved anything; then at a later step, and within the time of a few

@@ -104,7 +104,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=
 
 
 @pytest.fixture
-def slurm(tmp_path):
+def slurm(tmp_path, compilation_cache):
     """The environment of a Slurm of one node; skips, and says why, where it cannot start."""
     env = tiny_runs.environment(PATH=f"{tmp_path}:{os.environ['PATH']}:/usr/sbin")
     daemons = ["slurmctld", "slurmd"]

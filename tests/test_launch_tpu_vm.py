@@ -319,7 +319,9 @@ def test_workers_are_counted_or_nothing_runs(pod, tmp_path, answer, processes):
 
 
 @pytest.mark.slow
-def test_a_pod_trains_loses_a_worker_stops_and_is_preempted(cloud, tmp_path, data_dir):
+def test_a_pod_trains_loses_a_worker_stops_and_is_preempted(
+    cloud, tmp_path, data_dir, compilation_cache
+):
     if not (tiny_runs.ROOT / ".git").exists():
         pytest.skip("not a clone of the repository, which `setup` copies by git")
     workdir = tmp_path / "runs" / "it's tiny"

@@ -37,7 +37,8 @@ def tell(progress):
     if progress.is_first_pass:
         return
     print("piece", progress.images, progress.unreadable, file=sys.stderr, flush=True)
-    time.sleep(float(pause))
+    for _ in range(int(10 * float(pause))):  # Ctrl-C just before a sleep is heard after it
+        time.sleep(0.1)
 if __name__ == "__main__":
     data, manual, workers, pause = sys.argv[1:]
     prepared.prepare({NAME!r}, data, manual_dir=manual, workers=int(workers), on_progress=tell)

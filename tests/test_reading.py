@@ -139,7 +139,7 @@ def test_workers_change_nothing_and_leave_signals_to_the_trainer(trained, tmp_pa
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
+def test_workers_end_with_a_trainer_that_is_killed(tmp_path, compilation_cache):
     process = start(tmp_path, train__steps=100_000)
     wait_until(lambda: logged(tmp_path), process)
     children = psutil.Process(process.pid).children()

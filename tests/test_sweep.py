@@ -451,7 +451,7 @@ def test_a_failure_ends_processes_that_are_joined(error, sweep, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_with_the_same_table(tmp_path, capsys):
+def test_killed_and_started_again_it_ends_with_the_same_table(tmp_path, capsys, compilation_cache):
     """A kill in the first training, and one between two points."""
     path = training_sweep(tmp_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,12 @@ def environment(**variables: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)} | variables
 
 
-def start(arguments: list[str], **variables: str) -> subprocess.Popen:
+def start(
+    arguments: list[str], program: Sequence[str] = ("-m", "jetflow.cli"), **variables: str
+) -> subprocess.Popen:
     """A process of its own that runs a command line."""
     return subprocess.Popen(
-        [sys.executable, "-m", "jetflow.cli", *arguments],
+        [sys.executable, *program, *arguments],
         env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
