@@ -13,6 +13,7 @@ from flow_laws import FLOWS, LAWS, Case, case, close, jet, jit, random_variables
 import jetflow
 from jetflow.flows import coupling, orders
 from jetflow.flows.pixels import FEATURE_ORDERS, Pixels
+from jetflow.nn import convolution
 from jetflow.state import abstract_variables
 from jetflow.types import Flow, UsageError
 
@@ -103,6 +104,15 @@ def test_convolutions_see_the_tokens_where_they_are_in_the_image():
             half = np.asarray(coupling.divide(jnp.asarray(x), split)[0])
             laid_out = half[0, places, 0].reshape(grid)
             assert np.abs(laid_out - place).max() <= (1 if layer else 0)
+
+
+def test_a_product_with_neighbourhoods_is_a_convolution(float64):
+    shapes = [(2, 4, 5, 3), (3, 3, 3, 7)]
+    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    product = convolution.neighbourhoods(x) @ kernel.reshape(27, 7)
+    layout = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+    np.testing.assert_allclose(product, expected, rtol=1e-12)
 
 
 def test_both_nets_have_equally_many_parameters():
