@@ -12,8 +12,8 @@ from jetflow.nn.transformer import Initializer, at_least_float32, split_over_mes
 KERNEL = (3, 3)  # tokens, both odd
 
 
-def neighbourhoods(x: Float[Array, "B R C W"]) -> Float[Array, "B R C N*W"]:
-    """The features of the `KERNEL` of tokens around each, row by row; zeros beyond the border.
+def neighbourhoods(x: Float[Array, "B R C W"]) -> Float[Array, "B R C F"]:
+    """F features: those of the `KERNEL` of tokens around each, row by row; zeros beyond the border.
 
     A convolution is a matrix product with these, and that is how it is computed: XLA's gradient of
     a convolution takes fifty times as long on CPUs.
