@@ -42,7 +42,7 @@ def start(data_dir, compilation_cache):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        variables = {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
+        variables = {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)} | tiny_runs.UNOPTIMISED
         if processes > 1:
             variables |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
             variables |= {"JAX_NUM_PROCESSES": str(processes)}

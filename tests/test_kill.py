@@ -28,6 +28,7 @@ TIMEOUT = 180  # seconds
 
 
 def start(name, workdir, **variables):
+    variables |= tiny_runs.UNOPTIMISED
     return tiny_runs.start(tiny_runs.arguments(name, workdir, **FIELDS), **variables)
 
 

@@ -106,7 +106,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=
 @pytest.fixture
 def slurm(tmp_path, compilation_cache):
     """The environment of a Slurm of one node; skips, and says why, where it cannot start."""
-    env = tiny_runs.environment(PATH=f"{tmp_path}:{os.environ['PATH']}:/usr/sbin")
+    path = f"{tmp_path}:{os.environ['PATH']}:/usr/sbin"
+    env = tiny_runs.environment(PATH=path, **tiny_runs.UNOPTIMISED)
     daemons = ["slurmctld", "slurmd"]
     missing = [name for name in [*daemons, "sbatch"] if not shutil.which(name, path=env["PATH"])]
     if missing:

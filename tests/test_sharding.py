@@ -166,7 +166,8 @@ def test_all_meshes_train_alike(name, tmp_path):
     def run(workdir, devices, data, fsdp, tensor, **more):
         mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
         arguments = tiny_runs.arguments(name, workdir, **fields, **mesh, **more)
-        process = tiny_runs.start(arguments, JAX_NUM_CPU_DEVICES=str(devices))
+        variables = {"JAX_NUM_CPU_DEVICES": str(devices)} | tiny_runs.UNOPTIMISED
+        process = tiny_runs.start(arguments, **variables)
         _, said = process.communicate(timeout=600)
         assert process.returncode == 0, said
         megabytes = float(re.search(r"takes ([\d.,]+) MB a device", said)[1].replace(",", ""))
