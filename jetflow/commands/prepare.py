@@ -39,9 +39,11 @@ def run(values: flags.FlagValues, name: str) -> int:
     for split in builder.info.splits:
         dataset = pipeline.load(name, split, data_dir=values.data_dir)
         print(f"{dataset.describe()}, resize: {dataset.resize}, checksum {dataset.checksum()}")
-    for line in differences(name, prepared.counts(builder)):
-        print(line)
-    if left_out := (builder.info.metadata or {}).get("unreadable"):
+    left_out = (builder.info.metadata or {}).get("unreadable", 0)
+    if found := differences(name, prepared.counts(builder), left_out):
+        print(*found, sep="\n")
+        print(f"If not, bring it again, delete {builder.data_dir}, and run the same command.")
+    if left_out:
         print(f"{left_out:,} files were left out: {Path(builder.data_dir) / UNREADABLE}")
     print(f"prepared in {builder.data_dir}")
     return 0

@@ -2,22 +2,20 @@
 
 import contextlib
 import difflib
-import fcntl
 import functools
 import io
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
+from jetflow import hosts
 from jetflow.data import processes
 from jetflow.data.builders import BUILDERS, Folder, folder
 from jetflow.data.builders.archived import ArchiveBuilder, Progress, say
-from jetflow.data.facts import differences
 from jetflow.types import UsageError
 
 
@@ -41,9 +39,9 @@ def find(name: str, data_dir: str | os.PathLike | None) -> tfds.core.DatasetBuil
             f"prepare {name} --manual_dir DIR`, DIR with {'; '.join(map(str, builder.archives))}"
             + here
         )
-    print(f"preparing data set {name} in {builder.data_dir} (once)", file=sys.stderr, flush=True)
+    say(f"preparing data set {name} in {builder.data_dir} (once)")
     builder = _made(name, builder, make_builder)
-    print(f"prepared data set {name}", file=sys.stderr, flush=True)
+    say(f"prepared data set {name}")
     return builder
 
 
@@ -84,11 +82,7 @@ def prepare(
         builder.on_progress = on_progress
         for leftover in Path(builder.data_dir).parent.glob(f"{builder.version}.incomplete*"):
             shutil.rmtree(leftover)  # links to pieces only, if a kill came in the last second
-        builder = _made(name, builder, make_builder, manual_dir=folder)
-    if found := differences(name, counts(builder)):
-        say("\n".join(f"warning: {line}" for line in found))
-        say(f"If not, bring it again, delete {builder.data_dir}, and run the same command.")
-    return builder
+        return _made(name, builder, make_builder, manual_dir=folder)
 
 
 def counts(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
@@ -122,16 +116,17 @@ def _alone(builder: ArchiveBuilder) -> Iterator[None]:
     lock = builder.partial_dir.with_suffix(".lock")
     try:
         builder.partial_dir.mkdir(parents=True, exist_ok=True)
+        lock.touch()
     except OSError as error:
         raise UsageError(
             f"cannot write to {lock.parent} ({error}); give another --data_dir"
         ) from error
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process prepares {builder.name}; waiting", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with hosts.locked(lock, wait=False) as mine:
+        if mine:
+            yield
+            return
+    say(f"another process prepares {builder.name}; waiting")
+    with hosts.locked(lock, wait=True):
         yield
 
 
