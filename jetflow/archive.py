@@ -1,7 +1,6 @@
 """Images written to an .npz as they come, in constant memory, so that a kill costs one batch."""
 
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
+from jetflow.files import write_atomically
 from jetflow.types import UsageError
 
 
@@ -83,14 +83,15 @@ class Archive:
 
     def finish(self, labels: Int[np.ndarray, "N"] | None) -> None:
         """Make the .npz of what was appended, and remove the folder."""
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with (
+            write_atomically(self._path) as whole,
+            zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
+        ):
             for name in ("images.npy", "finite.npy"):
                 archive.write(self._folder / name, name)
             if labels is not None:
                 with archive.open("labels.npy", "w") as file:
                     np.lib.format.write_array(file, np.asarray(labels, np.int32))
-        os.replace(temporary, self._path)
         del self._images, self._finite
         shutil.rmtree(self._folder)
 
@@ -99,7 +100,6 @@ class Archive:
         return json.loads(path.read_text()) if path.exists() else None
 
     def _note(self) -> None:
-        temporary = self._folder / "progress.json.tmp"
         state = {"settings": self._settings, "done": self.done}
-        temporary.write_text(json.dumps(state))
-        os.replace(temporary, self._folder / "progress.json")
+        with write_atomically(self._folder / "progress.json") as file:
+            file.write(json.dumps(state).encode())

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jetflow import hosts, sharding
+from jetflow import costs, hosts, sharding
 from jetflow.flows.stack import Stack
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.sampling.decoding import WINDOW
@@ -124,6 +124,8 @@ def sampling(sampler: Sampler, method: str, batch_size: int, repeats: int = REPE
     drawn = sampler.draw(key, index, label)
     times = timed(lambda: sampler.draw(key, index, label), repeats)
     median = statistics.median(times)
+    z = sampler.place(sampler.latents(key, index))
+    program = sampler.lower(z, sampler.place(label)).compile()
     return Speed(
         method=method,
         batch_size=batch_size,
@@ -135,7 +137,7 @@ def sampling(sampler: Sampler, method: str, batch_size: int, repeats: int = REPE
         sweeps=drawn.sweeps,
         token_by_token=(flow.latent_shape[0] - 1,) * flow.decoded_blocks,
         residual=drawn.residual,
-        peak_bytes=sampler.program_bytes(index, label),
+        peak_bytes=costs.peak_bytes(program),
     )
 
 

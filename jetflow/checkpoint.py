@@ -145,9 +145,9 @@ class Checkpoints:
         """
         return self._newest_sound(step, lambda step: self._restore(step, abstract_state))
 
-    def restore_config(self, step: int | None = None) -> dict:
-        """The config saved with the newest checkpoint, or with `step`; raises as `restore`."""
-        return self._newest_sound(step, lambda step: self._read_record(step)["config"])[0]
+    def restore_config(self) -> dict:
+        """The config saved with the newest checkpoint; raises as `restore`."""
+        return self._newest_sound(None, lambda step: self._read_record(step)["config"])[0]
 
     def _open_manager(self) -> ocp.CheckpointManager:
         if self._manager is None:

@@ -17,7 +17,6 @@ Config: TypeAlias = Any  # an ml_collections ConfigDict: sections of fields, as 
 
 SECTIONS = ("flow", "data", "noise", "optim", "train", "mesh", "eval")
 FIELDS = ("init_from", "init_weights")  # that belong to no section
-MOVED = {"train.init_from": "init_from"}  # former names of fields
 _KINDS = {  # part of what absl says of a value of the wrong type -> what was expected
     "int()": "a whole number",
     "to float": "a number",
@@ -96,8 +95,6 @@ def _failure(error: BaseException, path: str | None, argv: Sequence[str]) -> str
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     for name in (argument.lstrip("-").partition("=")[0] for argument in argv):
-        if moved := MOVED.get(name.removeprefix("config.")):
-            remedy = f"it is config.{moved}"
         if not lines and unknown in name.split(".")[1:]:
             return f"{name} is no field of the config; {remedy}"
     lines = lines or [getattr(error, "lineno", None)]  # which a SyntaxError has

@@ -9,7 +9,9 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import numpy as np
 
 from jetflow.collectives import exchange
@@ -53,6 +55,31 @@ class Cost:
     hbm_bytes: float
     collectives: tuple[Collective, ...]
     unknown_loops: int
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Memory of a device at the moment when the program uses most, its own code included."""
+    # The sum of arguments, results and `temp_size_in_bytes` is more than is ever in use at once.
+    memory: Any = compiled.memory_analysis()
+    return memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+
+
+def forward_flops(params: Any, tokens: int) -> float:
+    """Of one image through a flow: two for each multiplication with addition in its nets' matrices.
+
+    With T tokens a matrix [M, N] takes 2·T·M·N, and a layer's attention of width W 4·T²·W, where
+    the products of a token with later ones, which are masked, count as well.
+    """
+    total = 0.0
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("/kernel"):
+            total += 2.0 * tokens * math.prod(leaf.shape)
+        if name.endswith("/qkv/kernel"):
+            width = leaf.shape[-2]
+            layers = math.prod(leaf.shape[:-2])
+            total += 4.0 * tokens**2 * width * layers
+    return total
 
 
 def cost(text: str, devices: int, slices: int = 1) -> Cost:

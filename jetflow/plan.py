@@ -159,12 +159,12 @@ def plan(config: Config, topology: str, *, slices: int = 1, what: str = "train")
         memory = Memory(**parts, other=None, temporaries=None, total=needed, capacity=tpu.hbm_bytes)
         cost = roofline = None
     else:
-        memory = _memory(compiled.memory_analysis(), parts, tpu)
+        memory = _memory(compiled, parts, tpu)
         cost = costs.cost(compiled.as_text(), run.mesh.size, slices)
         roofline = _roofline(cost, tpu)
     flow = run.trainer.flow
     tokens = flow.latent_shape[0]
-    forward = forward_flops(state.params, tokens)
+    forward = costs.forward_flops(state.params, tokens)
     return Plan(
         what=what,
         topology=topology,
@@ -245,24 +245,6 @@ def _largest(fits: Callable[[int], bool], start: int) -> int:
     return between if size > 1 and fits(between) else size
 
 
-def forward_flops(params: Any, tokens: int) -> float:
-    """Of one image through a flow: two for each multiplication with addition in its nets' matrices.
-
-    With T tokens a matrix [M, N] takes 2·T·M·N, and a layer's attention of width W 4·T²·W, where
-    the products of a token with later ones, which are masked, count as well.
-    """
-    total = 0.0
-    for path, leaf in jax.tree.leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith("/kernel"):
-            total += 2.0 * tokens * math.prod(leaf.shape)
-        if name.endswith("/qkv/kernel"):
-            width = leaf.shape[-2]
-            layers = math.prod(leaf.shape[:-2])
-            total += 4.0 * tokens**2 * width * layers
-    return total
-
-
 def _program(run: Run, what: str) -> tuple[Any, int, int]:
     """A program, its batch size, and what it computes in forward passes."""
     batch_size = run.config.train.batch_size if what == "train" else run.config.eval.batch_size
@@ -279,12 +261,13 @@ def _program(run: Run, what: str) -> tuple[Any, int, int]:
     return sampler.lower(z, batch.label if flow.num_classes else None), batch_size, passes
 
 
-def _memory(analysis: Any, parts: dict[str, int], tpu: Tpu) -> Memory:
-    """At the moment when most of it is in use; `temp_size_in_bytes` counts more than that."""
+def _memory(compiled: jax.stages.Compiled, parts: dict[str, int], tpu: Tpu) -> Memory:
+    """At the moment when most of it is in use."""
+    analysis: Any = compiled.memory_analysis()
     inputs = analysis.argument_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     temporaries = analysis.peak_memory_in_bytes - inputs - outputs
-    total = analysis.peak_memory_in_bytes + analysis.generated_code_size_in_bytes
+    total = costs.peak_bytes(compiled)
     return Memory(
         **parts,
         other=total - temporaries - sum(parts.values()),

@@ -15,6 +15,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 
 from jetflow import hosts
+from jetflow.files import write_atomically
 
 METRICS = "metrics.jsonl"
 SPEED = ("images_per_second", "data_wait_share")  # metrics that an equal run need not have equal
@@ -173,9 +174,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _drop_after(path: Path, step: int) -> set[tuple[int, str]]:
     """Keep the metrics up to `step`, and return which (step, name) there are."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
+    with write_atomically(path) as file:
+        file.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
     return {(int(line["step"]), name) for line in kept for name in line}
 
 
@@ -200,10 +200,8 @@ def save_png(path: Path, grid: UInt8[np.ndarray, "H W 3"]) -> None:
     """Write a picture, on the first process; a reader never sees half of it."""
     if not hosts.is_first():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(grid).save(temporary, format="png")
-    temporary.replace(path)
+    with write_atomically(path) as file:
+        Image.fromarray(grid).save(file, format="png")
 
 
 def save_gif(path: Path, frames: list[UInt8[np.ndarray, "H W 3"]]) -> None:
@@ -213,12 +211,10 @@ def save_gif(path: Path, frames: list[UInt8[np.ndarray, "H W 3"]]) -> None:
     """
     if not hosts.is_first():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     first, *others = [Image.fromarray(frame) for frame in frames]
     durations = [FRAME] * len(others) + [10 * FRAME]
-    first.save(temporary, "gif", save_all=True, append_images=others, duration=durations, loop=0)
-    temporary.replace(path)
+    with write_atomically(path) as file:
+        first.save(file, "gif", save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def _duration(seconds: float) -> str:

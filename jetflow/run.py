@@ -260,9 +260,10 @@ _LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
         lambda value: value >= 0,
     ),
     "a finite number above 0": (
-        ("optim.lr", "optim.eps", "flow.pixel_scale", "flow.scale_factor"),
+        ("optim.lr", "optim.eps", "flow.pixel_scale"),
         lambda value: value > 0,
     ),
+    "a finite number above 1": (("flow.scale_factor",), lambda value: value > 1),
     "0 <= value < 1": (
         ("train.ema_decay", "optim.b1", "optim.b2"),
         lambda value: 0 <= value < 1,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import psutil
 
-from jetflow import plan
+from jetflow import costs
 from jetflow.data import pipeline, processes
 from jetflow.run import Run
 from jetflow.state import TrainState
@@ -135,10 +135,9 @@ def training(run: Run, *, steps: int, repeats: int) -> Training:
     times = [seconds / steps for seconds, _ in rounds]
     median = statistics.median(times)
     with_data = statistics.median(seconds / steps for seconds, _ in real)
-    forward = plan.forward_flops(run.abstract_state.params, run.trainer.flow.latent_shape[0])
+    forward = costs.forward_flops(run.abstract_state.params, run.trainer.flow.latent_shape[0])
     flops = 3 * forward * size / run.mesh.size  # the backward pass is two
     peak = PEAK_FLOPS.get(run.mesh.devices.flat[0].device_kind)
-    memory: Any = step.memory_analysis()
     return Training(
         batch_size=size,
         step_seconds=median,
@@ -150,7 +149,7 @@ def training(run: Run, *, steps: int, repeats: int) -> Training:
         data_wait_share=sum(waited for _, waited in real) / sum(seconds for seconds, _ in real),
         model_flops=flops,
         utilisation=flops / median / peak if peak else None,
-        peak_bytes=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
+        peak_bytes=costs.peak_bytes(step),
     )
 
 

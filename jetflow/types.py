@@ -101,7 +101,7 @@ class Flow(Protocol):
         num_classes: 0 for a flow without labels.
         pixel_scale: pixel values per unit of what the blocks see.
         pixel_logdet: the log-determinant of the preprocessing, in nats.
-        logdet_cap: the least upper bound of the blocks' log-determinant, in nats; None: unbounded.
+        logdet_cap: the least upper bound of the blocks' log-det, in nats; None for a TarFlow.
         decoded_blocks: blocks that are decoded token by token, and so take guidance and a
             `Decoding`; 0 for a flow that is inverted in one pass.
     """

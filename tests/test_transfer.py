@@ -412,12 +412,6 @@ def test_all_meshes_start_alike(name, tmp_path):
     assert frozen and all(a[path].tobytes() == b[path].tobytes() for path in frozen)
 
 
-def test_a_former_field_says_where_it_is(tmp_path, capsys):
-    assert tiny_runs.train("jet", tmp_path / "run", train__init_from=tmp_path) == 2
-    said = capsys.readouterr().err
-    assert "config.train.init_from is no field of the config; it is config.init_from" in said
-
-
 def test_a_config_without_the_field_is_refused(tmp_path, capsys):
     path = tmp_path / "old.py"
     path.write_text(

@@ -50,7 +50,9 @@ def accuracy(evaluation: Evaluation) -> list[Outcome]:
 def _gaussian(evaluation: Evaluation) -> Noise:
     noise = evaluation.trained_with
     if noise.kind == "uniform":
-        raise UsageError("noised_bpd is for flows trained with gaussian noise; use --metrics bpd")
+        raise UsageError(
+            "noised_bpd and noised_bpd_gap are for flows trained with gaussian noise; use bpd"
+        )
     return noise
 
 

@@ -1,7 +1,5 @@
 """`jetflow report`: one page of a run or a sweep."""
 
-import os
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 from absl import flags
 
 from jetflow import commands, hosts
+from jetflow.files import write_atomically
 from jetflow.page import text
 from jetflow.page.content import Page
 from jetflow.page.html import render
@@ -43,17 +42,10 @@ def run(values: flags.FlagValues, folder: str) -> int:
     if out is None:
         sys.stdout.write(content)
         return 0
-    write(Path(out), content)
+    with write_atomically(Path(out)) as file:
+        file.write(content.encode())
     print(out)
     return 0
-
-
-def write(path: Path, content: str) -> None:
-    """Write a page; who looks at it meanwhile sees the one before, and never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_page(folder: Path) -> Page:

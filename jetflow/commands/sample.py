@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from jaxtyping import Int
 from tqdm import tqdm
 
 from jetflow import commands, hosts
@@ -65,7 +64,7 @@ def run(values: flags.FlagValues) -> int:
         labels = np.asarray(check_labels(model.flow, values.label, num))
         rows = square_rows(num)
     sampler = sampling.sampler(values, model, mesh, num)
-    archive = _archive(values, model, labels, num) if values.npz and hosts.is_first() else None
+    archive = _archive(values, model, num) if values.npz and hosts.is_first() else None
     images = _draw(sampler, values, model, labels, num, archive)
     if not hosts.is_first():
         return 0
@@ -78,9 +77,7 @@ def run(values: flags.FlagValues) -> int:
     return 0
 
 
-def _archive(
-    values: flags.FlagValues, model: Model, labels: Int[np.ndarray, "N"] | None, num: int
-) -> Archive:
+def _archive(values: flags.FlagValues, model: Model, num: int) -> Archive:
     """The .npz, begun or taken up again with all that its images depend on."""
     settings = {"workdir": str(model.workdir.resolve()), "step": model.step}
     settings |= {name: values[name].value for name in ("label", "seed")}

@@ -8,8 +8,8 @@ from pathlib import Path
 from absl import flags
 
 from jetflow import commands, hosts, sweeps
-from jetflow.commands import report
 from jetflow.commands.point import Runner, Stopped
+from jetflow.files import write_atomically
 from jetflow.page.html import render
 from jetflow.page.sweep import sweep_page
 from jetflow.page.text import plain
@@ -108,7 +108,8 @@ def _conclude(folder: Folder) -> None:
     """The table, and the page beside it."""
     page = sweep_page(folder.path)
     out = folder.path / "report.html"
-    report.write(out, render(page))
+    with write_atomically(out) as file:
+        file.write(render(page).encode())
     assert page.table is not None
     print(plain(page.table))
     print(f"the page: {out}")

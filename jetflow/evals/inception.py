@@ -5,12 +5,12 @@ Inception-v3s: average pools that leave the padding out, a maximum pool in the l
 classes. The weights are those that torch-fidelity and pytorch-fid publish.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
 from jetflow.types import AnyArray
@@ -134,15 +134,9 @@ def _convolve(weights, x, stride: str):
 
 
 def _maximum(x, stride: str):
-    window, strides = (1, 3, 3, 1), (1, int(stride or 1), int(stride or 1), 1)
-    padding = "VALID" if stride else "SAME"
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
+    return nn.max_pool(x, (3, 3), (int(stride or 1),) * 2, "VALID" if stride else "SAME")
 
 
 def _average(x):
     """Over 3×3 pixels, of which at the border only those within the image count."""
-    total = functools.partial(
-        jax.lax.reduce_window, init_value=0.0, computation=jax.lax.add,
-        window_dimensions=(1, 3, 3, 1), window_strides=(1, 1, 1, 1), padding="SAME",
-    )  # fmt: skip
-    return total(x) / total(jnp.ones_like(x[:1, :, :, :1]))
+    return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)

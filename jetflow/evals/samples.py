@@ -27,9 +27,9 @@ def square_rows(num: int) -> list[int]:
     return [min(columns, num - start) for start in range(0, num, columns)]
 
 
-def corner(rows: list[int], limit: int = MOST_ROWS) -> tuple[Int[np.ndarray, "K"], list[int]]:
-    """The numbers of the images in the first `limit` rows and columns of a grid, and its rows."""
+def corner(rows: list[int]) -> tuple[Int[np.ndarray, "K"], list[int]]:
+    """The images in the first `MOST_ROWS` rows and columns of a grid, by number, and its rows."""
     starts = np.cumsum([0, *rows[:-1]])
-    shown = [min(count, limit) for count in rows[:limit]]
+    shown = [min(count, MOST_ROWS) for count in rows[:MOST_ROWS]]
     numbers = [start + np.arange(count) for start, count in zip(starts, shown, strict=False)]
     return np.concatenate(numbers), shown

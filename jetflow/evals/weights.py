@@ -5,7 +5,6 @@ import hashlib
 import os
 import re
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from jetflow import hosts
 from jetflow.evals import inception
+from jetflow.files import write_atomically
 from jetflow.pth import torch_file
 from jetflow.types import UsageError
 
@@ -113,22 +113,15 @@ def _cached() -> Path:
 def _download(path: Path) -> None:
     if hosts.is_first():
         print(f"downloading {URL} to {path} (once, 95 MB)", file=sys.stderr, flush=True)
-    partial = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Of several processes each writes a file of its own, and the last one stays.
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{NAME}.")
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(URL, timeout=60) as answer:
+        with write_atomically(path) as file, urllib.request.urlopen(URL, timeout=60) as answer:
             digest = hashlib.sha256()
             while block := answer.read(2**20):
                 digest.update(block)
                 file.write(block)
-        if not digest.hexdigest().startswith(PUBLISHED):
-            raise OSError(f"what came has the SHA-256 {digest.hexdigest()[:8]}…")
-        os.replace(partial, path)
+            if not digest.hexdigest().startswith(PUBLISHED):
+                raise OSError(f"what came has the SHA-256 {digest.hexdigest()[:8]}…")
     except OSError as error:  # of the disk, and of the network, too
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
         raise UsageError(
             f"the weights of the FID's network cannot be downloaded ({error}); on a machine with "
             f"internet, get {URL}, and give the file with --inception_weights PATH/{NAME}"

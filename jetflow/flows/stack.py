@@ -56,7 +56,7 @@ class Stack(nn.Module):
 
     @property
     def logdet_cap(self) -> float | None:
-        """The blocks' least upper bound on an example's log-det, in nats; None if unbounded."""
+        """The blocks' least upper bound on an example's log-det, in nats; None for a TarFlow."""
         caps = [getattr(block, "logdet_cap", math.inf) for block in self.blocks]
         return None if math.inf in caps else sum(caps)
 

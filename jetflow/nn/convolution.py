@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from jetflow.nn.transformer import Initializer, at_least_float32, split_over_mesh
+from jetflow.nn.transformer import Initializer, layer_norm, split_over_mesh
 
 KERNEL = (3, 3)  # tokens, both odd
 
@@ -48,16 +48,11 @@ class ConvolutionLayer(nn.Module):
         width = x.shape[-1]
         x = split_over_mesh(x, "batch", None, None)
         options = {"dtype": self.dtype, "kernel_init": self.kernel_init}
-        around = neighbourhoods(self._norm("norm_conv")(x).reshape(-1, *self.grid, width))
+        norm_conv, norm_mlp = (
+            layer_norm(self.norm_epsilon, self.dtype, name) for name in ("norm_conv", "norm_mlp")
+        )
+        around = neighbourhoods(norm_conv(x).reshape(-1, *self.grid, width))
         x = x + nn.Dense(width, name="conv", **options)(around).reshape(x.shape)
-        hidden = nn.Dense(3 * width // 2, name="mlp_in", **options)(self._norm("norm_mlp")(x))
+        hidden = nn.Dense(3 * width // 2, name="mlp_in", **options)(norm_mlp(x))
         hidden = jax.nn.gelu(split_over_mesh(hidden, "batch", None, "mlp"))
         return x + nn.Dense(width, name="mlp_out", **options)(hidden)
-
-    def _norm(self, name: str) -> nn.LayerNorm:
-        return nn.LayerNorm(
-            self.norm_epsilon,
-            dtype=at_least_float32(self.dtype),
-            use_fast_variance=False,
-            name=name,
-        )

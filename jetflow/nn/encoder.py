@@ -5,7 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jetflow.nn.convolution import ConvolutionLayer
-from jetflow.nn.transformer import TransformerLayer, at_least_float32, through_layers
+from jetflow.nn.transformer import TransformerLayer, at_least_float32, layer_norm, through_layers
 
 NORM_EPSILON = 1e-6
 
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
             **options,
         )
         dtype = at_least_float32(self.dtype)
-        x = nn.LayerNorm(NORM_EPSILON, dtype=dtype, use_fast_variance=False, name="norm")(x)
+        x = layer_norm(NORM_EPSILON, self.dtype, "norm")(x)
         zeros = nn.initializers.zeros_init()
         return nn.Dense(self.out_features, dtype=dtype, kernel_init=zeros, name="proj_out")(x)
 

@@ -62,6 +62,12 @@ def at_least_float32(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
+    """In float32 or wider, with the variance as the mean square of what the mean leaves."""
+    dtype = at_least_float32(dtype)
+    return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
 def split_over_mesh(x: Array, *axes: str | None) -> Array:
     """Lay `x` over the mesh by its axes' names, batch, heads or mlp; without a mesh, as it was."""
     return with_logical_constraint(x, axes)
@@ -149,17 +155,12 @@ class TransformerLayer(nn.Module):
 
     def setup(self):
         width = self.width
-        self.norm_attention = self._norm()
+        self.norm_attention = layer_norm(self.norm_epsilon, self.dtype)
         self.qkv = self._dense(3 * width, width, side_by_side(self.kernel_init, 3))
         self.out = self._dense(width, width, self.kernel_init)
-        self.norm_mlp = self._norm()
+        self.norm_mlp = layer_norm(self.norm_epsilon, self.dtype)
         self.mlp_in = self._dense(4 * width, width, self.kernel_init)
         self.mlp_out = self._dense(width, 4 * width, self.kernel_init)
-
-    def _norm(self) -> nn.LayerNorm:
-        return nn.LayerNorm(
-            epsilon=self.norm_epsilon, dtype=at_least_float32(self.dtype), use_fast_variance=False
-        )
 
     def _dense(self, features: int, fan_in: int, kernel_init: Initializer) -> nn.Module:
         return self.dense(

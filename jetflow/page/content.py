@@ -93,7 +93,6 @@ class Gallery:
     """Pictures side by side, each with its caption."""
 
     pictures: Sequence[tuple[Path, str]]
-    caption: str = ""
 
 
 Block: TypeAlias = Prose | Table | Lines | HeatMap | Gallery

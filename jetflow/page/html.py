@@ -145,7 +145,7 @@ def _(gallery: Gallery) -> str:
         f"<figcaption>{escape(text)}</figcaption></figure>"
         for path, text in gallery.pictures
     )
-    return f'<div class="wide"><div class="gallery">{figures}</div>{_note(gallery.caption)}</div>'
+    return f'<div class="wide"><div class="gallery">{figures}</div></div>'
 
 
 def _spot(spot: Spot | None, ends: tuple[Number, Number], best: Number | None) -> str:
@@ -192,10 +192,6 @@ def _embedded(path: Path) -> str:
 
 def _caption(text: str) -> str:
     return f"<figcaption>{escape(text)}</figcaption>" if text else ""
-
-
-def _note(text: str) -> str:
-    return f"<p><small>{escape(text)}</small></p>" if text else ""
 
 
 def _is_number(value: Cell) -> bool:

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import jax
 
 from jetflow import environment
+from jetflow.evals.samples import MOST_ROWS
 from jetflow.page.content import (
     Block,
     Cell,
@@ -172,7 +173,7 @@ def _samples(workdir: Path) -> list[Block]:
     last = len(paths) - 1
     chosen = sorted({round(i * last / (PICTURES - 1)) for i in range(PICTURES)})
     pictures = [(paths[i], f"step {int(paths[i].stem.removeprefix('step_')):,}") for i in chosen]
-    caption = "The same prior noise at every step; one row a class where there are classes."
+    caption = f"The same prior noise at every step; one row a class, of {MOST_ROWS} at most."
     more = f" {len(paths)} grids are in {workdir.name}/samples." if len(paths) > len(chosen) else ""
     return [Prose(caption + more), Gallery(pictures)]
 
@@ -240,7 +241,7 @@ def environment_blocks(workdir: Path) -> list[Block]:
     """What the run computed with, a column for each environment."""
     known = environment.read(workdir)
     if not known:
-        return [Prose("The run noted no environment: it is older than that file, or converted.")]
+        return [Prose("The run noted no environment: it was converted, or has not begun.")]
     names = list(dict.fromkeys(name for one in known for name in one if name != "from_step"))
     header = ["", *(f"from step {one['from_step']:,}" for one in known)]
     return [Table(header, [(name, *(_text(one.get(name)) for one in known)) for name in names])]

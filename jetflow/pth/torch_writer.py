@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jetflow.files import write_atomically
 from jetflow.pth.torch_pickle import DTYPES
 
 _MARK, _TUPLE, _CALL = b"(", b"t", b"R"
@@ -22,10 +23,10 @@ def write(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
     for key, (name, array) in enumerate(tensors.items()):
         parts += [_opcodes(name), _tensor_opcodes(str(key), array, names[array.dtype])]
     parts += [b"u."]  # SETITEMS, STOP
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        write_atomically(Path(path)) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
 
         def add(name: str, content: bytes) -> None:
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
@@ -35,7 +36,6 @@ def write(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
         for key, array in enumerate(tensors.values()):
             add(f"data/{key}", array.tobytes())
         add("version", b"3\n")
-    os.replace(temporary, path)
 
 
 def _tensor_opcodes(key: str, array: np.ndarray, storage: str) -> bytes:

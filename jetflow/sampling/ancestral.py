@@ -121,13 +121,6 @@ class Sampler:
         residual = max(map(float, residuals), default=0.0)
         return Drawn(x[:num], tuple(int(count) for count in sweeps), residual)
 
-    def program_bytes(self, index: Int[AnyArray, "B"], label: Int[AnyArray, "B"] | None) -> int:
-        """Memory that `decode` takes on a device for such a batch: arguments, results, the rest."""
-        z = self._prior_noise(jax.random.key(0), index)
-        memory: Any = self.lower(z, self.place(label)).compile().memory_analysis()
-        parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes)
-        return sum(parts) + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-
     def lower(self, z: Any, label: Any) -> Lowered:
         """The program of `decode`, before it is compiled; for arrays, or their shapes alone."""
         with sharding.on(self.mesh):
