@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import jetflow
-from jetflow import bench
+from jetflow.bench import sampling
 from jetflow.sampling.ancestral import Drawn, Sampler
 from jetflow.sampling.decoding import TOLERANCE, decodings
 from jetflow.types import Decoding, Guidance
@@ -55,7 +55,7 @@ def how(sampler: Sampler, method: str, batch_size: int) -> tuple[Decoding, ...]:
     if method != "auto":
         return decodings(sampler.flow, method)
     base = Decoding(1, TOLERANCE, None)
-    windows, _ = bench.calibrate(sampler, base, batch_size)
+    windows, _ = sampling.calibrate(sampler, base, batch_size)
     return tuple(Decoding(window, TOLERANCE, None) for window in windows)
 
 

@@ -117,9 +117,9 @@ def turn(
 def jetflow_batches(arguments: argparse.Namespace, rescale: bool, _path: str):
     import numpy as np
 
+    from jetflow.bench.training import processor_seconds
     from jetflow.data import pipeline
     from jetflow.data.ahead import Ahead
-    from jetflow.throughput import processor_seconds
 
     dataset = pipeline.load(f"photos/{arguments.size}", f"train[:{IMAGES}]")
     batches = pipeline.train_batches(

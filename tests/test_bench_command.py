@@ -6,7 +6,8 @@ import time
 import pytest
 import tiny_runs
 
-from jetflow import cli, throughput
+from jetflow import cli
+from jetflow.bench import training
 from jetflow.data import pipeline
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -22,7 +23,7 @@ def lines(capsys):
 
 
 def test_data_as_json(monkeypatch, capsys):
-    monkeypatch.setattr(throughput, "ROUND_SECONDS", 0.2)
+    monkeypatch.setattr(training, "ROUND_SECONDS", 0.2)
     assert bench("data", "--json", "--repeats", 2, "--workers", "0", "--batch_size", 8) == 0
     assert bench("data", "--json", "--repeats", 1, "--workers", "0") == 0
     first, second = lines(capsys)
@@ -38,7 +39,7 @@ def test_data_as_json(monkeypatch, capsys):
 
 
 def test_data_by_a_worker(monkeypatch, capsys):
-    monkeypatch.setattr(throughput, "ROUND_SECONDS", 0.2)
+    monkeypatch.setattr(training, "ROUND_SECONDS", 0.2)
     assert bench("data", "--repeats", 1, "--workers", "1") == 0
     title, _, line = capsys.readouterr().out.splitlines()
     assert title.startswith("digits 1.0.0 train: 1,500 images of 8x8x1") and "of 16" in title
@@ -55,7 +56,7 @@ def test_reading_measures_the_source(monkeypatch):
 
     monkeypatch.setattr(pipeline, "_read", slowly)
     dataset = pipeline.load("digits", "test")
-    found = throughput.reading(dataset, batch_size=10, workers=0, repeats=2)
+    found = training.reading(dataset, batch_size=10, workers=0, repeats=2)
     assert 20 < found.images_per_second < 1.3 * 400
     assert found.images_per_core_second > found.images_per_second  # it sleeps most of the time
 
@@ -90,7 +91,7 @@ def test_train_waits_for_slow_data(monkeypatch, capsys):
 
 
 def test_utilisation_where_the_peak_is_known(monkeypatch, capsys):
-    monkeypatch.setitem(throughput.PEAK_FLOPS, "cpu", 1e12)
+    monkeypatch.setitem(training.PEAK_FLOPS, "cpu", 1e12)
     assert bench("train", "--json", "--steps", 1, "--repeats", 1) == 0
     (line,) = lines(capsys)
     rate = line["model_flops"] * line["steps_per_second"]
@@ -98,7 +99,7 @@ def test_utilisation_where_the_peak_is_known(monkeypatch, capsys):
     # 16 images, thrice forward, 2 FLOPs, 4 tokens, 5 layers of 12 W² and some more at their ends.
     matrices = 16 * 3 * 2 * 4 * 5 * 12 * 32**2
     assert matrices < line["model_flops"] < 1.2 * matrices
-    assert throughput.PEAK_FLOPS["TPU v5 lite"] == 197e12
+    assert training.PEAK_FLOPS["TPU v5 lite"] == 197e12
 
 
 @pytest.mark.parametrize(

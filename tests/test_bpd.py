@@ -12,7 +12,7 @@ from flow_laws import jit
 
 import jetflow
 from jetflow import noise, sharding
-from jetflow.commands.likelihoods import _spread
+from jetflow.commands.evaluate.likelihoods import _spread
 from jetflow.data.pipeline import Dataset
 from jetflow.evals import bpd, classify
 from jetflow.flows.labels import check_labels

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from jetflow import cli, config, plan
+from jetflow import cli, config
+from jetflow.plan import plan
 from jetflow.run import set_up
 
 CONFIGS = Path(__file__).parent.parent / "configs"

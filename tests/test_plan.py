@@ -10,8 +10,9 @@ import pytest
 import tiny_runs
 from absl import flags
 
-from jetflow import cli, config, costs, plan, tpus
-from jetflow.collectives import BETWEEN_SLICES
+from jetflow import cli, config
+from jetflow.plan import costs, plan, tpus
+from jetflow.plan.collectives import BETWEEN_SLICES
 from jetflow.types import UsageError
 
 CONFIGS = tiny_runs.ROOT / "configs"

@@ -7,9 +7,9 @@ from pathlib import Path
 from absl import flags
 
 from jetflow import cli, config, sweeps
-from jetflow.commands import point
+from jetflow.commands.sweep import point
 from jetflow.flows.build import build
-from jetflow.sweep_folder import Folder
+from jetflow.sweeps.folder import Folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

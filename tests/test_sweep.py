@@ -16,9 +16,10 @@ import pytest
 import tiny_runs
 
 from jetflow import cli, loop, sweeps
-from jetflow.commands import evaluate, point
-from jetflow.sweep_folder import Folder
+from jetflow.commands import evaluate
+from jetflow.commands.sweep import point
 from jetflow.sweeps import Sweep, axis, chain, product, together
+from jetflow.sweeps.folder import Folder
 from jetflow.types import UsageError
 
 SHIPPED = sorted((tiny_runs.ROOT / "configs" / "sweeps").glob("*.py"))

@@ -11,7 +11,7 @@ import tiny_runs
 from jetflow import cli
 from jetflow.commands import evaluate
 from jetflow.evals.features import _program
-from jetflow.sweep_folder import Folder
+from jetflow.sweeps.folder import Folder
 
 SWEEP = '''"""Samples of two kinds."""
 

@@ -1,6 +1,6 @@
-"""The commands of `jetflow`, a file each, and the flags that they share.
+"""The commands of `jetflow`, a file or a folder each, and the flags that they share.
 
-A command's file has `USAGE`, an example; `ARGUMENTS`, the names of what is no flag;
+A command has `USAGE`, an example; `ARGUMENTS`, the names of what is no flag;
 `define(values, argv)`, which adds its flags; and `run(values, *arguments)`, which does the work and
 returns the exit status.
 """

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from absl import flags
 
-from jetflow import bench, commands, hosts
+from jetflow import commands, hosts
+from jetflow.bench import sampling
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW, decodings
 from jetflow.types import Decoding
@@ -82,7 +83,7 @@ def _windows(sampler: Sampler, model: Model, base: Decoding, batch_size: int) ->
     if windows := hosts.agreed_numbers(before[0] if before else ()):
         return windows
     _say(f"measuring how each block decodes fastest, for {path}")
-    windows, seconds = bench.calibrate(sampler, base, batch_size)
+    windows, seconds = sampling.calibrate(sampler, base, batch_size)
     entry = {"conditions": conditions, "windows": windows, "seconds": seconds}
     try:
         write_json(path, [*known, entry])

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from jetflow import commands, config, plan, tpus
-from jetflow.plan import Plan
+from jetflow import commands, config
+from jetflow.plan import plan, tpus
+from jetflow.plan.plan import Plan
 from jetflow.types import UsageError
 
 USAGE = "jetflow plan --config configs/imagenet64_jet.py:64x5 --topology v5e:4x4"

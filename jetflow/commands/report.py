@@ -13,7 +13,7 @@ from jetflow.page.content import Page
 from jetflow.page.html import render
 from jetflow.page.run import run_page
 from jetflow.page.sweep import sweep_page
-from jetflow.sweep_folder import SWEEP
+from jetflow.sweeps.folder import SWEEP
 from jetflow.types import UsageError
 
 USAGE = "jetflow report runs/digits"

@@ -23,7 +23,7 @@ from jetflow.page.content import (
 from jetflow.page.found import Found, direction, is_better_higher
 from jetflow.page.repeats import merged
 from jetflow.page.run import config_blocks, data_blocks, network_blocks
-from jetflow.sweep_folder import Folder
+from jetflow.sweeps.folder import Folder
 from jetflow.workdir import flat, read_config
 
 MOST_LINES = 6  # in a plot, and rows of a map of all points

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jetflow.collectives import exchange
-from jetflow.hlo import Computation, Instruction, numbers, parse
+from jetflow.plan.collectives import exchange
+from jetflow.plan.hlo import Computation, Instruction, numbers, parse
 
 # Instructions that name, start or await what others compute, and move no bytes themselves.
 _FREE = {

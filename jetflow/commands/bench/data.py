@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from jetflow import commands, config, throughput
+from jetflow import commands, config
+from jetflow.bench import training
 from jetflow.data import pipeline
 from jetflow.types import UsageError
 
@@ -36,15 +37,13 @@ def run(values: flags.FlagValues) -> int:
         print(f"{dataset.describe()}; shuffled batches of {size}")
         print("workers  images/s  images/core-s    MB/s  first batch, s")
     for workers in counts:
-        found = throughput.reading(
-            dataset, batch_size=size, workers=workers, repeats=values.repeats
-        )
+        found = training.reading(dataset, batch_size=size, workers=workers, repeats=values.repeats)
         record = {"data": dataset.name, "split": dataset.split, **dataclasses.asdict(found)}
         print(json.dumps(record) if values.json else _line(found), flush=True)
     return 0
 
 
-def _line(found: throughput.Reading) -> str:
+def _line(found: training.Reading) -> str:
     return (
         f"{found.workers:7}  {found.images_per_second:8,.0f}  {found.images_per_core_second:13,.0f}"
         f"  {found.megabytes_per_second:6,.1f}  {found.first_batch_seconds:14.2f}"

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from jetflow import hosts
 from jetflow.commands import sampling
-from jetflow.commands.evaluation import Evaluation
+from jetflow.commands.evaluate.evaluation import Evaluation
 from jetflow.evals.statistics import Statistics
 from jetflow.files import write_atomically
 

@@ -13,15 +13,16 @@ from typing import Any
 
 import jax
 
-from jetflow import costs, sharding, tpus
-from jetflow.collectives import BETWEEN_SLICES
+from jetflow import sharding
 from jetflow.config import Config
 from jetflow.data import pipeline
 from jetflow.data.facts import FACTS
 from jetflow.evals import bpd
 from jetflow.nn.transformer import REMAT_POLICIES
+from jetflow.plan import costs, tpus
+from jetflow.plan.collectives import BETWEEN_SLICES
+from jetflow.plan.tpus import Tpu
 from jetflow.run import Run, set_up
-from jetflow.tpus import Tpu
 from jetflow.types import UsageError
 
 PROGRAMS = ("train", "sample", "eval")

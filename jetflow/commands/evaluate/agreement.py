@@ -7,7 +7,7 @@ from jaxtyping import UInt8
 
 from jetflow import sharding
 from jetflow.commands import sampling
-from jetflow.commands.evaluation import Evaluation, Outcome
+from jetflow.commands.evaluate.evaluation import Evaluation, Outcome
 from jetflow.evals import classify
 from jetflow.evals.features import in_batches
 from jetflow.evals.records import number

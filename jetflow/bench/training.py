@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import psutil
 
-from jetflow import costs
 from jetflow.data import pipeline, processes
+from jetflow.plan import costs
+from jetflow.plan.tpus import KINDS, TPUS
 from jetflow.run import Run
 from jetflow.state import TrainState
-from jetflow.tpus import KINDS, TPUS
 from jetflow.types import Batch
 
 ROUND_SECONDS = 1.0  # of reading, at least, that are timed as one
@@ -123,7 +123,7 @@ class Training:
     peak_bytes: int
 
 
-def training(run: Run, *, steps: int, repeats: int) -> Training:
+def measure(run: Run, *, steps: int, repeats: int) -> Training:
     """Measure the training step in `repeats` rounds of so many steps."""
     size = run.config.train.batch_size
     state, _ = run.fresh_state()

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jetflow import costs, hosts, sharding
+from jetflow import hosts, sharding
 from jetflow.flows.stack import Stack
+from jetflow.plan import costs
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.sampling.decoding import WINDOW
 from jetflow.types import Decoding
@@ -115,7 +116,7 @@ class Speed:
     peak_bytes: int
 
 
-def sampling(sampler: Sampler, method: str, batch_size: int, repeats: int = REPEATS) -> Speed:
+def measure(sampler: Sampler, method: str, batch_size: int, repeats: int = REPEATS) -> Speed:
     """Measure `sampler` on batches of so many images; `method` is the name of its decoding."""
     flow = sampler.flow
     index = np.arange(batch_size)

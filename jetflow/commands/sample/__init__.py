@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from jetflow import commands, hosts
 from jetflow.archive import Archive
-from jetflow.commands import explore, sampling
+from jetflow.commands import sampling
+from jetflow.commands.sample import explore
 from jetflow.evals.samples import corner, rows_by_class, square_rows
 from jetflow.flows.labels import check_labels
 from jetflow.noise import LARGEST_SEED

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable
 
-from jetflow.hlo import Computation, Instruction, numbers
+from jetflow.plan.hlo import Computation, Instruction, numbers
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",

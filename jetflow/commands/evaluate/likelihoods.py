@@ -5,7 +5,7 @@ import math
 
 import grain
 
-from jetflow.commands.evaluation import Evaluation, Outcome
+from jetflow.commands.evaluate.evaluation import Evaluation, Outcome
 from jetflow.data import pipeline
 from jetflow.evals import bpd, classify
 from jetflow.evals.records import finite, number
@@ -51,7 +51,7 @@ def _gaussian(evaluation: Evaluation) -> Noise:
     noise = evaluation.trained_with
     if noise.kind == "uniform":
         raise UsageError(
-            "noised_bpd and noised_bpd_gap are for flows trained with gaussian noise; use bpd"
+            "noised_bpd is for flows trained with gaussian noise, and so is noised_bpd_gap; use bpd"
         )
     return noise
 

@@ -10,8 +10,10 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from jetflow import bench, commands, config, plan, sharding
+from jetflow import commands, config, sharding
+from jetflow.bench import sampling
 from jetflow.commands import decoding
+from jetflow.plan import plan
 from jetflow.run import set_up
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import METHODS
@@ -53,7 +55,7 @@ def run(values: flags.FlagValues) -> int:
         sharding.check_batch("--batch_sizes", size, mesh)
         for method in values.methods if model.flow.decoded_blocks else ["cached"]:
             chosen = decoding.with_method(sampler, method, values, model, size)
-            speed = bench.sampling(chosen, method, size, values.repeats)
+            speed = sampling.measure(chosen, method, size, values.repeats)
             print(json.dumps({"device": device, **dataclasses.asdict(speed)}) if values.json
                   else _line(speed), flush=True)  # fmt: skip
     return 0
@@ -83,7 +85,7 @@ def _model(values: flags.FlagValues, mesh: Mesh) -> Model:
     return Model(Path(), run.resolved_config, flow, variables, step=0)
 
 
-def _line(speed: bench.Speed) -> str:
+def _line(speed: sampling.Speed) -> str:
     sweeps = ", ".join(
         f"{sweeps} ({window})" for sweeps, window in zip(speed.sweeps, speed.windows, strict=True)
     )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from jetflow import commands, config, sharding, throughput
+from jetflow import commands, config, sharding
+from jetflow.bench import training
 from jetflow.data import pipeline
 from jetflow.run import set_up
 
@@ -25,7 +26,7 @@ def run(values: flags.FlagValues) -> int:
     experiment = commands.required(values, "config", "configs/NAME.py")
     load = functools.partial(pipeline.load, data_dir=values.data_dir)
     run = set_up(experiment, load)
-    found = throughput.training(run, steps=values.steps, repeats=values.repeats)
+    found = training.measure(run, steps=values.steps, repeats=values.repeats)
     device = sharding.describe(run.mesh)
     if values.json:
         print(json.dumps({"device": device, **dataclasses.asdict(found)}))
@@ -35,7 +36,7 @@ def run(values: flags.FlagValues) -> int:
     return 0
 
 
-def describe(found: throughput.Training) -> str:
+def describe(found: training.Training) -> str:
     """A measurement for a person."""
     least, most = (1000 * seconds for seconds in found.step_seconds_range)
     share = "" if found.utilisation is None else f", {found.utilisation:.1%} of bfloat16's peak"

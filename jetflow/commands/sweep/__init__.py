@@ -8,13 +8,13 @@ from pathlib import Path
 from absl import flags
 
 from jetflow import commands, hosts, sweeps
-from jetflow.commands.point import Runner, Stopped
+from jetflow.commands.sweep.point import Runner, Stopped
 from jetflow.files import write_atomically
 from jetflow.page.html import render
 from jetflow.page.sweep import sweep_page
 from jetflow.page.text import plain
-from jetflow.sweep_folder import SWEEP, Folder
 from jetflow.sweeps import Point, Sweep, say
+from jetflow.sweeps.folder import SWEEP, Folder
 from jetflow.types import UsageError
 
 USAGE = "jetflow sweep --sweep configs/sweeps/guidance.py --workdir runs/guidance"

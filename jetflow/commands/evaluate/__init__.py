@@ -8,9 +8,9 @@ from absl import flags
 from jax.sharding import Mesh
 
 from jetflow import commands, sharding
-from jetflow.commands import agreement, likelihoods, quality
-from jetflow.commands.evaluation import Evaluation
-from jetflow.commands.quality import Quality
+from jetflow.commands.evaluate import agreement, likelihoods, quality
+from jetflow.commands.evaluate.evaluation import Evaluation
+from jetflow.commands.evaluate.quality import Quality
 from jetflow.noise import LARGEST_SEED
 from jetflow.types import UsageError
 from jetflow.workdir import Model, load_model, write_result

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from jetflow import commands, hosts, sharding
 from jetflow.commands import sampling
-from jetflow.commands.drawn import DrawnSamples
-from jetflow.commands.evaluation import Evaluation, Outcome
+from jetflow.commands.evaluate.drawn import DrawnSamples
+from jetflow.commands.evaluate.evaluation import Evaluation, Outcome
 from jetflow.data import pipeline
 from jetflow.evals import kid as kernel
 from jetflow.evals import neighbours, reference, weights

@@ -6,10 +6,10 @@ from typing import Any
 from absl import flags
 
 from jetflow import commands
-from jetflow.commands import bench_data, bench_sample, bench_train
+from jetflow.commands.bench import data, sample, train
 from jetflow.types import UsageError
 
-WHAT = {"sample": bench_sample, "train": bench_train, "data": bench_data}
+WHAT = {"sample": sample, "train": train, "data": data}
 USAGE = "\n  ".join(part.USAGE for part in WHAT.values())
 ARGUMENTS = ("WHAT",)
 

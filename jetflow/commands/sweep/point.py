@@ -20,8 +20,8 @@ from jetflow.data import pipeline
 from jetflow.evals.samples import rows_by_class, square_rows
 from jetflow.report import make_grid, save_png
 from jetflow.run import set_up
-from jetflow.sweep_folder import Folder
 from jetflow.sweeps import Point, Sweep, is_of_training, say
+from jetflow.sweeps.folder import Folder
 from jetflow.types import UsageError
 from jetflow.workdir import Model, load_model, suffix, write_json
 

@@ -1,0 +1,1 @@
+"""How fast sampling, training and the reading of its data are here."""
