@@ -22,6 +22,7 @@ from jetflow.state import abstract_variables
 from jetflow.types import Flow, UsageError
 
 CONFIG = "config.json"
+SWEEP = "sweep.json"  # in the folder of a sweep
 LOCK = ".lock"
 LONGEST_SUFFIX = 120  # letters, of the at most 255 bytes of a file's name
 
@@ -65,6 +66,9 @@ def load_model(
     )
     wanted = {weights: abstract.pop("params"), "collections": abstract}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
+        if checkpoints.latest() is None and read_metrics(workdir / METRICS):
+            first = config["train"]["checkpoint_every"]
+            raise UsageError(f"the run in {workdir} has no checkpoint yet; step {first} makes one")
         restored, step = checkpoints.restore(wanted, step)
     return Model(
         workdir, config, flow, {"params": restored[weights], **restored["collections"]}, step
@@ -125,6 +129,8 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
         yield
         return
     config = json.loads(json.dumps(config))
+    if (workdir / SWEEP).exists():
+        raise UsageError(f"{workdir} holds a sweep; give another --workdir")
     existing = read_config(workdir)
     differences = [] if existing is None else _differences(existing, config)
     if differences and _has_begun(workdir):
@@ -202,7 +208,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         name
         for name in {**there, **here}
         if there.get(name) != here.get(name)
-        and not name.startswith(("config.mesh.", "config.data.workers"))
+        and not name.startswith(("config.mesh.", "config.data.workers", "config.resolved."))
     ]
     shown = [f"{name} is {there.get(name)} there and {here.get(name)} here" for name in fields[:4]]
     return shown + ([f"and {len(fields) - 4} more"] if len(fields) > 4 else [])

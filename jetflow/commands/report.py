@@ -13,8 +13,8 @@ from jetflow.page.content import Page
 from jetflow.page.html import render
 from jetflow.page.run import run_page
 from jetflow.page.sweep import sweep_page
-from jetflow.sweeps.folder import SWEEP
 from jetflow.types import UsageError
+from jetflow.workdir import CONFIG, SWEEP
 
 USAGE = "jetflow report runs/digits"
 ARGUMENTS = ("DIR",)
@@ -50,4 +50,13 @@ def run(values: flags.FlagValues, folder: str) -> int:
 
 def read_page(folder: Path) -> Page:
     """What there is to say of a folder of either kind."""
-    return sweep_page(folder) if (folder / SWEEP).exists() else run_page(folder)
+    if (folder / SWEEP).exists():
+        return sweep_page(folder)
+    inside = sorted(
+        path.parent.name for name in (CONFIG, SWEEP) for path in folder.glob(f"*/{name}")
+    )
+    if inside and not (folder / CONFIG).exists():
+        raise UsageError(
+            f"{folder} is neither a run nor a sweep, but has some: {', '.join(inside[:8])}; give one"
+        )
+    return run_page(folder)

@@ -7,7 +7,7 @@ from html import escape
 from jetflow.page.content import Lines, Number, Series, number
 
 WIDTH, HEIGHT = 420, 270
-LEFT, RIGHT, TOP, BOTTOM = 50, 408, 30, 228  # of the frame of the data
+LEFT, RIGHT, TOP, BOTTOM = 60, 408, 30, 228  # of the frame of the data
 NAMED_COLOURS = 6  # that page.css tells apart; more series than that are coloured by their order
 MARKED = 16  # points; a longer line shows none of them
 TICKS = 6  # at most

@@ -114,7 +114,7 @@ class Sweep:
         grid: the points.
         metrics: of `jetflow evaluate`; the table is sorted by the first.
         config: of the runs that are measured, with a path from the sweep's file; runs that differ
-            in no setting of the training are one run.
+            in no setting of the training are one run. None if a run is always given.
         fixed: settings of all points.
         repeats: settings, such as seeds, whose values are repeats of one measurement: their mean
             and spread is shown, and no best one is chosen among them.
@@ -124,7 +124,7 @@ class Sweep:
 
     grid: Grid
     metrics: tuple[str, ...]
-    config: str
+    config: str | None = None
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     repeats: tuple[str, ...] = ()
     pictures: int = 36
@@ -157,7 +157,8 @@ class Sweep:
         fields = {
             name: getattr(self, name) for name in ("title", "description", "metrics", "repeats")
         }
-        fields |= {"config": Path(self.config).name, "run": run, "fixed": self.fixed}
+        config = self.config and Path(self.config).name
+        fields |= {"config": config, "run": run, "fixed": self.fixed}
         fields["recipe"] = recipe or {}
         return json.loads(json.dumps({**fields, "pictures": self.pictures, "points": points}))
 
@@ -191,18 +192,24 @@ def read(path: str) -> Sweep:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        sweep = module.get_sweep()
+        get_sweep = getattr(module, "get_sweep", None)
+        sweep = get_sweep() if get_sweep else None
     except Exception as error:  # whatever a sweep's file raises
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(file)]
         where = f", line {lines[-1]}" if lines else ""
         raise UsageError(f"--sweep {path}{where}: {type(error).__name__}: {error}") from error
     if not isinstance(sweep, Sweep) or not sweep.grid.points or not sweep.metrics:
-        raise UsageError(f"--sweep {path}: get_sweep() must return a Sweep with points and metrics")
+        raise UsageError(
+            f"--sweep {path}: expected a function get_sweep() that returns a Sweep with points and "
+            "metrics, as in configs/sweeps"
+        )
     _check_points(sweep, path)
     title, _, description = (module.__doc__ or file.stem).strip().partition("\n")
-    config, colon, argument = sweep.config.partition(":")
-    config = f"{file.resolve().parent.joinpath(config).resolve()}{colon}{argument}"
+    config = sweep.config
+    if config is not None:
+        config, colon, argument = config.partition(":")
+        config = f"{file.resolve().parent.joinpath(config).resolve()}{colon}{argument}"
     description = " ".join(description.split())
     return dataclasses.replace(sweep, config=config, title=title, description=description)
 

@@ -10,9 +10,8 @@ from typing import Any
 from jetflow import hosts
 from jetflow.sweeps import Point
 from jetflow.types import UsageError
-from jetflow.workdir import flat, write_json
+from jetflow.workdir import CONFIG, SWEEP, flat, write_json
 
-SWEEP = "sweep.json"
 NO_PART = ("points", "title", "description", "repeats")  # of what is compared field by field
 MOST_SHOWN = 4  # fields that differ
 
@@ -29,7 +28,13 @@ class Folder:
         Raises:
             UsageError: if it holds another one, or cannot be written.
         """
-        if (self.path / SWEEP).exists() and (differing := _differences(self.content(), content)):
+        there = self.content() if (self.path / SWEEP).exists() else content
+        if there["run"] != content["run"]:
+            what = f"with --run {there['run']}" if there["run"] else "without --run"
+            raise UsageError(
+                f"the sweep in {self.path} was begun {what}; go on so, or give another --workdir"
+            )
+        if differing := _differences(there, content):
             raise UsageError(
                 f"{self.path} holds another sweep: {'; '.join(differing)}; give another --workdir, "
                 "or delete that one"
@@ -38,6 +43,11 @@ class Folder:
             write_json(self.path / SWEEP, content)
         except OSError as error:
             raise _unwritable(self.path, error) from error
+
+    def check(self) -> None:
+        """Raise a UsageError if it is the folder of a run."""
+        if (self.path / CONFIG).exists():
+            raise UsageError(f"{self.path} holds a run; give the sweep a --workdir of its own")
 
     def content(self) -> dict[str, Any]:
         """Of the sweep that lives there.

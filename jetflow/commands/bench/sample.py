@@ -87,7 +87,10 @@ def _model(values: flags.FlagValues, mesh: Mesh) -> Model:
 
 def _line(speed: sampling.Speed) -> str:
     sweeps = ", ".join(
-        f"{sweeps} ({window})" for sweeps, window in zip(speed.sweeps, speed.windows, strict=True)
+        f"{sweeps} ({min(window, tokens)})"
+        for sweeps, window, tokens in zip(
+            speed.sweeps, speed.windows, speed.token_by_token, strict=True
+        )
     )
     return (
         f"{speed.method:8}  {speed.batch_size:5}  {speed.images_per_second:8.2f}  "

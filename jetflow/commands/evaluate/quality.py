@@ -62,9 +62,12 @@ class Quality:
         path = self._reference_path
         if not path.exists():
             flag = "--reference" if self.evaluation.values.reference else "its default,"
+            others = sorted(map(str, (self.evaluation.model.workdir / "evals").glob("reference-*")))
+            found = f", such as {others[0]}" if others else ""
             raise UsageError(
                 f"there is no reference, {flag} {path}; make it with `jetflow evaluate --workdir "
                 f"{self.evaluation.model.workdir} --make_reference`, or give another --reference"
+                + found
             )
         measure = functools.partial(self._measure, what="reference")
         size = self.evaluation.values.batch_size

@@ -36,7 +36,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
          "if a kill cuts it short, the same command goes on")  # fmt: skip
     flag(flags.DEFINE_integer, "num", None, "number of images; default: 64, in other modes 8",
          lower_bound=1)  # fmt: skip
-    flag(flags.DEFINE_integer, "label", None, "class of all images; default: "
+    flag(flags.DEFINE_integer, "label", None, "class of all images, -1 for none; default: "
          "one row a class, in --mode interpolate none")  # fmt: skip
     flag(flags.DEFINE_integer, "seed", 0, "image i depends on the seed and i alone",
          lower_bound=0, upper_bound=LARGEST_SEED)  # fmt: skip

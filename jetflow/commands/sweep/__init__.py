@@ -14,8 +14,9 @@ from jetflow.page.html import render
 from jetflow.page.sweep import sweep_page
 from jetflow.page.text import plain
 from jetflow.sweeps import Point, Sweep, say
-from jetflow.sweeps.folder import SWEEP, Folder
+from jetflow.sweeps.folder import Folder
 from jetflow.types import UsageError
+from jetflow.workdir import SWEEP, read_flow
 
 USAGE = "jetflow sweep --sweep configs/sweeps/guidance.py --workdir runs/guidance"
 ARGUMENTS = ()
@@ -41,9 +42,12 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def run(values: flags.FlagValues) -> int:
     path = commands.required(values, "sweep", "configs/sweeps/NAME.py")
     folder = Folder(Path(commands.required(values, "workdir", "runs/NAME")))
+    folder.check()
     sweep = _fixed(sweeps.read(path), values.fix)
     chosen = _chosen(sweep, values)
     run_dir = None if values.run is None else str(Path(values.run).resolve())
+    if run_dir:
+        read_flow(Path(run_dir))  # which raises where there is none
     runner = Runner(sweep, folder, run=run_dir, data_dir=values.data_dir)
     runner.check(on_this_machine=not values.print)
     if values.print:
@@ -64,7 +68,7 @@ def run(values: flags.FlagValues) -> int:
     if elsewhere:
         say(f"other processes are at {elsewhere} points: `jetflow report {folder.path}` when done")
     if failed:
-        say(f"{failed} points failed, see their records: the same command tries them again")
+        say(f"failed: {failed} of {len(chosen)} points; the same command tries them again")
     return FAILED if failed else 0
 
 

@@ -1,6 +1,7 @@
 """A point of a sweep: the run that it needs, trained where it is not, then measured and shown."""
 
 import dataclasses
+import difflib
 import functools
 import math
 import time
@@ -24,6 +25,9 @@ from jetflow.sweeps import Point, Sweep, is_of_training, say
 from jetflow.sweeps.folder import Folder
 from jetflow.types import UsageError
 from jetflow.workdir import Model, load_model, suffix, write_json
+
+# Flags of `evaluate` and `sample` that no point sets: the sweep gives them, or their files.
+OWN = ("metrics", "workdir", "data_dir", "make_reference", "num", "out", "npz", "mode")
 
 
 class Stopped(Exception):
@@ -63,8 +67,15 @@ class Runner:
                     self._parse_training(settings, Path("unused"))
                     runs.add(point.run_name)
                 for name in settings:
+                    if name in OWN:
+                        raise UsageError(f"{name} cannot be set: it is the sweep's own to give")
                     if not is_of_training(name) and name not in known:
-                        raise UsageError(f"{name} is no flag of `jetflow evaluate` or `sample`")
+                        nearest = difflib.get_close_matches(name, known, n=1)
+                        raise UsageError(
+                            f"{name} is no flag of `jetflow evaluate` or `sample`, and no "
+                            "config.SECTION.FIELD"
+                            + (f"; did you mean {nearest[0]}?" if nearest else "")
+                        )
                 values = self._parse(evaluate, settings)
                 if on_this_machine:
                     evaluate.check(values)
@@ -135,6 +146,7 @@ class Runner:
             if not isinstance(error, UsageError):
                 traceback.print_exc()
             record |= {"status": "failed", "error": _told(error)}
+            say(f"point {point.name} failed: {record['error']}")
         record["seconds"] = time.perf_counter() - start
         record["environment"] = environment.describe()
         write_json(self._folder.record_path(point), record)
@@ -252,6 +264,8 @@ class Runner:
         return make_grid(np.concatenate([images for images, _ in drawn]), square_rows(num))
 
     def _parse_training(self, settings: Mapping[str, Any], workdir: Path) -> flags.FlagValues:
+        if self._sweep.config is None:
+            raise UsageError("the sweep has no config to train; give the run to measure by --run")
         chosen = {name: value for name, value in settings.items() if is_of_training(name)}
         arguments = [f"--{name}={value}" for name, value in chosen.items()]
         argv = ["train", "--config", self._sweep.config, *arguments, "--workdir", str(workdir)]
