@@ -122,9 +122,9 @@ def test_shipped_sweeps_can_run(path, tmp_path):
 BAD_FILES = {
     "missing": (None, "is no file"),
     "syntax": ("def get_sweep(:\n", "SyntaxError"),
-    "no function": ("x = 1\n", "has no attribute 'get_sweep'"),
+    "no function": ("x = 1\n", "expected a function get_sweep()"),
     "error": ("def get_sweep():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
-    "nothing": ("def get_sweep():\n    pass\n", "must return a Sweep with points and metrics"),
+    "nothing": ("def get_sweep():\n    pass\n", "that returns a Sweep with points and metrics"),
     "value twice": (POINTS.replace("[3, 4]", "[3, 3.0]"), "the axis seed has a value twice"),
     "point twice": (
         POINTS.replace("product(", "chain(axis('seed', [3]), ").replace("import", "import chain,"),
@@ -141,7 +141,12 @@ BAD_FILES = {
         POINTS.replace('"draws", [1, 2]', '"config.optim.lr", [None]'),
         "config.optim.lr is None",
     ),
-    "unknown flag": (POINTS.replace('"seed"', '"sead"'), "sead is no flag of"),
+    "unknown flag": (POINTS.replace('"seed"', '"sead"'), "did you mean seed?"),
+    "the sweep's own": (POINTS.replace('"seed"', '"num"'), "num cannot be set"),
+    "neither config nor run": (
+        POINTS.replace("config=", "title="),
+        "the sweep has no config to train; give the run to measure by --run",
+    ),
     "unknown metric": (POINTS.replace("noised_bpd", "fit"), "--metrics has 'fit'"),
     "wrong type": (POINTS.replace("[1, 2]", "['all']"), "--draws is 'all'"),
     "unknown field": (POINTS.replace('"draws"', '"config.optim.rate"'), "config.optim.rate"),
@@ -284,7 +289,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(sweep, uninterrupted, monkey
     failed = {r["number"]: r["error"] for r in sweep.records() if r["status"] == "failed"}
     assert failed == {1: "no luck", 3: "RuntimeError: no luck"}
     captured = capsys.readouterr()
-    assert "2 points failed" in captured.err and "failed" in captured.out
+    assert "failed: 2 of 4 points" in captured.err and "failed" in captured.out
     assert "no luck" in html_page.read((sweep.workdir / "report.html").read_text()).text
     assert sweep() == 0
     assert table(sweep.workdir, capsys) == table(uninterrupted, capsys)
@@ -399,8 +404,22 @@ def test_a_folder_is_that_of_a_sweep_before_it_has_points(tmp_path):
     content = Sweep(axis("a", [1]), ("bpd",), "x.py").content(None, None)
     folder.open(content)
     folder.open(content | {"title": "Another title"})
-    with pytest.raises(UsageError, match="holds another sweep: run is None there and r here"):
+    with pytest.raises(UsageError, match="was begun without --run; go on so"):
         folder.open(content | {"run": "r"})
+
+
+def test_a_sweep_and_a_run_share_no_folder(sweep, tmp_path, capsys):
+    run = tmp_path / "a run"
+    assert tiny_runs.train("tarflow", run, train__steps=1) == 0
+    assert sweep("--point=0") == 0
+    before = set(run.rglob("*"))
+    assert sweep(f"--workdir={run}") == 2
+    assert f"{run} holds a run; give the sweep a --workdir of its own" in capsys.readouterr().err
+    assert tiny_runs.train("tarflow", sweep.workdir, train__steps=1) == 2
+    assert f"{sweep.workdir} holds a sweep" in capsys.readouterr().err
+    assert set(run.rglob("*")) == before
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "neither a run nor a sweep; give one that is in it: a run" in capsys.readouterr().err
 
 
 def test_an_edited_config_is_another_recipe(tmp_path, monkeypatch, capsys):

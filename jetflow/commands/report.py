@@ -52,11 +52,8 @@ def read_page(folder: Path) -> Page:
     """What there is to say of a folder of either kind."""
     if (folder / SWEEP).exists():
         return sweep_page(folder)
-    inside = sorted(
-        path.parent.name for name in (CONFIG, SWEEP) for path in folder.glob(f"*/{name}")
-    )
-    if inside and not (folder / CONFIG).exists():
-        raise UsageError(
-            f"{folder} is neither a run nor a sweep, but has some: {', '.join(inside[:8])}; give one"
-        )
+    found = [path for name in (CONFIG, SWEEP) for path in folder.glob(f"*/{name}")]
+    if found and not (folder / CONFIG).exists():
+        inside = ", ".join(sorted({path.parent.name for path in found})[:8])
+        raise UsageError(f"{folder} is neither a run nor a sweep; give one that is in it: {inside}")
     return run_page(folder)

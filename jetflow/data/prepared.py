@@ -72,9 +72,8 @@ def prepare(
         return builder
     folder = Path(manual_dir or default_manual_dir(data_dir)).expanduser().absolute()
     if missing := builder.missing(folder):
-        raise UsageError(
-            f"data set {name!r} lacks archives: {missing}; put them there, or give another --manual_dir"
-        )
+        remedy = "put them there, or give another --manual_dir"
+        raise UsageError(f"data set {name!r} lacks archives: {missing}; {remedy}")
     with _alone(builder):
         builder = make_builder()
         if builder.info.initialized:  # by another process, while this one waited
