@@ -68,7 +68,10 @@ class Found:
             return ""
         value = number(self.value(best, main) or 0.0)
         where = ", ".join(f"{axis.name} {axis.label(self.points[best])}" for axis in self.axes)
-        return f"; the {what} {main} is {value}, at {where}" if where else ""
+        equal = [self.value(i, main) for i in range(len(self.points))].count(self.value(best, main))
+        if equal > 1:
+            where = f"{equal} points, the first {where}"
+        return f"; the {what} {main} is {value}, at {where}" if self.axes else ""
 
     def table(self) -> Table:
         """The points, best first by the first metric; those without a value last."""
