@@ -150,7 +150,9 @@ def test_points_that_are_as_good_are_counted(sweep):
     path = sweep / "points" / "000,point.json"
     record = json.loads(path.read_text())
     write_json(path, record | {"metrics": {"fid": 9.0}})
-    assert "the best fid is 9, at 2 points, the first a 0, b, tied x, p" in sweep_page(sweep).summary
+    assert (
+        "the best fid is 9, at 2 points, the first a 0, b, tied x, p" in sweep_page(sweep).summary
+    )
 
 
 def test_page_of_a_sweep(sweep, capsys):

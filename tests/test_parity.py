@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 from planted_bugs import mean_logdet, without_shift_by_one_token
 from published import JETS, TARFLOWS, Case, case, settings_of, to_nhwc
 
@@ -420,12 +419,10 @@ def other_gelu(monkeypatch) -> None:
 
 def other_epsilon(monkeypatch) -> None:
     """1e-5 for 1e-6, and the other way round."""
-
-    def norm(self):
-        epsilon = {1e-5: 1e-6, 1e-6: 1e-5}[self.norm_epsilon]
-        return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, use_fast_variance=False)
-
-    monkeypatch.setattr(transformer.TransformerLayer, "_norm", norm)
+    real, other = transformer.layer_norm, {1e-5: 1e-6, 1e-6: 1e-5}
+    monkeypatch.setattr(
+        transformer, "layer_norm", lambda epsilon, dtype: real(other[epsilon], dtype)
+    )
 
 
 def no_shift(monkeypatch) -> None:

@@ -354,4 +354,4 @@ def test_forward_flops_by_hand():
     shapes = {"qkv": (8, 24), "out": (8, 8), "mlp_in": (8, 32), "mlp_out": (32, 8)}
     layer = {name: {"kernel": jnp.zeros((1, *shape)), "bias": jnp.zeros((1, shape[1]))}
              for name, shape in shapes.items()}  # fmt: skip
-    assert plan.forward_flops({"layers": layer}, tokens=4) == 2 * 4 * 12 * 64 + 4 * 16 * 8
+    assert costs.forward_flops({"layers": layer}, tokens=4) == 2 * 4 * 12 * 64 + 4 * 16 * 8

@@ -174,7 +174,7 @@ def test_pictures_are_written_whole(tmp_path, monkeypatch):
     save_png(path, picture)
 
     def fail(self, file, format):
-        file.write_bytes(b"half of it")
+        file.write(b"half of it")
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
