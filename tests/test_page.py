@@ -297,7 +297,8 @@ def test_what_cannot_be_drawn_is_left_out():
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (3.0961, 3.0969), (0, 2e6), (-4, 5), (1e-6, 3e-4), (7, 7)]
+    ("low", "high"),
+    [(0, 1), (3.0961, 3.0969), (0, 2e6), (-4, 5), (1e-6, 3e-4), (7, 7), (1e-6, 1.6e-5)],
 )
 @pytest.mark.parametrize("log", [False, True])
 def test_ticks_are_few_and_differ(low, high, log):

@@ -162,4 +162,4 @@ def _short(value: Number, decimals: int) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size and value % (size / 10) == 0:
             return f"{value / size:g}{unit}"
-    return f"{value:.0e}" if decimals > 4 else f"{value:.{decimals}f}"
+    return f"{value:.2g}" if decimals > 4 and abs(value) < 0.01 else f"{value:.{decimals}f}"
