@@ -173,7 +173,8 @@ def _samples(workdir: Path) -> list[Block]:
     last = len(paths) - 1
     chosen = sorted({round(i * last / (PICTURES - 1)) for i in range(PICTURES)})
     pictures = [(paths[i], f"step {int(paths[i].stem.removeprefix('step_')):,}") for i in chosen]
-    caption = f"The same prior noise at every step; one row a class where there are {MOST_ROWS} or fewer."
+    caption = "The same prior noise at every step; "
+    caption += f"one row a class where there are {MOST_ROWS} or fewer."
     more = f" {len(paths)} grids are in {workdir.name}/samples." if len(paths) > len(chosen) else ""
     return [Prose(caption + more), Gallery(pictures)]
 
