@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 import jetflow
-from jetflow.bench import sampling
 from jetflow.sampling.ancestral import Drawn, Sampler
 from jetflow.sampling.decoding import TOLERANCE, decodings
+from jetflow.tools.bench import sampling
 from jetflow.types import Decoding, Guidance
 
 HALF_RANGE = 128  # pixel values in a unit of [-1, 1]

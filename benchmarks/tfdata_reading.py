@@ -117,9 +117,9 @@ def turn(
 def jetflow_batches(arguments: argparse.Namespace, rescale: bool, _path: str):
     import numpy as np
 
-    from jetflow.bench.training import processor_seconds
-    from jetflow.data import pipeline
+    from jetflow.data import dataset as pipeline
     from jetflow.data.ahead import Ahead
+    from jetflow.tools.bench.training import processor_seconds
 
     dataset = pipeline.load(f"photos/{arguments.size}", f"train[:{IMAGES}]")
     batches = pipeline.train_batches(
@@ -157,7 +157,7 @@ def write_pngs(path: Path, size: int) -> None:
     from tensorboardX.record_writer import RecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
-    from jetflow.data import pipeline
+    from jetflow.data import dataset as pipeline
 
     writer = RecordWriter(str(path))
     for batch in pipeline.eval_batches(

@@ -17,8 +17,8 @@ from jetflow import hosts, sharding
 from jetflow.checkpoint import Checkpoints
 from jetflow.files import write_atomically
 from jetflow.flows.build import build
-from jetflow.report import METRICS, read_metrics
-from jetflow.state import abstract_variables
+from jetflow.training.log import METRICS, read_metrics
+from jetflow.training.state import abstract_variables
 from jetflow.types import Flow, UsageError
 
 CONFIG = "config.json"

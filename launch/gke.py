@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from jetflow.plan import tpus
+from jetflow.tools.plan import devices as tpus
 from jetflow.types import UsageError
 
 # The node label cloud.google.com/gke-tpu-accelerator, and Google's names for chips of a generation.

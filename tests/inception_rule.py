@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from published import GOLDEN
 
-from jetflow.pth import torch_writer
+from jetflow.tools.convert import torch_writer
 
 FOLDER = GOLDEN / "inception"
 

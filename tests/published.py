@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jetflow import convert
 from jetflow.flows.stack import Stack
+from jetflow.tools import convert
 
 GOLDEN = Path(__file__).parent / "golden"
 TARFLOWS = ("cond", "uncond", "uncond_vp")

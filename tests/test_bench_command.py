@@ -7,8 +7,8 @@ import pytest
 import tiny_runs
 
 from jetflow import cli
-from jetflow.bench import training
-from jetflow.data import pipeline
+from jetflow.data import dataset as pipeline
+from jetflow.tools.bench import training
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

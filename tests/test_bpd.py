@@ -12,9 +12,10 @@ from flow_laws import jit
 
 import jetflow
 from jetflow import noise, sharding
-from jetflow.commands.evaluate.likelihoods import _spread
-from jetflow.data.pipeline import Dataset
-from jetflow.evals import bpd, classify
+from jetflow.cli.commands.evaluate.likelihoods import _spread
+from jetflow.data.dataset import Dataset
+from jetflow.evals import classify
+from jetflow.evals import likelihoods as bpd
 from jetflow.flows.labels import check_labels
 from jetflow.noise import Noise, keys_by_example
 from jetflow.types import UsageError

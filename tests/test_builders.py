@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from jetflow import cli
-from jetflow.data import images, pipeline, prepared
+from jetflow.data import dataset as pipeline
+from jetflow.data import images, prepared
 from jetflow.data.builders import BUILDERS, shapes
 from jetflow.data.builders.archived import Progress
 from jetflow.data.builders.imagenet import ImageNet21k
+from jetflow.data.dataset import eval_batches
 from jetflow.data.facts import FACTS, differences
-from jetflow.data.pipeline import eval_batches
 from jetflow.types import Batch, UsageError
 
 # How to write the archives of each data set, at one of its sizes.

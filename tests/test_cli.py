@@ -10,7 +10,7 @@ import pytest
 import tiny_runs
 
 from jetflow import cli
-from jetflow.data import pipeline
+from jetflow.data import dataset as pipeline
 
 pytestmark = pytest.mark.usefixtures("compilation_cache", "digits")
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from jetflow import cli, config
-from jetflow.plan import plan
-from jetflow.run import set_up
+from jetflow import cli
+from jetflow.cli import configs as config
+from jetflow.tools.plan import roofline as plan
+from jetflow.training.experiment import set_up
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ARGUMENTS = {

@@ -18,11 +18,10 @@ from published import (
 )
 
 import jetflow
-from jetflow import convert
-from jetflow.convert import big_vision, tables
-from jetflow.convert.mapping import from_published, to_published
-from jetflow.flows import orders
-from jetflow.pth import torch_file, torch_writer
+from jetflow.flows import splits as orders
+from jetflow.tools import convert
+from jetflow.tools.convert import big_vision, tables, torch_file, torch_writer
+from jetflow.tools.convert.mapping import from_published, to_published
 from jetflow.types import UsageError
 
 PTH = GOLDEN / "tarflow"

@@ -10,10 +10,10 @@ import pytest
 from published import GOLDEN, assert_equal, case, settings_of, tarflow_arguments
 
 from jetflow import cli
-from jetflow.commands import convert
-from jetflow.convert.models import Published
+from jetflow.cli.commands import convert
 from jetflow.data.facts import FACTS
-from jetflow.pth import torch_file
+from jetflow.tools.convert import torch_file
+from jetflow.tools.convert.models import Published
 from jetflow.types import UsageError
 from jetflow.workdir import load_model
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits, load_sample_images
 
-from jetflow.data import pipeline
+from jetflow.data import dataset as pipeline
 from jetflow.data.builders import Digits, photos
-from jetflow.data.pipeline import Dataset, eval_batches, load, train_batches
+from jetflow.data.dataset import Dataset, eval_batches, load, train_batches
 from jetflow.types import Batch, UsageError
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,10 +14,10 @@ import tiny_runs
 from flow_laws import jit
 
 import jetflow
-from jetflow.bench import sampling
 from jetflow.flows import autoregressive
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import decodings
+from jetflow.tools.bench import sampling
 from jetflow.types import Decoding, Guidance, UsageError
 
 SHAPE = (8, 8, 1)  # 16 tokens
@@ -185,7 +185,7 @@ def test_the_cache_may_be_narrow():
 GUIDED_ON_EIGHT_DEVICES = """
 import flow_laws, jax, jax.numpy as jnp, numpy as np
 from jetflow import sharding
-from jetflow.plan.costs import cost
+from jetflow.tools.plan.costs import cost
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import decodings
 from jetflow.types import Guidance

@@ -11,10 +11,11 @@ import pytest
 from flow_laws import FLOWS, LAWS, Case, case, close, jet, jit, random_variables, tarflow
 
 import jetflow
-from jetflow.flows import coupling, orders
+from jetflow.flows import coupling
+from jetflow.flows import splits as orders
 from jetflow.flows.pixels import FEATURE_ORDERS, Pixels
 from jetflow.nn import convolution
-from jetflow.state import abstract_variables
+from jetflow.training.state import abstract_variables
 from jetflow.types import Flow, UsageError
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -19,7 +19,7 @@ import tiny_runs
 from PIL import Image
 
 from jetflow import hosts
-from jetflow.report import SPEED, read_metrics
+from jetflow.training.log import SPEED, read_metrics
 
 DEVICES = 8
 # Plain samples, for they compile faster.

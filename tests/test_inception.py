@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jetflow.evals import inception, weights
-from jetflow.pth import torch_writer
+from jetflow.tools.convert import torch_writer
 from jetflow.types import UsageError
 
 FEATURES = {"64": "64", "192": "192", "768": "768", "2048": "2048", "logits": "logits_unbiased"}

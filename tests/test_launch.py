@@ -15,7 +15,8 @@ import tiny_runs
 from absl import flags
 from launchers import LAUNCH, load_gke, run, script, wait_for, without_slurm
 
-from jetflow import cli, config, sharding
+from jetflow import cli, sharding
+from jetflow.cli import configs as config
 
 GKE = load_gke()
 

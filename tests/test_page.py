@@ -12,13 +12,23 @@ import pytest
 import tiny_runs
 
 from jetflow import cli, environment
-from jetflow.page import svg
-from jetflow.page.axes import axes
-from jetflow.page.content import HeatMap, Lines, Page, Section, Series, Spot, Table, cell, number
-from jetflow.page.html import render
-from jetflow.page.sweep import sweep_page
-from jetflow.report import read_metrics, save_png
 from jetflow.sweeps import Sweep, axis, chain, product
+from jetflow.tools.report import svg
+from jetflow.tools.report.axes import axes
+from jetflow.tools.report.content import (
+    HeatMap,
+    Lines,
+    Page,
+    Section,
+    Series,
+    Spot,
+    Table,
+    cell,
+    number,
+)
+from jetflow.tools.report.html import render
+from jetflow.tools.report.sweep import sweep_page
+from jetflow.training.log import read_metrics, save_png
 from jetflow.workdir import write_json
 
 

@@ -10,9 +10,12 @@ import pytest
 import tiny_runs
 from absl import flags
 
-from jetflow import cli, config
-from jetflow.plan import costs, plan, tpus
-from jetflow.plan.collectives import BETWEEN_SLICES
+from jetflow import cli
+from jetflow.cli import configs as config
+from jetflow.tools.plan import costs
+from jetflow.tools.plan import devices as tpus
+from jetflow.tools.plan import roofline as plan
+from jetflow.tools.plan.collectives import BETWEEN_SLICES
 from jetflow.types import UsageError
 
 CONFIGS = tiny_runs.ROOT / "configs"

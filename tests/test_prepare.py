@@ -14,8 +14,9 @@ import pytest
 from test_builders import ARCHIVES
 
 from jetflow import cli
-from jetflow.commands import prepare as command
-from jetflow.data import pieces, pipeline, prepared
+from jetflow.cli.commands import prepare as command
+from jetflow.data import dataset as pipeline
+from jetflow.data import pieces, prepared
 from jetflow.data.builders.archived import Progress
 from jetflow.data.builders.imagenet import ImageNet21k
 from jetflow.data.facts import FACTS, differences

@@ -12,9 +12,9 @@ import small_network
 import tiny_runs
 
 from jetflow import cli, workdir
-from jetflow.commands import sampling
-from jetflow.commands.evaluate import drawn, quality
-from jetflow.data import pipeline
+from jetflow.cli.commands import sampling
+from jetflow.cli.commands.evaluate import drawn, quality
+from jetflow.data import dataset as pipeline
 from jetflow.evals import inception, reference, statistics, weights
 from jetflow.evals.features import _program, images_of
 from jetflow.types import UsageError

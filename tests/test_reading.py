@@ -18,10 +18,10 @@ import tiny_runs
 from PIL import Image
 from tiny_runs import assert_same, remains
 
-from jetflow.data import pipeline
+from jetflow.data import dataset as pipeline
 from jetflow.data.ahead import Ahead
 from jetflow.data.builders import Digits
-from jetflow.report import Reporter, read_metrics
+from jetflow.training.log import Reporter, read_metrics
 
 TIMEOUT = 300  # seconds
 

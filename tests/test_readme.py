@@ -6,10 +6,11 @@ from pathlib import Path
 
 from absl import flags
 
-from jetflow import cli, config, sweeps
-from jetflow.commands.sweep import point
+from jetflow import cli, sweeps
+from jetflow.cli import configs as config
+from jetflow.cli.commands.sweep import point
 from jetflow.flows.build import build
-from jetflow.sweeps.folder import Folder
+from jetflow.tools.sweep.folder import Folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jetflow import report
-from jetflow.evals.samples import rows_by_class, square_rows
-from jetflow.report import PADDING, SHORTEST_SIDE, Reporter, make_grid, read_metrics, save_png
+from jetflow.pictures import rows_by_class, square_rows
+from jetflow.training import log as report
+from jetflow.training.log import PADDING, SHORTEST_SIDE, Reporter, make_grid, read_metrics, save_png
 
 
 class Terminal(io.StringIO):

@@ -13,9 +13,9 @@ from PIL import Image
 
 import jetflow
 from jetflow import cli
-from jetflow.data import pipeline
-from jetflow.report import make_grid
+from jetflow.data import dataset as pipeline
 from jetflow.sampling.ancestral import Sampler
+from jetflow.training.log import make_grid
 
 pytestmark = pytest.mark.usefixtures("compilation_cache", "digits")
 

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jetflow import sharding
 from jetflow.flows.build import build
-from jetflow.report import SPEED, read_metrics
-from jetflow.state import create
+from jetflow.training.log import SPEED, read_metrics
+from jetflow.training.state import create
 from jetflow.types import UsageError
 
 

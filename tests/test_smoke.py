@@ -9,7 +9,7 @@ import tiny_runs
 from PIL import Image
 
 from jetflow import cli
-from jetflow.report import SPEED, read_metrics
+from jetflow.training.log import SPEED, read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilation_cache")]
 

@@ -10,10 +10,11 @@ import optax
 import pytest
 from flow_laws import jit
 
-from jetflow import likelihood, step
+from jetflow import likelihood
 from jetflow.noise import Noise
-from jetflow.state import TrainState
-from jetflow.step import Trainer
+from jetflow.training import step
+from jetflow.training.state import TrainState
+from jetflow.training.step import Trainer
 from jetflow.types import Batch
 
 RNG = np.random.default_rng(0)

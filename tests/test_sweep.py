@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jetflow import cli, loop, sweeps
-from jetflow.commands import evaluate
-from jetflow.commands.sweep import point
+from jetflow import cli, sweeps
+from jetflow.cli.commands import evaluate
+from jetflow.cli.commands.sweep import point
 from jetflow.sweeps import Sweep, axis, chain, product, together
-from jetflow.sweeps.folder import Folder
+from jetflow.tools.sweep.folder import Folder
+from jetflow.training import loop
 from jetflow.types import UsageError
 
 SHIPPED = sorted((tiny_runs.ROOT / "configs" / "sweeps").glob("*.py"))

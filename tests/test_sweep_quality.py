@@ -9,9 +9,9 @@ import small_network
 import tiny_runs
 
 from jetflow import cli
-from jetflow.commands import evaluate
+from jetflow.cli.commands import evaluate
 from jetflow.evals.features import _program
-from jetflow.sweeps.folder import Folder
+from jetflow.tools.sweep.folder import Folder
 
 SWEEP = '''"""Samples of two kinds."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from published import GOLDEN, assert_equal
 
-from jetflow.pth import torch_file, torch_writer
+from jetflow.tools.convert import torch_file, torch_writer
 from jetflow.types import UsageError
 
 PTH = GOLDEN / "tarflow"

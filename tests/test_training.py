@@ -18,8 +18,10 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 from tiny_runs import FLOWS, STEPS, assert_same, remains
 
-from jetflow import loop, report, run
-from jetflow.report import SPEED, read_metrics
+from jetflow.training import experiment as run
+from jetflow.training import log as report
+from jetflow.training import loop
+from jetflow.training.log import SPEED, read_metrics
 from jetflow.types import UsageError
 from jetflow.workdir import claimed
 

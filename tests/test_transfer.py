@@ -15,13 +15,17 @@ from absl import flags
 from flow_laws import random_variables
 from tiny_runs import FLOWS, ROOT, STEPS, assert_same, read_state, remains
 
-from jetflow import cli, config, manifest, report, transfer_plan
+from jetflow import cli, manifest
 from jetflow.checkpoint import Checkpoints
-from jetflow.data.pipeline import Dataset
-from jetflow.flows import coupling, orders, resample
-from jetflow.report import SPEED, read_metrics
-from jetflow.run import Run, set_up
-from jetflow.state import TrainState
+from jetflow.cli import configs as config
+from jetflow.data.dataset import Dataset
+from jetflow.flows import coupling
+from jetflow.flows import splits as orders
+from jetflow.training import log as report
+from jetflow.training import resample, transfer_plan
+from jetflow.training.experiment import Run, set_up
+from jetflow.training.log import SPEED, read_metrics
+from jetflow.training.state import TrainState
 from jetflow.types import UsageError
 from jetflow.workdir import load_model, write_json
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jetflow import cli
 from jetflow.checkpoint import Checkpoints
-from jetflow.report import SPEED, read_metrics
+from jetflow.training.log import SPEED, read_metrics
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12

@@ -12,10 +12,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jetflow import sharding
-from jetflow.data import pipeline
+from jetflow.data import dataset as pipeline
 from jetflow.evals.records import number
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
-from jetflow.step import eval_step
+from jetflow.training.step import eval_step
 from jetflow.types import Batch, Flow
 
 

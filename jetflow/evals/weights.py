@@ -17,7 +17,7 @@ import numpy as np
 from jetflow import hosts
 from jetflow.evals import inception
 from jetflow.files import write_atomically
-from jetflow.pth import torch_file
+from jetflow.tools.convert import torch_file
 from jetflow.types import UsageError
 
 URL = (

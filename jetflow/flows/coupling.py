@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jetflow.flows import affine, orders
+from jetflow.flows import affine
+from jetflow.flows import splits as orders
 from jetflow.nn.encoder import Encoder
 from jetflow.types import Decoding, Guidance, UsageError
 

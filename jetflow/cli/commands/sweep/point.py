@@ -1,0 +1,305 @@
+"""A point of a sweep: the run that it needs, trained where it is not, then measured and shown."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+
+from jetflow import environment, hosts
+from jetflow.cli import commands
+from jetflow.cli import configs as config
+from jetflow.cli.commands import evaluate, sample, sampling, train
+from jetflow.data import dataset as pipeline
+from jetflow.pictures import rows_by_class, square_rows
+from jetflow.sweeps import Point, Sweep, is_of_training, say
+from jetflow.tools.sweep.folder import Folder
+from jetflow.training import loop
+from jetflow.training.experiment import set_up
+from jetflow.training.log import make_grid, save_png
+from jetflow.types import UsageError
+from jetflow.workdir import Model, load_model, suffix, write_json
+
+# Flags of `evaluate` and `sample` that no point sets: the sweep gives them, or their files.
+OWN = ("metrics", "workdir", "data_dir", "make_reference", "num", "out", "npz", "mode")
+
+
+class Stopped(Exception):
+    """A signal stopped the training of a point; the argument is the exit status."""
+
+
+class Runner:
+    """Measures points one after another.
+
+    A model is loaded once for all points in a row that measure it, and programs are compiled once
+    for settings that are numbers to them, such as guidance and temperature.
+    """
+
+    def __init__(self, sweep: Sweep, folder: Folder, *, run: str | None, data_dir: str | None):
+        self._sweep, self._folder, self._data_dir = sweep, folder, data_dir
+        self._run = run
+        self._trained: set[str] = set()
+        self._untrained: dict[str, str] = {}  # and why: tried once for all points that share it
+        self._loaded: tuple[Any, Model] | None = None
+        self._likelihoods: dict[Any, list[dict[str, Any]]] = {}
+
+    def check(self, *, on_this_machine: bool) -> None:
+        """Raise a UsageError where a setting of a point is none, or is of the wrong type.
+
+        Args:
+            on_this_machine: or if the points do not fit its devices.
+        """
+        known = {*self._parse(evaluate, {}), *self._parse(sample, {})}
+        runs = set()
+        for point in self._sweep.points:
+            settings = self._sweep.settings(point)
+            of_training = [name for name in point.choices if is_of_training(name)]
+            try:
+                if self._run is not None and of_training:
+                    raise UsageError(f"{of_training[0]} is swept, so --run cannot be given")
+                if self._run is None and point.run_name not in runs:
+                    self._parse_training(settings, Path("unused"))
+                    runs.add(point.run_name)
+                for name in settings:
+                    if name in OWN:
+                        raise UsageError(f"{name} cannot be set: it is the sweep's own to give")
+                    if not is_of_training(name) and name not in known:
+                        nearest = difflib.get_close_matches(name, known, n=1)
+                        raise UsageError(
+                            f"{name} is no flag of `jetflow evaluate` or `sample`, and no "
+                            "config.SECTION.FIELD"
+                            + (f"; did you mean {nearest[0]}?" if nearest else "")
+                        )
+                values = self._parse(evaluate, settings)
+                if on_this_machine:
+                    evaluate.check(values)
+                self._parse(sample, settings)
+            except UsageError as error:
+                raise UsageError(f"point {point.name}: {error}") from error
+
+    def recipe(self) -> dict[str, Any] | None:
+        """The config that trainings change fields of; none where a run is given."""
+        return None if self._run else self._parse_training({}, Path("unused")).config.to_dict()
+
+    def pinned(self, known: int | None) -> Sweep:
+        """The sweep with the checkpoint of the given run fixed at all points that name none.
+
+        So that a run that is trained on, or another process that starts later, mixes no two.
+
+        Args:
+            known: the step that the folder of the sweep was begun with.
+
+        Raises:
+            UsageError: if the run has no sound checkpoint, or that step no more.
+        """
+        open_points = [p for p in self._sweep.points if "step" not in self._sweep.settings(p)]
+        if self._run is None or not open_points:
+            return self._sweep
+        mesh = commands.mesh(self._parse(evaluate, self._sweep.settings(open_points[0])))
+        model = load_model(Path(self._run), known, mesh)
+        self._loaded = (Path(self._run), model.step, mesh), model
+        fixed = {**self._sweep.fixed, "step": model.step}
+        self._sweep = dataclasses.replace(self._sweep, fixed=fixed)
+        return self._sweep
+
+    def go_through(self, points: list[Point]) -> tuple[int, int]:
+        """Measure those points that were not yet measured, and that no other process is at.
+
+        Returns:
+            How many failed, and how many others are at.
+        """
+        failed = elsewhere = 0
+        for point in points:
+            with self._folder.locked(point.name, wait=False) as mine:
+                if not mine:
+                    elsewhere += 1
+                elif not hosts.agreed(self._folder.is_done(point)):
+                    say(f"point {point.name}, one of {len(self._sweep.points)}")
+                    failed += not self.go(point)
+        return failed, elsewhere
+
+    def go(self, point: Point) -> bool:
+        """Measure a point and write its record; whether it went well.
+
+        Of several processes that are joined, a failure ends all: one may have failed alone, and the
+        others wait for it.
+        """
+        start = time.perf_counter()
+        record = {
+            "number": point.number,
+            "name": point.name,
+            "settings": {name: choice.label for name, choice in point.choices.items()},
+        }
+        try:
+            record |= {"status": "done", **self._measure(point)}
+        except Stopped:
+            raise
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise
+            if not isinstance(error, UsageError):
+                traceback.print_exc()
+            record |= {"status": "failed", "error": _told(error)}
+            say(f"point {point.name} failed: {record['error']}")
+        record["seconds"] = time.perf_counter() - start
+        record["environment"] = environment.describe()
+        write_json(self._folder.record_path(point), record)
+        return record["status"] == "done"
+
+    def _measure(self, point: Point) -> dict[str, Any]:
+        settings = self._sweep.settings(point)
+        workdir = Path(self._run) if self._run else self._train(point)
+        values = self._parse(evaluate, settings)
+        mesh = commands.mesh(values)
+        model = self._load(workdir, values.step, mesh)
+        results = self._likelihoods_of(values, model, mesh)
+        others = [name for name in self._sweep.metrics if name not in evaluate.LIKELIHOODS]
+        if set(others) & set(evaluate.QUALITIES):
+            self._make_reference(values, model, mesh)
+        if others:
+            results = results + evaluate.measure(_with(values, metrics=others), model, mesh)
+        results = sorted(results, key=lambda result: self._place(result["metric"]))
+        if self._sweep.pictures:
+            grid = self._picture(self._parse(sample, settings), model, mesh)
+            save_png(self._folder.record_path(point).with_suffix(".png"), grid)
+        sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(model.variables["params"]))
+        return {
+            "metrics": {result["metric"]: result["value"] for result in results},
+            "errors": {result["metric"]: result.get("standard_error") for result in results},
+            "results": results,
+            "workdir": self._run or f"runs/{point.run_name}",
+            "step": model.step,
+            "parameters": sum(sizes),
+        }
+
+    def _train(self, point: Point) -> Path:
+        """The workdir of the point's run, when its training has ended."""
+        name = point.run_name
+        workdir = self._folder.path / "runs" / name
+        if name in self._untrained:
+            raise UsageError(self._untrained[name])
+        if name in self._trained:
+            return workdir
+        try:
+            self._go_on_training(point, workdir)
+        except Stopped:
+            raise
+        except Exception as error:
+            self._untrained[name] = _told(error)
+            raise
+        self._trained.add(name)
+        return workdir
+
+    def _go_on_training(self, point: Point, workdir: Path) -> None:
+        load = functools.partial(pipeline.load, data_dir=self._data_dir)
+        with self._folder.locked(f"run,{point.run_name}", wait=True):
+            values = self._parse_training(self._sweep.settings(point), workdir)
+            status = loop.train(set_up(values.config, load), workdir)
+        if status == loop.DIVERGED:
+            raise UsageError(f"the training diverged, see {workdir}/metrics.jsonl; lower its rate")
+        if status:
+            raise Stopped(status)
+
+    def _load(self, workdir: Path, step: int | None, mesh: Mesh) -> Model:
+        key = workdir, step, mesh
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # makes room
+            self._loaded = key, load_model(workdir, step, mesh)
+        return self._loaded[1]
+
+    def _likelihoods_of(
+        self, values: flags.FlagValues, model: Model, mesh: Mesh
+    ) -> list[dict[str, Any]]:
+        """The metrics that need no samples, measured once for all points that draw them alike."""
+        chosen = [name for name in self._sweep.metrics if name in evaluate.LIKELIHOODS]
+        if not chosen:
+            return []
+        key = model.workdir, model.step, values.split, values.draws, values.seed
+        if key not in self._likelihoods:
+            measured = evaluate.measure(_with(values, metrics=chosen), model, mesh)
+            self._likelihoods[key] = measured
+        return self._likelihoods[key]
+
+    def _place(self, metric: str) -> int:
+        """Where the sweep asks for a metric; "precision" is one of "precision_recall"."""
+        asked = self._sweep.metrics
+        parts = [place for place, name in enumerate(asked) if metric in name.split("_")]
+        return asked.index(metric) if metric in asked else parts[0]
+
+    def _make_reference(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> None:
+        """The reference of the point, made by the first that needs it.
+
+        One for all points that compare with as many features, by one network, of the same data.
+        """
+        if values.reference is not None:
+            return
+        data = model.config["data"]
+        settings = {
+            "data": values.reference_data or data["name"],
+            "split": values.reference_split or data["train_split"],
+            "num_features": values.num_features,
+            "inception_weights": values.inception_weights,
+        }
+        defaults = {name: values[name].default for name in ("num_features", "inception_weights")}
+        name = f"reference{suffix(settings, defaults)}.npz"
+        path = self._folder.path / name
+        values.reference = str(path)
+        with self._folder.locked(name, wait=True):
+            if not hosts.agreed(path.exists()):
+                made = _with(values, metrics=None, make_reference=True)
+                evaluate.measure(made, model, mesh)
+
+    def _picture(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> np.ndarray:
+        """Samples of all classes, in a grid that is about square."""
+        num = self._sweep.pictures
+        labels, _ = rows_by_class(num, model.flow.num_classes)
+        sampler = sampling.sampler(values, model, mesh, num)
+        drawn = sampling.draw(sampler, values, model, num=num, label=labels)
+        return make_grid(np.concatenate([images for images, _ in drawn]), square_rows(num))
+
+    def _parse_training(self, settings: Mapping[str, Any], workdir: Path) -> flags.FlagValues:
+        if self._sweep.config is None:
+            raise UsageError("the sweep has no config to train; give the run to measure by --run")
+        chosen = {name: value for name, value in settings.items() if is_of_training(name)}
+        arguments = [f"--{name}={value}" for name, value in chosen.items()]
+        argv = ["train", "--config", self._sweep.config, *arguments, "--workdir", str(workdir)]
+        values = flags.FlagValues()
+        train.define(values, argv)
+        config.parse(values, argv)
+        return values
+
+    def _parse(self, command: Any, settings: Mapping[str, Any]) -> flags.FlagValues:
+        """The flags of a command with those settings that it has."""
+        values = flags.FlagValues()
+        command.define(values, [])
+        given = {name: value for name, value in settings.items() if name in values}
+        if command is evaluate:
+            given["metrics"] = ",".join(self._sweep.metrics)
+        if self._data_dir is not None:
+            given["data_dir"] = self._data_dir
+        argv = [command.__name__.rpartition(".")[2]]
+        config.parse(values, argv + [f"--{name}={value}" for name, value in given.items()])
+        return values
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+
+
+def _with(values: flags.FlagValues, **changed: Any) -> flags.FlagValues:
+    """A copy of the flags with other values of some."""
+    copy = flags.FlagValues()
+    evaluate.define(copy, [])
+    copy.mark_as_parsed()
+    for name in copy:
+        copy[name].value = changed.get(name, values[name].value)
+    return copy

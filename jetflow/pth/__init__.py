@@ -1,1 +1,0 @@
-"""PyTorch's .pth files, read and written without PyTorch."""

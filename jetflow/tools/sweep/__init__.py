@@ -1,0 +1,1 @@
+"""A sweep's points, measured one after another."""

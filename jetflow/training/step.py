@@ -1,0 +1,188 @@
+"""The pure training and evaluation steps."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jetflow import likelihood, optim
+from jetflow.noise import Noise
+from jetflow.training.state import TrainState
+from jetflow.types import Batch, Flow
+
+PRIOR_RATE = 0.1
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """Everything of a training step that is not data: the flow and how it is trained.
+
+    Attributes:
+        flow: the model.
+        tx, schedule: the optimizer, and its learning rate by step.
+        noise: what is done to images and labels.
+        seed: of all the draws.
+        accumulation: parts that a batch is cut into; gradients are averaged over them.
+        ema_decay: of the moving average of the parameters; 0 for none.
+        multipliers: as `tx` has them; a parameter of factor 0, and its average, stay bit for bit.
+    """
+
+    flow: Flow
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    noise: Noise
+    seed: int
+    accumulation: int = 1
+    ema_decay: float = 0.0
+    multipliers: optim.Multipliers = ()
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update from a global batch of uint8 images, with its noise."""
+        x, label = self.noise.augment(
+            batch.image,
+            batch.label,
+            seed=self.seed,
+            step=state.step,
+            pixel_scale=self.flow.pixel_scale,
+        )
+        return self.update(state, x, label)
+
+    def update(
+        self, state: TrainState, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None
+    ) -> tuple[TrainState, Metrics]:
+        """One update from pixel values to which the noise has been added."""
+        gradients, aux = self._gradients(state, x, label)
+        updates, opt_state = self.tx.update(gradients, state.opt_state, state.params)
+        trained = jax.tree.map(bool, optim.factors(state.params, self.multipliers))
+        params = _where(trained, optax.apply_updates(state.params, updates), state.params)
+        average = _average(state.ema, params, self.ema_decay)
+        metrics = aux["metrics"] | {
+            "gradient_norm": _norm(trained, gradients),
+            "learning_rate": self.schedule(state.step),
+        }
+        new_state = state.replace(
+            step=state.step + 1,
+            params=params,
+            collections=_update_prior(state.collections, aux["square"]),
+            opt_state=opt_state,
+            ema=None if average is None else _where(trained, average, state.ema),
+        )
+        return new_state, metrics
+
+    def _gradients(self, state, x, label):
+        """Gradient and metrics of the batch, averaged over `accumulation` parts of it."""
+        gradient = jax.grad(loss, has_aux=True, argnums=1)
+
+        def part(x, label):
+            return gradient(self.flow, state.params, state.collections, x, label)
+
+        if self.accumulation == 1:
+            return part(x, label)
+
+        def body(total, inputs):
+            return jax.tree.map(jnp.add, total, part(*inputs)), None
+
+        # Row r goes to part r % accumulation, so that each part has rows of every device.
+        parts = jax.tree.map(
+            lambda a: a.reshape(-1, self.accumulation, *a.shape[1:]).swapaxes(0, 1), (x, label)
+        )
+        first = jax.tree.map(lambda a: a[0], parts)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, *first))
+        total, _ = jax.lax.scan(body, zeros, parts)
+        return jax.tree.map(lambda a: a / self.accumulation, total)
+
+
+def loss(
+    flow: Flow, params: Any, collections: Mapping[str, Any], x: Array, label: Array | None
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """Mean bits per dimension under a standard normal prior, and what is worth logging of it.
+
+    A learned prior variance is no part of the objective: it follows the latents, as in
+    the published TarFlow, see `_update_prior`.
+    """
+    variables = {"params": params, **collections}
+    (z, logdet), sown = flow.apply(variables, x, label, method="forward", mutable=["intermediates"])
+    prior = likelihood.bits_per_dim(likelihood.prior_nll(z), z).mean()
+    volume = likelihood.bits_per_dim(-logdet, z).mean()
+    metrics = {"bpd": prior + volume, "bpd_prior": prior, "bpd_logdet": volume}
+    metrics |= _scales(sown)
+    if flow.logdet_cap is not None:
+        metrics["logdet_cap_share"] = (logdet.mean() - flow.pixel_logdet) / flow.logdet_cap
+    return metrics["bpd"], {"metrics": metrics, "square": jnp.mean(z**2, axis=0)}
+
+
+def eval_step(
+    flow: Flow,
+    variables: Mapping[str, Any],
+    x: Float[Array, "B H W C"],
+    label: Int[Array, "B"] | None,
+) -> Float[Array, "B"]:
+    """Bits per dimension of each example, at given pixel values."""
+    return eval_parts(flow, variables, x, label)[0]
+
+
+def eval_parts(
+    flow: Flow,
+    variables: Mapping[str, Any],
+    x: Float[Array, "B H W C"],
+    label: Int[Array, "B"] | None,
+) -> tuple[Float[Array, "B"], Float[Array, "P B"]]:
+    """Bits per dimension of each example, and what each part of the flow contributes to them.
+
+    The parts are the prior, the preprocessing, and the blocks in the order in which an image goes
+    through them; of a Jet, its couplings. They add up to the whole.
+    """
+    (z, logdet), sown = flow.apply(variables, x, label, method="forward", mutable=["intermediates"])
+    variance = likelihood.prior_variance(variables)
+    pixels = jnp.full((1, *logdet.shape), flow.pixel_logdet, logdet.dtype)
+    logdets = [leaf.reshape(-1, len(x)) for leaf in _sown(sown, "logdet")]  # of one block, or many
+    volumes = jnp.concatenate([pixels, *logdets])
+    parts = jnp.concatenate([likelihood.prior_nll(z, variance)[None], -volumes])
+    bits = likelihood.bits_per_dim(likelihood.nll(z, logdet, variance), z)
+    return bits, jax.vmap(lambda part: likelihood.bits_per_dim(part, z))(parts)
+
+
+def _scales(sown: Mapping[str, Any]) -> Metrics:
+    """The root mean square of what each block, or each layer of a scanned chain, puts out."""
+    values = [value for leaf in _sown(sown, "output_scale") for value in jnp.atleast_1d(leaf)]
+    return {f"output_scale/{index:02d}": value for index, value in enumerate(values)}
+
+
+def _sown(sown: Mapping[str, Any], name: str) -> list[Array]:
+    """What the blocks sowed under a name, in the order of the blocks."""
+    blocks = sown["intermediates"]
+    order = sorted(blocks, key=lambda block: int(block.rpartition("_")[2]))
+    paths = [item for block in order for item in jax.tree.leaves_with_path(blocks[block])]
+    return [leaf for path, leaf in paths if jax.tree_util.DictKey(name) in path]
+
+
+def _update_prior(collections: Mapping[str, Any], square: Float[Array, "T D"]) -> dict[str, Any]:
+    """Move a learned prior variance towards the latents' mean square by `PRIOR_RATE`."""
+    if "prior" not in collections:
+        return dict(collections)
+    variance = collections["prior"]["variance"]
+    moved = variance + PRIOR_RATE * (square - variance)
+    return {**collections, "prior": {"variance": moved}}
+
+
+def _where(trained: Any, new: Any, old: Any) -> Any:
+    """The new arrays of what is trained, the old ones of the rest."""
+    return jax.tree.map(lambda is_trained, n, o: n if is_trained else o, trained, new, old)
+
+
+def _norm(trained: Any, gradients: Any) -> Float[Array, ""]:
+    """The norm of the gradient of what is trained, as far as the optimizer clips it."""
+    leaves = zip(jax.tree.leaves(trained), jax.tree.leaves(gradients), strict=True)
+    return optax.global_norm([gradient for is_trained, gradient in leaves if is_trained])
+
+
+def _average(ema: Any, params: Any, decay: float) -> Any:
+    if ema is None:
+        return None
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
