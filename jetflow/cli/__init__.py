@@ -1,4 +1,7 @@
-"""`jetflow COMMAND`: which file does what, help, and errors as one line."""
+"""`jetflow COMMAND`: which file does what, help, and errors as one line.
+
+Each command is a file of its name with a `COMMAND`, or with `COMMANDS` by their second word.
+"""
 
 import importlib
 import importlib.metadata
@@ -6,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags as absl_flags
 
 from jetflow import hosts
-from jetflow.cli import configs as config
+from jetflow.cli import configs
+from jetflow.cli.flags import Command, help_text, parse
 from jetflow.types import UsageError
 
-# Of each command, whose file is read only when it is asked for.
 SUMMARIES = {
     "prepare": "Make a data set ready to be read, from archives where it needs some.",
     "train": "Train a flow, or go on training it: the same command resumes.",
@@ -24,32 +27,28 @@ SUMMARIES = {
     "bench": "Measure how fast sampling, training or reading its data is on this machine.",
     "convert": "Make a workdir of a published checkpoint, or with --reverse a .pth of a workdir.",
 }
+HELP = {"-h", "--help", "--helpfull"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Exit status 2 means bad input, with one line that says what to do."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in {*HELP, "help"}:
         print(_overview())
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"jetflow {importlib.metadata.version('jetflow')}")
         return 0
-    name, arguments = argv[0], argv[1:]
     try:
-        command = load(name)
-        values = flags.FlagValues()
-        command.define(values, argv)
-        if {"-h", "--help", "--helpfull"} & set(arguments):
-            print(_help(name, command, values))
+        if (old := _transitional(argv[0])) is not None:
+            return _run_old(old, argv)
+        command, argv = _find(argv)
+        if HELP & set(argv):
+            print(f"{SUMMARIES[argv[0].split()[0]]}\n\n{help_text(command, argv)}")
             return 0
-        rest = config.parse(values, argv)
-        if unexpected := rest[len(command.ARGUMENTS) :]:
-            raise UsageError(f"unexpected argument {unexpected[0]!r}; see `jetflow {name} --help`")
-        if missing := command.ARGUMENTS[len(rest) :]:
-            raise UsageError(f"{missing[0]} is missing; expected {command.USAGE}")
-        with hosts.joined(saves_at_signals=name == "train"):
-            return command.run(values, *rest)
+        options = parse(command, argv)
+        with hosts.joined(saves_at_signals=argv[0] == "train"):
+            return command.run(options) or 0
     except UsageError as error:
         print(f"jetflow: {error}", file=sys.stderr)
         return 2
@@ -58,15 +57,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def load(name: str) -> Any:
-    """The module of a command.
+def _find(argv: Sequence[str]) -> tuple[Command, list[str]]:
+    """The command, and the command line with its name as one word.
 
     Raises:
         UsageError: if there is no such command.
     """
+    name, arguments = argv[0], list(argv[1:])
     if name not in SUMMARIES:
         raise UsageError(f"{name!r} is no command; expected one of {', '.join(SUMMARIES)}")
-    return importlib.import_module(f"jetflow.cli.commands.{name}")
+    module = importlib.import_module(f"jetflow.cli.{name}")
+    if not hasattr(module, "COMMANDS"):
+        return module.COMMAND, [name, *arguments]
+    words = [word for word in arguments if not word.startswith("-")]
+    if words and words[0] in module.COMMANDS:
+        arguments.remove(words[0])
+        return module.COMMANDS[words[0]], [f"{name} {words[0]}", *arguments]
+    if not words and HELP & set(arguments):
+        return next(iter(module.COMMANDS.values())), [name, *arguments]
+    raise UsageError(
+        f"{' '.join(argv[:2])!r} is no command; expected jetflow {name} followed by one of "
+        + ", ".join(module.COMMANDS)
+    )
 
 
 def _overview() -> str:
@@ -78,12 +90,25 @@ def _overview() -> str:
     )  # fmt: skip
 
 
-def _help(name: str, command: Any, values: flags.FlagValues) -> str:
-    seen = dict.fromkeys(values[flag].name for flag in values)
-    lines = [f"  --{flag}: {values[flag].help}{_default(values[flag])}" for flag in sorted(seen)]
-    return "\n".join([SUMMARIES[name], "", f"  {command.USAGE}", "", *lines])
+def _transitional(name: str) -> Any:
+    """A command that is not yet an options class and a function; None for one that is."""
+    if importlib.util.find_spec(f"jetflow.cli.{name}") is None and name in SUMMARIES:
+        return importlib.import_module(f"jetflow.cli.commands.{name}")
+    return None
 
 
-def _default(flag: flags.Flag) -> str:
-    silent = flag.default is None or flag.default is False
-    return "" if silent else f" (default {flag.default_as_str})"
+def _run_old(command: Any, argv: list[str]) -> int:
+    values = absl_flags.FlagValues()
+    command.define(values, argv)
+    if HELP & set(argv):
+        print(f"{SUMMARIES[argv[0]]}\n\n  {command.USAGE}")
+        names = sorted({values[name].name for name in values})
+        print("\n".join(f"  --{name}: {values[name].help}" for name in names))
+        return 0
+    rest = configs.parse(values, argv)
+    if unexpected := rest[len(command.ARGUMENTS) :]:
+        raise UsageError(f"unexpected argument {unexpected[0]!r}; see `jetflow {argv[0]} --help`")
+    if missing := command.ARGUMENTS[len(rest) :]:
+        raise UsageError(f"{missing[0]} is missing; expected {command.USAGE}")
+    with hosts.joined(saves_at_signals=argv[0] == "train"):
+        return command.run(values, *rest)
