@@ -50,13 +50,9 @@ def setting(dtype: str = "float32", volume_preserving: bool = False, strength: f
 def inverse(how, guidance=None, *, dtype="float64", **fields):
     """Images, log-determinants, and the sweeps and residual of each block."""
     flow, variables, z = setting(dtype, **fields)
-    function = jit(functools.partial(flow.apply, method="inverse", mutable=["intermediates"]))
-    (x, logdet), sown = function(variables, z, LABELS, guidance, how)
-    stats = [
-        [float(sown["intermediates"][f"blocks_{index}"][name][0]) for index in range(2)]
-        for name in ("sweeps", "residual")
-    ]
-    return x, logdet, *stats
+    function = jit(functools.partial(flow.apply, method="inverse_blocks"))
+    x, logdet, _, sweeps, residuals = function(variables, z, LABELS, guidance, how)
+    return x, logdet, sweeps.tolist(), residuals.tolist()
 
 
 def windows_change_nothing(window: int, name: str, **fields) -> None:
