@@ -12,11 +12,12 @@ from absl import flags
 
 from jetflow import hosts
 from jetflow.cli import commands
+from jetflow.files import write_json
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW, decodings
 from jetflow.tools.bench import sampling
 from jetflow.types import Decoding
-from jetflow.workdir import Model, write_json
+from jetflow.workdir import Model
 
 
 def define(values: flags.FlagValues) -> None:
