@@ -145,7 +145,7 @@ def test_metrics_are_of_the_parameters_before_the_step(name):
 def test_evaluation_agrees_with_the_training_loss():
     flow, (before, _, metrics) = FLOWS["jet"](), one_step("jet")
     variables = {"params": before.params, **before.collections}
-    bits = step.eval_step(flow, variables, *noisy(flow, before))
+    bits = likelihood.eval_step(flow, variables, *noisy(flow, before))
     assert bits.shape == (8,)
     assert_close(bits.mean(), metrics["bpd"])
 
@@ -160,7 +160,7 @@ def in_parts(name):
     variables = flow_laws.random_variables(flow, jnp.float32)
     x, label = flow_laws.random_images(flow).astype(jnp.float32), jnp.array([0, 2, -1])
     z, _ = jit(functools.partial(flow.apply, method="forward"))(variables, x, label)
-    found = jit(functools.partial(step.eval_parts, flow))(variables, x, label)
+    found = jit(functools.partial(likelihood.eval_parts, flow))(variables, x, label)
     return flow, variables, (x, label), z, found
 
 
@@ -189,7 +189,7 @@ def test_parts_are_in_the_order_of_the_couplings():
     net = variables["params"]["blocks_0"]["layers"]["net"]
     closed = jax.tree.map(lambda array: array.at[0].set(0.0), net["proj_out"])
     params = {"blocks_0": {"layers": {"net": net | {"proj_out": closed}}}}
-    _, parts = jit(functools.partial(step.eval_parts, flow))(
+    _, parts = jit(functools.partial(likelihood.eval_parts, flow))(
         variables | {"params": params}, *inputs
     )
     assert np.abs(parts[2]).max() < 1e-6 < 1e-3 < np.abs(parts[3]).max()

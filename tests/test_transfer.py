@@ -22,13 +22,13 @@ from jetflow.data.dataset import Dataset
 from jetflow.files import write_json
 from jetflow.flows import coupling
 from jetflow.flows import splits as orders
+from jetflow.model import load_model
 from jetflow.training import log as report
 from jetflow.training import resample, transfer_plan
 from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import SPEED, read_metrics
 from jetflow.training.state import TrainState
 from jetflow.types import UsageError
-from jetflow.workdir import load_model
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
