@@ -19,6 +19,7 @@ from jetflow import cli, manifest
 from jetflow.checkpoint import Checkpoints
 from jetflow.cli import configs as config
 from jetflow.data.dataset import Dataset
+from jetflow.files import write_json
 from jetflow.flows import coupling
 from jetflow.flows import splits as orders
 from jetflow.model import load_model
@@ -28,7 +29,6 @@ from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import SPEED, read_metrics
 from jetflow.training.state import TrainState
 from jetflow.types import UsageError
-from jetflow.workdir import write_json
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
