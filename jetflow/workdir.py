@@ -1,78 +1,24 @@
-"""A run's folder: its resolved config, and the model that any later command rebuilds from it."""
+"""A run's folder: its resolved config, its flow, and the results of evaluations."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jax
-from jax.sharding import Mesh
-
-from jetflow import hosts, sharding
+from jetflow import hosts
 from jetflow.checkpoint import Checkpoints
 from jetflow.files import write_atomically
 from jetflow.flows.build import build
 from jetflow.training.log import METRICS, read_metrics
-from jetflow.training.state import abstract_variables
 from jetflow.types import Flow, UsageError
 
 CONFIG = "config.json"
 SWEEP = "sweep.json"  # in the folder of a sweep
 LOCK = ".lock"
 LONGEST_SUFFIX = 120  # letters, of the at most 255 bytes of a file's name
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A trained flow.
-
-    Attributes:
-        workdir: of the run.
-        config: the resolved config of its training, a tree of plain values.
-        flow, variables: the flow, with its averaged parameters where there are any.
-        step: of the checkpoint.
-    """
-
-    workdir: Path
-    config: dict[str, Any]
-    flow: Flow
-    variables: dict[str, Any]
-    step: int
-
-
-def load_model(
-    workdir: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None
-) -> Model:
-    """The flow of a run, at its newest sound checkpoint or the one of `step`.
-
-    Args:
-        mesh: where the variables are laid out; by default they are on every device.
-
-    Raises:
-        UsageError: if there is no run, no checkpoint, or none that is sound.
-    """
-    workdir = Path(workdir)
-    config, flow, weights = read_flow(workdir)
-    abstract = abstract_variables(flow)
-    rules = config.get("mesh", {}).get("rules", ())
-    shardings = sharding.state_shardings(mesh or sharding.make_mesh(), abstract, rules)
-    abstract = jax.tree.map(
-        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), abstract, shardings
-    )
-    wanted = {weights: abstract.pop("params"), "collections": abstract}
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        if checkpoints.latest() is None and read_metrics(workdir / METRICS):
-            first = config["train"]["checkpoint_every"]
-            raise UsageError(f"the run in {workdir} has no checkpoint yet; step {first} makes one")
-        restored, step = checkpoints.restore(wanted, step)
-    return Model(
-        workdir, config, flow, {"params": restored[weights], **restored["collections"]}, step
-    )
 
 
 def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, str]:

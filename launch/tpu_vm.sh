@@ -25,9 +25,9 @@ fail() {
 
 POLL=${POLL:-60}  # seconds between two looks at a TPU VM that is kept
 METADATA=http://metadata.google.internal/computeMetadata/v1/instance/attributes
-# On a worker: whether the process of run.pid is ours, and not another one after a restart of the machine.
+# On a worker: whether a run holds the lock, which goes with the run's processes, however they end.
 # shellcheck disable=SC2016  # it is the workers that expand it
-UNDER_WAY='under_way() { grep -qs restart.sh "/proc/$(cat ~/jetflow/run.pid 2>/dev/null)/cmdline"; }'
+UNDER_WAY='under_way() { [[ -e ~/jetflow/run.lock ]] && ! flock --nonblock --shared ~/jetflow/run.lock true; }'
 
 topology='' bucket='' spot='' worker=0 dry_run='' command=()
 place=()
@@ -111,9 +111,8 @@ remote_check() {
   cat <<EOF
 set -euo pipefail
 $UNDER_WAY
-if under_way; then
-  echo "\$(hostname): a run is under way, and goes on; stop it before another" >&2; exit $busy
-fi
+leave() { echo "\$(hostname): a run is under way, and goes on; stop it before another" >&2; exit $busy; }
+if under_way; then leave; fi
 rm -f ~/jetflow/run.status ~/jetflow/run.stopped
 EOF
 }
@@ -162,6 +161,8 @@ export JETFLOW_PROCESSES
 [[ -x launch/restart.sh ]] && command -v jetflow >/dev/null || {
   echo "\$(hostname): jetflow is not there; setup first" >&2; exit 1
 }
+exec 9>run.lock
+flock --timeout 10 9 || leave  # the run inherits it; who only looks has it for a moment
 STATUS_FILE=run.status nohup setsid launch/restart.sh $(printf '%q ' "${command[@]}") >>run.log 2>&1 </dev/null &
 echo \$! >run.pid
 EOF

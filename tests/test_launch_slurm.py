@@ -159,25 +159,16 @@ class Job:
         text = run("scontrol", "show", "job", self.number, env=self.env).stdout
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait_for_state(self, state):
-        wait_for(lambda: self.shown()["JobState"] == state, f"the state {state}")
-        return self.shown()
-
     def wait_for_log(self, text):
-        def said():
-            if self.shown()["JobState"] in ("FAILED", "CANCELLED"):
-                pytest.fail(self.log.read_text())
-            return self.log.exists() and text in self.log.read_text()
-
-        wait_for(said, text)
+        wait_for(lambda: self.log.exists() and text in self.log.read_text(), text)
 
 
 @pytest.fixture
 def submit(slurm, tmp_path):
     """A function: the arguments of jetflow, and what that is -> the job."""
 
-    def submitted(*arguments, jetflow=JETFLOW_HERE):
-        script(tmp_path / "jetflow", jetflow)
+    def submitted(*arguments):
+        script(tmp_path / "jetflow", JETFLOW_HERE)
         command = [LAUNCH / "slurm.sbatch", "--parsable", "--ntasks=2", "jetflow", *arguments]
         ended = run(*command, env=slurm, cwd=tmp_path)
         assert ended.returncode == 0, ended.stderr
@@ -199,21 +190,6 @@ def test_slurm_runs_two_tasks_and_queues_them_again(submit, tmp_path, data_dir):
     job.wait_for_log("status 143")
     assert "all saved" in job.log.read_text()
     job.wait_for_log("done: step 300")
-    assert job.wait_for_state("COMPLETED")["Restarts"] == "1"
+    wait_for(lambda: job.shown()["JobState"] == "COMPLETED", "the end of the job")
+    assert job.shown()["Restarts"] == "1"
     assert "resumed at step" in job.log.read_text()
-
-
-@pytest.mark.slow
-def test_slurm_ends_at_bad_input_and_scancel(submit, tmp_path, data_dir):
-    bad = submit(*tiny_runs.arguments("tarflow", tmp_path / "bad"), "--config.optim.lrr=1")
-    ended = bad.wait_for_state("FAILED")
-    assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0"), bad.log.read_text()
-    assert "config.optim.lrr is no field" in bad.log.read_text()
-    late = "((SLURM_PROCID)) || exit 2\nsleep 600\n"  # killed by then, with a higher status
-    ended = submit("train", jetflow=late).wait_for_state("FAILED")
-    assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
-    cancelled = submit("train", jetflow="trap 'exit 143' TERM; while true; do sleep 0.1; done\n")
-    cancelled.wait_for_state("RUNNING")
-    run("scancel", cancelled.number, env=cancelled.env)
-    time.sleep(3)  # enough to be queued again
-    assert cancelled.wait_for_state("CANCELLED")["Restarts"] == "0"

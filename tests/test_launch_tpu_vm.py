@@ -32,30 +32,6 @@ def test_creation(topology, expected):
     assert ended.stdout.startswith("gcloud compute tpus tpu-vm create pod ")
 
 
-def test_dry_run_prints_what_a_shell_takes(tmp_path):
-    """What is printed, given to a shell, calls gcloud with the same words."""
-    script(tmp_path / "gcloud", 'printf "%s\\0" "$@" >"$SAID"\n')
-    command = ["run", "pod", "--zone", "z-a"]
-    jetflow = ["jetflow", "train", "--config=configs/photos_jet.py", "--workdir", "/bucket/it's me"]
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert (
-        tpu_vm(*command, *jetflow, env=os.environ | env | {"SAID": f"{tmp_path}/done"}).stdout == ""
-    )
-    printed = tpu_vm(*command, "--dry-run", *jetflow).stdout
-    run("bash", "-c", printed, env=env | {"SAID": f"{tmp_path}/printed"})
-    words = (tmp_path / "done").read_text().split("\0")
-    assert (tmp_path / "printed").read_text().split("\0") == words
-    assert words[:6] == ["compute", "tpus", "tpu-vm", "ssh", "pod", "--worker=all"]
-    assert r"--workdir /bucket/it\'s\ me" in words[6]
-
-
-def test_setup_mounts_a_bucket_only_where_asked():
-    mounting = tpu_vm("setup", "pod", "--bucket", "mine", "--dry-run").stdout
-    assert "gcsfuse --implicit-dirs --rename-dir-limit=200000 mine /bucket" in mounting
-    plain = tpu_vm("setup", "pod", "--dry-run").stdout
-    assert "gcsfuse" not in plain and "uv pip install --quiet -e" in plain
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -203,9 +179,9 @@ def verbs(tmp_path):
 def test_setup_copies_the_checkout_as_it_is(pod, tmp_path):
     assert pod("setup").returncode == 0
     for worker in (0, 1):
-        there = tmp_path / f"worker{worker}" / "jetflow"
-        assert (there / "configs" / "mine.py").exists() and (there / "launch" / "gke.py").exists()
-        assert not (there / "old.py").exists() and not (there / "runs").exists()
+        copy = tmp_path / f"worker{worker}" / "jetflow"
+        assert (copy / "configs" / "mine.py").exists() and (copy / "launch" / "gke.py").exists()
+        assert not (copy / "old.py").exists() and not (copy / "runs").exists()
 
 
 def test_keep_tries_again_what_failed(pod, tmp_path):
@@ -214,22 +190,6 @@ def test_keep_tries_again_what_failed(pod, tmp_path):
     assert (kept.returncode, kept.stdout) == (0, "ended with status 0\n"), kept.stderr
     assert "begin failed for pod; again in 1 s" in kept.stderr
     assert verbs(tmp_path).count("create") == 1 and verbs(tmp_path).count("scp") == 2
-
-
-def test_keep_runs_on_a_pod_that_has_not_run(pod, tmp_path):
-    (tmp_path / "state").write_text("REIMAGING\nSTARTING\nREADY\n")
-    kept = pod(*KEEP)
-    assert (kept.returncode, kept.stdout) == (0, "ended with status 0\n"), kept.stderr
-    assert not {"create", "delete"} & set(verbs(tmp_path))
-
-
-def test_keep_runs_again_what_had_ended_before(pod, tmp_path):
-    script(tmp_path / "jetflow", "exit 2\n")
-    assert pod(*KEEP).returncode == 2
-    script(tmp_path / "jetflow", "exit 0\n")
-    (tmp_path / "scp_fails").touch()
-    kept = pod(*KEEP)
-    assert (kept.returncode, kept.stdout) == (0, "ended with status 0\n"), kept.stderr
 
 
 def test_a_run_that_was_stopped_stays_so(pod, kept, tmp_path):
@@ -255,14 +215,6 @@ def test_keep_makes_anew_what_was_preempted(pod, tmp_path, state):
         "delete",
         "create",
     ]
-
-
-def test_keep_leaves_alone_what_somebody_stopped(pod, tmp_path):
-    (tmp_path / "state").write_text("STOPPING\nSTOPPED\n")
-    kept = pod(*KEEP)
-    assert kept.returncode == 1 and kept.stderr.count("\n") == 1
-    assert "pod is STOPPED, and left as it is; start or delete it" in kept.stderr
-    assert set(verbs(tmp_path)) == {"describe"}
 
 
 def test_keep_stops_the_others_when_a_worker_has_ended(pod, tmp_path):
