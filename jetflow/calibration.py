@@ -16,11 +16,11 @@ from absl import logging
 from tqdm import tqdm
 
 from jetflow import hosts, sharding
+from jetflow.files import write_json
 from jetflow.flows.stack import Stack
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.sampling.decoding import WINDOW
 from jetflow.types import Decoding
-from jetflow.workdir import write_json
 
 REPEATS = 3
 SMALLEST_WINDOW = 8  # of those that are tried

@@ -17,12 +17,13 @@ from tiny_runs import FLOWS, STEPS, assert_same, read_state, remains
 from jetflow import manifest
 from jetflow.checkpoint import Checkpoints
 from jetflow.data.dataset import Dataset
+from jetflow.files import write_json
 from jetflow.flows import coupling, splits
+from jetflow.model import load_model
 from jetflow.training.experiment import Run, set_up
-from jetflow.training.log import SPEED, Reporter, read_metrics
+from jetflow.training.log import SPEED, Reporter
 from jetflow.training.resample import between_grids, between_spatial_splits
 from jetflow.types import UsageError
-from jetflow.workdir import load_model, write_json
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

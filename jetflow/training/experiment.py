@@ -54,6 +54,7 @@ class Run:
             "num_classes": self.trainer.flow.num_classes,
             "total_steps": self.total_steps,
             "data_version": self.train_data.version,
+            "train_examples": len(self.train_data),
         }
         return {**self.config.to_dict(), "resolved": resolved}
 
