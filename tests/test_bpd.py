@@ -16,7 +16,7 @@ from jetflow.cli.commands.evaluate.likelihoods import _spread
 from jetflow.data.dataset import Dataset
 from jetflow.evals import classify
 from jetflow.evals import likelihoods as bpd
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.noise import Noise, keys_by_example
 from jetflow.types import UsageError
 

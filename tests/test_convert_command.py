@@ -111,11 +111,11 @@ def test_pixel_scale_follows_from_the_noise(given, kind, scale, tmp_path):
 def test_other_sizes_arrive_in_the_workdir(tmp_path):
     given = [*BIG_VISION, "--scale_factor=1.5"]
     assert cli.main(["convert", "jet", str(WORKDIR), f"--out={tmp_path}/jet", *given]) == 0
-    assert load_model(tmp_path / "jet").flow.blocks[0].scale_factor == 1.5
+    assert load_model(tmp_path / "jet").flow.blocks[0].layers.scale_factor == 1.5
     given = [*tarflow_flags("uncond"), "--head_dim=16"]
     source = str(PTH / "uncond.pth")
     assert cli.main(["convert", "tarflow", source, f"--out={tmp_path}/tar", *given]) == 0
-    assert load_model(tmp_path / "tar").flow.blocks[0].num_heads == 4
+    assert load_model(tmp_path / "tar").flow.blocks[0].transformer.num_heads == 4
 
 
 def test_noisy_workdir_is_sampled_and_evaluated(noisy, tmp_path, compilation_cache, capsys):

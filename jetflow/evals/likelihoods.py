@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from jetflow import sharding
 from jetflow.data import dataset as pipeline
 from jetflow.evals.records import finite, number
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.likelihood import eval_parts, importance_weighted
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
 from jetflow.types import Batch, Flow

@@ -116,7 +116,8 @@ def to_tarflow(path: Path, flow: Flow, variables: Variables) -> None:
             "only a TarFlow can be written as a .pth of apple/ml-tarflow, and this is none; give "
             "the workdir of a TarFlow"
         )
-    for head_dim in {block.width // block.num_heads for block in blocks} - {HEAD_DIM}:  # type: ignore[attr-defined]
+    nets = [block.transformer for block in blocks]  # type: ignore[attr-defined]
+    for head_dim in {net.width // net.num_heads for net in nets} - {HEAD_DIM}:
         raise UsageError(
             f"config.flow.head_dim is {head_dim}, but apple/ml-tarflow divides every width into "
             f"heads of {HEAD_DIM} and would read another model; train with head_dim {HEAD_DIM}"

@@ -13,7 +13,7 @@ from jetflow.archive import Archive
 from jetflow.cli import commands
 from jetflow.cli.commands import sampling
 from jetflow.cli.commands.sample import explore
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.model import Model, load_model
 from jetflow.noise import LARGEST_SEED
 from jetflow.pictures import corner, rows_by_class, square_rows

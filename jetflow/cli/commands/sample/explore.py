@@ -13,7 +13,7 @@ from PIL import Image
 from jetflow.cli import commands
 from jetflow.cli.commands import sampling
 from jetflow.data import dataset as pipeline
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.model import Model
 from jetflow.noise import Purpose, key_for
 from jetflow.pictures import rows_by_class
