@@ -17,7 +17,7 @@ from jetflow.flows.stack import Stack
 from jetflow.pth import read_pth, write_pth
 from jetflow.tools.convert import big_vision, tables
 from jetflow.tools.convert.mapping import Table, Tensors, Variables, from_published, to_published
-from jetflow.training.state import abstract_variables
+from jetflow.training.step import abstract_variables
 from jetflow.types import Flow, UsageError
 
 HEAD_DIM = 64  # of every published TarFlow, whose files do not say it
