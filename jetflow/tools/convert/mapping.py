@@ -79,10 +79,10 @@ def from_published(table: Table, tensors: Tensors, abstract: Variables) -> Varia
     _refuse("nothing fills", [path for path, (row, _) in sources.items() if row is None])
     _refuse("missing", sorted(expected - set(tensors)))
     _refuse("unknown", [repr(name) for name, rule in constants.items() if rule is None])
-    real = [array.dtype.kind in "fiub" or array.dtype == jnp.bfloat16 for array in tensors.values()]
-    _refuse(
-        "not of real numbers", [n for n, is_real in zip(tensors, real, strict=True) if not is_real]
-    )
+    _refuse("not of real numbers", [
+        f"{name} ({array.dtype})" for name, array in tensors.items()
+        if array.dtype.kind not in "fiub" and array.dtype != jnp.bfloat16
+    ])  # fmt: skip
     _refuse("not as in the published model", [
         name for name, rule in constants.items()
         if rule and not np.array_equal(tensors[name], rule(tensors[name]))
@@ -100,11 +100,12 @@ def to_published(table: Table, variables: Variables) -> Tensors:
     """The tensors that variables are, without the constants; for tables that serve both ways."""
     tensors = {}
     for path, leaf in flatten_dict(variables, sep="/").items():
-        row, layers = table.names(path, np.shape(leaf))
+        array = np.asarray(leaf)
+        row, layers = table.names(path, array.shape)
         assert row is not None and row.write is not None
         is_stacked = "{layer}" in row.names[0]
         for layer, (name,) in enumerate(layers):
-            part = np.take(leaf, layer, table.layer_axis) if is_stacked else np.asarray(leaf)
+            part = np.take(array, layer, table.layer_axis) if is_stacked else array
             tensors[name] = row.write(part)
     return tensors
 

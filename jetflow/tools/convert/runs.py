@@ -110,9 +110,14 @@ def _make_run(options: RunOptions, read: Callable[[], Published], noise_std: flo
         "params": variables.pop("params"),
         "collections": variables,
     }
-    with Checkpoints(out / "checkpoints") as checkpoints:
-        checkpoints.save(0, state, config, wait=True)
-    write_config(out, config)  # last, so that a workdir that was cut short is no run
+    try:
+        with Checkpoints(out / "checkpoints") as checkpoints:
+            checkpoints.save(0, state, config, wait=True)
+        write_config(out, config)  # last, so that a workdir that was cut short is no run
+    except OSError as error:
+        raise UsageError(
+            f"--out {out} cannot be written ({error}); give a path that can"
+        ) from error
     return published
 
 
