@@ -202,14 +202,12 @@ class Runner:
         return workdir
 
     def _go_on_training(self, point: Point, workdir: Path) -> None:
-        load = functools.partial(pipeline.load, data_dir=self._data_dir)
         with self._folder.locked(f"run,{point.run_name}", wait=True):
             values = self._parse_training(self._sweep.settings(point), workdir)
-            status = loop.train(set_up(values.config, load), workdir)
-        if status == loop.DIVERGED:
-            raise UsageError(f"the training diverged, see {workdir}/metrics.jsonl; lower its rate")
-        if status:
-            raise Stopped(status)
+            try:
+                loop.train(values.config, workdir, data_dir=self._data_dir)
+            except loop.Diverged as error:
+                raise UsageError(str(error)) from error
 
     def _load(self, workdir: Path, step: int | None, mesh: Mesh) -> Model:
         key = workdir, step, mesh
