@@ -16,7 +16,7 @@ from jetflow.data import dataset, processes
 from jetflow.tools.plan import costs
 from jetflow.tools.plan.devices import TPUS
 from jetflow.training.experiment import set_up
-from jetflow.training.state import TrainState
+from jetflow.training.step import TrainState
 from jetflow.types import Batch, Config
 
 ROUND_SECONDS = 1.0  # of reading, at least, that are timed as one
