@@ -20,8 +20,7 @@ from jetflow.noise import Noise, Purpose, key_for
 from jetflow.sampling.ancestral import draw_all, not_finite
 from jetflow.training.experiment import Run
 from jetflow.training.log import Reporter, make_grid, save_png
-from jetflow.training.state import TrainState
-from jetflow.training.step import Metrics
+from jetflow.training.step import Metrics, TrainState
 from jetflow.types import Batch
 
 DIVERGED = 3  # an exit status: to run the command again would end the same way

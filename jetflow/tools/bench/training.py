@@ -15,7 +15,7 @@ from jetflow.data import processes
 from jetflow.tools.plan import costs
 from jetflow.tools.plan.devices import KINDS, TPUS
 from jetflow.training.experiment import Run
-from jetflow.training.state import TrainState
+from jetflow.training.step import TrainState
 from jetflow.types import Batch
 
 ROUND_SECONDS = 1.0  # of reading, at least, that are timed as one
