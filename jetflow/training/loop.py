@@ -18,7 +18,7 @@ from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
 from jetflow.data.ahead import Ahead
 from jetflow.evals import likelihoods as bpd
-from jetflow.files import METRICS
+from jetflow.files import METRICS, read_json
 from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.options import Options, option
@@ -305,11 +305,11 @@ class Session:
         if not hosts.is_first():
             return
         total = self.run.total_steps
-        result = workdirs.read_result(self.workdir, "bpd", total)
+        evaluation = workdirs.result_path(self.workdir, "bpd", total)
         self.reporter.say(
-            f"done: step {total}, held-out {bpd.describe(result)}\n"
+            f"done: step {total}, held-out {bpd.describe(read_json(evaluation))}\n"
             f"samples      {self._picture(total)}\n"
-            f"evaluation   {workdirs.result_path(self.workdir, 'bpd', total)}\n"
+            f"evaluation   {evaluation}\n"
             f"metrics      {self.workdir / METRICS}, and TensorBoard events beside it\n"
             f"checkpoints  {self.workdir / 'checkpoints'}"
         )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import math
 import time
 import traceback
@@ -19,24 +18,19 @@ from jetflow import hosts
 from jetflow.cli import commands
 from jetflow.cli import configs as config
 from jetflow.cli.commands import evaluate, sample, sampling, train
-from jetflow.data import dataset as pipeline
 from jetflow.files import write_json
+from jetflow.hosts import Stopped
 from jetflow.model import Model, load_model
 from jetflow.pictures import rows_by_class, square_rows
 from jetflow.sweeps import Point, Sweep, is_of_training, say
 from jetflow.tools.sweep.folder import Folder
 from jetflow.training import loop
-from jetflow.training.experiment import set_up
 from jetflow.training.log import make_grid, save_png
 from jetflow.types import UsageError
 from jetflow.workdir import environment, suffix
 
 # Flags of `evaluate` and `sample` that no point sets: the sweep gives them, or their files.
 OWN = ("metrics", "workdir", "data_dir", "make_reference", "num", "out", "npz", "mode")
-
-
-class Stopped(Exception):
-    """A signal stopped the training of a point; the argument is the exit status."""
 
 
 class Runner:
