@@ -18,6 +18,7 @@ _PUBLIC = {
     "load_model": "jetflow.model:load_model",
     "plan": "jetflow.tools.plan.roofline:plan",
     "sample": "jetflow.sampling.ancestral:sample",
+    "train": "jetflow.training.loop:train",
 }
 
 __all__ = list(_PUBLIC)
