@@ -9,16 +9,16 @@ import jax
 import numpy as np
 
 from jetflow import environment, hosts, sharding
-from jetflow import pictures as samples
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
 from jetflow.data.ahead import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.noise import Noise, Purpose, key_for
+from jetflow.pictures import labels_in_turn, samples_grid, save_png
 from jetflow.sampling.ancestral import draw_all, not_finite
 from jetflow.stop import Stopped, StopSignal
 from jetflow.training.experiment import Run
-from jetflow.training.log import METRICS, Reporter, make_grid, save_png
+from jetflow.training.log import METRICS, Reporter
 from jetflow.training.state import TrainState
 from jetflow.training.step import Metrics
 from jetflow.types import Batch
@@ -199,7 +199,7 @@ class Session:
 
     def _sample(self, state: TrainState, step: int) -> None:
         flow, noise, section = self.run.trainer.flow, self.run.trainer.noise, self.run.config.eval
-        labels, rows = samples.rows_by_class(section.samples, flow.num_classes)
+        labels = labels_in_turn(section.samples, flow.num_classes)
         sampler = self.run.sampler(state.variables())
         batches = []
         key = key_for(0, 0, Purpose.SAMPLE)
@@ -209,7 +209,7 @@ class Session:
         if complaint := not_finite(np.concatenate([drawn.finite for drawn in batches])):
             self.reporter.say(f"step {step}: {complaint}")
         images = [drawn.images(noise.kind) for drawn in batches]
-        grid = make_grid(np.concatenate(images), rows)
+        grid = samples_grid(np.concatenate(images), labels)
         self.reporter.picture(step, "samples", grid)
         save_png(self._picture(step), grid)
 
