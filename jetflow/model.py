@@ -12,11 +12,11 @@ from jaxtyping import Int
 
 from jetflow import calibration, sharding
 from jetflow.checkpoint import Checkpoints
+from jetflow.files import METRICS, read_metrics
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all
 from jetflow.sampling.decoding import decodings
 from jetflow.sampling.options import SamplingOptions
-from jetflow.training.log import METRICS, read_metrics
 from jetflow.training.state import abstract_variables
 from jetflow.types import AnyArray, Decoding, Flow, UsageError
 from jetflow.workdir import read_flow

@@ -70,22 +70,21 @@ class SampleOptions(SamplingOptions):
         "(default: two samples)",
     )
 
-    def check(self) -> None:
-        """Raise a UsageError on options that do not go together, whatever the flow."""
+    def __post_init__(self):
+        super().__post_init__()
         for name in ("out", "npz"):
-            check_writable(f"--{name}", getattr(self, name))
+            check_writable(name, getattr(self, name))
         suffixes = [".png"] if self.mode == "samples" else [".png", ".gif"]
         if self.out.suffix not in suffixes or self.out == self.npz:
             expected = " or ".join(f"NAME{suffix}" for suffix in suffixes)
-            raise UsageError(f"--out is {self.out}; expected {expected} in --mode {self.mode}")
+            raise UsageError(f"out is {self.out}; expected {expected} in mode {self.mode}")
         for name in self.changed(*WITHOUT_EFFECT[self.mode]):
-            raise UsageError(f"--{name} has no effect in --mode {self.mode}; leave it out")
+            raise UsageError(f"{name} has no effect in mode {self.mode}; leave it out")
         if self.mode == "interpolate" and len(self.images) not in (0, 2):
-            raise UsageError(f"--images names {len(self.images)} pictures; interpolate needs two")
+            raise UsageError(f"images names {len(self.images)} pictures; interpolate needs two")
 
 
 def run(options: SampleOptions) -> None:
-    options.check()
     model = load_model(options.workdir, options.step, read_mesh(options.mesh))
     num = options.num or (64 if options.mode == "samples" else 8)
     if options.mode == "samples":
