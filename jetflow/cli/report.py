@@ -1,5 +1,6 @@
 """`jetflow report`: one page of a run or a sweep."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -7,8 +8,6 @@ from jetflow import hosts
 from jetflow.cli.flags import Command
 from jetflow.options import Options, option
 from jetflow.tools.report.document import FORMATS, report
-
-import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,4 @@ def init_variables(flow: Flow, key: Key[Array, ""]) -> dict[str, Any]:
     """The variables of a flow before its training."""
     image = jnp.zeros((1, *flow.image_shape))
     label = jnp.zeros((1,), jnp.int32) if flow.num_classes else None
-    variables = dict(flow.init(key, image, label))
-    variables.pop("intermediates", None)  # what the forward pass sows is no state
-    return variables
+    return dict(flow.init(key, image, label))

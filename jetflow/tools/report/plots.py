@@ -3,6 +3,9 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+Point: TypeAlias = tuple[int | float, int | float]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0568c", "#a37200", "#3a8fc7")  # on white and dark
 DASHES = ("-", "--", ":", "-.", (0, (4, 2)), (0, (8, 3)))
@@ -11,6 +14,7 @@ MARKED = 16  # points; a longer line has no markers
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLE = {
     "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -23,7 +27,7 @@ STYLE = {
 
 
 def svg(
-    name: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: bool = False
+    name: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log: bool = False
 ) -> str:
     """An <svg> element with lines over x, by their names.
 
@@ -51,7 +55,9 @@ def svg(
                 linewidth=1 if many else 1.6,
             )
         if count > 1:
-            figure.legend(loc="outside upper left", ncols=3)
+            figure.legend(
+                loc="outside upper left", ncols=max(1, min(3, 50 // max(map(len, lines))))
+            )
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -60,7 +66,7 @@ def svg(
     return re.sub(r'<g id="[^"]*"', "<g", drawing)  # equal in all plots, and used by none
 
 
-def shade(value: float, low: float, high: float) -> str:
+def shade(value: int | float, low: int | float, high: int | float) -> str:
     """The style of a cell of a map: viridis, and black or white ink, whichever contrasts more."""
     from matplotlib import colormaps
 

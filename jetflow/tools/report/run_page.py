@@ -1,5 +1,6 @@
 """The values of a run's page, and those that it shares with a sweep's."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jetflow import environment
-from jetflow.files import read_json
+from jetflow.files import METRICS, read_json, read_metrics
 from jetflow.pictures import MOST_ROWS
-from jetflow.training.log import METRICS, read_metrics
 from jetflow.training.state import abstract_variables
 from jetflow.types import UsageError
-from jetflow.workdir import flat, read_flow
+from jetflow.workdir import flat, read_environments, read_flow
 
 POINTS = 250  # of a curve; a longer one is drawn as the means of so many stretches
 PICTURES = 8  # sample grids, from the first to the last
@@ -37,8 +36,12 @@ def run_page(workdir: Path) -> dict[str, Any]:
     parameters = jax.tree.leaves(abstract_variables(flow)["params"])
     names = list(dict.fromkeys(name for line in metrics for name in line))
     grids = sorted((workdir / "samples").glob("step_*.png"))
-    chosen = np.unique(np.linspace(0, len(grids) - 1, PICTURES).round().astype(int)) if grids else []
-    environments = environment.read(workdir)
+    chosen = (
+        np.unique(np.linspace(0, len(grids) - 1, PICTURES).round().astype(int)) if grids else []
+    )
+    environments = {
+        f"from step {one.pop('from_step'):,}": one for one in read_environments(workdir)
+    }
     return dict(
         kind="run",
         title=f"Run {workdir.resolve().name}",
@@ -51,7 +54,7 @@ def run_page(workdir: Path) -> dict[str, Any]:
         num_grids=len(grids),
         most_rows=MOST_ROWS,
         fields=[(name[1:], value) for name, value in flat(config, "").items()],
-        environments=[(f"from step {one.pop('from_step'):,}", one) for one in environments],
+        environments=side_by_side(environments),
         data=[names, *([line.get(name) for name in names] for line in metrics)],
         **described(config, results),
     )
@@ -69,15 +72,24 @@ def described(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict
         config=config,
         changes=defaults and [(name, old, fields.get(name)) for name, old in defaults.items()],
         data_fields=DATA_FIELDS,
-        sets=[*dict.fromkeys(tuple(str(one.get(f, "–")) for f in DATA_FIELDS) for one in sets if one)],
+        sets=[
+            *dict.fromkeys(tuple(str(one.get(f, "–")) for f in DATA_FIELDS) for one in sets if one)
+        ],
         networks={one["weights_sha256"][:8]: one["published_weights"] for one in networks},
     )
+
+
+def side_by_side(columns: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """A table of named dicts, a column each; None without any."""
+    names = dict.fromkeys(itertools.chain.from_iterable(columns.values()))
+    rows = [(name, *(column.get(name) for column in columns.values())) for name in names]
+    return dict(header=["", *columns], rows=rows) if columns else None
 
 
 def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
     """The records of all evaluations, the last step first."""
     paths = sorted((workdir / "evals").glob("*.json"))
-    results = [read_json(path, "an evaluation") for path in paths]
+    results = [read_json(path) for path in paths]
     results = [result for result in results if {"metric", "value", "step"} <= result.keys()]
     return sorted(results, key=lambda result: (-result["step"], result["metric"]))
 
@@ -91,7 +103,7 @@ def _evaluation(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "where": " ".join(names), "settings": settings}
 
 
-def _line(metrics: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+def _line(metrics: list[dict[str, Any]], name: str) -> list[tuple[int | float, int | float]]:
     """The curve of a metric; of a long one, means over stretches of equal length."""
     points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
     size = math.ceil(len(points) / POINTS) or 1

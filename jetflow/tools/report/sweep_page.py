@@ -1,4 +1,4 @@
-"""The values of a sweep's page: its table, the effect of each setting, and samples at the points."""
+"""The values of a sweep's page: its table, plots over its axes, and maps with samples."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from jetflow.sweeps import short_names
-from jetflow.tools.report.run_page import described
+from jetflow.tools.report.run_page import described, side_by_side
 from jetflow.tools.sweep.folder import Folder
 from jetflow.workdir import read_config
 
@@ -67,7 +67,9 @@ def sweep_page(path: Path) -> dict[str, Any]:
         environments=_environments(records),
         data=_data(each),
         higher_is_better=HIGHER_IS_BETTER,
-        **(described(config, results) if config else {"config": None}),
+        recipe=content["config"],
+        main=metrics[0] if metrics else "",
+        **(described(config, results) if config else {"config": None, "networks": {}}),
     )
 
 
@@ -186,13 +188,14 @@ def _map(points: list[Point], axes: list[Axis], metric: str, pictures: Path) -> 
     )
 
 
-def _environments(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The environments of the points, each with their number."""
-    known: dict[str, int] = {}
+def _environments(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The environments of the points, each under the points that were measured in it."""
+    known: dict[str, list[int]] = {}
     for record in records:
-        text = json.dumps(record["environment"])
-        known[text] = known.get(text, 0) + 1
-    return [(f"{count} points", json.loads(text)) for text, count in known.items()]
+        known.setdefault(json.dumps(record["environment"]), []).append(record["number"])
+    return side_by_side(
+        {f"{len(n)} points from {n[0]} on": json.loads(t) for t, n in known.items()}
+    )
 
 
 def _is_plotted(axis: Axis) -> bool:
@@ -227,7 +230,7 @@ def _metrics(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(name for point in points for name in point["metrics"]))
 
 
-def _value(point: Point, metric: str) -> float | None:
+def _value(point: Point, metric: str) -> int | float | None:
     return point["metrics"].get(metric)
 
 
