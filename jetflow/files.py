@@ -43,18 +43,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, kind: type[T] = dict) -> T:
-    """The content of a JSON file whose outermost value is of type `kind`: a dict or a list.
-
-    Raises:
-        UsageError: the file is missing, unreadable, no JSON, or of another type.
-    """
+    """The content of a JSON file, a dict or a list; a UsageError where it is anything else."""
     try:
         content = json.loads(path.read_bytes())
+        if not isinstance(content, kind):
+            raise ValueError(f"a {type(content).__name__}, expected a {kind.__name__}")
     except (OSError, ValueError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise UsageError(f"{path} is not readable JSON ({error}); restore it") from error
-    if not isinstance(content, kind):
-        came = type(content).__name__
-        raise UsageError(f"{path} holds a JSON {came}, expected a {kind.__name__}; restore it")
     return content
 
 

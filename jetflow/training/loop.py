@@ -14,14 +14,13 @@ from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data.ahead import Ahead
 from jetflow.evals import likelihoods as bpd
-from jetflow.files import METRICS
+from jetflow.files import METRICS, read_json
 from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.sampling.ancestral import draw_all, not_finite
 from jetflow.training.experiment import Run
 from jetflow.training.log import Reporter, make_grid, save_png
-from jetflow.training.state import TrainState
-from jetflow.training.step import Metrics
+from jetflow.training.step import Metrics, TrainState
 from jetflow.types import Batch
 
 DIVERGED = 3  # an exit status: to run the command again would end the same way
@@ -255,7 +254,7 @@ class Session:
         """The last lines: the result, and where everything is."""
         if not hosts.is_first():
             return
-        result = workdirs.read_result(self.workdir, "bpd", self.run.total_steps)
+        result = read_json(workdirs.result_path(self.workdir, "bpd", self.run.total_steps))
         evaluation = workdirs.result_path(self.workdir, "bpd", self.run.total_steps)
         self.reporter.say(
             f"done: step {self.run.total_steps}, held-out {bpd.describe(result)}\n"

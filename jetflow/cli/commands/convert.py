@@ -208,7 +208,7 @@ def _write(published: Published, out: Path, config: dict[str, Any]) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(out / "checkpoints") as checkpoints:
-        checkpoints.save(0, state, config, wait=True)
+        checkpoints.save(0, state, config)
     write_config(out, config)
 
 

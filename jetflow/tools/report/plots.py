@@ -26,9 +26,7 @@ STYLE = {
 }
 
 
-def svg(
-    name: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log: bool = False
-) -> str:
+def svg(name: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log: bool = False) -> str:
     """An <svg> element with lines over x, by their names.
 
     Args:

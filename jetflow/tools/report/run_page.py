@@ -11,7 +11,7 @@ import numpy as np
 
 from jetflow.files import METRICS, read_json, read_metrics
 from jetflow.pictures import MOST_ROWS
-from jetflow.training.state import abstract_variables
+from jetflow.training.step import abstract_variables
 from jetflow.types import UsageError
 from jetflow.workdir import flat, read_environments, read_flow
 
