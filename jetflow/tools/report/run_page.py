@@ -60,21 +60,20 @@ def run_page(workdir: Path) -> dict[str, Any]:
     )
 
 
-def described(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The config, with what it changes of its defaults, the data sets, and the networks by which
-    samples were compared."""
+def described(config: dict[str, Any] | None, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A config with the fields that differ from its defaults, and the data sets and networks of
+    evaluations."""
     fields = {name[1:]: value for name, value in flat(config, "").items()}
-    defaults = config["resolved"].get("defaults")
+    defaults = config and config["resolved"].get("defaults")
     sources = [*results, *(result["reference"] for result in results if "reference" in result)]
-    sets = [source.get(key) or {} for source in sources for key in ("data", "train_data")]
+    sets = [source.get(key) for source in sources for key in ("data", "train_data")]
+    rows = [tuple(str(one.get(name, "–")) for name in DATA_FIELDS) for one in sets if one]
     networks = [result["network"] for result in results if "network" in result]
     return dict(
         config=config,
         changes=defaults and [(name, old, fields.get(name)) for name, old in defaults.items()],
         data_fields=DATA_FIELDS,
-        sets=[
-            *dict.fromkeys(tuple(str(one.get(f, "–")) for f in DATA_FIELDS) for one in sets if one)
-        ],
+        sets=[*dict.fromkeys(rows)],
         networks={one["weights_sha256"][:8]: one["published_weights"] for one in networks},
     )
 

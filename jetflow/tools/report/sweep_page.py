@@ -69,7 +69,7 @@ def sweep_page(path: Path) -> dict[str, Any]:
         higher_is_better=HIGHER_IS_BETTER,
         recipe=content["config"],
         main=metrics[0] if metrics else "",
-        **(described(config, results) if config else {"config": None, "networks": {}}),
+        **described(config, results),
     )
 
 
