@@ -19,6 +19,7 @@ _PUBLIC = {
     "plan": "jetflow.tools.plan.roofline:plan",
     "report": "jetflow.tools.report.document:report",
     "sample": "jetflow.sampling.ancestral:sample",
+    "train": "jetflow.training.loop:train",
 }
 
 __all__ = list(_PUBLIC)
