@@ -234,7 +234,7 @@ class Session:
         kind = run.config.flow.kind
         lines = [
             f"{kind} with {count:,} parameters on {sharding.describe(run.mesh)}; the state takes "
-            f"{sharding.bytes_held(state) / 1e6:,.1f} MB a device",
+            f"{sharding.bytes_per_device(state) / 1e6:,.1f} MB a device",
             f"train on {run.train_data.describe()}",
             f"test on {run.test_data.describe()}",
             self._plan(start),
