@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (old := _transitional(argv)) is not None:
             return _run_old(old, argv)
-        command, argv = _find(argv)
+        command, argv = find(argv)
         if HELP & set(argv):
             print(f"{SUMMARIES[argv[0].split()[0]]}\n\n{help_text(command)}")
             return 0
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _find(argv: Sequence[str]) -> tuple[Command, list[str]]:
+def find(argv: Sequence[str]) -> tuple[Command, list[str]]:
     """The command, and the command line with its name as one word.
 
     Raises:
