@@ -295,7 +295,7 @@ class Session:
             plan += f", from {source}" if source else ""
         return (
             f"{run.config.flow.kind} with {count:,} parameters on {sharding.describe(run.mesh)}; "
-            f"the state takes {sharding.bytes_held(state) / 1e6:,.1f} MB a device\n"
+            f"the state takes {sharding.bytes_per_device(state) / 1e6:,.1f} MB a device\n"
             f"train on {run.train_data.describe()}\n"
             f"test on {run.test_data.describe()}\n{plan}"
         )
