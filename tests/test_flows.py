@@ -14,7 +14,7 @@ import jetflow
 from jetflow.flows import coupling
 from jetflow.flows.pixels import FEATURE_ORDERS, Pixels
 from jetflow.nn import encoder
-from jetflow.training.state import abstract_variables
+from jetflow.training.step import abstract_variables
 from jetflow.types import Flow, UsageError
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -13,8 +13,7 @@ from flow_laws import jit
 from jetflow import likelihood
 from jetflow.noise import Noise
 from jetflow.training import step
-from jetflow.training.state import TrainState
-from jetflow.training.step import Trainer
+from jetflow.training.step import Trainer, TrainState
 from jetflow.types import Batch
 
 RNG = np.random.default_rng(0)

@@ -19,10 +19,9 @@ from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import Sampler, check_guidance
 from jetflow.sampling.decoding import decodings
 from jetflow.training import finetune
-from jetflow.training import state as states
-from jetflow.training.state import TrainState
-from jetflow.training.step import Trainer
+from jetflow.training.step import Trainer, TrainState, create_state
 from jetflow.types import Batch, Config, Guidance, UsageError
+from jetflow.workdir import flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,15 @@ class Run:
             "data_version": self.train_data.version,
             "train_examples": len(self.train_data),
         }
-        return {**self.config.to_dict(), "resolved": resolved}
+        config = self.config.to_dict()
+        if defaults := config.pop("defaults", None):  # of the fields that the config changes
+            fields = flat(config)
+            resolved["defaults"] = {
+                name.removeprefix("config."): value
+                for name, value in flat(defaults).items()
+                if fields.get(name) != value
+            }
+        return {**config, "resolved": resolved}
 
     def abstract_batch(self, size: int) -> Batch:
         """The shapes and shardings of a global batch."""
@@ -200,7 +207,7 @@ def guidance_of(section: Config) -> Guidance:
 def _creation(config: Config, trainer: Trainer) -> Callable[[], TrainState]:
     use_ema = config.train.ema_decay > 0
     return functools.partial(
-        states.create, trainer.flow, trainer.tx, seed=config.train.seed, use_ema=use_ema
+        create_state, trainer.flow, trainer.tx, seed=config.train.seed, use_ema=use_ema
     )
 
 
