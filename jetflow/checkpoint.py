@@ -16,21 +16,29 @@ from logging import ERROR, getLogger
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jetflow import hosts, manifest
-from jetflow.types import UsageError
+from jetflow.types import AnyArray, UsageError
 
 T = TypeVar("T")
+
+WEIGHTS = ("params", "ema")  # the fields of a state that must be finite
 
 
 class Damage(Exception):
     """A checkpoint is not what was saved; the message names the cause."""
+
+
+class NotFinite(Exception):
+    """The parameters of a state are not finite, so it was not saved."""
 
 
 class Checkpoints:
@@ -104,8 +112,14 @@ class Checkpoints:
             state: a dataclass or dict of fields, each any pytree of `jax.Array`s.
             config: anything that JSON can hold.
             wait: return only when the checkpoint is on disk.
+
+        Raises:
+            NotFinite: there are parameters, or averages of them, that are not finite.
         """
         arrays = manifest.flatten(state)
+        weights = [array for path, array in arrays.items() if path.split("/")[0] in WEIGHTS]
+        if not _are_finite(weights):
+            raise NotFinite("the parameters are not finite")
         content = {"config": config, "arrays": manifest.describe(arrays)}
         record = manifest.seal(json.loads(json.dumps(content)))
         manager = self._open_manager()
@@ -226,6 +240,11 @@ def _check_fit(stored: dict[str, list[str]], wanted: dict[str, str], where: str)
             f"{where} does not fit this config: {'; '.join(shown + more)}; "
             "use the config of that run, or another --workdir"
         )
+
+
+@jax.jit
+def _are_finite(arrays: list[Shaped[AnyArray, "..."]]) -> Bool[Array, ""]:
+    return jnp.array([jnp.isfinite(array).all() for array in arrays]).all()
 
 
 def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:

@@ -4,7 +4,6 @@ Every process runs the same program on its own devices. The first one alone writ
 """
 
 import contextlib
-import fcntl
 import functools
 import os
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import filelock
 import jax
 import numpy as np
 from absl import logging
@@ -154,26 +154,24 @@ def agreed_numbers(numbers: Sequence[int]) -> list[int]:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether this process has the lock of a file: all others are kept out as long.
+    """Whether this process holds the lock of a file, which keeps all other processes out.
 
-    Other processes of this run, too: the first one alone should ask. The lock goes with the
-    process, however it ends. On a disk without locks, as some network disks are, every process has
-    it, and the user is warned to start only one.
+    Processes of the same run too: only the first one should ask. The lock goes with the process,
+    however it ends. On a disk without locks, such as some network disks, every process gets it,
+    and a warning asks the user to start only one.
 
     Args:
-        wait: until it is free; else the answer may be no.
+        wait: wait until the lock is free; otherwise the answer may be no.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: the file cannot be written.
     """
-    with open(path, "w") as file:
-        mine = True
+    with open(path, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            mine = False
+            mine = filelock.lock_descriptor(file.fileno(), blocking=wait)
         except OSError as error:
             _warn_of_no_locks(path.parent, str(error))
+            mine = True
         yield mine
 
 
@@ -209,3 +207,49 @@ def _make_room_for_devices() -> None:
     if devices > 1:
         threads = max(THREADS_PER_DEVICE * devices, os.cpu_count() or 1)
         os.environ.setdefault("NPROC", str(threads))
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; `signal` is its number."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C, so that a run can save before it ends; a second one ends it.
+
+    Any of several processes may get the signal, and all of them stop at the same call of `poll`,
+    which they make equally often: JAX listens for SIGTERM and lets them agree.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self._number: int | None = None
+        self._several = jax.process_count() > 1
+        self._polls = 0
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        for again in self._before:
+            signal.signal(again, signal.SIG_DFL)
+        os.write(2, b"\nstopping as soon as this step, or its compilation, is done; "
+                    b"a second signal ends the run at once\n")  # fmt: skip
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._number = number
+
+    def poll(self) -> None:
+        """Raise `Stopped` if a signal came."""
+        self._polls += 1
+        if self._several and multihost_utils.reached_preemption_sync_point(self._polls):
+            self._number = signal.SIGTERM
+        if self._number is not None:
+            raise Stopped(self._number)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jetflow.types import Flow
+from jetflow.types import AnyArray, Flow
 
-Variance = Float[Array, "T D"] | float
+Variance = Float[AnyArray, "T D"] | float
 
 
 def prior_variance(variables) -> Variance:

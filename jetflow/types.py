@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 NO_LABEL = -1
 
 AnyArray: TypeAlias = np.ndarray | Array
+Config: TypeAlias = Any  # an ml_collections ConfigDict: sections of fields, as configs/base.py has
 
 
 class UsageError(ValueError):

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_old(old, argv)
         command, argv = _find(argv)
         if HELP & set(argv):
-            print(f"{SUMMARIES[argv[0].split()[0]]}\n\n{help_text(command, argv)}")
+            print(f"{SUMMARIES[argv[0].split()[0]]}\n\n{help_text(command)}")
             return 0
         options = parse(command, argv)
         with hosts.joined(saves_at_signals=argv[0] == "train"):

@@ -101,20 +101,26 @@ class Trainer:
 def loss(
     flow: Flow, params: Any, collections: Mapping[str, Any], x: Array, label: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
-    """Mean bits per dimension under a standard normal prior, and what is worth logging of it.
+    """The objective, bits per dimension under a standard normal prior, and metrics to log.
 
     A learned prior variance is no part of the objective: it follows the latents, as in
-    the published TarFlow, see `_update_prior`.
+    the published TarFlow, see `_update_prior`. It is part of the metric `bpd`, as in evaluation;
+    the objective is then a metric of its own.
     """
     variables = {"params": params, **collections}
     z, logdet, _, scales = flow.apply(variables, x, label, method="forward_blocks")
     prior = likelihood.bits_per_dim(likelihood.prior_nll(z), z).mean()
     volume = likelihood.bits_per_dim(-logdet, z).mean()
-    metrics = {"bpd": prior + volume, "bpd_prior": prior, "bpd_logdet": volume}
+    objective, metrics = prior + volume, {}
+    if "prior" in collections:
+        variance = likelihood.prior_variance(collections)
+        prior = likelihood.bits_per_dim(likelihood.prior_nll(z, variance), z).mean()
+        metrics["objective"] = objective
+    metrics |= {"bpd": prior + volume, "bpd_prior": prior, "bpd_logdet": volume}
     metrics |= {f"output_scale/{block:02d}": scale for block, scale in enumerate(scales)}
     if flow.logdet_cap is not None:
         metrics["logdet_cap_share"] = (logdet.mean() - flow.pixel_logdet) / flow.logdet_cap
-    return metrics["bpd"], {"metrics": metrics, "square": jnp.mean(z**2, axis=0)}
+    return objective, {"metrics": metrics, "square": jnp.mean(z**2, axis=0)}
 
 
 def _update_prior(collections: Mapping[str, Any], square: Float[Array, "T D"]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 
 from jetflow import sharding
-from jetflow.cli.configs import Config
 from jetflow.data import dataset as pipeline
 from jetflow.data.facts import FACTS
 from jetflow.evals import likelihoods as bpd
@@ -24,7 +23,7 @@ from jetflow.tools.plan import devices as tpus
 from jetflow.tools.plan.collectives import BETWEEN_SLICES
 from jetflow.tools.plan.devices import Tpu
 from jetflow.training.experiment import Run, set_up
-from jetflow.types import UsageError
+from jetflow.types import Config, UsageError
 
 PROGRAMS = ("train", "sample", "eval")
 
