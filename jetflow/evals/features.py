@@ -88,7 +88,14 @@ class Statistics:
                 with np.load(path, allow_pickle=False) as file:
                     if json.loads(str(file["settings"])) == json.loads(json.dumps(settings)):
                         self.arrays = {name: file[name] for name in self.arrays}
-            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            except (
+                OSError,
+                EOFError,
+                KeyError,
+                ValueError,
+                zipfile.BadZipFile,
+                zlib.error,
+            ) as error:
                 logging.warning("%s is damaged (%s): all samples are drawn again", path, error)
         if jax.process_count() > 1:
             self.arrays = {name: _agreed(array) for name, array in self.arrays.items()}

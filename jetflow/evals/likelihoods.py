@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jetflow import sharding
 from jetflow.data.dataset import Dataset, eval_batches
+from jetflow.evals import records
 from jetflow.evals.batched import over_batches
 from jetflow.flows.labels import check_labels
 from jetflow.likelihood import eval_parts, importance_weighted
@@ -154,4 +155,30 @@ def measure(
         np.sum(parts, axis=0) / bits.size,
         math.prod(dataset.image_shape),
         bool(flow.num_classes and dataset.num_classes),
+    )
+
+
+def metric_name(noise: Noise) -> str:
+    """ "bpd" for dequantised images; data with gaussian noise has a likelihood of its own name."""
+    return "bpd" if noise.kind == "uniform" else "noised_bpd"
+
+
+def record(
+    likelihood: Likelihood, noise: Noise, dataset: Dataset, *, step: int, weights: str
+) -> dict[str, Any]:
+    """The record of a likelihood, see `records.record`."""
+    prior, pixels, *blocks = map(records.finite, likelihood.parts)
+    bound = likelihood.importance_weighted if noise.kind == "uniform" else None
+    return records.record(
+        metric_name(noise),
+        likelihood.mean,
+        likelihood.standard_error,
+        draws=len(likelihood.bits),
+        importance_weighted=records.finite(bound),
+        conditional=likelihood.conditional,
+        parts={"prior": prior, "pixels": pixels, "blocks": blocks},
+        noise={"kind": noise.kind, "std": noise.std},
+        data=dataset.facts(),
+        step=step,
+        weights=weights,
     )

@@ -4,44 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jetflow.data.dataset import Dataset
-from jetflow.evals.likelihoods import Likelihood
-from jetflow.noise import Noise
-
 
 def record(metric: str, value: float, error: float | None, **facts: Any) -> dict[str, Any]:
     """A number with its standard error and all that it depends on."""
     errors = {"standard_error": finite(error)}
     return {"metric": metric, "value": finite(value), **errors, **facts}
-
-
-def likelihood_record(
-    likelihood: Likelihood, noise: Noise, dataset: Dataset, **source: Any
-) -> dict[str, Any]:
-    """The record of a likelihood; `source` is the step and the weights that it is of."""
-    prior, pixels, *blocks = map(finite, likelihood.parts)
-    bound = likelihood.importance_weighted if noise.kind == "uniform" else None
-    return record(
-        metric_name(noise),
-        likelihood.mean,
-        likelihood.standard_error,
-        draws=len(likelihood.bits),
-        importance_weighted=finite(bound),
-        conditional=likelihood.conditional,
-        parts={"prior": prior, "pixels": pixels, "blocks": blocks},
-        noise=noise_facts(noise),
-        data=dataset.facts(),
-        **source,
-    )
-
-
-def metric_name(noise: Noise) -> str:
-    """ "bpd" for dequantised images; data with gaussian noise has a likelihood of its own name."""
-    return "bpd" if noise.kind == "uniform" else "noised_bpd"
-
-
-def noise_facts(noise: Noise) -> dict[str, Any]:
-    return {"kind": noise.kind, "std": noise.std}
 
 
 def finite(value: float | None) -> float | None:
@@ -103,7 +70,8 @@ def _describe_distance(result: Mapping[str, Any]) -> str:
     if reference["data"]:
         real = _data({**reference["data"], "examples": reference["images"]})
     else:
-        count = f"{reference['images']:,} images" if reference["images"] else "images, unknown how many"
+        images = reference["images"]
+        count = f"{images:,} images" if images else "images of unknown number"
         real = (
             f"{reference['file']}: {count}, of unknown data and resize, checksum of the file "
             f"{reference['checksum']}"

@@ -14,6 +14,7 @@ from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data.ahead import Ahead
 from jetflow.evals import likelihoods as bpd
+from jetflow.evals import records
 from jetflow.files import METRICS
 from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
@@ -189,7 +190,7 @@ class Session:
         workdirs.write_result(self.workdir, result)
         self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
         if step < self.run.total_steps or noise.kind != "uniform":
-            self.reporter.say(f"step {step}: held-out {bpd.describe(result)}")
+            self.reporter.say(f"step {step}: held-out {records.describe(result)}")
 
     def _sample(self, state: TrainState, step: int) -> None:
         flow, noise, section = self.run.trainer.flow, self.run.trainer.noise, self.run.config.eval
@@ -258,7 +259,7 @@ class Session:
         result = workdirs.read_result(self.workdir, "bpd", self.run.total_steps)
         evaluation = workdirs.result_path(self.workdir, "bpd", self.run.total_steps)
         self.reporter.say(
-            f"done: step {self.run.total_steps}, held-out {bpd.describe(result)}\n"
+            f"done: step {self.run.total_steps}, held-out {records.describe(result)}\n"
             f"samples      {self._picture(self.run.total_steps)}\n"
             f"evaluation   {evaluation}\n"
             f"metrics      {self.workdir / METRICS}, and TensorBoard events beside it\n"
