@@ -12,10 +12,13 @@ _PUBLIC = {
     "Model": "jetflow.model:Model",
     "UsageError": "jetflow.types:UsageError",
     "bits_per_dim": "jetflow.evals.likelihoods:bits_per_dim",
+    "bench": "jetflow.tools.bench",
     "build": "jetflow.flows.build:build",
     "convert": "jetflow.tools.convert",
     "load_model": "jetflow.model:load_model",
+    "plan": "jetflow.tools.plan.roofline:plan",
     "sample": "jetflow.sampling.ancestral:sample",
+    "train": "jetflow.training.loop:train",
 }
 
 __all__ = list(_PUBLIC)

@@ -53,7 +53,7 @@ def fastest(
     }
     known = _read(path)
     before = [entry["windows"] for entry in known if entry["conditions"] == conditions]
-    windows = hosts.agreed_numbers(before[0] if before else ())
+    windows = hosts.agreed(list(before[0]) if before else [])
     if not windows:
         windows, seconds = calibrate(sampler, base, batch_size)
         entry = {"conditions": conditions, "windows": windows, "seconds": seconds}

@@ -43,18 +43,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, kind: type[T] = dict) -> T:
-    """The content of a JSON file whose outermost value is of type `kind`: a dict or a list.
-
-    Raises:
-        UsageError: the file is missing, unreadable, no JSON, or of another type.
-    """
+    """The content of a JSON file, a dict or a list; a UsageError where it is anything else."""
     try:
         content = json.loads(path.read_bytes())
+        if not isinstance(content, kind):
+            raise ValueError(f"a {type(content).__name__}, expected a {kind.__name__}")
     except (OSError, ValueError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise UsageError(f"{path} is not readable JSON ({error}); restore it") from error
-    if not isinstance(content, kind):
-        came = type(content).__name__
-        raise UsageError(f"{path} holds a JSON {came}, expected a {kind.__name__}; restore it")
     return content
 
 
@@ -65,3 +60,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return lines
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Raise a UsageError if a file cannot be written there: before the work, not after it."""
+    if path is None:
+        return
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"--{option} {path} cannot be written; give the path of a new file")

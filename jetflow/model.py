@@ -17,7 +17,7 @@ from jetflow.noise import Noise, Purpose, key_for
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all
 from jetflow.sampling.decoding import decodings
 from jetflow.sampling.options import SamplingOptions
-from jetflow.training.state import abstract_variables
+from jetflow.training.step import abstract_variables
 from jetflow.types import AnyArray, Decoding, Flow, UsageError
 from jetflow.workdir import read_flow
 

@@ -1,4 +1,4 @@
-"""A run's folder: its resolved config, its flow, and the results of evaluations."""
+"""A run's folder: its resolved config, its flow, who trains in it, and what was measured."""
 
 import contextlib
 import dataclasses
@@ -25,9 +25,10 @@ ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 FORMAT = 1  # of config.json; version 0.1 wrote none
 LONGEST_SUFFIX = 120  # letters, of the at most 255 bytes of a file's name
+MOST_SHOWN = 4  # fields that differ
 PACKAGES = ("jetflow", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
-# Fields of the config that may change when a run goes on, and those that `extend` frees besides.
+# The fields that may change when a run goes on, and those that may besides if it is extended.
 FREE = (
     "config.train.log_every",
     "config.train.eval_every",
@@ -38,12 +39,8 @@ FREE = (
     "config.mesh",
     "config.data.workers",
 )
-LENGTH = (
-    "config.train.steps",
-    "config.train.epochs",
-    "config.train.images",
-    "config.resolved.total_steps",
-)
+LENGTH = ("config.train.steps", "config.train.epochs", "config.train.images")
+LENGTH += ("config.resolved.total_steps",)
 
 
 def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, str]:
@@ -57,11 +54,8 @@ def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, st
     """
     config = read_config(workdir)
     if config is None:
-        with Checkpoints(workdir / "checkpoints") as checkpoints:
-            config = checkpoints.restore_config() if checkpoints.latest() is not None else None
-    if config is None:
         raise UsageError(
-            f"no run in {workdir} (it has neither {CONFIG} nor checkpoints); "
+            f"no run in {workdir} (it has no {CONFIG}); "
             f"start one with `jetflow train --config … --workdir {workdir}`"
         )
     resolved = config["resolved"]
@@ -80,9 +74,7 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
         return None
     config = read_json(path)
     if (format := config.pop("format", 0)) > FORMAT:
-        raise UsageError(
-            f"{path} has format {format}, but this jetflow knows formats up to {FORMAT}; update it"
-        )
+        raise UsageError(f"{path} has format {format}, newer than {FORMAT}; update jetflow")
     return config
 
 
@@ -93,7 +85,7 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
 
 @dataclasses.dataclass
 class Claim:
-    """A workdir in which no other process trains, as `claimed` gives it."""
+    """A workdir in which no other process trains; `begun` once it is the folder of a run."""
 
     workdir: Path
     begun: bool = False
@@ -105,30 +97,45 @@ class Claim:
             extend: whether the length of the run may change.
 
         Raises:
-            UsageError: another run lives here, and has made steps; the message names the fields
-                that differ. Those of `FREE` may.
+            UsageError: another run lives here and has made steps; the message names the fields
+                that differ, but for those of `FREE`.
         """
         if not hosts.is_first():
             return
         config = json.loads(json.dumps(config))
         existing = read_config(self.workdir)
-        free = FREE + LENGTH if extend else FREE
-        differing = {} if existing is None else differences(existing, config, free)
-        if differing and _has_begun(self.workdir):
-            raise UsageError(
-                f"{self.workdir} holds a run with another config: {shown(differing)}; "
-                + _remedy(self.workdir, differing)
-            )
+        if existing is not None:
+            differing = differences(existing, config, FREE + LENGTH if extend else FREE)
+            if differing and self._has_steps():
+                raise UsageError(
+                    f"{self.workdir} holds a run with another config: {shown(differing)}; "
+                    + _remedy(self.workdir, set(differing))
+                )
         if existing != config:
             write_config(self.workdir, config)
         self.begun = True
+
+    def _has_steps(self) -> bool:
+        with Checkpoints(self.workdir / "checkpoints") as checkpoints:
+            return bool(checkpoints.steps() or read_metrics(self.workdir / METRICS))
+
+
+def _remedy(workdir: Path, names: set[str]) -> str:
+    if "config.resolved.total_steps" in names and names <= set(LENGTH):
+        return "give that length, or --extend to train to the new one"
+    if all(name.startswith("config.resolved.") for name in names):
+        return "its data set has changed: prepare the old one again, or give another --workdir"
+    return (
+        "give that config to go on with it, or another --workdir for a new run, which can "
+        f"start from these weights: --config.init_from={workdir}"
+    )
 
 
 @contextlib.contextmanager
 def claimed(workdir: Path) -> Iterator[Claim]:
     """Keep other trainings out of `workdir`; one that does not `begin` leaves nothing behind.
 
-    They are out while the context lasts: the lock goes with the process, however it ends. Of
+    They are kept out while the context lasts: the lock goes with the process, however it ends. Of
     several processes the first one holds it.
 
     Raises:
@@ -157,60 +164,34 @@ def claimed(workdir: Path) -> Iterator[Claim]:
         try:
             yield claim
         finally:
-            if not claim.begun:
-                _remove(made)
-
-
-def _remove(paths: list[Path]) -> None:
-    """Remove a file and the empty folders around it."""
-    with contextlib.suppress(OSError):  # another process has put something in
-        for path in paths:
-            path.unlink() if path.name == LOCK else path.rmdir()
-
-
-def _remedy(workdir: Path, differing: dict[str, Any]) -> str:
-    if differing.keys() <= set(LENGTH) and any(name in differing for name in LENGTH[:3]):
-        return "give that length to go on with it, or --extend for the new one"
-    if all(name.startswith("config.resolved.") for name in differing):
-        return (
-            "its data set has changed since; prepare that of the run again, or give another "
-            "--workdir for a new run"
-        )
-    return (
-        "give that config to go on with it, or another --workdir for a new run, which can "
-        f"start from these weights: --config.init_from={workdir}"
-    )
+            with contextlib.suppress(OSError):  # another process has put something in
+                for path in [] if claim.begun else made:
+                    path.unlink() if path == lock else path.rmdir()
 
 
 def result_path(workdir: Path, metric: str, step: int, suffix: str = "") -> Path:
-    """Where the value of a metric at a step is written."""
+    """The file of a metric's value at a step."""
     return workdir / "evals" / f"{metric}-{step:08d}{suffix}.json"
 
 
 def suffix(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """What tells the file of a result from that of the default settings: "-seed=1,split=train".
+    """The part of a result's file name that tells its settings: "-seed=1,split=train".
 
-    Settings that are as by default are left out. A long list is cut, and a hash of all of it added.
+    Settings that equal their defaults are left out. A long list is cut, and its hash added.
     """
-    given = {name: value for name, value in settings.items() if value != defaults.get(name)}
-    if not given:
-        return ""
-    text = ",".join(f"{name}={quote(str(given[name]), safe='')}" for name in sorted(given))
+    changed = {name: value for name, value in settings.items() if value != defaults.get(name)}
+    text = ",".join(f"{name}={quote(str(changed[name]), safe='')}" for name in sorted(changed))
     if len(text) > LONGEST_SUFFIX:
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         text = f"{text[:LONGEST_SUFFIX]}-{digest}"
-    return f"-{text}"
+    return f"-{text}" if text else ""
 
 
 def write_result(workdir: Path, result: dict[str, Any], suffix: str = "") -> Path:
-    """Write what an evaluation found; `result` has a metric and a step."""
+    """Write the result of an evaluation, which has a metric and a step."""
     path = result_path(workdir, result["metric"], result["step"], suffix)
     write_json(path, result)
     return path
-
-
-def read_result(workdir: Path, metric: str, step: int) -> dict[str, Any]:
-    return read_json(result_path(workdir, metric, step))
 
 
 def environment() -> dict[str, Any]:
@@ -224,9 +205,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def note_environment(workdir: Path, step: int) -> None:
-    """Add this environment to those of a run, from `step` on, unless it is the last one of them."""
-    current, known = environment(), read_environments(workdir)
+def note_environment(workdir: Path, step: int, *, total_steps: int) -> None:
+    """Add this environment to those of a run, from `step` on, unless it is the last one of them.
+
+    Args:
+        total_steps: the length of the run; part of what may change from some step on.
+    """
+    current = environment() | {"total_steps": total_steps}
+    known = read_environments(workdir)
     if not known or {**known[-1], "from_step": None} != {"from_step": None, **current}:
         write_json(workdir / ENVIRONMENT, [*known, {"from_step": step, **current}])
 
@@ -237,41 +223,33 @@ def read_environments(workdir: Path) -> list[dict[str, Any]]:
     return read_json(path, list) if path.exists() else []
 
 
-def _has_begun(workdir: Path) -> bool:
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        return bool(checkpoints.steps()) or bool(read_metrics(workdir / METRICS))
-
-
 def differences(
     old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = FREE, root: str = "config"
 ) -> dict[str, tuple[Any, Any]]:
     """The fields of two trees that differ, with both values, except `free` ones and those below.
 
-    What the data resolved to counts only as far as the old tree noted it: version 0.1 noted less.
+    What the data resolved to counts only where the old tree has it: version 0.1 recorded less.
     """
     old, new = flat(old, root), flat(new, root)
     return {
         name: (old.get(name), new.get(name))
         for name in {**old, **new}
         if old.get(name) != new.get(name)
-        and not any(name == field or name.startswith(f"{field}.") for field in free)
+        and not any(f"{name}.".startswith(f"{field}.") for field in free)
         and (name in old or not name.startswith(f"{root}.resolved."))
     }
 
 
-def shown(differing: dict[str, tuple[Any, Any]], most: int = 4) -> str:
+def shown(differing: dict[str, tuple[Any, Any]]) -> str:
     """Differences for a person: the first ones, and the number of the others."""
     texts = [f"{name} is {old} there and {new} here" for name, (old, new) in differing.items()]
-    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
-    return ", ".join(texts[:most] + more)
+    more = [f"and {len(texts) - MOST_SHOWN} more"] if len(texts) > MOST_SHOWN else []
+    return ", ".join(texts[:MOST_SHOWN] + more)
 
 
 def flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
-    """The leaves of a tree of dicts by their names, as "config.optim.lr"."""
+    """The leaves of a tree of dicts by their names, such as "config.optim.lr"."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {
-        name: value
-        for key, node in tree.items()
-        for name, value in flat(node, f"{prefix}.{key}").items()
-    }
+    leaves = [flat(node, f"{prefix}.{key}") for key, node in tree.items()]
+    return {name: value for branch in leaves for name, value in branch.items()}

@@ -108,7 +108,7 @@ def leave(run: Run, workdir):
 
 def save(state, run: Run, workdir, step=7) -> None:
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(step, state, run.resolved_config, wait=True)
+        checkpoints.save(step, state, run.resolved_config)
 
 
 def begin(name, source, *arguments, **fields):

@@ -105,12 +105,12 @@ def test_no_run(name, tmp_path, capsys):
 
 
 def test_environments_are_noted_where_they_change(tmp_path, monkeypatch):
-    workdir.note_environment(tmp_path, 0)
-    workdir.note_environment(tmp_path, 5)
+    workdir.note_environment(tmp_path, 0, total_steps=9)
+    workdir.note_environment(tmp_path, 5, total_steps=9)
     assert [one["from_step"] for one in workdir.read_environments(tmp_path)] == [0]
     here = workdir.environment()
     monkeypatch.setattr(workdir, "environment", lambda: here | {"devices": "8 x TPU v9"})
-    workdir.note_environment(tmp_path, 9)
+    workdir.note_environment(tmp_path, 9, total_steps=9)
     known = workdir.read_environments(tmp_path)
     assert [(one["from_step"], one["devices"]) for one in known] == [
         (0, here["devices"]), (9, "8 x TPU v9"),

@@ -20,8 +20,7 @@ from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.nn import transformer
 from jetflow.noise import Noise
 from jetflow.sampling.ancestral import denoised
-from jetflow.training.state import TrainState
-from jetflow.training.step import Trainer
+from jetflow.training.step import Trainer, TrainState
 from jetflow.types import Batch, Guidance
 
 # Latents are compared relative to the largest entry of the array, not entry by entry: an entry near

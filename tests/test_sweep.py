@@ -16,7 +16,6 @@ import pytest
 import tiny_runs
 
 from jetflow import cli, sweeps
-from jetflow.cli.commands import evaluate
 from jetflow.cli.commands.sweep import point
 from jetflow.sweeps import Sweep, axis, chain, product, together
 from jetflow.tools.sweep.folder import Folder
@@ -258,15 +257,15 @@ def test_a_sweep_measures_all_points(uninterrupted, capsys):
 
 def test_a_sweep_goes_on_where_it_stopped(sweep, uninterrupted, monkeypatch, capsys):
     """Interrupted within the second point, it measures what is missing and ends the same."""
-    measure, seen = evaluate.measure, []
+    measure, seen = point._say_all, []
 
-    def interrupt(values, *rest):
-        seen.append((values.draws, values.seed))
+    def interrupt(model, options):
+        seen.append((options.draws, options.seed))
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return measure(values, *rest)
+        return measure(model, options)
 
-    monkeypatch.setattr(evaluate, "measure", interrupt)
+    monkeypatch.setattr(point, "_say_all", interrupt)
     assert sweep() == 130
     assert [record["number"] for record in sweep.records()] == [0]
     assert sweep() == 0
@@ -277,15 +276,15 @@ def test_a_sweep_goes_on_where_it_stopped(sweep, uninterrupted, monkeypatch, cap
 
 
 def test_failures_are_recorded_and_the_rest_goes_on(sweep, uninterrupted, monkeypatch, capsys):
-    measure = evaluate.measure
+    measure = point._say_all
 
-    def fail(values, *rest):
-        if values.seed == 4:
-            raise (UsageError if values.draws == 1 else RuntimeError)("no luck")
-        return measure(values, *rest)
+    def fail(model, options):
+        if options.seed == 4:
+            raise (UsageError if options.draws == 1 else RuntimeError)("no luck")
+        return measure(model, options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "measure", fail)
+        patch.setattr(point, "_say_all", fail)
         assert sweep() == 1
     failed = {r["number"]: r["error"] for r in sweep.records() if r["status"] == "failed"}
     assert failed == {1: "no luck", 3: "RuntimeError: no luck"}
@@ -423,8 +422,12 @@ def test_a_sweep_and_a_run_share_no_folder(sweep, tmp_path, capsys):
     assert "neither a run nor a sweep; give one that is in it: a run" in capsys.readouterr().err
 
 
+def diverging(*_, **options):
+    raise loop.Diverged("the training diverged")
+
+
 def test_an_edited_config_is_another_recipe(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "train", lambda *_: loop.DIVERGED)
+    monkeypatch.setattr(loop, "train", diverging)
     monkeypatch.chdir(tiny_runs.ROOT)
     config, path, workdir = tmp_path / "recipe.py", training_sweep(tmp_path), tmp_path / "swept"
     path.write_text(re.sub(r"'\S+photos_jet.py'", f"'{config}'", path.read_text()))
@@ -443,9 +446,9 @@ def test_an_edited_config_is_another_recipe(tmp_path, monkeypatch, capsys):
 def test_a_failed_training_is_tried_once_a_command(tmp_path, monkeypatch, capsys):
     tried = []
 
-    def train(run, workdir):
+    def train(config, workdir, **options):
         tried.append(workdir.name)
-        return loop.DIVERGED
+        raise loop.Diverged("the training diverged")
 
     monkeypatch.setattr(loop, "train", train)
     path, workdir = training_sweep(tmp_path), tmp_path / "swept"

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Num
 
 from jetflow import hosts
 from jetflow.files import write_atomically
-from jetflow.tools.convert import torch_file
+from jetflow.pth import read_pth
 from jetflow.types import AnyArray, UsageError
 
 URL = (
@@ -115,7 +115,7 @@ def load(path: Path | None = None) -> Network:
             f"{path} is damaged: its SHA-256 begins {digest[:8]}, but its name says {promised[1]}; "
             f"delete it and download {URL} again"
         )
-    return Network(_folded(path, torch_file.read(path)), digest)
+    return Network(_folded(path, read_pth(path)), digest)
 
 
 def _download(path: Path) -> None:

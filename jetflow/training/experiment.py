@@ -19,9 +19,7 @@ from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import Sampler, check_guidance
 from jetflow.sampling.decoding import decodings
 from jetflow.training import finetune
-from jetflow.training import state as states
-from jetflow.training.state import TrainState
-from jetflow.training.step import Trainer
+from jetflow.training.step import Trainer, TrainState, create_state
 from jetflow.types import Batch, Config, Guidance, UsageError
 
 
@@ -200,7 +198,7 @@ def guidance_of(section: Config) -> Guidance:
 def _creation(config: Config, trainer: Trainer) -> Callable[[], TrainState]:
     use_ema = config.train.ema_decay > 0
     return functools.partial(
-        states.create, trainer.flow, trainer.tx, seed=config.train.seed, use_ema=use_ema
+        create_state, trainer.flow, trainer.tx, seed=config.train.seed, use_ema=use_ema
     )
 
 

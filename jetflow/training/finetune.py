@@ -25,7 +25,7 @@ from jetflow.checkpoint import Checkpoints
 from jetflow.flows import splits
 from jetflow.flows.build import with_defaults
 from jetflow.training.resample import between_grids, between_spatial_splits
-from jetflow.training.state import TrainState, abstract_variables
+from jetflow.training.step import TrainState, abstract_variables
 from jetflow.types import Config, Flow, UsageError
 
 FATES = ("loaded", "resampled", "fresh", "dropped")

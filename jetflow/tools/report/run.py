@@ -25,7 +25,7 @@ from jetflow.tools.report.content import (
     Table,
     number,
 )  # fmt: skip
-from jetflow.training.state import abstract_variables
+from jetflow.training.step import abstract_variables
 from jetflow.types import UsageError
 from jetflow.workdir import flat, read_environments, read_flow
 

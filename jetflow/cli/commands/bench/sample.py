@@ -20,7 +20,7 @@ from jetflow.sampling.decoding import METHODS
 from jetflow.tools.bench import sampling
 from jetflow.tools.plan import roofline as plan
 from jetflow.training.experiment import set_up
-from jetflow.training.state import abstract_variables, init_variables
+from jetflow.training.step import abstract_variables, init_variables
 from jetflow.types import Guidance, UsageError
 
 USAGE = "jetflow bench sample --workdir runs/tar32 --batch_sizes 8,64 --methods cached,jacobi"

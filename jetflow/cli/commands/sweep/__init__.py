@@ -63,7 +63,7 @@ def run(values: flags.FlagValues) -> int:
         failed, elsewhere = runner.go_through(chosen)
     except Stopped as stopped:
         say("the sweep stopped: run the same command again to go on")
-        return stopped.args[0]
+        return 128 + stopped.signal
     if hosts.is_first():
         _conclude(folder)
     if elsewhere:
