@@ -8,7 +8,6 @@ log-likelihoods are in nats, summed over an example, and at least float32.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -223,7 +222,7 @@ class TrainedFlow(Protocol):
         noise: the `Noise` of its training.
     """
 
-    workdir: Path
+    workdir: Any  # a path
     config: dict[str, Any]
     flow: Flow
     variables: Any
