@@ -6,12 +6,6 @@ from absl import flags
 
 from jetflow.cli import commands
 from jetflow.cli.commands import sampling
-<<<<<<< HEAD
-from jetflow.cli.commands.sample import explore
-from jetflow.flows.stack import check_labels
-from jetflow.model import Model, load_model
-=======
->>>>>>> main
 from jetflow.noise import LARGEST_SEED
 
 
