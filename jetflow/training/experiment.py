@@ -15,7 +15,7 @@ from jax.stages import Lowered
 from jetflow import optim, sharding
 from jetflow.cli.configs import Config
 from jetflow.data import dataset as pipeline
-from jetflow.data.ahead import Ahead
+from jetflow.data.reading import Ahead
 from jetflow.flows.build import build
 from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import Sampler, check_guidance

@@ -12,7 +12,7 @@ from jetflow import environment, hosts, sharding
 from jetflow import pictures as samples
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
-from jetflow.data.ahead import Ahead
+from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.sampling.ancestral import draw_all, not_finite

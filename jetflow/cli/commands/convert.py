@@ -13,8 +13,7 @@ from absl import flags
 
 from jetflow.checkpoint import Checkpoints
 from jetflow.cli import commands
-from jetflow.data import prepared
-from jetflow.data.facts import FACTS
+from jetflow.data import sources
 from jetflow.tools.convert import models
 from jetflow.tools.convert.models import Published
 from jetflow.types import UsageError
@@ -150,15 +149,15 @@ def _read_jet(values: flags.FlagValues, source: str) -> Published:
 def check_data(name: str, published: Published) -> None:
     """Raise if there is no such data set, or if its images or classes are not the model's."""
     try:
-        features: Any = prepared.unprepared(name).info.features
+        source = sources.find(name)
     except UsageError as error:
         raise UsageError(str(error).replace("config.data.name", "--data")) from error
-    if features["image"].shape != published.image_shape:
+    if source.image_shape != published.image_shape:
         raise UsageError(
             f"--data {name} has images of {features['image'].shape}, but the model is for "
             f"{published.image_shape}; give a data set of that shape, or none"
         )
-    classes = features["label"].num_classes if "label" in features else 0
+    classes = source.num_classes
     if published.num_classes and classes and classes != published.num_classes:
         raise UsageError(
             f"--data {name} has {classes} classes, but the model has {published.num_classes}; give "
@@ -193,7 +192,7 @@ def _config(published: Published, *, noise_std: float, data: str) -> dict[str, A
 
 
 def _held_out_split(data: str) -> str:
-    splits = FACTS[data].splits if data in FACTS else ()
+    splits = sources.find(data).splits if data else ()
     return next((split for split in splits if split != "train"), "test")
 
 
