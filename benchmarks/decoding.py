@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 import jetflow
+from jetflow import calibration
 from jetflow.sampling.ancestral import Drawn, Sampler
 from jetflow.sampling.decoding import TOLERANCE, decodings
-from jetflow.tools.bench import sampling
 from jetflow.types import Decoding, Guidance
 
 HALF_RANGE = 128  # pixel values in a unit of [-1, 1]
@@ -55,7 +55,7 @@ def how(sampler: Sampler, method: str, batch_size: int) -> tuple[Decoding, ...]:
     if method != "auto":
         return decodings(sampler.flow, method)
     base = Decoding(1, TOLERANCE, None)
-    windows, _ = sampling.calibrate(sampler, base, batch_size)
+    windows, _ = calibration.calibrate(sampler, base, batch_size)
     return tuple(Decoding(window, TOLERANCE, None) for window in windows)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from jetflow.training.log import METRICS, read_metrics
+from jetflow.files import METRICS, read_metrics
 
 METRIC = "test_bpd"
 

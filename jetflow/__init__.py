@@ -1,21 +1,34 @@
 """jetflow: transformer normalizing flows in JAX. Train, sample and evaluate Jet and TarFlow."""
 
-from jetflow.evals.likelihoods import bits_per_dim
-from jetflow.flows.build import build
-from jetflow.sampling.ancestral import sample
-from jetflow.tools import convert
-from jetflow.types import Batch, Decoding, Flow, Guidance, UsageError
-from jetflow.workdir import load_model
+import pkgutil
+from typing import Any
 
-__all__ = [
-    "Batch",
-    "Decoding",
-    "Flow",
-    "Guidance",
-    "UsageError",
-    "bits_per_dim",
-    "build",
-    "convert",
-    "load_model",
-    "sample",
-]
+# The public names, each imported when it is first used: so `import jetflow` takes no time.
+_PUBLIC = {
+    "Batch": "jetflow.types:Batch",
+    "Decoding": "jetflow.types:Decoding",
+    "Flow": "jetflow.types:Flow",
+    "Guidance": "jetflow.types:Guidance",
+    "Model": "jetflow.model:Model",
+    "UsageError": "jetflow.types:UsageError",
+    "bits_per_dim": "jetflow.evals.likelihoods:bits_per_dim",
+    "bench": "jetflow.tools.bench",
+    "build": "jetflow.flows.build:build",
+    "convert": "jetflow.tools.convert",
+    "load_model": "jetflow.model:load_model",
+    "plan": "jetflow.tools.plan.roofline:plan",
+    "prepare": "jetflow.data.dataset:prepare",
+    "sample": "jetflow.sampling.ancestral:sample",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'jetflow' has no attribute {name!r}")
+    return pkgutil.resolve_name(_PUBLIC[name])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -16,28 +16,37 @@ from logging import ERROR, getLogger
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jetflow import hosts, manifest
-from jetflow.types import UsageError
+from jetflow.types import AnyArray, UsageError
 
 T = TypeVar("T")
+
+WEIGHTS = ("params", "ema")  # the fields of a state that must be finite
 
 
 class Damage(Exception):
     """A checkpoint is not what was saved; the message names the cause."""
 
 
+class NotFinite(Exception):
+    """The parameters of a state are not finite, so it was not saved."""
+
+
 class Checkpoints:
     """The checkpoints under one directory, saved in the background; a context manager.
 
-    Only `save` creates or deletes anything, so that `sample` and `evaluate` may read the directory
-    of a run in progress. Every method must be called on all processes alike.
+    Only `save` creates or deletes anything, so `sample` and `evaluate` may read the directory of a
+    run in progress. All processes must make the same calls. The end of the context waits for the
+    save in progress, and raises if it failed.
 
     Args:
         directory: a local path or a bucket URL, shared by all processes.
@@ -53,8 +62,10 @@ class Checkpoints:
         newest = preservation_policy.LatestN(keep)
         milestones = [preservation_policy.EveryNSteps(keep_every)] if keep_every else []
         self._policy = preservation_policy.AnyPreservationPolicy([newest, *milestones])
-        self._manager: ocp.CheckpointManager | None = None
-        self._sound: dict[int, str] = {}  # step -> digest, of what this object wrote or verified
+        self._manager: ocp.CheckpointManager | None = None  # which would create the directory
+        self._sound: dict[
+            int, dict
+        ] = {}  # step -> its arrays, as this object wrote or verified them
         self._damaged: set[int] = set()
         # Keeps Orbax's reports of its progress and its options off the terminal.
         self._quiet = lambda line: "/orbax/" not in line.pathname or line.levelno >= ERROR
@@ -63,11 +74,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception):
-        self.close()
-
-    def close(self) -> None:
-        """Waits for the save in progress; raises if it failed."""
+    def __exit__(self, *_) -> None:
         try:
             if self._manager is not None:
                 self._manager.close()
@@ -76,7 +83,7 @@ class Checkpoints:
             logging.get_absl_logger().removeFilter(self._quiet)
 
     def wait(self) -> None:
-        """Blocks until the save in progress is on disk; raises if it failed."""
+        """Wait until the save in progress is on disk; raise if it failed."""
         if self._manager is not None:
             self._manager.wait_until_finished()
 
@@ -89,52 +96,55 @@ class Checkpoints:
         """The newest step on disk (its arrays unverified), or None."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, config: dict, *, wait: bool = False) -> None:
-        """Copies `state` to the host and writes it in the background.
+    def save(self, step: int, state: Any, config: dict) -> None:
+        """Copy `state` to the host and write it in the background.
 
         `state` may be donated as soon as this returns: on an accelerator the copy is complete by
         then; on the CPU it is a view, and XLA does not reuse a buffer while there is a view of it.
 
-        A step that this object wrote or verified with the same content is left alone; any other
+        A step that this object wrote or verified with the same arrays is left alone; any other
         checkpoint of this step is replaced. Steps that `restore` found damaged are deleted: they
         must neither count among the newest ones nor come back at the next start.
 
         Args:
-            step: the number of the step, the name of the checkpoint.
+            step: the name of the checkpoint.
             state: a dataclass or dict of fields, each any pytree of `jax.Array`s.
-            config: anything that JSON can hold.
-            wait: return only when the checkpoint is on disk.
+            config: of the run, for people who read the record; anything that JSON can hold.
+
+        Raises:
+            NotFinite: there are parameters, or averages of them, that are not finite.
         """
         arrays = manifest.flatten(state)
+        if not _are_finite([arrays[path] for path in arrays if path.split("/")[0] in WEIGHTS]):
+            raise NotFinite("the parameters are not finite")
         content = {"config": config, "arrays": manifest.describe(arrays)}
         record = manifest.seal(json.loads(json.dumps(content)))
-        manager = self._open_manager()
-        manager.wait_until_finished()
-        for damaged in self._damaged.intersection(manager.all_steps()):
-            manager.delete(damaged)
+        if self._manager is None:
+            self._manager = _make_manager(self.directory, self._policy)
+        self.wait()
+        for damaged in self._damaged.intersection(self._manager.all_steps()):
+            self._manager.delete(damaged)
         self._damaged.clear()
-        if step in manager.all_steps():
-            if self._sound.get(step) == record["digest"]:
+        if step in self._manager.all_steps():
+            if self._sound.get(step) == record["arrays"]:
                 return
-            manager.delete(step)
+            self._manager.delete(step)
         items = {"state": ocp.args.PyTreeSave(arrays), "record": ocp.args.JsonSave(record)}
         # Without force, Orbax skips a step older than the newest one in silence.
-        manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self._sound[step] = record["digest"]
-        if wait:
-            manager.wait_until_finished()
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._sound[step] = record["arrays"]
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, int]:
-        """Reads the newest sound checkpoint, or the one of `step`.
+        """Read the newest sound checkpoint, or the one of `step`.
 
         A damaged checkpoint is logged as a warning and the one before it is tried, unless `step`
         was asked for.
 
         Args:
-            abstract_state: a dataclass or dict of the wanted fields: pytrees of
-                `jax.ShapeDtypeStruct`s (or arrays) whose shardings the result takes; without
-                one, the first local device. Each field must hold exactly what it held when it
-                was saved; fields that are not named are not read: `{"params": …}` is enough.
+            abstract_state: a dataclass or dict of the wanted fields, pytrees of
+                `jax.ShapeDtypeStruct`s (or arrays) whose shardings the result takes; without one,
+                the first local device. A field must hold exactly what it held when it was saved.
+                Other fields are not read: `{"params": …}` is enough.
             step: the step to read, and no other.
 
         Returns:
@@ -143,26 +153,8 @@ class Checkpoints:
         Raises:
             UsageError: there is no checkpoint, or none that is sound, or it does not fit.
         """
-        return self._newest_sound(step, lambda step: self._restore(step, abstract_state))
-
-    def restore_config(self) -> dict:
-        """The config saved with the newest checkpoint; raises as `restore`."""
-        return self._newest_sound(None, lambda step: self._read_record(step)["config"])[0]
-
-    def _open_manager(self) -> ocp.CheckpointManager:
-        if self._manager is None:
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
-                cleanup_tmp_directories=True,
-                lightweight_initialize=True,
-                save_root_metadata=False,
-            )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
-        return self._manager
-
-    def _newest_sound(self, step: int | None, read: Callable[[int], T]) -> tuple[T, int]:
         self.wait()
-        steps = hosts.agreed_numbers(self.steps())
+        steps = hosts.agreed(self.steps())
         if not steps:
             raise UsageError(
                 f"no checkpoint in {self.directory}; train first with "
@@ -173,7 +165,7 @@ class Checkpoints:
         for candidate in reversed(steps) if step is None else [step]:
             hosts.wait_to_see(self.directory / str(candidate))
             try:
-                return read(candidate), candidate
+                return self._restore(candidate, abstract_state), candidate
             except Damage as damage:
                 self._damaged.add(candidate)
                 message = f"checkpoint {candidate} in {self.directory} is damaged: {damage}"
@@ -187,49 +179,62 @@ class Checkpoints:
         )
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
-        record = self._read_record(step)
+        directory = self.directory / str(step)
+        record = _everywhere(lambda: _read_record(directory / "record"))
         wanted = manifest.flatten(abstract_state)
-        fields = manifest.fields(abstract_state)
+        fields = abstract_state if isinstance(abstract_state, dict) else vars(abstract_state)
         entries = record["arrays"].items()
-        stored = {path: entry for path, entry in entries if path.split("/", 1)[0] in fields}
+        stored = {path: entry for path, entry in entries if path.split("/")[0] in fields}
         _check_fit(stored, manifest.types(wanted), f"checkpoint {step} in {self.directory}")
-        arrays = _everywhere(lambda: _read_arrays(self.directory / str(step) / "state", wanted))
+        arrays = _everywhere(lambda: _read_arrays(directory / "state", wanted))
         for path, entry in manifest.describe(arrays).items():
             if entry != stored[path]:
                 raise Damage(f"the checksum of {path} is {entry[1]}, not {stored[path][1]}")
         if len(arrays) == len(record["arrays"]):
-            self._sound[step] = record["digest"]
+            self._sound[step] = record["arrays"]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
 
-    def _read_record(self, step: int) -> dict:
-        def read() -> dict:
-            directory = self.directory / str(step) / "record"
-            record = dict(ocp.JsonCheckpointHandler().restore(directory))
-            if record != manifest.seal({"config": record["config"], "arrays": record["arrays"]}):
-                raise Damage("its record does not match the record's digest")
-            return record
 
-        return _everywhere(read)
+def _make_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        cleanup_tmp_directories=True,
+        lightweight_initialize=True,
+        save_root_metadata=False,
+    )
+    return ocp.CheckpointManager(directory, options=options)
 
 
-def _check_fit(stored: dict[str, list[str]], wanted: dict[str, str], where: str) -> None:
-    """Raises UsageError unless the checkpoint holds the wanted arrays, and only them."""
-    there = {path: kind for path, (kind, _) in stored.items()}
-    differing = [path for path in {**wanted, **there} if wanted.get(path) != there.get(path)]
+@jax.jit
+def _are_finite(arrays: list[Shaped[AnyArray, "..."]]) -> Bool[Array, ""]:
+    return jnp.array([jnp.isfinite(array).all() for array in arrays]).all()
+
+
+def _read_record(directory: epath.Path) -> dict:
+    record = dict(ocp.JsonCheckpointHandler().restore(directory))
+    if record != manifest.seal({"config": record["config"], "arrays": record["arrays"]}):
+        raise Damage("its record does not match the record's digest")
+    return record
+
+
+def _check_fit(stored: dict[str, list[str]], wanted: dict[str, str], checkpoint: str) -> None:
+    """Raise a UsageError unless the checkpoint holds the wanted arrays, and only them."""
+    absent = ["absent"]
+    differing = [
+        f"{path} is {stored.get(path, absent)[0]} there and {wanted.get(path, 'absent')} here"
+        for path in {**wanted, **stored}
+        if stored.get(path, absent)[0] != wanted.get(path)
+    ]
     if differing:
-        shown = [
-            f"{path} is {there.get(path, 'absent')} there and {wanted.get(path, 'absent')} here"
-            for path in differing[:3]
-        ]
         more = [f"and {len(differing) - 3} more"] if len(differing) > 3 else []
         raise UsageError(
-            f"{where} does not fit this config: {'; '.join(shown + more)}; "
+            f"{checkpoint} does not fit this config: {'; '.join(differing[:3] + more)}; "
             "use the config of that run, or another --workdir"
         )
 
 
 def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-    """Restores the wanted paths onto their shardings; each process reads its own shards.
+    """Restore the wanted paths onto their shardings; each process reads its own shards.
 
     `CheckpointManager.restore` ends in a barrier, at which the other processes would wait for ever
     for one that cannot read its shards; its handler does not.

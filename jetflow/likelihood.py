@@ -1,12 +1,16 @@
 """From latents to likelihoods: the prior, nats per example, bits per dimension."""
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-Variance = Float[Array, "T D"] | float
+from jetflow.types import AnyArray, Flow
+
+Variance = Float[AnyArray, "T D"] | float
 
 
 def prior_variance(variables) -> Variance:
@@ -30,6 +34,29 @@ def nll(
 def bits_per_dim(nats: Float[Array, "B"], z: Float[Array, "B T D"]) -> Float[Array, "B"]:
     """Nats of an example to bits per dimension of its latent z."""
     return nats / (math.prod(z.shape[1:]) * math.log(2))
+
+
+def eval_step(
+    flow: Flow, variables: Any, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None
+) -> Float[Array, "B"]:
+    """Bits per dimension of each example, at given pixel values."""
+    return eval_parts(flow, variables, x, label)[0]
+
+
+def eval_parts(
+    flow: Flow, variables: Any, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None
+) -> tuple[Float[Array, "B"], Float[Array, "P B"]]:
+    """Bits per dimension of each example, and what each part of the flow contributes to them.
+
+    The parts are the prior, the preprocessing, and the blocks in the order in which an image goes
+    through them; of a Jet, its couplings. They add up to the whole.
+    """
+    z, logdet, block_logdets, _ = flow.apply(variables, x, label, method="forward_blocks")
+    variance = prior_variance(variables)
+    pixels = jnp.full((1, *logdet.shape), flow.pixel_logdet, logdet.dtype)
+    parts = jnp.concatenate([prior_nll(z, variance)[None], -pixels, -block_logdets])
+    bits = bits_per_dim(nll(z, logdet, variance), z)
+    return bits, jax.vmap(lambda part: bits_per_dim(part, z))(parts)
 
 
 def importance_weighted(bits: Float[np.ndarray, "K N"], dimensions: int) -> Float[np.ndarray, "N"]:

@@ -1,7 +1,7 @@
-"""What is recorded of a state's arrays, so that a restored one can be checked against it.
+"""What a checkpoint records of its arrays, so that restored ones can be checked against it.
 
-An array is named by its path in the tree ("params/dense/kernel"); of each, its type, shape and a
-checksum are noted, and a digest seals the notes themselves.
+An array is named by its path in the tree, such as "params/dense/kernel". Its type, shape and a
+checksum are recorded, and a digest seals the record itself.
 """
 
 import hashlib
@@ -16,20 +16,10 @@ from jaxtyping import Array, Shaped, UInt32
 from jetflow.types import AnyArray
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def fields(tree: Any) -> set[str]:
-    """The names of the top-level fields, also of those that hold no array."""
-    is_field = lambda node: node is not tree  # noqa: E731
-    return {_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_field)[0]}
-
-
 def flatten(tree: Any) -> dict[str, Any]:
     """Path -> leaf, in the order of the tree's leaves."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    flat = {_name(path): leaf for path, leaf in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
     if len(flat) < len(leaves):
         raise ValueError('two leaves of the state share a path; avoid "/" in the keys of its dicts')
     return flat
@@ -44,7 +34,7 @@ def types(arrays: dict[str, Any]) -> dict[str, str]:
 
 
 def describe(arrays: dict[str, Any]) -> dict[str, list[str]]:
-    """Path -> [type and shape, checksum]: what the record says of each array."""
+    """Path -> [type and shape, checksum]."""
     sums = jax.device_get({path: checksum(array) for path, array in arrays.items()})
     return {path: [kind, f"{int(sums[path]):08x}"] for path, kind in types(arrays).items()}
 

@@ -29,8 +29,8 @@ def option(
     help: str = "",
     *,
     choices: Sequence[str] = (),
-    least: float | None = None,
-    most: float | None = None,
+    least: int | float | None = None,
+    most: int | float | None = None,
     example: str = "",
 ) -> Any:
     """A field of an `Options` class.
@@ -105,11 +105,11 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _in_range(value: Any, least: float | None, most: float | None) -> bool:
+def _in_range(value: Any, least: int | float | None, most: float | None) -> bool:
     if least is None and most is None:
         return True
     return (-math.inf if least is None else least) <= value <= (math.inf if most is None else most)
 
 
-def _text(bound: float | None) -> str:
+def _text(bound: int | float | None) -> str:
     return "" if bound is None else f"{bound:g}" if isinstance(bound, float) else str(bound)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 NO_LABEL = -1
 
 AnyArray: TypeAlias = np.ndarray | Array
+Config: TypeAlias = Any  # an ml_collections ConfigDict: sections of fields, as configs/base.py has
 
 
 class UsageError(ValueError):
@@ -88,6 +89,39 @@ class Decoding:
     cache_dtype: str | None = None
 
 
+class BlockOutputs(NamedTuple):
+    """The forward pass of K blocks, where each coupling of a Jet is one.
+
+    Attributes:
+        z, logdet: as `forward` returns them.
+        block_logdets: of each block, in nats, in the order of the blocks.
+        block_scales: the root mean square of what each block puts out.
+    """
+
+    z: Float[Array, "B T D"]
+    logdet: Float[Array, "B"]
+    block_logdets: Float[Array, "K B"]
+    block_scales: Float[Array, "K"]
+
+
+class BlockInputs(NamedTuple):
+    """The inverse of K blocks, where each coupling of a Jet is one.
+
+    Attributes:
+        x, logdet: as `inverse` returns them.
+        tokens: what each block's inverse puts out, in the order of sampling: the last block first.
+        sweeps: evaluations of each block's net, in the order of the blocks.
+        residuals: of each block, the largest change of a guess that was accepted, as the tolerance
+            of a `Decoding` measures it.
+    """
+
+    x: Array  # [B, H, W, C], or the tokens [B, T, D] of a block alone
+    logdet: Float[Array, "B"]
+    tokens: Float[Array, "K B T D"]
+    sweeps: Int[Array, "K"]
+    residuals: Float[Array, "K"]
+
+
 @runtime_checkable
 class Flow(Protocol):
     """An invertible map between images in pixel units and latent tokens.
@@ -144,6 +178,12 @@ class Flow(Protocol):
         """Image to latent, and log |det ∂z/∂x| in nats."""
         ...
 
+    def forward_blocks(
+        self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None
+    ) -> BlockOutputs:
+        """`forward`, and what there is to know of each block."""
+        ...
+
     def inverse(
         self,
         z: Float[Array, "B T D"],
@@ -156,4 +196,14 @@ class Flow(Protocol):
         Args:
             decoding: of each block; default: token by token.
         """
+        ...
+
+    def inverse_blocks(
+        self,
+        z: Float[Array, "B T D"],
+        label: Int[Array, "B"] | None = None,
+        guidance: Guidance | None = None,
+        decoding: Sequence[Decoding] | None = None,
+    ) -> BlockInputs:
+        """`inverse`, and what there is to know of each block."""
         ...

@@ -76,7 +76,7 @@ def random_variables(flow: Stack, dtype=jnp.float64, seed: int = 0) -> dict[str,
         return jnp.asarray((usual + 0.1 * rng.standard_normal(leaf.shape)).astype(dtype))
 
     shapes = jax.eval_shape(init)
-    others = [name for name in shapes if name not in ("params", "intermediates")]
+    others = [name for name in shapes if name != "params"]
     # Compiled without the random numbers of the parameters, whose compilation takes seconds.
     rest = jit(lambda: {name: init()[name] for name in others})() if others else {}
     return {"params": jax.tree_util.tree_map_with_path(draw, shapes["params"]), **rest}

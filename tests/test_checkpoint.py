@@ -2,10 +2,8 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax
@@ -17,7 +15,7 @@ import pytest
 from etils import epath
 
 from jetflow import checkpoint, manifest
-from jetflow.checkpoint import Checkpoints
+from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.types import UsageError
 
 # A failed restore must not litter the terminal with the tracebacks of Orbax's other reads.
@@ -35,19 +33,23 @@ class State:
     collections: Any
 
 
-def make_state(step: int, ema: bool = False, width: int = 32) -> State:
+def make_state(step: int, ema: bool = True) -> State:
     keys = jax.random.split(jax.random.key(step), 3)
     params = {
-        "dense": {"kernel": jax.random.normal(keys[0], (width, 48)), "bias": jnp.ones(48) / step},
+        "dense": {"kernel": jax.random.normal(keys[0], (32, 48)), "bias": jnp.ones(48) / step},
         "half": jax.random.normal(keys[1], (7, 3), jnp.bfloat16),
     }
     optimizer = optax.adam(1e-3, mu_dtype=jnp.bfloat16).init(params)
-    optimizer = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf) * step, optimizer)
-    constants = {"order": jax.random.permutation(keys[2], 48), "mask": jnp.arange(5) % 2 == 0}
+    words = jnp.array([0x7FC00001, 0xFF800000, 0x80000000, 0x00000001, 0x7F800001], jnp.uint32)
+    constants = {
+        "order": jax.random.permutation(keys[2], 48),
+        "mask": jnp.arange(5) % 2 == 0,
+        "special": jax.lax.bitcast_convert_type(words, jnp.float32),
+    }
     return State(
         step=jnp.int32(step),
         params=params,
-        optimizer=optimizer,
+        optimizer=jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf) * step, optimizer),
         ema=jax.tree.map(lambda leaf: leaf * 0.5, params) if ema else None,
         collections={"constants": constants, "empty": {}},
     )
@@ -58,6 +60,7 @@ def abstract(tree: Any) -> Any:
 
 
 def assert_same(actual: Any, expected: Any) -> None:
+    """Equal in every bit, of NaNs too."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for left, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (left.dtype, left.shape) == (right.dtype, right.shape)
@@ -68,6 +71,11 @@ def save_steps(directory, *steps: int) -> None:
     with Checkpoints(directory, keep=len(steps)) as checkpoints:
         for step in steps:
             checkpoints.save(step, make_state(step), CONFIG)
+
+
+def restore(directory, step=None) -> tuple[State, int]:
+    with Checkpoints(directory) as checkpoints:
+        return checkpoints.restore(abstract(make_state(1)), step)
 
 
 @pytest.fixture
@@ -82,48 +90,33 @@ def warnings(monkeypatch) -> list[str]:
 
 def run_python(source: str, *args) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", source, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 # Round trips
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_round_trip(tmp_path, ema):
+def test_round_trip_of_a_state_and_of_its_parts(tmp_path, ema):
     state = make_state(3, ema)
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         assert checkpoints.latest() is None
-        checkpoints.save(3, state, CONFIG, wait=True)
-        assert checkpoints.latest() == 3
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        with pytest.raises(
+            UsageError, match=r"no checkpoint in .*; train first .* --workdir .*run`"
+        ):
+            checkpoints.restore(abstract(state))
+        assert not (tmp_path / "run").exists()
+        checkpoints.save(3, state, CONFIG)
         restored, step = checkpoints.restore(abstract(state))
-        assert step == 3
+        assert step == checkpoints.latest() == 3
         assert_same(restored, state)
-        assert_same(checkpoints.restore(state)[0], state)  # concrete arrays as the template
-        assert checkpoints.restore_config() == CONFIG
-
-
-def test_special_values_keep_their_bits(tmp_path):
-    words = jnp.array([0x7FC00001, 0xFF800000, 0x80000000, 0x00000001, 0x7F800001], jnp.uint32)
-    state = {"params": {"odd": jax.lax.bitcast_convert_type(words, jnp.float32)}}
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(0, state, {})
-        assert_same(checkpoints.restore(abstract(state))[0], state)
-
-
-def test_a_part_of_the_state(tmp_path):
-    state = make_state(2, ema=True)
-    save_steps(tmp_path, 1)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(2, state, CONFIG)
         part = {"ema": state.ema, "collections": state.collections}
-        restored, step = checkpoints.restore(abstract(part))
-        assert step == 2
-        assert_same(restored, part)
-        with pytest.raises(UsageError, match=r"ema/dense/bias is float32\[48\] there and absent"):
-            checkpoints.restore({"params": abstract(state.params), "ema": None})
-        with pytest.raises(UsageError, match=r"ema/dense/bias is absent there and float32\[48\]"):
-            checkpoints.restore(abstract(part), 1)
+        assert_same(checkpoints.restore(part)[0], part)
+        with pytest.raises(UsageError, match=r"ema/dense/bias is (float32\[48\]|absent) there"):
+            checkpoints.restore({"ema": None if ema else state.params})
+    record = json.loads((tmp_path / "run/checkpoints/3/record/metadata").read_text())
+    assert record["config"] == CONFIG
+    assert record["arrays"]["optimizer/0/mu/dense/kernel"][0] == "bfloat16[32,48]"
 
 
 def test_donation_right_after_saving(tmp_path):
@@ -134,10 +127,7 @@ def test_donation_right_after_saving(tmp_path):
         checkpoints.save(0, state, {})
         for _ in range(5):
             state = step(state)
-        restored, _ = checkpoints.restore(abstract(state))
-        assert_same(restored, expected)
-        before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), step(restored))
-        assert_same(step(checkpoints.restore(abstract(state))[0]), before)
+        assert_same(checkpoints.restore(abstract(state))[0], expected)
 
 
 SHARDINGS = """
@@ -151,16 +141,14 @@ from jetflow.manifest import checksum
 
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 values = {"a": np.random.default_rng(0).normal(size=(512, 256)).astype("float32")}
-specs = [P(), P("data"), P(None, "model"), P("model", "data"), P(("data", "model")), None]
+specs = [P(), P("data"), P("model", "data"), P(("data", "model")), None]
 sums = set()
-step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 2, state), donate_argnums=0)
 with Checkpoints(sys.argv[1], keep=99) as checkpoints:
     for i, spec in enumerate(specs):
         place = jax.devices()[0] if spec is None else NamedSharding(mesh, spec)
         state = {"params": jax.device_put(values, place)}
         sums.add(int(checksum(state["params"]["a"])))
         checkpoints.save(i, state, {})
-        step(state)
     assert len(sums) == 1, sums
     for i in range(len(specs)):
         for spec in specs:
@@ -200,23 +188,13 @@ def test_a_bit_that_orbax_misses(tmp_path, warnings):
     flip(biggest_file(tmp_path / "2" / "state"))
     flat = manifest.flatten(make_state(2))
     raw = checkpoint._read_arrays(epath.Path(tmp_path / "2" / "state"), flat)
-    assert sum(not np.array_equal(raw[path], flat[path]) for path in flat) == 1
-    with Checkpoints(tmp_path) as checkpoints:
-        restored, step = checkpoints.restore(abstract(make_state(1)))
+    bits = lambda array: np.asarray(array).tobytes()  # noqa: E731
+    assert sum(bits(raw[path]) != bits(flat[path]) for path in flat) == 1
+    restored, step = restore(tmp_path)
     assert step == 1
     assert_same(restored, make_state(1))
-    assert len(warnings) == 1
-    assert "checkpoint 2 in" in warnings[0]
-    assert "the checksum of " in warnings[0]
-
-
-def test_arrays_of_another_step(tmp_path, warnings):
-    save_steps(tmp_path, 1, 2, 3)
-    shutil.rmtree(tmp_path / "3" / "state")
-    shutil.copytree(tmp_path / "2" / "state", tmp_path / "3" / "state")
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(abstract(make_state(1)))[1] == 2
-    assert "the checksum of " in warnings[0]
+    (warning,) = warnings
+    assert "checkpoint 2 in" in warning and "the checksum of " in warning
 
 
 # Not `quiet`: once in a thousand reads TensorStore answers when the event loop is closed already.
@@ -224,76 +202,44 @@ def test_arrays_of_another_step(tmp_path, warnings):
 def test_every_file(tmp_path, harm, warnings):
     """Whichever file is harmed: the state is that of the step, or the step is passed over."""
     save_steps(tmp_path / "whole", 1, 2)
-    noticed = 0
     files = [path for path in (tmp_path / "whole" / "2").rglob("*") if path.is_file()]
     assert len(files) > 8
+    noticed = 0
     for file in files:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(tmp_path / "whole", tmp_path / "copy")
         harm(tmp_path / "copy" / file.relative_to(tmp_path / "whole"))
         warnings.clear()
-        with Checkpoints(tmp_path / "copy") as checkpoints:
-            restored, step = checkpoints.restore(abstract(make_state(1)))
+        restored, step = restore(tmp_path / "copy")
         assert_same(restored, make_state(step))
         assert len(warnings) == 2 - step
         noticed += 2 - step
     assert noticed >= 3  # the record, the index and the data
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda text: text.replace("0.0003", "0.0004"),
-        lambda text: text.replace("float32[32,48]", "float32[32,49]"),
-        lambda text: text.replace("params/half", "params/calf"),
-        lambda text: text[:-1],
-        lambda text: "[]",
-        lambda text: "",
-    ],
-)
-def test_a_changed_record(tmp_path, edit, warnings):
+@pytest.mark.parametrize("old, new", [("0.0003", "0.0004"), ("[32,48]", "[32,49]"), ("{", "")])
+def test_a_changed_record(tmp_path, old, new, warnings):
     save_steps(tmp_path, 1, 2)
     path = tmp_path / "2" / "record" / "metadata"
-    text = path.read_text()
-    assert edit(text) != text
-    path.write_text(edit(text))
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(abstract(make_state(1)))[1] == 1
-        assert len(warnings) == 1
-        assert checkpoints.restore_config() == CONFIG
+    path.write_text(path.read_text().replace(old, new))
+    assert restore(tmp_path)[1] == 1
+    assert len(warnings) == 1
 
 
 @quiet
-def test_no_fallback_for_a_named_step(tmp_path):
+def test_no_fallback_for_a_named_step_nor_where_all_are_damaged(tmp_path, warnings):
     save_steps(tmp_path, 1, 2)
     shutil.rmtree(tmp_path / "2" / "state")
-    with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(UsageError, match=r"checkpoint 2 in .* is damaged: .*steps there: \[1]"):
-            checkpoints.restore(abstract(make_state(1)), 2)
-        with pytest.raises(UsageError, match=r"no checkpoint of step 5 in .*; it has \[1, 2]"):
-            checkpoints.restore(abstract(make_state(1)), 5)
-        assert checkpoints.restore(abstract(make_state(1)), 1)[1] == 1
-
-
-@quiet
-def test_nothing_left(tmp_path, warnings):
-    save_steps(tmp_path, 1, 2)
-    for step in (1, 2):
-        truncate(biggest_file(tmp_path / str(step) / "state"))
-    with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(UsageError, match=r"every checkpoint in .* \(steps \[1, 2]"):
-            checkpoints.restore(abstract(make_state(1)))
-        assert len(warnings) == 2
-        assert checkpoints.steps() == [1, 2]  # reading deletes nothing
-
-
-def test_no_checkpoint_at_all(tmp_path):
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        assert checkpoints.steps() == []
-        remedy = "train first with `jetflow train --config … --workdir .*/run`"
-        with pytest.raises(UsageError, match=f"no checkpoint in .*{remedy}"):
-            checkpoints.restore(abstract(make_state(1)))
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match=r"checkpoint 2 in .* is damaged: .*steps there: \[1]"):
+        restore(tmp_path, 2)
+    with pytest.raises(UsageError, match=r"no checkpoint of step 5 in .*; it has \[1, 2]"):
+        restore(tmp_path, 5)
+    assert restore(tmp_path, 1)[1] == 1
+    truncate(biggest_file(tmp_path / "1" / "state"))
+    with pytest.raises(UsageError, match=r"every checkpoint in .* \(steps \[1, 2]"):
+        restore(tmp_path)
+    assert len(warnings) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}  # reading deletes nothing
 
 
 def test_memory_errors_are_not_damage(tmp_path, monkeypatch):
@@ -303,30 +249,19 @@ def test_memory_errors_are_not_damage(tmp_path, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
     monkeypatch.setattr(checkpoint, "_read_arrays", exhausted)
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(jax.errors.JaxRuntimeError):
-        checkpoints.restore(abstract(make_state(1)))
-
-
-# Another config
-
-
-def with_params(state: State, **changes) -> State:
-    return state.replace(params={**state.params, **changes})
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        restore(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: with_params(state, half=jnp.zeros((7, 4), jnp.bfloat16)),
-         r"params/half is bfloat16\[7,3\] there and bfloat16\[7,4\] here"),
-        (lambda state: with_params(state, half=jnp.zeros((7, 3))),
+        (lambda state: {"params": {**state.params, "half": jnp.zeros((7, 3))}},
          r"params/half is bfloat16\[7,3\] there and float32\[7,3\] here"),
-        (lambda state: with_params(state, new=jnp.zeros(3)),
+        (lambda state: {"params": {**state.params, "new": jnp.zeros(3)}},
          r"params/new is absent there and float32\[3\] here"),
-        (lambda state: state.replace(optimizer=optax.sgd(1.0, momentum=0.9).init(state.params)),
+        (lambda state: {"optimizer": optax.sgd(1.0, momentum=0.9).init(state.params)},
          r"optimizer/0/trace/dense/bias is absent there .*; and \d+ more; use the config"),
-        (lambda state: state.replace(collections={}),
-         r"collections/constants/mask is bool\[5\] there and absent here"),
     ],
 )  # fmt: skip
 def test_another_config_is_not_damage(tmp_path, change, message, warnings):
@@ -349,24 +284,21 @@ def test_retention(tmp_path):
             checkpoints.save(step, {"params": jnp.full(3, step)}, {})
         checkpoints.wait()
         assert checkpoints.steps() == [4, 8, 10, 11]
-        checkpoints.save(9, {"params": jnp.full(3, 9)}, {}, wait=True)  # older, yet the last saved
+        checkpoints.save(9, {"params": jnp.full(3, 9)}, {})  # older, yet the last saved
+        checkpoints.wait()
         assert checkpoints.steps() == [4, 8, 9, 11]
-        for step in checkpoints.steps():
-            assert_same(checkpoints.restore({"params": jnp.zeros(3, int)}, step)[0]["params"],
-                        jnp.full(3, step))  # fmt: skip
 
 
-def test_an_interrupted_save_is_ignored(tmp_path):
-    save_steps(tmp_path, 1)
-    shutil.copytree(tmp_path / "1", tmp_path / "5.orbax-checkpoint-tmp")
-    (tmp_path / "notes_7").mkdir()
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest() == 1
-        assert checkpoints.restore(abstract(make_state(1)))[1] == 1
-        assert (tmp_path / "5.orbax-checkpoint-tmp").exists()  # perhaps another process saves
-        checkpoints.save(2, make_state(2), CONFIG, wait=True)
-        assert not (tmp_path / "5.orbax-checkpoint-tmp").exists()
-        assert checkpoints.steps() == [1, 2]
+@pytest.mark.parametrize("field", ["params", "ema"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, field):
+    state = make_state(2)
+    broken = {**getattr(state, field), "half": jnp.full((7, 3), jnp.inf, jnp.bfloat16)}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, make_state(1), CONFIG)
+        with pytest.raises(NotFinite):
+            checkpoints.save(2, state.replace(**{field: broken}), CONFIG)
+        checkpoints.wait()
+        assert checkpoints.steps() == [1]
 
 
 KILLED = """
@@ -374,31 +306,26 @@ import os, signal, sys, jax
 from jetflow.checkpoint import Checkpoints
 make = jax.jit(lambda i: {"params": jax.random.normal(jax.random.key(i), (1 << 22,))})
 checkpoints = Checkpoints(sys.argv[1])
-checkpoints.save(1, make(1), {}, wait=True)
+checkpoints.save(1, make(1), {})
 checkpoints.save(2, make(2), {})
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_killed_while_saving(tmp_path):
+def test_an_interrupted_save_is_ignored(tmp_path):
     assert run_python(KILLED, tmp_path).returncode == -9
+    shutil.copytree(tmp_path / "1", tmp_path / "5.orbax-checkpoint-tmp")
     with Checkpoints(tmp_path) as checkpoints:
-        restored, step = checkpoints.restore(
-            {"params": jax.ShapeDtypeStruct((1 << 22,), "float32")}
-        )
-    np.testing.assert_array_equal(
-        restored["params"], jax.random.normal(jax.random.key(step), (1 << 22,))
-    )
-
-
-def test_a_damaged_step_is_saved_again(tmp_path, warnings):
-    save_steps(tmp_path, 1, 2)
-    flip(biggest_file(tmp_path / "2" / "state"))
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(abstract(make_state(1)))[1] == 1
-        checkpoints.save(2, make_state(2), CONFIG)
-        assert_same(checkpoints.restore(abstract(make_state(2)))[0], make_state(2))
-    assert len(warnings) == 1
+        shape = {"params": jax.ShapeDtypeStruct((1 << 22,), "float32")}
+        restored, step = checkpoints.restore(shape)
+        assert step in (1, 2)
+        expected = jax.random.normal(jax.random.key(step), (1 << 22,))
+        np.testing.assert_array_equal(restored["params"], expected)
+        assert (tmp_path / "5.orbax-checkpoint-tmp").exists()  # perhaps another process saves
+        checkpoints.save(6, make_state(2), CONFIG)
+        checkpoints.wait()
+        assert not (tmp_path / "5.orbax-checkpoint-tmp").exists()
+        assert checkpoints.latest() == 6
 
 
 def test_a_damaged_step_does_not_outlive_the_next_save(tmp_path, warnings):
@@ -406,25 +333,25 @@ def test_a_damaged_step_does_not_outlive_the_next_save(tmp_path, warnings):
     truncate(tmp_path / "30" / "record" / "metadata")
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.restore(abstract(make_state(1)))[1] == 20
-        checkpoints.save(25, make_state(25), CONFIG, wait=True)
+        checkpoints.save(25, make_state(25), CONFIG)
+        checkpoints.wait()
         assert checkpoints.steps() == [20, 25]
     assert len(warnings) == 1
 
 
 def test_saving_a_step_twice(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, make_state(1), CONFIG, wait=True)
+        checkpoints.save(1, make_state(1), CONFIG)
+        checkpoints.wait()
         (tmp_path / "1" / "mark").touch()
-        checkpoints.save(1, make_state(1), CONFIG, wait=True)
-        assert (tmp_path / "1" / "mark").exists()  # the same content is left alone
-        checkpoints.save(1, make_state(2), CONFIG, wait=True)
+        checkpoints.save(1, make_state(1), {"train": {"log_every": 1}})
+        assert (tmp_path / "1" / "mark").exists()  # the same arrays are left alone
+        checkpoints.save(1, make_state(2), CONFIG)
         assert_same(checkpoints.restore(abstract(make_state(1)))[0], make_state(2))
-        checkpoints.save(1, make_state(2), {"other": 1}, wait=True)
-        assert checkpoints.restore_config() == {"other": 1}
     flip(biggest_file(tmp_path / "1" / "state"))
     with Checkpoints(tmp_path) as checkpoints:  # has not verified all of it, so writes it anew
         assert checkpoints.restore({"step": jnp.int32(0)})[1] == 1
-        checkpoints.save(1, make_state(2), {"other": 1})
+        checkpoints.save(1, make_state(2), CONFIG)
         assert_same(checkpoints.restore(abstract(make_state(1)))[0], make_state(2))
 
 
@@ -438,88 +365,23 @@ def test_bad_input_fails_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_record_is_plain_json(tmp_path):
-    save_steps(tmp_path, 1)
-    record = json.loads((tmp_path / "1" / "record" / "metadata").read_text())
-    assert record["config"] == CONFIG
-    kind, checksum = record["arrays"]["optimizer/0/mu/dense/kernel"]
-    assert kind == "bfloat16[32,48]"
-    assert len(checksum) == 8
-
-
 # The checksum
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "uint8", "bool"])
 def test_checksum_sees_every_bit_and_every_swap(dtype):
-    rng = np.random.default_rng(0)
-    values = np.asarray(jnp.asarray(rng.integers(0, 100, size=(3, 5, 2)), dtype))
-    checksum = manifest.checksum
-    whole = int(checksum(values))
-    assert whole != int(checksum(values.reshape(5, 3, 2).swapaxes(0, 1)))
-    for bit in [0] if dtype == "bool" else range(8 * values.itemsize):
-        changed = values.copy()
-        changed.view(f"uint{8 * values.itemsize}")[1, 2, 1] ^= 1 << bit
-        assert int(checksum(changed)) != whole
-    for left, right in (((0, 0, 0), (2, 4, 1)), ((0, 1, 0), (1, 0, 0)), ((1, 2, 0), (1, 2, 1))):
-        changed = values.copy()
-        changed[left], changed[right] = values[right], values[left]
-        assert (int(checksum(changed)) == whole) == (values[left] == values[right])
-
-
-def test_checksum_of_64_bits():
-    with jax.enable_x64(True):
-        values = np.random.default_rng(0).normal(size=(4, 4))
+    with jax.enable_x64(dtype == "float64"):
+        rng = np.random.default_rng(0)
+        values = np.asarray(jnp.asarray(rng.integers(0, 100, size=(3, 5, 2)), dtype))
         whole = int(manifest.checksum(values))
-        for bit in range(64):
+        assert whole != int(manifest.checksum(values.reshape(5, 3, 2).swapaxes(0, 1)))
+        for bit in [0] if dtype == "bool" else range(8 * values.itemsize):
             changed = values.copy()
-            changed.view("uint64")[3, 1] ^= np.uint64(1 << bit)
+            changed.view(f"uint{8 * values.itemsize}")[1, 2, 1] ^= np.uint64(1 << bit).astype(
+                f"uint{8 * values.itemsize}"
+            )
             assert int(manifest.checksum(changed)) != whole
-
-
-# Two processes
-
-TWO_PROCESSES = """
-import sys, jax, jax.numpy as jnp, numpy as np
-jax.config.update("jax_num_cpu_devices", 2)
-directory, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
-jax.distributed.initialize("localhost:" + port, 2, process)
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jetflow import checkpoint
-
-mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-make = lambda i: {"params": jax.random.normal(jax.random.key(i), (64, 32))}
-make_split = jax.jit(make, out_shardings=split)
-leaf = lambda sharding: {"params": jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharding)}
-
-with checkpoint.Checkpoints(directory, keep=2) as checkpoints:
-    for i in range(4):
-        checkpoints.save(i, make_split(i), {})
-    restored, step = checkpoints.restore(leaf(whole))
-    assert (step, checkpoints.steps()) == (3, [2, 3])
-    np.testing.assert_array_equal(restored["params"], make(3)["params"])
-
-    read, calls = checkpoint._read_arrays, []
-    def read_on_one_process(*args):
-        calls.append(args)
-        if process == 1 and len(calls) == 1:
-            raise OSError("only this process sees it")
-        return read(*args)
-    checkpoint._read_arrays = read_on_one_process
-    assert checkpoints.restore(leaf(split))[1] == 2
-    checkpoints.save(3, make_split(3), {})
-    assert checkpoints.restore(leaf(split))[1] == 3
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_agree(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(lambda i: run_python(TWO_PROCESSES, tmp_path, port, i), range(2)))
-    assert [result.returncode for result in results] == [0, 0], results[0].stderr
-    assert "is damaged: not readable on process 1" in results[0].stderr
-    assert "is damaged: OSError: only this process sees it" in results[1].stderr
+        for left, right in (((0, 0, 0), (2, 4, 1)), ((0, 1, 0), (1, 0, 0)), ((1, 2, 0), (1, 2, 1))):
+            changed = values.copy()
+            changed[left], changed[right] = values[right], values[left]
+            assert (int(manifest.checksum(changed)) == whole) == (values[left] == values[right])

@@ -7,7 +7,7 @@ from absl import flags
 
 from jetflow import cli
 from jetflow.cli import configs as config
-from jetflow.tools.plan import roofline as plan
+from jetflow.tools.plan import roofline
 from jetflow.training.experiment import set_up
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -40,7 +40,7 @@ def read(name: str):
 )
 def test_config_builds(name, argument):
     settings = read(f"{name}.py{argument}")
-    run = set_up(settings, plan.load)
+    run = set_up(settings, roofline.load)
     assert run.total_steps > 0
     if argument and name.startswith("photos"):
         assert settings.data.name == f"photos/{argument[1:]}"

@@ -12,10 +12,10 @@ from published import GOLDEN, assert_equal, case, settings_of, tarflow_arguments
 from jetflow import cli
 from jetflow.cli.commands import convert
 from jetflow.data.facts import FACTS
+from jetflow.model import load_model
 from jetflow.tools.convert import torch_file
 from jetflow.tools.convert.models import Published
 from jetflow.types import UsageError
-from jetflow.workdir import load_model
 
 PTH = GOLDEN / "tarflow"
 WORKDIR = GOLDEN / "jet" / "spatial_only_workdir"

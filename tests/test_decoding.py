@@ -14,10 +14,10 @@ import tiny_runs
 from flow_laws import jit
 
 import jetflow
+from jetflow import calibration
 from jetflow.flows import autoregressive
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import decodings
-from jetflow.tools.bench import sampling
 from jetflow.types import Decoding, Guidance, UsageError
 
 SHAPE = (8, 8, 1)  # 16 tokens
@@ -50,13 +50,9 @@ def setting(dtype: str = "float32", volume_preserving: bool = False, strength: f
 def inverse(how, guidance=None, *, dtype="float64", **fields):
     """Images, log-determinants, and the sweeps and residual of each block."""
     flow, variables, z = setting(dtype, **fields)
-    function = jit(functools.partial(flow.apply, method="inverse", mutable=["intermediates"]))
-    (x, logdet), sown = function(variables, z, LABELS, guidance, how)
-    stats = [
-        [float(sown["intermediates"][f"blocks_{index}"][name][0]) for index in range(2)]
-        for name in ("sweeps", "residual")
-    ]
-    return x, logdet, *stats
+    function = jit(functools.partial(flow.apply, method="inverse_blocks"))
+    x, logdet, _, sweeps, residuals = function(variables, z, LABELS, guidance, how)
+    return x, logdet, sweeps.tolist(), residuals.tolist()
 
 
 def windows_change_nothing(window: int, name: str, **fields) -> None:
@@ -118,14 +114,14 @@ def test_the_default_tolerance_is_below_a_thousandth_of_a_grey_level():
 )
 def test_the_fastest_window_is_found(seconds, best):
     """Whatever lies between: both methods that it must beat are measured."""
-    times = sampling.seconds_by_window(seconds, 256)
+    times = calibration.seconds_by_window(seconds, 256)
     assert {1, 255} <= set(times)
     assert min(times, key=times.__getitem__) == best
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_few_tokens(tokens):
-    assert min(sampling.seconds_by_window(float, tokens)) == 1
+    assert min(calibration.seconds_by_window(float, tokens)) == 1
     flow = flow_laws.tarflow((2 * tokens, 2, 1), dtype="float32", num_blocks=1)
     variables = flow_laws.random_variables(flow, jnp.float32)
     images = [

@@ -4,8 +4,7 @@ import os
 
 import pytest
 
-from jetflow.files import write_atomically
-from jetflow.workdir import write_json
+from jetflow.files import write_atomically, write_json
 
 
 def test_two_write_the_same_file(tmp_path):

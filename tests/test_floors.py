@@ -21,7 +21,7 @@ FLOORS = (
     ("data", "sampling", "pictures", "archive"),
     ("checksums", "checkpoint", "workdir", "training.step"),
     ("evals",),
-    ("model",),
+    ("model", "calibration"),
     ("training",),
     ("sweeps", "tools"),
     ("cli",),

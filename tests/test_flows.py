@@ -15,7 +15,7 @@ from jetflow.flows import coupling
 from jetflow.flows import splits as orders
 from jetflow.flows.pixels import FEATURE_ORDERS, Pixels
 from jetflow.nn import convolution
-from jetflow.training.state import abstract_variables
+from jetflow.training.step import abstract_variables
 from jetflow.types import Flow, UsageError
 
 pytestmark = pytest.mark.usefixtures("float64")

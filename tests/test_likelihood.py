@@ -1,15 +1,20 @@
 """Nats and bits: the density is one over pixel values, and bits per dimension are of it."""
 
+import functools
 import math
 
 import flow_laws
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flow_laws import jit
 from jax.scipy.stats import norm
 
+import jetflow
 from jetflow import likelihood
+from jetflow.flows.labels import check_labels
+from jetflow.types import UsageError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -61,6 +66,19 @@ def test_importance_weighting_of_densities_too_small_for_numbers():
     bits = np.array([[8.0], [8.1]])
     found = likelihood.importance_weighted(bits, 10**6)
     np.testing.assert_allclose(found, 8 + 1e-6, rtol=1e-12)
+
+
+def test_bits_per_dim_under_jit():
+    """Of a traced label shape and type are checked, and its values are used."""
+    flow = flow_laws.tarflow(num_classes=3, num_blocks=1)
+    variables, key = flow_laws.random_variables(flow), jax.random.key(0)
+    images = jnp.asarray(RNG.integers(0, 256, (3, 4, 4, 1)), jnp.uint8)
+    bits = functools.partial(jetflow.bits_per_dim, flow, variables, images, key=key)
+    label = jnp.array([0, 2, -1])
+    np.testing.assert_allclose(jit(bits)(label), bits(label), rtol=1e-12)
+    for wrong in (label[:2], label.astype(float)):
+        with pytest.raises(UsageError, match="expected one integer, or 3"):
+            jax.eval_shape(lambda label: check_labels(flow, label, 3), wrong)
 
 
 # A density over the pixel values of two-pixel images, integrated over the plane.

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jetflow import cli, environment
+from jetflow import cli, workdir
+from jetflow.files import write_json
 from jetflow.sweeps import Sweep, axis, chain, product
 from jetflow.tools.report import svg
 from jetflow.tools.report.axes import axes
@@ -29,7 +30,6 @@ from jetflow.tools.report.content import (
 from jetflow.tools.report.html import render
 from jetflow.tools.report.sweep import sweep_page
 from jetflow.training.log import read_metrics, save_png
-from jetflow.workdir import write_json
 
 
 def report(capsys, *arguments) -> str:
@@ -61,7 +61,7 @@ def test_page_of_a_run(run, capsys):
     assert (
         "flow.num_couplings325" in page.text and "optim.b1" not in page.text.partition("Whole")[0]
     )
-    (noted,) = environment.read(run)
+    (noted,) = workdir.read_environments(run)
     assert noted["from_step"] == 0 and noted["jaxlib"] in page.text
 
 
@@ -105,13 +105,13 @@ def test_no_run(name, tmp_path, capsys):
 
 
 def test_environments_are_noted_where_they_change(tmp_path, monkeypatch):
-    environment.note(tmp_path, 0)
-    environment.note(tmp_path, 5)
-    assert [one["from_step"] for one in environment.read(tmp_path)] == [0]
-    here = environment.describe()
-    monkeypatch.setattr(environment, "describe", lambda: here | {"devices": "8 x TPU v9"})
-    environment.note(tmp_path, 9)
-    known = environment.read(tmp_path)
+    workdir.note_environment(tmp_path, 0)
+    workdir.note_environment(tmp_path, 5)
+    assert [one["from_step"] for one in workdir.read_environments(tmp_path)] == [0]
+    here = workdir.environment()
+    monkeypatch.setattr(workdir, "environment", lambda: here | {"devices": "8 x TPU v9"})
+    workdir.note_environment(tmp_path, 9)
+    known = workdir.read_environments(tmp_path)
     assert [(one["from_step"], one["devices"]) for one in known] == [
         (0, here["devices"]), (9, "8 x TPU v9"),
     ]  # fmt: skip
@@ -141,7 +141,7 @@ def sweep(tmp_path):
     for index, point in enumerate(points[:5]):
         name = f"{index:03d},point"
         record = {"number": index, "name": name, "status": "done", "seconds": 2.0}
-        record |= {"environment": environment.describe(), "workdir": "runs/none"}
+        record |= {"environment": workdir.environment(), "workdir": "runs/none"}
         fid = 10 + 5 * (point["a"]["value"] - 1) ** 2 - (point["b"]["label"] == "y")
         network = {"weights_sha256": "0123456789", "published_weights": False}
         real = {"data": {"name": "digits", "checksum": "c0ffee"}}

@@ -20,8 +20,7 @@ from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.nn import transformer
 from jetflow.noise import Noise
 from jetflow.sampling.ancestral import denoised
-from jetflow.training.state import TrainState
-from jetflow.training.step import Trainer
+from jetflow.training.step import Trainer, TrainState
 from jetflow.types import Batch, Guidance
 
 # Latents are compared relative to the largest entry of the array, not entry by entry: an entry near
@@ -254,6 +253,9 @@ def training(name: str) -> Train:
             label = found.arrays.get("train_labels", np.full(images.shape[:2], -1))[index]
             label = jnp.asarray(label, jnp.int32)
             state, values = step(state, Batch(batch, label, np.arange(len(batch))))
+            values["bpd"] = values.get(
+                "objective", values["bpd"]
+            )  # with a learned prior they differ
             metrics.append([float(values[name]) for name in Trajectory._fields[:-1]])
         return Trajectory(*np.array(metrics).T, state)
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jetflow import sharding
 from jetflow.flows.build import build
 from jetflow.training.log import SPEED, read_metrics
-from jetflow.training.state import create
+from jetflow.training.step import create_state
 from jetflow.types import UsageError
 
 
@@ -136,7 +136,7 @@ PUBLISHED = {
 def test_the_state_of_a_device_falls_with_their_number(kind):
     """Parameters, their average, and both moments of the optimizer."""
     flow = build({"kind": kind, **PUBLISHED[kind]}, image_shape=(64, 64, 3))
-    make = functools.partial(create, flow, optax.adam(1e-4), seed=0, use_ema=True)
+    make = functools.partial(create_state, flow, optax.adam(1e-4), seed=0, use_ema=True)
     state = jax.eval_shape(make)
     total = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jetflow import cli
+from jetflow import cli, configs
 from jetflow.checkpoint import Checkpoints
 from jetflow.training.log import SPEED, read_metrics
 
@@ -67,6 +67,15 @@ def arguments(name: str, workdir: Path, **fields: Any) -> list[str]:
     settings = settings | {key.replace("__", "."): value for key, value in fields.items()}
     given = [f"--config.{key}={value}" for key, value in settings.items()]
     return ["train", "--config", str(ROOT / "configs" / file), *given, "--workdir", str(workdir)]
+
+
+def config(name: str, **fields: Any) -> Any:
+    """The config of the same run."""
+    file, settings = FLOWS[name]
+    config = configs.read(str(ROOT / "configs" / file))
+    for field, value in {**settings, **fields}.items():
+        configs.change(config, field.replace("__", "."), value)
+    return config
 
 
 def train(name: str, workdir: Path, **fields: Any) -> int:

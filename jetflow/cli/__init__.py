@@ -14,6 +14,7 @@ from absl import flags as absl_flags
 from jetflow import hosts
 from jetflow.cli import configs
 from jetflow.cli.flags import Command, help_text, parse
+from jetflow.tools.plan.devices import silence_libtpu
 from jetflow.types import UsageError
 
 SUMMARIES = {
@@ -39,12 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"jetflow {importlib.metadata.version('jetflow')}")
         return 0
+    silence_libtpu()
     try:
-        if (old := _transitional(argv[0])) is not None:
+        if (old := _transitional(argv)) is not None:
             return _run_old(old, argv)
         command, argv = _find(argv)
         if HELP & set(argv):
-            print(f"{SUMMARIES[argv[0].split()[0]]}\n\n{help_text(command, argv)}")
+            print(f"{SUMMARIES[argv[0].split()[0]]}\n\n{help_text(command)}")
             return 0
         options = parse(command, argv)
         with hosts.joined(saves_at_signals=argv[0] == "train"):
@@ -90,8 +92,11 @@ def _overview() -> str:
     )  # fmt: skip
 
 
-def _transitional(name: str) -> Any:
+def _transitional(argv: Sequence[str]) -> Any:
     """A command that is not yet an options class and a function; None for one that is."""
+    name = argv[0]
+    if argv[:2] == ["bench", "sample"]:
+        return importlib.import_module("jetflow.cli.commands.bench")
     if importlib.util.find_spec(f"jetflow.cli.{name}") is None and name in SUMMARIES:
         return importlib.import_module(f"jetflow.cli.commands.{name}")
     return None

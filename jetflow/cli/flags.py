@@ -1,15 +1,18 @@
 """An options class to command-line flags, and a command line to options."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from jetflow.cli import configs
+from jetflow import configs
 from jetflow.options import KINDS, Options, kind_of
 from jetflow.types import UsageError
+
+CONFIG_HELP = "FILE.py or FILE.py:ARGUMENT; --config.SECTION.FIELD=VALUE changes a field"
 
 
 class Command(NamedTuple):
@@ -34,29 +37,49 @@ def parse(command: Command, argv: Sequence[str]) -> Options:
     Raises:
         UsageError: on what is unknown, missing, superfluous or of the wrong type.
     """
-    values = _define(command, argv)
-    rest = configs.parse(values, argv)
+    fields = _fields(command)
+    words, changes = _without_changes(argv) if "config" in fields else (list(argv), {})
+    values = _define(command)
+    try:
+        rest = values(words)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(_unknown(error.flagname, command, argv[0])) from error
+    except flags.Error as error:
+        raise UsageError(str(error)) from error
     if unexpected := rest[len(command.arguments) :]:
         raise UsageError(f"unexpected argument {unexpected[0]!r}; see `jetflow {argv[0]} --help`")
     if missing := command.arguments[len(rest) :]:
         raise UsageError(f"{missing[0].upper()} is missing; expected {command.usage}")
-    given = {name: values[name].value for name in values if name in _fields(command)}
-    given |= {
-        name: kind_of(command.options, name)[0](text)
-        for name, text in zip(command.arguments, rest, strict=True)
+    texts = dict(zip(command.arguments, rest, strict=True))
+    texts |= {name: values[name].value for name in values if name in fields}
+    options = {
+        name: _parsed(command, name, text) for name, text in texts.items() if text is not None
     }
-    for name, field in _fields(command).items():
-        if given[name] is None and field.default is dataclasses.MISSING:
+    for name, field in fields.items():
+        if name not in options and field.default is dataclasses.MISSING:
             example = field.metadata["example"]
             raise UsageError(f"--{name} is missing; expected --{name} {example}")
-    return command.options(**given)
+    if changes and "config" not in options:
+        raise UsageError(f"--config.{next(iter(changes))} changes a config; give --config FILE.py")
+    for name, text in changes.items():
+        configs.change(options["config"], name, text)
+    try:
+        return command.options(**options)
+    except UsageError as error:
+        is_flag = str(error).split()[0] in fields
+        raise UsageError(f"--{error}" if is_flag else str(error)) from error
 
 
-def help_text(command: Command, argv: Sequence[str]) -> str:
+def help_text(command: Command) -> str:
     """The usage, and a line for each flag."""
-    values = _define(command, argv)
-    names = sorted({values[name].name for name in values})
-    lines = [f"  --{name}: {values[name].help}{_default(values[name])}" for name in names]
+    lines = []
+    for name, field in sorted(_fields(command).items()):
+        if name not in command.arguments:
+            choices = field.metadata["choices"]
+            text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+            shown = field.default not in (dataclasses.MISSING, None, False, ())
+            default = f" (default {_as_text(field.default)})" if shown else ""
+            lines.append(f"  --{name}: {text or CONFIG_HELP}{default}")
     return "\n".join([f"  {command.usage}", "", *lines])
 
 
@@ -64,56 +87,58 @@ def _fields(command: Command) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(command.options)}
 
 
-def _define(command: Command, argv: Sequence[str]) -> flags.FlagValues:
+def _define(command: Command) -> flags.FlagValues:
+    """Flags whose values are texts; those of switches are true, false or None."""
     values = flags.FlagValues()
     if command.arguments:
         values.set_gnu_getopt(True)  # flags may follow what is given by its place
     for name, field in _fields(command).items():
-        if name == "config":
-            configs.define(values, argv)
-        elif name not in command.arguments:
-            _define_flag(values, command.options, field)
+        if name not in command.arguments:
+            is_switch = kind_of(command.options, name)[0] is bool
+            define = flags.DEFINE_bool if is_switch else flags.DEFINE_string
+            define(name, None, field.metadata["help"], flag_values=values)
     return values
 
 
-def _define_flag(
-    values: flags.FlagValues, options: type[Options], field: dataclasses.Field
-) -> None:
-    kind, is_tuple = kind_of(options, field.name)
-    text, choices = field.metadata["help"], field.metadata["choices"]
-    if choices:
-        text = f"{text} ({', '.join(choices)})"
-    default = None if field.default is dataclasses.MISSING else field.default
-    if kind is bool:
-        flags.DEFINE_bool(field.name, default, text, flag_values=values)
-        return
-    serializer = flags.ListSerializer(",") if is_tuple else flags.ArgumentSerializer()
-    flags.DEFINE(_Parser(kind, is_tuple), field.name, default, text, values, serializer)
+def _without_changes(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """A command line without its --config.SECTION.FIELD=VALUE, and these: the last one counts."""
+    words, changes = [], {}
+    pending = list(argv)
+    while pending:
+        word = pending.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith(("--config.", "-config.")):
+            words.append(word)
+            continue
+        if not equals:  # the value is the next word, or true for a switch
+            value = "true" if not pending or pending[0].startswith("--") else pending.pop(0)
+        changes[name.partition(".")[2]] = value
+    return words, changes
 
 
-class _Parser(flags.ArgumentParser):
+def _parsed(command: Command, name: str, text: Any) -> Any:
     """A text to a value, or a text with commas to several."""
-
-    def __init__(self, kind: type, is_tuple: bool):
-        self._kind, self._is_tuple = kind, is_tuple
-
-    def flag_type(self) -> str:
-        return self._kind.__name__
-
-    def parse(self, argument: Any) -> Any:
-        if not isinstance(argument, str):
-            return argument  # a default
-        if self._is_tuple:
-            return tuple(self._value(part.strip()) for part in argument.split(",") if part.strip())
-        return self._value(argument)
-
-    def _value(self, text: str) -> Any:
-        try:
-            return Path(text).expanduser() if self._kind is Path else self._kind(text)
-        except ValueError as error:
-            raise ValueError(f"expected {KINDS[self._kind]}") from error
+    kind, is_tuple = kind_of(command.options, name)
+    if name == "config":
+        return configs.read(text)
+    if kind is bool:
+        return text
+    convert = (lambda part: Path(part).expanduser()) if kind is Path else kind
+    try:
+        if is_tuple:
+            return tuple(convert(part.strip()) for part in text.split(",") if part.strip())
+        return convert(text)
+    except ValueError as error:
+        raise UsageError(f"--{name} is {text!r}; expected {KINDS[kind]}") from error
 
 
-def _default(flag: flags.Flag) -> str:
-    silent = flag.default is None or flag.default is False or flag.default == ()
-    return "" if silent else f" (default {flag.default_as_str})"
+def _unknown(name: str, command: Command, called: str) -> str:
+    if name in configs.SECTIONS and "config" in _fields(command):
+        return f"--{name} is no flag; fields of the config are --config.{name}.…"
+    nearest = difflib.get_close_matches(name, _fields(command), n=1)
+    hint = f"did you mean --{nearest[0]}? " if nearest else ""
+    return f"--{name} is no flag of jetflow {called}; {hint}`jetflow {called} --help` lists them"
+
+
+def _as_text(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
-from jetflow.data import reading, records, sources
+from jetflow.data import processes, reading, records, sources
 from jetflow.data.prepare import UNREADABLE, is_prepared, make
 from jetflow.types import NO_LABEL, Batch, UsageError
 
@@ -214,7 +214,7 @@ def prepare(
     source, folder = sources.find(name), _root(data_dir) / name / VERSION
     if source.archives and not is_prepared(folder):
         archives = Path(manual_dir or _manual_dir(_root(data_dir))).expanduser().absolute()
-        make(source, folder, archives, workers or reading.cores())
+        make(source, folder, archives, workers or processes.cores())
     elif not source.archives:
         load(name, "train", data_dir=data_dir)
     infos = tfds.builder_from_directory(folder).info.splits

@@ -25,7 +25,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.data import reading, records
+from jetflow.data import processes, records
 from jetflow.data.archives import DAMAGE, TarMember, is_gzip
 from jetflow.data.records import Shard
 from jetflow.data.source import Contents, Member, Source
@@ -234,10 +234,10 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that are started afresh, and end with this one however it ends."""
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # the parent has threads, of JAX say
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=reading.end_with_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=processes.end_with_parent)
 
     def start() -> None:
-        with reading.blocked_signals():
+        with processes.blocked_signals():
             for _ in range(workers):
                 pool.submit(int)  # each starts a process
 

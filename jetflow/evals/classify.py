@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from jetflow import sharding
 from jetflow.data import dataset as pipeline
 from jetflow.evals.records import number
+from jetflow.likelihood import eval_step
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
-from jetflow.training.step import eval_step
 from jetflow.types import Batch, Flow
 
 

@@ -18,9 +18,8 @@ from jetflow import sharding
 from jetflow.data import dataset as pipeline
 from jetflow.evals.records import finite, number
 from jetflow.flows.labels import check_labels
-from jetflow.likelihood import importance_weighted
+from jetflow.likelihood import eval_parts, importance_weighted
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
-from jetflow.training.step import eval_parts
 from jetflow.types import Batch, Flow
 
 UNIFORM = Noise("uniform")

@@ -20,6 +20,11 @@ def widen(*arrays: Array) -> list[Array]:
     return [array.astype(dtype) for array in arrays]
 
 
+def root_mean_square(x: Float[Array, "B T D"]) -> Float[Array, ""]:
+    """The root mean square of x, as a statistic: without a gradient."""
+    return jnp.sqrt(jnp.mean(jax.lax.stop_gradient(x) ** 2))
+
+
 def normalise(x, log_scale, shift) -> TokensAndLogDet:
     """z = (x − shift)·exp(−log_scale): the autoregressive map of TarFlow."""
     x, log_scale, shift = widen(x, log_scale, shift)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jetflow.flows import affine
 from jetflow.nn.causal import KERNEL_INIT, Cache, CausalTransformer, bias_init, enlarged
 from jetflow.nn.transformer import at_least_float32
-from jetflow.types import Decoding, Guidance
+from jetflow.types import BlockInputs, BlockOutputs, Decoding, Guidance
 
 LARGEST_GUESS = 1e4  # far above any token's value, far below what overflows in a net
 SEGMENT, MOST_SEGMENTS = 64, 3  # tokens between enlargements of the cache; each is compiled anew
@@ -96,22 +96,30 @@ class AutoregressiveBlock(nn.Module):
             bias_init=bias_init(self.width),
         )
 
-    def forward(self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None):
+    def forward(self, x, label):
+        return self.forward_blocks(x, label)[:2]
+
+    def forward_blocks(
+        self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None
+    ) -> BlockOutputs:
         """All tokens at once."""
         x = self._in_order(x)
         log_scale, shift = self._predict(x, label)
         z, logdet = affine.normalise(x, log_scale, shift)
-        self.sow("intermediates", "output_scale", jnp.sqrt(jnp.mean(z**2)))
-        self.sow("intermediates", "logdet", logdet)
-        return self._in_order(z), logdet
+        return BlockOutputs(
+            self._in_order(z), logdet, logdet[None], affine.root_mean_square(z)[None]
+        )
 
-    def inverse(
+    def inverse(self, z, label, guidance, decoding=None):
+        return self.inverse_blocks(z, label, guidance, decoding)[:2]
+
+    def inverse_blocks(
         self,
         z: Float[Array, "B T D"],
         label: Int[Array, "B"] | None,
         guidance: Guidance | None,
         decoding: Decoding | None = None,
-    ):
+    ) -> BlockInputs:
         """Token by token, or a window of tokens at a time, against a KV cache.
 
         With guidance the conditional and the unconditional pass are one batch.
@@ -122,9 +130,7 @@ class AutoregressiveBlock(nn.Module):
         decode = self._by_windows if window > 1 else self._sequentially
         x, logdet, sweeps, residual = decode(z, label, guidance, decoding)
         x = self._in_order(x)
-        for name, value in (("sweeps", sweeps), ("residual", residual), ("tokens", x)):
-            self.sow("intermediates", name, value)
-        return x, logdet
+        return BlockInputs(x, logdet, x[None], sweeps[None], residual[None])
 
     def _sequentially(self, z, label, guidance, decoding):
         """T − 1 steps, each of one token.

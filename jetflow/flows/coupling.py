@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from jetflow.flows import affine
 from jetflow.flows import splits as orders
 from jetflow.nn.encoder import Encoder
-from jetflow.types import Decoding, Guidance, UsageError
+from jetflow.types import BlockInputs, BlockOutputs, Decoding, Guidance, UsageError
 
 
 def divide(
@@ -126,40 +126,46 @@ class Couplings(nn.Module):
         tokens = math.prod(self.grid)
         return self.num_couplings * tokens * self.features / 2 * math.log(self.scale_factor)
 
-    def forward(self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None):
+    def forward(self, x, label):
+        return self.forward_blocks(x, label)[:2]
+
+    def forward_blocks(
+        self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None
+    ) -> BlockOutputs:
         def body(layer: Coupling, carry, order):
             x, total = carry
-            split, places = order
-            y, logdet = layer.forward(x, split, places, label)
-            layer.sow("intermediates", "output_scale", jnp.sqrt(jnp.mean(y**2)))
-            layer.sow("intermediates", "logdet", logdet)
-            return (y, total + logdet), None
+            y, logdet = layer.forward(x, *order, label)
+            return (y, total + logdet), (logdet, affine.root_mean_square(y))
 
-        return self._scan(body, x, reverse=False)
+        (z, logdet), of_each = self._scan(body, x, reverse=False)
+        return BlockOutputs(z, logdet, *of_each)
 
-    def inverse(
+    def inverse(self, z, label, guidance, decoding=None):
+        return self.inverse_blocks(z, label, guidance, decoding)[:2]
+
+    def inverse_blocks(
         self,
         z: Float[Array, "B T D"],
         label: Int[Array, "B"] | None,
         guidance: Guidance | None,
         decoding: Decoding | None = None,
-    ):
+    ) -> BlockInputs:
         if guidance is not None or decoding is not None:
             raise UsageError("guidance and decoding need a TarFlow; Jet's couplings have neither")
 
         def body(layer: Coupling, carry, order):
             y, total = carry
-            split, places = order
-            x, logdet = layer.inverse(y, split, places, label)
-            layer.sow("intermediates", "tokens", x)
-            return (x, total + logdet), None
+            x, logdet = layer.inverse(y, *order, label)
+            return (x, total + logdet), x
 
-        return self._scan(body, z, reverse=True)
+        (x, logdet), tokens = self._scan(body, z, reverse=True)
+        once, exact = jnp.ones(len(tokens), int), jnp.zeros(len(tokens), x.dtype)
+        return BlockInputs(x, logdet, tokens[::-1], once, exact)
 
     def _scan(self, body, x, *, reverse: bool):
         scanned = nn.scan(
             body,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0},
             split_rngs={"params": True},
             reverse=reverse,
             unroll=1 if self.scan else self.num_couplings,
@@ -167,5 +173,4 @@ class Couplings(nn.Module):
         splits = orders.Splits(**{name: split.value for name, split in self.splits.items()})
         (x,) = affine.widen(x)
         start = x, jnp.zeros(x.shape[0], x.dtype)
-        (x, logdet), _ = scanned(self.layers, start, (splits, self.places))
-        return x, logdet
+        return scanned(self.layers, start, (splits, self.places))

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows.pixels import Pixels
-from jetflow.types import Decoding, Guidance, UsageError
+from jetflow.types import BlockInputs, BlockOutputs, Decoding, Guidance, UsageError
 
 
 class Stack(nn.Module):
@@ -72,15 +72,23 @@ class Stack(nn.Module):
         self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B"]]:
         """Image in pixel units to latent, and its log-determinant in nats."""
+        return self.forward_blocks(x, label)[:2]
+
+    def forward_blocks(
+        self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None
+    ) -> BlockOutputs:
+        """`forward`, and what there is to know of each block."""
         if x.shape[1:] != self.image_shape:
             raise UsageError(
                 f"images are {x.shape[1:]}; this flow was built for {self.image_shape}"
             )
         x, total = self.pixels.forward(x)
+        of_each = []
         for block in self.blocks:
-            x, logdet = block.forward(x, label)
+            x, logdet, *statistics = block.forward_blocks(x, label)
             total = total + logdet
-        return x, total
+            of_each.append(statistics)
+        return BlockOutputs(x, total, *map(jnp.concatenate, zip(*of_each, strict=True)))
 
     def inverse(
         self,
@@ -90,10 +98,25 @@ class Stack(nn.Module):
         decoding: Sequence[Decoding] | None = None,
     ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
         """Latent to image in pixel units, and the log-determinant of this map in nats."""
+        return self.inverse_blocks(z, label, guidance, decoding)[:2]
+
+    def inverse_blocks(
+        self,
+        z: Float[Array, "B T D"],
+        label: Int[Array, "B"] | None = None,
+        guidance: Guidance | None = None,
+        decoding: Sequence[Decoding] | None = None,
+    ) -> BlockInputs:
+        """`inverse`, and what there is to know of each block."""
         total = jnp.zeros(z.shape[0])
-        each = decoding or (None,) * len(self.blocks)
-        for block, how in reversed(list(zip(self.blocks, each, strict=True))):
-            z, logdet = block.inverse(z, label, guidance, how)
-            total = total + logdet
+        tokens, sweeps, residuals = [], [], []
+        for block, how in zip(
+            reversed(self.blocks), reversed(decoding or (None,) * len(self.blocks)), strict=True
+        ):
+            block_inputs = block.inverse_blocks(z, label, guidance, how)
+            z, total = block_inputs.x, total + block_inputs.logdet
+            tokens.append(block_inputs.tokens)
+            sweeps.insert(0, block_inputs.sweeps)
+            residuals.insert(0, block_inputs.residuals)
         x, logdet = self.pixels.inverse(z)
-        return x, total + logdet
+        return BlockInputs(x, total + logdet, *map(jnp.concatenate, (tokens, sweeps, residuals)))

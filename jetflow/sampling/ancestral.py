@@ -116,10 +116,10 @@ class Sampler:
 
     def _decoded(self, z, label, num: int) -> Drawn:
         with sharding.on(self.mesh):
-            x, stats = _decode(*self._inputs(z, label), denoising=self.denoise > 0)
-        x, (sweeps, residuals) = gather((x, stats))
-        residual = max(map(float, residuals), default=0.0)
-        return Drawn(x[:num], tuple(int(count) for count in sweeps), residual)
+            decoded = _decode(*self._inputs(z, label), denoising=self.denoise > 0)
+        x, sweeps, residuals = gather(decoded)
+        sweeps = tuple(sweeps.tolist()) if self.flow.decoded_blocks else ()
+        return Drawn(x[:num], sweeps, float(residuals.max()))
 
     def lower(self, z: Any, label: Any) -> Lowered:
         """The program of `decode`, before it is compiled; for arrays, or their shapes alone."""
@@ -218,14 +218,12 @@ def _latents(flow, variables, key, index, temperature) -> Float[Array, "B T D"]:
 @functools.partial(jax.jit, static_argnames=("flow", "denoising"), compiler_options=AS_WRITTEN)
 def _decode(flow, variables, z, label, guidance, denoise, decoding, *, denoising):
     """Pixels [B, H, W, C], and sweeps and residual of each block."""
-    (x, _), sown = flow.apply(
-        variables, z, label, guidance, decoding, method="inverse", mutable=["intermediates"]
+    x, _, _, sweeps, residuals = flow.apply(
+        variables, z, label, guidance, decoding, method="inverse_blocks"
     )
-    blocks = [
-        sown["intermediates"].get(f"blocks_{index}", {}) for index in range(len(decoding or ()))
-    ]
-    stats = [[block[name][0] for block in blocks] for name in ("sweeps", "residual")]
-    return (denoised(flow, variables, x, label, denoise) if denoising else x), stats
+    if denoising:
+        x = denoised(flow, variables, x, label, denoise)
+    return x, sweeps, residuals
 
 
 def quantise(pixels: Float[np.ndarray, "... H W C"], noise: str) -> UInt8[np.ndarray, "... H W C"]:

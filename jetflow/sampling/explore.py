@@ -80,19 +80,5 @@ def trace(
 
 @functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)
 def _stages(flow, variables, z, label, guidance, decoding) -> Float[Array, "S B T D"]:
-    _, sown = flow.apply(
-        variables, z, label, guidance, decoding, method="inverse", mutable=["intermediates"]
-    )
-    stages = [z[None]]
-    blocks = sown["intermediates"]
-    for name in sorted(blocks, key=lambda name: -int(name.rpartition("_")[2])):
-        [(tokens,)] = [leaf for path, leaf in _tuples(blocks[name]) if path == "tokens"]
-        stages.append(tokens[None] if tokens.ndim == z.ndim else tokens[::-1])
-    return jnp.concatenate(stages)
-
-
-def _tuples(tree, name: str = ""):
-    """What was sown: (its name, the tuple of its values)."""
-    if isinstance(tree, tuple):
-        return [(name, tree)]
-    return [found for key, part in tree.items() for found in _tuples(part, key)]
+    blocks = flow.apply(variables, z, label, guidance, decoding, method="inverse_blocks")
+    return jnp.concatenate([z[None], blocks.tokens])

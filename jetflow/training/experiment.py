@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,18 +12,15 @@ from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from jetflow import optim, sharding
-from jetflow.cli.configs import Config
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.flows.build import build
 from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import Sampler, check_guidance
 from jetflow.sampling.decoding import decodings
-from jetflow.training import state as states
-from jetflow.training import transfer, transfer_plan
-from jetflow.training.state import TrainState
-from jetflow.training.step import Trainer
-from jetflow.types import Batch, Guidance, UsageError
+from jetflow.training import finetune
+from jetflow.training.step import Trainer, TrainState, create_state
+from jetflow.types import Batch, Config, Guidance, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,35 +52,36 @@ class Run:
             "num_classes": self.trainer.flow.num_classes,
             "total_steps": self.total_steps,
             "data_version": self.train_data.version,
+            "train_examples": len(self.train_data),
         }
         return {**self.config.to_dict(), "resolved": resolved}
 
     def abstract_batch(self, size: int) -> Batch:
         """The shapes and shardings of a global batch."""
-        split = sharding.batch_sharding(self.mesh)
-        image = jax.ShapeDtypeStruct(
-            (size, *self.train_data.image_shape), jnp.uint8, sharding=split
+        abstract = functools.partial(
+            jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(self.mesh)
         )
-        number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
-        return Batch(image, label=number, index=number)
+        number = abstract((size,), jnp.int32)
+        return Batch(abstract((size, *self.train_data.image_shape), jnp.uint8), number, number)
 
     def sampler(self, variables: Any) -> Sampler:
-        """Draws samples as `config.eval` says."""
-        section, flow, noise = self.config.eval, self.trainer.flow, self.trainer.noise
+        """Draws samples as `config.eval` asks."""
+        section, flow = self.config.eval, self.trainer.flow
         return Sampler(
             flow,
             variables,
             guidance=guidance_of(section),
             temperature=section.temperature,
-            denoise=noise.std if section.denoise else 0.0,
+            denoise=self.trainer.noise.std if section.denoise else 0.0,
             decoding=decodings(flow),
             mesh=self.mesh,
         )
 
     def lower_step(self, state: TrainState, batch: Batch) -> Lowered:
         """The training step, before it is compiled; for arrays, or their shapes alone."""
-        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state)
-        step = jax.jit(self.trainer.train_step, donate_argnums=0, out_shardings=(shardings, None))
+        step = jax.jit(
+            self.trainer.train_step, donate_argnums=0, out_shardings=(self._shardings, None)
+        )
         with sharding.on(self.mesh):
             return step.lower(state, batch)
 
@@ -102,31 +99,20 @@ class Run:
         return Ahead(batches, lambda batch: sharding.put_batch(batch, self.mesh, size))
 
     def fresh_state(self) -> tuple[TrainState, str]:
-        """The state before the first step, made where it is to lie, and what it was made of.
+        """The state before the first step, laid out on the mesh, and a table of what it took over.
 
         Raises:
             UsageError: if `config.init_from` is no run whose weights this flow can start from.
         """
-        create, config = _creation(self.config, self.trainer), self.config
-        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state)
-        if not config.init_from:
-            return jax.jit(create, out_shardings=shardings)(), ""
-        state = self.abstract_state
-        target = transfer_plan.Side(
-            flow=self.trainer.flow,
-            section=config.flow.to_dict(),
-            data=config.data.name,
-            abstract={"params": state.params, **state.collections},
-        )
-        try:
-            source = transfer.open_source(Path(config.init_from), config.init_weights)
-            plan = transfer_plan.make_plan(source, target)
-            taken, step = transfer.restore(source, self.mesh, config.mesh.rules)
-            initial = transfer.initialiser(plan, source, target, taken, create)
-        except UsageError as error:
-            raise UsageError(f"config.init_from is {config.init_from}: {error}") from error
-        state = jax.jit(initial, out_shardings=shardings)(taken)
-        return state, transfer_plan.describe(plan, source, step)
+        create = _creation(self.config, self.trainer)
+        if not self.config.init_from:
+            return jax.jit(create, out_shardings=self._shardings)(), ""
+        flow = self.trainer.flow
+        return finetune.first_state(self.config, flow, create, self.mesh, self._shardings)
+
+    @property
+    def _shardings(self) -> TrainState:
+        return jax.tree.map(lambda array: array.sharding, self.abstract_state)
 
 
 def set_up(
@@ -144,38 +130,35 @@ def set_up(
         UsageError: on the first thing that cannot work, with the field's name and a remedy.
     """
     _check_numbers(config)
-    mesh = sharding.make_mesh(
-        data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices
-    )
-    sharding.check_batch(
-        "config.train.batch_size", config.train.batch_size, mesh, config.train.accumulation
-    )
+    sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
+    mesh = sharding.make_mesh(**sizes, devices=devices)
+    train = config.train
+    sharding.check_batch("config.train.batch_size", train.batch_size, mesh, train.accumulation)
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
-    count_steps(config.train, examples=1)  # for what it refuses, before any data is prepared
+    count_steps(train, examples=1)  # for what it refuses, before any data is prepared
     noise = Noise(**config.noise)
-    train_data = load(config.data.name, config.data.train_split)
-    test_data = load(config.data.name, config.data.test_split)
-    flow = build(
-        config.flow,
-        image_shape=train_data.image_shape,
-        num_classes=_num_classes(config, train_data),
+    train_data, test_data = (
+        load(config.data.name, split) for split in (config.data.train_split, config.data.test_split)
     )
+    _check_labels(config, train_data)
+    classes = train_data.num_classes if config.data.labels else 0
+    flow = build(config.flow, image_shape=train_data.image_shape, num_classes=classes)
     check_guidance(flow, guidance_of(config.eval))
     if config.eval.denoise and noise.kind != "gaussian":
         raise UsageError(
             f"config.eval.denoise needs gaussian noise, but config.noise.kind is {noise.kind!r}; "
             "set one of them"
         )
-    total_steps = count_steps(config.train, len(train_data))
+    total_steps = count_steps(train, len(train_data))
     tx, schedule = optim.adam(total_steps=total_steps, **config.optim)
     trainer = Trainer(
         flow=flow,
         tx=tx,
         schedule=schedule,
         noise=noise,
-        seed=config.train.seed,
-        accumulation=config.train.accumulation,
-        ema_decay=config.train.ema_decay,
+        seed=train.seed,
+        accumulation=train.accumulation,
+        ema_decay=train.ema_decay,
         multipliers=config.optim.multipliers,
     )
     abstract = jax.eval_shape(_creation(config, trainer))
@@ -188,14 +171,14 @@ def set_up(
 
 
 def count_steps(train: Config, examples: int) -> int:
-    """Steps of a training whose length is given as steps, epochs or images."""
+    """Steps of a training whose length is stated as steps, epochs or images."""
     lengths = {name: train[name] for name in ("steps", "epochs", "images") if train[name]}
     if len(lengths) != 1 or min(lengths.values()) < 0:
-        given = ", ".join(f"{name}={value}" for name, value in lengths.items())
+        stated = ", ".join(f"{name}={value}" for name, value in lengths.items())
         raise UsageError(
             "expected exactly one of config.train.steps, config.train.epochs and "
             "config.train.images above 0, but "
-            + (f"got {given}; set the others to 0" if given else "all are 0; set one")
+            + (f"got {stated}; set the others to 0" if stated else "all are 0; set one")
         )
     [(unit, length)] = lengths.items()
     images = {"steps": length * train.batch_size, "epochs": length * examples, "images": length}
@@ -212,61 +195,44 @@ def guidance_of(section: Config) -> Guidance:
     )
 
 
-def _creation(config: Config, trainer: Trainer):
+def _creation(config: Config, trainer: Trainer) -> Callable[[], TrainState]:
+    use_ema = config.train.ema_decay > 0
     return functools.partial(
-        states.create,
-        trainer.flow,
-        trainer.tx,
-        seed=config.train.seed,
-        use_ema=config.train.ema_decay > 0,
+        create_state, trainer.flow, trainer.tx, seed=config.train.seed, use_ema=use_ema
     )
 
 
-def _num_classes(config: Config, data: pipeline.Dataset) -> int:
-    if not config.data.labels:
-        if config.noise.label_drop:
-            raise UsageError(
-                f"config.noise.label_drop is {config.noise.label_drop}, but the flow has no labels;"
-                " set config.data.labels=True, or the drop to 0"
-            )
-        return 0
-    if not data.num_classes:
+def _check_labels(config: Config, data: pipeline.Dataset) -> None:
+    if config.data.labels and not data.num_classes:
         raise UsageError(
             f"config.data.labels is True, but data set {data.name} has no labels; set it to False"
         )
-    return data.num_classes
+    if config.noise.label_drop and not config.data.labels:
+        raise UsageError(
+            f"config.noise.label_drop is {config.noise.label_drop}, but the flow has no labels;"
+            " set config.data.labels=True, or the drop to 0"
+        )
+
+
+# (a range in words, whether a value is in it) -> the fields that must be
+_RANGES: dict[tuple[str, Callable[[float], bool]], str] = {
+    ("1 or more", lambda value: value >= 1):
+        "train.log_every train.checkpoint_every train.keep_checkpoints eval.draws eval.samples "
+        "flow.width flow.num_couplings flow.block_depth flow.num_blocks",
+    ("0 or more", lambda value: value >= 0):
+        "data.workers train.eval_every train.keep_every train.sample_every optim.min_lr "
+        "optim.weight_decay optim.clip_norm eval.guidance eval.temperature",
+    (f"0 to {LARGEST_SEED}", lambda value: 0 <= value <= LARGEST_SEED): "train.seed",
+    ("a finite number above 0", lambda value: value > 0): "optim.lr optim.eps flow.pixel_scale",
+    ("a finite number above 1", lambda value: value > 1): "flow.scale_factor",
+    ("0 <= value < 1", lambda value: 0 <= value < 1): "train.ema_decay optim.b1 optim.b2",
+}  # fmt: skip
 
 
 def _check_numbers(config: Config) -> None:
-    for kind, (fields, holds) in _LIMITS.items():
-        for name in fields:
+    for (expected, holds), fields in _RANGES.items():
+        for name in fields.split():
             section, field = name.split(".")
-            value = config[section].get(field)  # a flow has some of the fields
+            value = config[section].get(field)  # a kind of flow has only some of the fields
             if value is not None and not (math.isfinite(value) and holds(value)):
-                raise UsageError(f"config.{name} is {value}; expected {kind}")
-
-
-_LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
-    "1 or more": (
-        ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "eval.draws",
-         "eval.samples", "flow.width", "flow.num_couplings", "flow.block_depth",
-         "flow.num_blocks"),
-        lambda value: value >= 1,
-    ),
-    f"0 to {LARGEST_SEED}": (("train.seed",), lambda value: 0 <= value <= LARGEST_SEED),
-    "0 or more": (
-        ("data.workers", "train.eval_every", "train.keep_every", "train.sample_every",
-         "optim.min_lr", "optim.weight_decay", "optim.clip_norm", "eval.guidance",
-         "eval.temperature"),
-        lambda value: value >= 0,
-    ),
-    "a finite number above 0": (
-        ("optim.lr", "optim.eps", "flow.pixel_scale"),
-        lambda value: value > 0,
-    ),
-    "a finite number above 1": (("flow.scale_factor",), lambda value: value > 1),
-    "0 <= value < 1": (
-        ("train.ema_decay", "optim.b1", "optim.b2"),
-        lambda value: 0 <= value < 1,
-    ),
-}  # fmt: skip
+                raise UsageError(f"config.{name} is {value}; expected {expected}")

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -15,9 +14,8 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 
 from jetflow import hosts
-from jetflow.files import write_atomically
+from jetflow.files import METRICS, read_metrics, write_atomically
 
-METRICS = "metrics.jsonl"
 SPEED = ("images_per_second", "data_wait_share")  # metrics that an equal run need not have equal
 NOTABLE_WAIT = 0.05  # share of the time, from which on the progress shows it
 PADDING = 2  # pixels between the images of a grid, before magnification
@@ -158,17 +156,6 @@ class _Clock:
     @staticmethod
     def _rate(since: tuple[int, float], step: int) -> float:
         return max(step - since[0], 1e-9) / max(time.perf_counter() - since[1], 1e-9)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def _drop_after(path: Path, step: int) -> set[tuple[int, str]]:

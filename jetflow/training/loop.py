@@ -8,19 +8,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jetflow import environment, hosts, sharding
+from jetflow import hosts, sharding
 from jetflow import pictures as samples
 from jetflow import workdir as workdirs
-from jetflow.checkpoint import Checkpoints
+from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
+from jetflow.files import METRICS, read_json
+from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.sampling.ancestral import draw_all, not_finite
-from jetflow.stop import Stopped, StopSignal
 from jetflow.training.experiment import Run
-from jetflow.training.log import METRICS, Reporter, make_grid, save_png
-from jetflow.training.state import TrainState
-from jetflow.training.step import Metrics
+from jetflow.training.log import Reporter, make_grid, save_png
+from jetflow.training.step import Metrics, TrainState
 from jetflow.types import Batch
 
 DIVERGED = 3  # an exit status: to run the command again would end the same way
@@ -41,23 +41,21 @@ def train(run: Run, workdir: Path) -> int:
     checkpoints = Checkpoints(
         workdir / "checkpoints", keep=train.keep_checkpoints, keep_every=train.keep_every or None
     )
-    with StopSignal() as stop, checkpoints:
-        # What cannot start must leave nothing behind, what goes on must first fit its folder.
+    with StopSignal() as stop, checkpoints, workdirs.claimed(workdir) as claim:
+        # What cannot start must leave nothing behind: the first state comes before `begin`.
         begins = hosts.agreed(checkpoints.latest() is None)
         fresh, origin = run.fresh_state() if begins else (None, "")
-        with workdirs.claimed(workdir, run.resolved_config):
-            state, start = (
-                (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
-            )
-            environment.note(workdir, start)
-            with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
-                try:
-                    Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, origin)
-                except Stopped:
-                    return 128 + (stop.number or 0)
-                except Diverged as error:
-                    reporter.say(f"jetflow: {error}")
-                    return DIVERGED
+        claim.begin(run.resolved_config)
+        state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
+        workdirs.note_environment(workdir, start)
+        with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
+            try:
+                Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, origin)
+            except Stopped as stopped:
+                return 128 + stopped.signal
+            except Diverged as error:
+                reporter.say(f"jetflow: {error}")
+                return DIVERGED
     return 0
 
 
@@ -139,12 +137,7 @@ class Session:
         metric = bpd.metric_name(self.run.trainer.noise)
         now = float(metrics["bpd"])  # waits for the step: never more than two are under way
         if not math.isfinite(now + float(metrics["gradient_norm"])):
-            self.checkpoints.wait()
-            raise Diverged(
-                f"step {step}: the loss or its gradient is not finite, so the training ended; the "
-                f"checkpoints before it are kept: {self.checkpoints.steps()}; lower "
-                "config.optim.lr, or set config.optim.clip_norm, in another --workdir"
-            )
+            raise self._diverged(f"step {step}: the loss or its gradient is not finite")
         if due := step % train.log_every == 0 or step in (1, self.run.total_steps):
             values = {
                 name.replace("bpd", metric): float(value)
@@ -220,7 +213,20 @@ class Session:
         """Start saving the state; the metrics up to it are on disk before."""
         self._flush()
         with self.reporter.pause():
-            self.checkpoints.save(step, state, self.run.resolved_config)
+            try:
+                self.checkpoints.save(step, state, self.run.resolved_config)
+            except NotFinite as error:
+                raise self._diverged(f"step {step}: {error}") from error
+
+    def _diverged(self, cause: str) -> Diverged:
+        self.checkpoints.wait()
+        last = self.checkpoints.latest()
+        return Diverged(
+            f"{cause}, so the training ended; "
+            + ("no checkpoint is finite" if last is None else f"step {last} is the last finite one")
+            + " in the workdir; lower config.optim.lr, or set config.optim.clip_norm, in another"
+            " --workdir"
+        )
 
     def _headline(self, state: TrainState, start: int) -> str:
         run = self.run
@@ -248,7 +254,7 @@ class Session:
         """The last lines: the result, and where everything is."""
         if not hosts.is_first():
             return
-        result = workdirs.read_result(self.workdir, "bpd", self.run.total_steps)
+        result = read_json(workdirs.result_path(self.workdir, "bpd", self.run.total_steps))
         evaluation = workdirs.result_path(self.workdir, "bpd", self.run.total_steps)
         self.reporter.say(
             f"done: step {self.run.total_steps}, held-out {bpd.describe(result)}\n"

@@ -4,62 +4,45 @@ Bilinear between the centres of the tokens, with both grids laid over the whole 
 outermost centres the values stay constant. Fewer tokens are not smoothed first.
 """
 
-from collections.abc import Sequence
-
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from jetflow.flows import splits as orders
+from jetflow.flows.splits import token_pattern
 
 Grid = tuple[int, int]
 
 
-def tables(
-    array: Float[Array, "*L T W"], weights: Sequence[Float[np.ndarray, "N T"]]
-) -> Float[Array, "*L N W"]:
-    """Tables of values, each resampled by its weights."""
-    *layers, tokens, width = array.shape
-    resampled = [
-        jnp.matmul(jnp.asarray(weight, array.dtype), table, precision="highest")
-        for weight, table in zip(weights, array.reshape(-1, tokens, width), strict=True)
-    ]
-    return jnp.stack(resampled).reshape(*layers, -1, width)
-
-
-def in_image_order(there: Grid, here: Grid) -> Float[np.ndarray, "N T"]:
-    """Weights that make the values of N tokens here of those of T tokens there, row by row."""
-    rows, columns = (_along_axis(old, new) for old, new in zip(there, here, strict=True))
+def between_grids(old: Grid, new: Grid) -> Float[np.ndarray, "N T"]:
+    """Weights that make the values of N tokens, row by row, from those of T tokens."""
+    rows, columns = (_along_axis(*sizes) for sizes in zip(old, new, strict=True))
     return np.kron(rows, columns)
 
 
-def on_spatial_split(pattern: str, there: Grid, here: Grid) -> Float[np.ndarray, "N T"]:
+def between_spatial_splits(pattern: str, old: Grid, new: Grid) -> Float[np.ndarray, "N T"]:
     """The same for the tokens that a coupling's net sees on a spatial split.
 
     Its tokens 2k and 2k + 1 are the two halves of the k-th chosen token's features, so that each
-    half has values of its own at the places of the chosen tokens. These are spread over the whole
-    grid, go to the other one, and there those of its chosen tokens are kept.
+    half has a value for each chosen token. These are spread over the old grid, interpolated on the
+    new one, and kept for the tokens that are chosen there.
 
     Args:
-        pattern: of the chosen tokens, as for `orders.token_pattern`.
+        pattern: of the chosen tokens, as for `token_pattern`.
     """
-    old, new = (orders.token_pattern(pattern, grid) for grid in (there, here))
-    old, new = old[: len(old) // 2], new[: len(new) // 2]
-    chosen = in_image_order(there, here)[new] @ _spread(old, there)
-    return np.kron(chosen, np.eye(2))
+    before, after = (np.split(token_pattern(pattern, grid), 2)[0] for grid in (old, new))
+    return np.kron(between_grids(old, new)[after] @ _spread(before, old), np.eye(2))
 
 
-def _along_axis(there: int, here: int) -> Float[np.ndarray, "N T"]:
-    old, new = ((np.arange(size) + 0.5) / size for size in (there, here))
-    return np.stack([np.interp(new, old, unit) for unit in np.eye(there)], axis=1)
+def _along_axis(old: int, new: int) -> Float[np.ndarray, "N T"]:
+    before, after = ((np.arange(size) + 0.5) / size for size in (old, new))
+    return np.stack([np.interp(after, before, unit) for unit in np.eye(old)], axis=1)
 
 
 def _spread(chosen: Int[np.ndarray, "K"], grid: Grid) -> Float[np.ndarray, "T K"]:
-    """Weights that make values of all tokens of those of the chosen ones.
+    """Weights that make values of all tokens from those of the chosen ones.
 
     A token between is the mean of its neighbours on opposite sides, or at the border of those that
-    there are: together with bilinear interpolation that is linear interpolation for stripes, and
-    for a checkerboard exact for what is linear in the place.
+    exist: together with bilinear interpolation that is linear interpolation for stripes, and for a
+    checkerboard exact for what is linear in the place.
     """
     rank = np.full((grid[0] + 2, grid[1] + 2), -1)  # of a chosen token, within a border of none
     rank[1:-1, 1:-1].flat[chosen] = np.arange(len(chosen))

@@ -1,22 +1,72 @@
-"""The pure training and evaluation steps."""
+"""The training state, and the pure training step."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jetflow import likelihood, optim
-from jetflow.noise import Noise
-from jetflow.training.state import TrainState
+from jetflow.noise import Noise, Purpose, key_for
 from jetflow.types import Batch, Flow
 
 PRIOR_RATE = 0.1
 
 Metrics = dict[str, Float[Array, ""]]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """The whole state of a training run; `step` is its only clock.
+
+    Attributes:
+        step: int32, the number of updates made.
+        params: trained by gradient.
+        collections: the flow's other variables: `constants`, and `prior` where it is learned.
+        opt_state: of the optimizer.
+        ema: moving average of the parameters, or None.
+    """
+
+    step: Any
+    params: Any
+    collections: Any
+    opt_state: Any
+    ema: Any
+
+    def variables(self) -> dict[str, Any]:
+        """The flow's variables, with the averaged parameters where there are any."""
+        return {"params": self.params if self.ema is None else self.ema, **self.collections}
+
+
+def create_state(
+    flow: Flow, tx: optax.GradientTransformation, *, seed: int, use_ema: bool
+) -> TrainState:
+    """The state before the first step. Pure, so that it can be traced for shapes and shardings."""
+    variables = init_variables(flow, key_for(seed, 0, Purpose.INIT))
+    params = variables.pop("params")
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        collections=variables,
+        opt_state=tx.init(params),
+        ema=jax.tree.map(jnp.copy, params) if use_ema else None,
+    )
+
+
+def abstract_variables(flow: Flow) -> dict[str, Any]:
+    """The shapes and types of a flow's variables."""
+    return jax.eval_shape(functools.partial(init_variables, flow), jax.random.key(0))
+
+
+def init_variables(flow: Flow, key: Key[Array, ""]) -> dict[str, Any]:
+    """The variables of a flow before its training."""
+    image = jnp.zeros((1, *flow.image_shape))
+    label = jnp.zeros((1,), jnp.int32) if flow.num_classes else None
+    return dict(flow.init(key, image, label))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,65 +151,26 @@ class Trainer:
 def loss(
     flow: Flow, params: Any, collections: Mapping[str, Any], x: Array, label: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
-    """Mean bits per dimension under a standard normal prior, and what is worth logging of it.
+    """The objective, bits per dimension under a standard normal prior, and metrics to log.
 
     A learned prior variance is no part of the objective: it follows the latents, as in
-    the published TarFlow, see `_update_prior`.
+    the published TarFlow, see `_update_prior`. It is part of the metric `bpd`, as in evaluation;
+    the objective is then a metric of its own.
     """
     variables = {"params": params, **collections}
-    (z, logdet), sown = flow.apply(variables, x, label, method="forward", mutable=["intermediates"])
+    z, logdet, _, scales = flow.apply(variables, x, label, method="forward_blocks")
     prior = likelihood.bits_per_dim(likelihood.prior_nll(z), z).mean()
     volume = likelihood.bits_per_dim(-logdet, z).mean()
-    metrics = {"bpd": prior + volume, "bpd_prior": prior, "bpd_logdet": volume}
-    metrics |= _scales(sown)
+    objective, metrics = prior + volume, {}
+    if "prior" in collections:
+        variance = likelihood.prior_variance(collections)
+        prior = likelihood.bits_per_dim(likelihood.prior_nll(z, variance), z).mean()
+        metrics["objective"] = objective
+    metrics |= {"bpd": prior + volume, "bpd_prior": prior, "bpd_logdet": volume}
+    metrics |= {f"output_scale/{block:02d}": scale for block, scale in enumerate(scales)}
     if flow.logdet_cap is not None:
         metrics["logdet_cap_share"] = (logdet.mean() - flow.pixel_logdet) / flow.logdet_cap
-    return metrics["bpd"], {"metrics": metrics, "square": jnp.mean(z**2, axis=0)}
-
-
-def eval_step(
-    flow: Flow,
-    variables: Mapping[str, Any],
-    x: Float[Array, "B H W C"],
-    label: Int[Array, "B"] | None,
-) -> Float[Array, "B"]:
-    """Bits per dimension of each example, at given pixel values."""
-    return eval_parts(flow, variables, x, label)[0]
-
-
-def eval_parts(
-    flow: Flow,
-    variables: Mapping[str, Any],
-    x: Float[Array, "B H W C"],
-    label: Int[Array, "B"] | None,
-) -> tuple[Float[Array, "B"], Float[Array, "P B"]]:
-    """Bits per dimension of each example, and what each part of the flow contributes to them.
-
-    The parts are the prior, the preprocessing, and the blocks in the order in which an image goes
-    through them; of a Jet, its couplings. They add up to the whole.
-    """
-    (z, logdet), sown = flow.apply(variables, x, label, method="forward", mutable=["intermediates"])
-    variance = likelihood.prior_variance(variables)
-    pixels = jnp.full((1, *logdet.shape), flow.pixel_logdet, logdet.dtype)
-    logdets = [leaf.reshape(-1, len(x)) for leaf in _sown(sown, "logdet")]  # of one block, or many
-    volumes = jnp.concatenate([pixels, *logdets])
-    parts = jnp.concatenate([likelihood.prior_nll(z, variance)[None], -volumes])
-    bits = likelihood.bits_per_dim(likelihood.nll(z, logdet, variance), z)
-    return bits, jax.vmap(lambda part: likelihood.bits_per_dim(part, z))(parts)
-
-
-def _scales(sown: Mapping[str, Any]) -> Metrics:
-    """The root mean square of what each block, or each layer of a scanned chain, puts out."""
-    values = [value for leaf in _sown(sown, "output_scale") for value in jnp.atleast_1d(leaf)]
-    return {f"output_scale/{index:02d}": value for index, value in enumerate(values)}
-
-
-def _sown(sown: Mapping[str, Any], name: str) -> list[Array]:
-    """What the blocks sowed under a name, in the order of the blocks."""
-    blocks = sown["intermediates"]
-    order = sorted(blocks, key=lambda block: int(block.rpartition("_")[2]))
-    paths = [item for block in order for item in jax.tree.leaves_with_path(blocks[block])]
-    return [leaf for path, leaf in paths if jax.tree_util.DictKey(name) in path]
+    return objective, {"metrics": metrics, "square": jnp.mean(z**2, axis=0)}
 
 
 def _update_prior(collections: Mapping[str, Any], square: Float[Array, "T D"]) -> dict[str, Any]:

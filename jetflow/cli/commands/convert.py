@@ -14,10 +14,11 @@ from absl import flags
 from jetflow.checkpoint import Checkpoints
 from jetflow.cli import commands
 from jetflow.data import sources
+from jetflow.model import load_model
 from jetflow.tools.convert import models
 from jetflow.tools.convert.models import Published
 from jetflow.types import UsageError
-from jetflow.workdir import CONFIG, load_model, read_config, write_json
+from jetflow.workdir import read_config, write_config
 
 USAGE = (
     "jetflow convert tarflow SRC.pth --out runs/tar --image_size 64 --channels 3 --patch_size 2 "
@@ -206,8 +207,8 @@ def _write(published: Published, out: Path, config: dict[str, Any]) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(out / "checkpoints") as checkpoints:
-        checkpoints.save(0, state, config, wait=True)
-    write_json(out / CONFIG, config)
+        checkpoints.save(0, state, config)
+    write_config(out, config)
 
 
 def _report(published: Published, out: Path, model: str, config: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from jaxtyping import Int, UInt8
 
 from jetflow.cli import commands
 from jetflow.cli.commands import decoding
+from jetflow.model import Model
 from jetflow.noise import Purpose, key_for
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all
 from jetflow.types import Guidance, UsageError
-from jetflow.workdir import Model
 
 # All flags that the images depend on, but for the seed, the labels and the batch size.
 SETTINGS = (

@@ -1,1 +1,5 @@
-"""How fast sampling, training and the reading of its data are here."""
+"""How fast training, the reading of its data and sampling are on this machine."""
+
+from jetflow.tools.bench.throughput import bench_data, bench_train
+
+__all__ = ["bench_data", "bench_train"]

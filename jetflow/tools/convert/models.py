@@ -12,7 +12,7 @@ from jetflow.flows.stack import Stack
 from jetflow.tools.convert import big_vision, tables, torch_file, torch_writer
 from jetflow.tools.convert.mapping import Table, Tensors, Variables, from_published, to_published
 from jetflow.tools.convert.sizes import Path, check_patches, check_positive, count_parts, shape_of
-from jetflow.training.state import abstract_variables
+from jetflow.training.step import abstract_variables
 from jetflow.types import Flow, UsageError
 
 HEAD_DIM = 64  # of every published TarFlow, whose files do not say it

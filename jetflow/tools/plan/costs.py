@@ -1,38 +1,50 @@
-"""What a compiled program does: from its HLO, each loop counted as often as it runs.
+"""What a compiled program costs: FLOPs, bytes and collectives, each loop by its trip count.
 
 XLA's own `cost_analysis` counts the body of a loop once, and a flow that scans over its layers is
-all loops. The formulas for convolutions and slices are those of XLA's HloCostAnalysis; on TPUs
+all loops. The formulas for convolutions and slices are those of XLA's HloCostAnalysis. On TPUs
 every matrix product is a convolution.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from jetflow.tools.plan.collectives import exchange
-from jetflow.tools.plan.hlo import Computation, Instruction, numbers, parse
+from jetflow.tools.plan import hlo
+from jetflow.tools.plan.hlo import Computation, Instruction, Program, numbers
 
-# Instructions that name, start or await what others compute, and move no bytes themselves.
+BETWEEN_SLICES = "between slices"
+
+# Instructions that name, start or await the work of others and move no bytes themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "iota",
     "conditional", "after-all", "partition-id", "replica-id", "send", "recv", "opt-barrier",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_WINDOW = ("stride", "pad", "lhs_dilate", "rhs_dilate")
+
+# Bytes that each of n devices sends around a ring, per byte of its operand.
+_SENT: dict[str, Callable[[int], float]] = {
+    "all-gather": lambda n: n - 1,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All exchanges of one kind in a program.
+    """The exchanges of one kind in a program.
 
     Attributes:
-        kind: see `collectives.exchange`.
-        count: how many are executed.
-        bytes: that each device sends in all of them, if they go round a ring.
+        kind: as XLA names it, "all-reduce", or with the suffix "between slices".
+        count: number of executions.
+        bytes: sent by each device in all of them, around a ring.
     """
 
     kind: str
@@ -58,17 +70,17 @@ class Cost:
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Memory of a device at the moment when the program uses most, its own code included."""
+    """Memory of a device at the moment of largest use, with the program's own code."""
     # The sum of arguments, results and `temp_size_in_bytes` is more than is ever in use at once.
     memory: Any = compiled.memory_analysis()
     return memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
 
 
 def forward_flops(params: Any, tokens: int) -> float:
-    """Of one image through a flow: two for each multiplication with addition in its nets' matrices.
+    """FLOPs of the nets' matrix products for one image: two per multiplication with addition.
 
-    With T tokens a matrix [M, N] takes 2·T·M·N, and a layer's attention of width W 4·T²·W, where
-    the products of a token with later ones, which are masked, count as well.
+    With T tokens a matrix [M, N] takes 2·T·M·N, and a layer's attention of width W 4·T²·W, which
+    includes the masked products of a token with later ones.
     """
     total = 0.0
     for path, leaf in jax.tree.leaves_with_path(params):
@@ -76,112 +88,82 @@ def forward_flops(params: Any, tokens: int) -> float:
         if name.endswith("/kernel"):
             total += 2.0 * tokens * math.prod(leaf.shape)
         if name.endswith("/qkv/kernel"):
-            width = leaf.shape[-2]
-            layers = math.prod(leaf.shape[:-2])
-            total += 4.0 * tokens**2 * width * layers
+            total += 4.0 * tokens**2 * leaf.shape[-2] * math.prod(leaf.shape[:-2])
     return total
 
 
 def cost(text: str, devices: int, slices: int = 1) -> Cost:
-    """The cost of a compiled program, given its text.
+    """The cost of a compiled program by its HLO text.
 
     Args:
-        devices: that it runs on, over all slices.
-        slices: that a slower network joins.
+        devices: over all slices.
+        slices: parts of the devices that a slower network joins.
     """
-    program = parse(text)
+    program = hlo.parse(text)
     flops = hbm_bytes = 0.0
-    exchanges: dict[str, tuple[str, int, float]] = {}
+    exchanges: dict[tuple[str, str], Collective] = {}
     unknown = 0
-    for computation, times, is_fused in _executions(program):
+    for computation, times, is_fused in hlo.executions(program):
         for instruction in computation.values():
             if instruction.opcode in ("convolution", "dot"):
                 flops += times * _flops(computation, instruction)
-            elif (
-                instruction.opcode == "while" and _trips(program, computation, instruction) is None
-            ):
-                unknown += 1
+            if instruction.opcode == "while":
+                unknown += hlo.trip_count(program, computation, instruction) is None
             if not is_fused:
                 hbm_bytes += times * _traffic(program, computation, instruction)
-            if found := exchange(computation, instruction, devices, slices):
-                kind, sent = found
+            if exchange := _exchange(computation, instruction, devices, slices):
+                kind, size = exchange
                 # An asynchronous one is spread over several fusions, all with its channel.
                 channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
-                before = exchanges.get(channel, (kind, 0, 0.0))
-                exchanges[channel] = (kind, max(times, before[1]), max(sent, before[2]))
-    kinds = sorted({kind for kind, _, _ in exchanges.values()})
-    of_kind = {kind: [found for found in exchanges.values() if found[0] == kind] for kind in kinds}
-    collected = tuple(
-        Collective(
-            kind,
-            count=sum(count for _, count, _ in found),
-            bytes=float(sum(count * sent for _, count, sent in found)),
-        )
-        for kind, found in of_kind.items()
-    )
-    return Cost(flops, hbm_bytes, collected, unknown)
+                part = exchanges.get((kind, channel), Collective(kind, 0, 0.0))
+                exchanges[kind, channel] = Collective(
+                    kind, max(times, part.count), max(size, part.bytes)
+                )
+    return Cost(flops, hbm_bytes, _by_kind(list(exchanges.values())), unknown)
 
 
-# How often
+def _by_kind(exchanges: list[Collective]) -> tuple[Collective, ...]:
+    totals = []
+    for kind in sorted({one.kind for one in exchanges}):
+        same = [one for one in exchanges if one.kind == kind]
+        sent = float(sum(one.count * one.bytes for one in same))
+        totals.append(Collective(kind, sum(one.count for one in same), sent))
+    return tuple(totals)
 
 
-def _executions(program: dict[str, Computation]) -> Iterator[tuple[Computation, int, bool]]:
-    """Each computation with how often it runs, per place that it is called from."""
-    waiting = [(program["ENTRY"], 1, False)]
-    while waiting:
-        computation, times, is_fused = waiting.pop()
-        yield computation, times, is_fused
-        for instruction in computation.values():
-            called: list[str] = []
-            trips = 1
-            if instruction.opcode == "while":
-                trips = _trips(program, computation, instruction) or 1
-                called = re.findall(r"(?:condition|body)=%?([\w.\-]+)", instruction.attributes)
-            elif instruction.opcode in ("fusion", "call", "conditional", "async-start"):
-                names = r"(?:calls|to_apply|\w+_computations?)=\{?((?:%?[\w.\-]+(?:, )?)+)"
-                for listed in re.findall(names, instruction.attributes):
-                    called += [name.strip(" %") for name in listed.split(",")]
-            inner = is_fused or instruction.opcode == "fusion"
-            waiting += [(program[name], times * trips, inner) for name in called if name in program]
+# Collectives
 
 
-def _trips(
-    program: dict[str, Computation], computation: Computation, loop: Instruction
-) -> int | None:
-    """How often the body of a while loop runs; None where the program does not fix it.
-
-    XLA says it on some platforms. Else it follows from a counter that the condition compares with a
-    constant.
-    """
-    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
-        return int(known)
-    condition = program[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
-    body = program[loop.attribute(r"body=%?([\w.\-]+)") or ""]
-    test = condition.root
-    if test.opcode != "compare" or test.attribute(r"direction=(\w+)") != "LT":
+def _exchange(
+    computation: Computation, instruction: Instruction, devices: int, slices: int
+) -> tuple[str, float] | None:
+    """The kind of a collective and the bytes that a device sends; None for other instructions."""
+    if instruction.opcode == "send":  # between slices XLA writes collectives as host transfers
+        kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+        if kind is None:
+            return None
+        kind = kind.lower().replace("_", "-")
+        sent = _SENT.get(kind, _SENT["collective-permute"])(slices)
+        return f"{kind} {BETWEEN_SLICES}", computation.operand(instruction, 0).result[0].size * sent
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in _SENT:
         return None
-    counter = condition.origin(condition.operand(test, 0))
-    bound = _constant(condition, condition.operand(test, 1))
-    place = counter.attribute(r"index=(\d+)")
-    inputs = computation.origin(computation.operand(loop, 0))
-    if place is None or bound is None or {inputs.opcode, body.root.opcode} != {"tuple"}:
-        return None
-    start = _constant(computation, computation.operand(inputs, int(place)))
-    update = body.origin(body.operand(body.root, int(place)))
-    if start is None or update.opcode != "add":
-        return None
-    steps = [_constant(body, body.operand(update, side)) for side in (0, 1)]
-    step = next((step for step in steps if step), None)
-    return None if step is None else max(0, -(-(bound - start) // step))
+    size = sum(array.size for name in instruction.operands for array in computation[name].result)
+    return kind, size * _SENT[kind](_group_size(instruction.attributes, devices))
 
 
-def _constant(computation: Computation, instruction: Instruction) -> int | None:
-    origin = computation.origin(instruction)
-    number = re.fullmatch(r"-?\d+", origin.arguments)
-    return int(number[0]) if origin.opcode == "constant" and number else None
+def _group_size(attributes: str, devices: int) -> int:
+    """Devices that a collective joins, in each of HLO's three notations."""
+    if groups := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups[2]))
+    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(groups[1])
+    groups = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    return len(numbers(groups[1])) if groups else devices
 
 
-# How much
+# FLOPs
 
 
 def _flops(computation: Computation, product: Instruction) -> float:
@@ -196,15 +178,14 @@ def _flops(computation: Computation, product: Instruction) -> float:
     total *= right[of_right.index("i")]
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", product.attribute(r"window=\{(.*?)\}") or ""))
     for axis in range(len(of_left) - 2):
-        sizes = (left[of_left.index(str(axis))], right[of_right.index(str(axis))],
-                 result[of_result.index(str(axis))])  # fmt: skip
-        total *= _window_products(*sizes, **{
-            name: text.split("x")[axis] for name, text in window.items() if name in _WINDOW
-        })  # fmt: skip
+        place = str(axis)
+        total *= _window_products(
+            left[of_left.index(place)],
+            right[of_right.index(place)],
+            result[of_result.index(place)],
+            **{name: text.split("x")[axis] for name, text in window.items() if name in _WINDOW},
+        )
     return total / int(product.attribute(r"batch_group_count=(\d+)") or 1)
-
-
-_WINDOW = ("stride", "pad", "lhs_dilate", "rhs_dilate")
 
 
 def _window_products(
@@ -217,23 +198,24 @@ def _window_products(
     return int(np.sum(inside & (place % int(lhs_dilate) == 0)))
 
 
-def _traffic(
-    program: dict[str, Computation], computation: Computation, instruction: Instruction
-) -> float:
+# Bytes
+
+
+def _traffic(program: Program, computation: Computation, instruction: Instruction) -> float:
     """Bytes that an instruction reads from main memory and writes to it."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
         return 0.0
     operands = [computation[name] for name in instruction.operands]
     if opcode == "fusion":
-        inside = program[instruction.attribute(r"calls=%?([\w.\-]+)") or ""]
+        inside = program[instruction.reference("calls")]
         read = sum(
-            _read(inside, inner, min(1.0, _share_in_hbm(operands[int(inner.arguments)])))
-            for inner in inside.values()
-            if inner.opcode == "parameter"
+            _read(inside, parameter, operands[int(parameter.arguments)])
+            for parameter in inside.values()
+            if parameter.opcode == "parameter"
         )
         return read + _written(inside, instruction)
-    if opcode.endswith("-start"):  # its result holds its operands too
+    if opcode.endswith("-start"):  # the result holds the operands too
         target = instruction.result[0 if opcode == "copy-start" else len(operands)]
         source = operands[0].result[0]
         moved = target.size if opcode == "slice-start" else source.size
@@ -248,22 +230,16 @@ def _traffic(
     return sum(array.hbm_bytes for array in arrays)
 
 
-def _share_in_hbm(operand: Instruction) -> float:
-    """The share of an operand's bytes that lies in main memory."""
+def _read(inside: Computation, parameter: Instruction, operand: Instruction) -> float:
+    """Bytes that a fusion reads of an operand: if it only slices the operand, the slices."""
     size = sum(array.size for array in operand.result)
-    return sum(array.hbm_bytes for array in operand.result) / size if size else 0.0
-
-
-def _read(inside: Computation, parameter: Instruction, share: float) -> float:
-    """Bytes that a fusion reads of a parameter: of one that it only slices, the slices."""
+    share = sum(array.hbm_bytes for array in operand.result) / size if size else 0.0
     total = 0.0
     for user in inside.users[parameter.name]:
-        target = inside.origin(inside.operand(user, 0)) if user.operands else None
-        if user.opcode in _SLICES and target is parameter:
+        is_target = bool(user.operands) and inside.origin(inside.operand(user, 0)) is parameter
+        if user.opcode in _SLICES and is_target:
             total += sum(array.size for array in user.result)
-        elif not (user.opcode == "tuple" or (
-            user.opcode == "dynamic-update-slice" and target is parameter
-        )):  # fmt: skip
+        elif user.opcode != "tuple" and not (user.opcode == "dynamic-update-slice" and is_target):
             return share * sum(array.size for array in parameter.result)
     return share * total
 

@@ -1,36 +1,45 @@
-"""TPU generations: their figures, their topologies, and devices to compile for without having one.
+"""TPU generations: peak figures, topologies, and devices to compile for on a machine without TPUs.
 
 Peak figures are those of Google's documentation (docs.cloud.google.com/tpu/docs: v4, v5e, v5p, v6e,
-tpu7x); memory is what the compiler (libtpu 0.0.42) leaves to a program.
+tpu7x). Memory is what the compiler (libtpu 0.0.42) leaves to a program.
 """
 
-import contextlib
 import dataclasses
+import glob
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax.experimental import topologies
 
 from jetflow.types import UsageError
 
+# Answers to what libtpu asks of the machine, where that has no TPU.
+_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """What JAX takes for a device of a generation: a chip, and half of one of tpu7x.
+    """A JAX device of a generation: a chip, or half of one of tpu7x.
 
     Attributes:
+        kind: JAX's `device_kind`, by libtpu 0.0.42.
         hbm_bytes: memory for a program.
         flops: peak of bfloat16 matrix products, a second.
         hbm_bandwidth: bytes a second, to and from that memory.
-        ici_bandwidth: bytes a second that it sends within its slice, over all of its links.
-        dcn_bandwidth: bytes a second that it sends to another slice: its share of the host's
-            network.
+        ici_bandwidth: bytes a second sent within the slice, over all links.
+        dcn_bandwidth: bytes a second sent to another slice: the share of the host's network.
         topologies: shapes of a slice, in chips.
-        options: of libtpu, for the way that JAX uses its cores.
+        options: of libtpu, for the way that JAX uses the cores.
     """
 
+    kind: str
     hbm_bytes: int
     flops: float
     hbm_bandwidth: float
@@ -45,47 +54,34 @@ _BLOCKS = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x4x12", "4x8x8", "4x8x12", "8x8x8",
     "8x8x12", "8x8x16", "8x16x16", "16x16x16", "16x16x24",
 )  # fmt: skip
+_MEGACORE = {"chip_config_name": "megacore"}
+_GIB = 2**30
 
 TPUS = {
-    "v4": Tpu(int(30.75 * 2**30), 275e12, 1228e9, 300e9, 6.25e9, _BLOCKS,
-              {"chip_config_name": "megacore"}),
-    "v5e": Tpu(int(15.75 * 2**30), 197e12, 819e9, 200e9, 3.125e9, _PLANES),
-    "v5p": Tpu(int(95.74 * 2**30), 459e12, 2765e9, 600e9, 6.25e9, _BLOCKS),
-    "v6e": Tpu(int(31.25 * 2**30), 918e12, 1638e9, 400e9, 12.5e9, _PLANES),
-    "tpu7x": Tpu(int(94.75 * 2**30), 1153.5e12, 3690e9, 300e9, 6.25e9, _BLOCKS),
-}  # fmt: skip
-
-# What JAX calls a device of each (`device_kind`, as libtpu 0.0.42 has it).
-KINDS = {
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x",
-}  # fmt: skip
-
-# libtpu asks for the machine that it runs on. Here it compiles for another one, beside others.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
+    "v4": Tpu("TPU v4", int(30.75 * _GIB), 275e12, 1228e9, 300e9, 6.25e9, _BLOCKS, _MEGACORE),
+    "v5e": Tpu("TPU v5 lite", int(15.75 * _GIB), 197e12, 819e9, 200e9, 3.125e9, _PLANES),
+    "v5p": Tpu("TPU v5", int(95.74 * _GIB), 459e12, 2765e9, 600e9, 6.25e9, _BLOCKS),
+    "v6e": Tpu("TPU v6 lite", int(31.25 * _GIB), 918e12, 1638e9, 400e9, 12.5e9, _PLANES),
+    "tpu7x": Tpu("TPU7x", int(94.75 * _GIB), 1153.5e12, 3690e9, 300e9, 6.25e9, _BLOCKS),
 }
 
 
 def find(topology: str) -> Tpu:
-    """The generation of a topology, `v5e:4x4` say.
+    """The generation of a topology such as `v5e:4x4`.
 
     Raises:
-        UsageError: if there is no such topology; names those that there are.
+        UsageError: if there is no such topology; names those that exist.
     """
     generation, _, shape = topology.partition(":")
     if generation not in TPUS:
         known = "; ".join(f"{name}:{' '.join(tpu.topologies)}" for name, tpu in TPUS.items())
         raise UsageError(
-            f"--topology is {topology!r}; expected GENERATION:SHAPE, as in v5e:4x4, of {known}"
+            f"topology is {topology!r}; expected GENERATION:SHAPE, as in v5e:4x4, of {known}"
         )
     tpu = TPUS[generation]
     if shape not in tpu.topologies:
         known = ", ".join(f"{generation}:{shape}" for shape in tpu.topologies)
-        raise UsageError(f"--topology is {topology!r}; those of {generation} are {known}")
+        raise UsageError(f"topology is {topology!r}; those of {generation} are {known}")
     return tpu
 
 
@@ -95,9 +91,9 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
     Raises:
         UsageError: if there is no such topology, or no libtpu.
     """
-    options: dict[str, Any] = dict(find(topology).options)
+    options = dict(find(topology).options)
     if slices < 1:
-        raise UsageError(f"--slices is {slices}; expected 1 or more")
+        raise UsageError(f"slices is {slices}; expected 1 or more")
     if slices > 1:
         options["num_slices"] = slices
     if topology.endswith(":1x1"):
@@ -107,19 +103,17 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
             "planning needs libtpu, the compiler for TPUs, which is not installed; "
             "on Linux, in the clone: pip install -e '.[tpu]'"
         )
-    with _environment():
-        description = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **options
-        )
+    silence_libtpu()
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compile beside other processes
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     return description.devices
 
 
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update({**_ENVIRONMENT, **before})
-    try:
-        yield
-    finally:
-        for name in _ENVIRONMENT.keys() - before.keys():
-            del os.environ[name]
+def silence_libtpu() -> None:
+    """Keep an installed libtpu from filling stderr on a machine without TPUs.
+
+    JAX tries libtpu when it first looks for devices, unless JAX_PLATFORMS names others.
+    """
+    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/*"):
+        for name, value in _WITHOUT_TPU.items():
+            os.environ.setdefault(name, value)

@@ -1,31 +1,30 @@
-"""HLO, the language of compiled programs, read from its text."""
+"""HLO, the language of compiled programs, read from its text; and how often each part runs."""
 
 import collections
 import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
-_BYTES = {"pred": 1.0, "bf16": 2.0}
+_CALLED = re.compile(
+    r"(?:condition|body|calls|to_apply|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
+_CALLERS = ("while", "fusion", "call", "conditional", "async-start")
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array in HLO's writing: `bf16[64,256]{1,0:T(8,128)S(1)}`."""
+    """An array, `bf16[64,256]{1,0:T(8,128)S(1)}` in HLO's notation.
 
-    dtype: str
+    Attributes:
+        size: in bytes.
+        hbm_bytes: the same in main memory, 0 in another memory space (`S(1)` above).
+    """
+
     shape: tuple[int, ...]
-    layout: str
-
-    @property
-    def size(self) -> float:
-        """In bytes."""
-        return math.prod(self.shape) * _bytes_of(self.dtype)
-
-    @property
-    def hbm_bytes(self) -> float:
-        """Its bytes if it lies in main memory, which is space 0 and not named."""
-        return 0.0 if re.search(r"S\([1-9]", self.layout) else self.size
+    size: float
+    hbm_bytes: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +35,20 @@ class Instruction:
     operands: tuple[str, ...]
     arguments: str  # between the parentheses
     attributes: str
-    is_root: bool
 
     def attribute(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.attributes)
-        return found[1] if found else None
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else None
+
+    def reference(self, name: str) -> str:
+        """The computation that an attribute names."""
+        return self.attribute(rf"{name}=%?([\w.\-]+)") or ""
 
 
 class Computation(dict[str, Instruction]):
     """Instructions by name, in their order."""
 
-    @property
-    def root(self) -> Instruction:
-        return next(instruction for instruction in self.values() if instruction.is_root)
+    root: Instruction
 
     def operand(self, instruction: Instruction, index: int) -> Instruction:
         return self[instruction.operands[index]]
@@ -61,7 +61,7 @@ class Computation(dict[str, Instruction]):
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """By name, the instructions that take it; a bitcast's users as its operand's own."""
+        """By name, the instructions that take it; a bitcast's users count as its operand's."""
         users = collections.defaultdict(list)
         for instruction in reversed(self.values()):
             for name in dict.fromkeys(instruction.operands):
@@ -70,57 +70,106 @@ class Computation(dict[str, Instruction]):
         return users
 
 
-def parse(text: str) -> dict[str, Computation]:
-    """Computations by name; the one that a program starts with also as "ENTRY"."""
-    program = {}
+Program = dict[str, Computation]
+
+
+def parse(text: str) -> Program:
+    """Computations by name; the one that a program starts with is also under "ENTRY"."""
+    program: Program = {}
+    computation = Computation()
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             computation = program[header[2]] = Computation()
             if header[1]:
                 program["ENTRY"] = computation
         elif start := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line):
-            instruction = _instruction(line[start.end() :], start[2], start[1] is not None)
+            instruction = _instruction(start[2], line[start.end() :])
             computation[instruction.name] = instruction
+            if start[1]:
+                computation.root = instruction
     return program
 
 
-def _instruction(text: str, name: str, is_root: bool) -> Instruction:
-    """What follows `name = `: type opcode(operands), attributes."""
+def executions(program: Program) -> Iterator[tuple[Computation, int, bool]]:
+    """Each computation, how often it runs, and whether in a fusion: once a place that calls it."""
+    waiting = [(program["ENTRY"], 1, False)]
+    while waiting:
+        computation, times, is_fused = waiting.pop()
+        yield computation, times, is_fused
+        for instruction in computation.values():
+            if instruction.opcode not in _CALLERS:
+                continue
+            is_loop = instruction.opcode == "while"
+            trips = (trip_count(program, computation, instruction) or 1) if is_loop else 1
+            inner = is_fused or instruction.opcode == "fusion"
+            for several, one in _CALLED.findall(instruction.attributes):
+                names = re.findall(r"[\w.\-]+", several or one)
+                waiting += [(program[name], times * trips, inner) for name in names]
+
+
+def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
+    """How often the body of a while loop runs; None where the program does not fix it.
+
+    On some platforms XLA notes it. Otherwise it follows from a counter that the loop's condition
+    compares with a constant.
+    """
+    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+        return int(known)
+    condition, body = (program[loop.reference(name)] for name in ("condition", "body"))
+    test = condition.root
+    if test.opcode != "compare" or test.attribute(r"direction=(\w+)") != "LT":
+        return None
+    place = condition.origin(condition.operand(test, 0)).attribute(r"index=(\d+)")
+    bound = _constant(condition, condition.operand(test, 1))
+    inputs = computation.origin(computation.operand(loop, 0))
+    if place is None or bound is None or {inputs.opcode, body.root.opcode} != {"tuple"}:
+        return None
+    start = _constant(computation, computation.operand(inputs, int(place)))
+    update = body.origin(body.operand(body.root, int(place)))
+    if start is None or update.opcode != "add":
+        return None
+    steps = [_constant(body, body.operand(update, side)) for side in (0, 1)]
+    step = next((step for step in steps if step), None)
+    return None if step is None else max(0, -(-(bound - start) // step))
+
+
+def numbers(text: str | None) -> list[int]:
+    """The numbers of a list in HLO's notation, "0,2,1"."""
+    return [int(number) for number in (text or "").split(",") if number]
+
+
+def _constant(computation: Computation, instruction: Instruction) -> int | None:
+    origin = computation.origin(instruction)
+    number = re.fullmatch(r"-?\d+", origin.arguments)
+    return int(number[0]) if origin.opcode == "constant" and number else None
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    """Parse what follows `name = `: type opcode(operands), attributes."""
     end = _closing(text) if text.startswith("(") else text.index(" ")
     opcode, _, rest = text[end:].lstrip().partition("(")
     last = _closing("(" + rest) - 1
     arguments, attributes = rest[: last - 1], rest[last:]
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-    return Instruction(
-        name, opcode, _arrays(text[:end]), operands, arguments, attributes, is_root
-    )  # fmt: skip
+    return Instruction(name, opcode, _arrays(text[:end]), operands, arguments, attributes)
 
 
 def _closing(text: str) -> int:
     """The position after the parenthesis that closes the first one."""
     depth = 0
-    for found in re.finditer(r"[()]", text):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
         if not depth:
-            return found.end()
+            return match.end()
     raise ValueError(f"unbalanced parentheses in HLO: {text[:80]}")
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
-    found = re.finditer(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", text)
-    return tuple(
-        Array(dtype, tuple(map(int, filter(None, shape.split(",")))), layout or "")
-        for dtype, shape, layout in (match.groups() for match in found)
-    )
-
-
-def _bytes_of(dtype: str) -> float:
-    if dtype in _BYTES:
-        return _BYTES[dtype]
-    bits = re.match(r"[a-z]+(\d+)", dtype)
-    return int(bits[1]) / 8 if bits else 0.0  # a token has none
-
-
-def numbers(text: str | None) -> list[int]:
-    """Those of a list as HLO writes it, "0,2,1"; none of no text."""
-    return [int(number) for number in (text or "").split(",") if number]
+    arrays = []
+    for dtype, lengths, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", text):
+        bits = re.match(r"[a-z]+(\d+)", dtype)
+        each = int(bits[1]) / 8 if bits else float(dtype == "pred")  # a token has no bytes
+        size = math.prod(numbers(lengths)) * each
+        elsewhere = re.search(r"S\([1-9]", layout)
+        arrays.append(Array(tuple(numbers(lengths)), size, 0.0 if elsewhere else size))
+    return tuple(arrays)

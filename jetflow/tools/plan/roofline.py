@@ -1,7 +1,6 @@
-"""What a run needs on a TPU slice, and how long it takes at best: before it is paid for.
+"""What a run needs on a TPU slice, and the least time that it takes: before it is paid for.
 
-The programs are those of training, evaluation and sampling, compiled for devices that need not be
-there.
+The programs are those of training, evaluation and sampling, compiled for absent devices.
 """
 
 import copy
@@ -14,17 +13,13 @@ from typing import Any
 import jax
 
 from jetflow import sharding
-from jetflow.cli.configs import Config
-from jetflow.data import dataset as pipeline
-from jetflow.data.facts import FACTS
-from jetflow.evals import likelihoods as bpd
+from jetflow.data import dataset, sources
+from jetflow.evals import likelihoods
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.tools.plan import costs
 from jetflow.tools.plan import devices as tpus
-from jetflow.tools.plan.collectives import BETWEEN_SLICES
-from jetflow.tools.plan.devices import Tpu
 from jetflow.training.experiment import Run, set_up
-from jetflow.types import UsageError
+from jetflow.types import Config, UsageError
 
 PROGRAMS = ("train", "sample", "eval")
 
@@ -34,12 +29,13 @@ class Memory:
     """Bytes on each device.
 
     Attributes:
-        params, optimizer, ema: the training state's parts; of sampling and evaluation, the weights.
+        params, optimizer, ema: parts of the training state; other programs hold the weights alone.
         other: the batch, the flow's constants, and the program itself.
-        temporaries: activations, gradients, buffers: what the compiler allocates beside them; None
-            where it gave up.
-        total: of all at the moment when most is in use, as the compiler counts it, with padding.
-        capacity: what a program may take.
+        temporaries: activations, gradients and buffers; None where the compiler gave up, as `other`
+            is.
+        total: at the moment of largest use, as the compiler counts it, with padding.
+        capacity: the most that a program may take.
+        spare: negative where the program does not fit.
     """
 
     params: int
@@ -49,37 +45,26 @@ class Memory:
     temporaries: int | None
     total: int
     capacity: int
-
-    @property
-    def spare(self) -> int:
-        """Negative where it does not fit."""
-        return self.capacity - self.total
+    spare: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Roofline:
-    """Least seconds of a step, by each resource alone, and by the scarcest of them: estimates.
+class Estimate:
+    """The least time of a step by the roofline.
 
     Attributes:
-        compute: the program's matrix products at the peak rate of bfloat16.
-        hbm: bytes to and from main memory.
-        ici: exchanges within a slice, over all links.
-        dcn: exchanges between slices.
+        seconds_by_resource: compute (matrix products at bfloat16's peak), hbm (bytes to and from
+            memory), ici (exchanges within a slice, over all links), dcn (those between slices).
+        bound_by: the scarcest resource.
+        step_seconds: by that resource.
+        images_per_second, days: at most, and of all steps at least.
     """
 
-    compute: float
-    hbm: float
-    ici: float
-    dcn: float
-
-    @property
-    def bound_by(self) -> str:
-        seconds = dataclasses.asdict(self)
-        return max(seconds, key=seconds.__getitem__)
-
-    @property
-    def seconds(self) -> float:
-        return getattr(self, self.bound_by)
+    seconds_by_resource: dict[str, float]
+    bound_by: str
+    step_seconds: float
+    images_per_second: float
+    days: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,20 +72,20 @@ class Plan:
     """What a program needs on a topology.
 
     Attributes:
-        what: one of `PROGRAMS`.
-        topology, slices: "v5e:4x4", and how many of it.
+        program: one of `PROGRAMS`.
+        topology, slices: "v5e:4x4", and the number of such slices.
         devices, mesh: their number and layout.
         batch_size, remat: of the program.
         parameters: of the flow.
         memory: on each device.
-        model_flops: of a step on each device, by formula, nothing computed twice.
-        cost: of the compiled program; None where it does not fit.
-        roofline: None where it does not fit.
-        steps: of the training; of an evaluation, or as many samples, otherwise.
+        model_flops: of a step on each device, by formula, without recomputation.
+        steps: of the training; otherwise of an evaluation, or of as many samples.
         sequential: tokens that a step decodes one after another.
+        fits: whether the program compiles within the memory.
+        cost, estimate: of the compiled program; None where it does not fit.
     """
 
-    what: str
+    program: str
     topology: str
     slices: int
     devices: int
@@ -110,78 +95,59 @@ class Plan:
     parameters: int
     memory: Memory
     model_flops: float
-    cost: costs.Cost | None
-    roofline: Roofline | None
     steps: int
     sequential: int
-
-    @property
-    def fits(self) -> bool:
-        return self.cost is not None
-
-    @property
-    def images_per_second(self) -> float:
-        """At most: an estimate."""
-        return self.batch_size / self.roofline.seconds if self.roofline else 0.0
-
-    @property
-    def days(self) -> float:
-        """Of all the steps, at least: an estimate."""
-        return self.steps * self.roofline.seconds / 86400 if self.roofline else math.inf
+    fits: bool
+    cost: costs.Cost | None
+    estimate: Estimate | None
 
 
-def load(name: str, split: str) -> pipeline.Dataset:
-    """As `pipeline.load`, but of the papers' data sets the sizes alone: there are no images."""
-    if name not in FACTS:
-        return pipeline.load(name, split)
-    facts = FACTS[name]
-    images = range(facts.examples(split))
-    return pipeline.Dataset(name, "", split, facts.image_shape, facts.num_classes, images)
+def load(name: str, split: str) -> dataset.Dataset:
+    """As `dataset.load`, but of published data sets the sizes alone, without images."""
+    source = sources.find(name)
+    if not source.splits:
+        return dataset.load(name, split)
+    images = range(source.count(split))
+    return dataset.Dataset(name, "", split, source.image_shape, source.num_classes, images)
 
 
-def plan(config: Config, topology: str, *, slices: int = 1, what: str = "train") -> Plan:
+def plan(config: Config, topology: str, *, slices: int = 1, program: str = "train") -> Plan:
     """Compile one program of a run for a topology, and read off what it needs.
 
     Raises:
-        UsageError: on a config or a topology that cannot work; too little memory is none.
+        UsageError: on a config or a topology that cannot work. A program that does not fit is no
+            error.
     """
-    if what not in PROGRAMS:
-        raise UsageError(f"--what is {what!r}; expected one of {', '.join(PROGRAMS)}")
+    if program not in PROGRAMS:
+        raise UsageError(f"program is {program!r}; expected one of {', '.join(PROGRAMS)}")
     tpu = tpus.find(topology)
     run = set_up(config, load, tpus.devices(topology, slices))
-    lowered, batch_size, passes = _program(run, what)
-    state = run.abstract_state
-    held = (state.params, state.opt_state, state.ema) if what == "train" else (state.variables(),)
-    sizes = [*map(sharding.bytes_per_device, held), 0, 0]
-    parts: dict[str, int] = dict(zip(("params", "optimizer", "ema"), sizes, strict=False))
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = _bytes_needed(str(error))
-        memory = Memory(**parts, other=None, temporaries=None, total=needed, capacity=tpu.hbm_bytes)
-        cost = roofline = None
-    else:
-        memory = _memory(compiled, parts, tpu)
-        cost = costs.cost(compiled.as_text(), run.mesh.size, slices)
-        roofline = _roofline(cost, tpu)
-    flow = run.trainer.flow
+    section = config.train if program == "train" else config.eval
+    flow, size = run.trainer.flow, section.batch_size
+    lowered, passes = _lower(run, program, size)
     tokens = flow.latent_shape[0]
-    forward = costs.forward_flops(state.params, tokens)
+    params = run.abstract_state.params
+    test_steps = math.ceil(len(run.test_data) / size)
+    steps = run.total_steps if program == "train" else test_steps
+    memory, cost = _compile(lowered, run, program, tpu, slices)
     return Plan(
-        what=what,
+        program=program,
         topology=topology,
         slices=slices,
         devices=run.mesh.size,
         mesh=dict(run.mesh.shape),
-        batch_size=batch_size,
+        batch_size=size,
         remat=config.flow.remat,
-        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+        parameters=sum(
+            math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params)
+        ),
         memory=memory,
-        model_flops=passes * forward * batch_size / run.mesh.size,
+        model_flops=passes * costs.forward_flops(params, tokens) * size / run.mesh.size,
+        steps=steps,
+        sequential=flow.decoded_blocks * (tokens - 1) if program == "sample" else 0,
+        fits=cost is not None,
         cost=cost,
-        roofline=roofline,
-        steps=run.total_steps if what == "train" else math.ceil(len(run.test_data) / batch_size),
-        sequential=flow.decoded_blocks * (tokens - 1) if what == "sample" else 0,
+        estimate=_estimate(cost, tpu, size, steps) if cost else None,
     )
 
 
@@ -190,47 +156,39 @@ def fit(
     topology: str,
     *,
     slices: int = 1,
-    what: str = "train",
-    say: Callable[[str], None] = lambda text: None,
+    program: str = "train",
+    progress: Callable[[Plan], None] = lambda plan: None,
 ) -> list[Plan]:
     """For each remat policy, the plan of the largest batch that fits, if any does.
 
-    Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time, from what the config has
-    on, up or down.
+    Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time, starting from the batch
+    of the config.
 
     Args:
-        say: gets a line about each try.
+        progress: called with each plan that is tried.
     """
-    policies = REMAT_POLICIES if what == "train" else (config.flow.remat,)
+    policies = REMAT_POLICIES if program == "train" else (config.flow.remat,)
     axes = {name: config.mesh[name] for name in sharding.AXES}
     mesh = sharding.make_mesh(**axes, devices=tpus.devices(topology, slices))
     parts = sharding.batch_parts(mesh)
-    smallest = {"train": parts * config.train.accumulation, "eval": parts}
-    section = "train" if what == "train" else "eval"
-    rows = smallest.pop(section)
-
-    def attempt(policy: str, size: int) -> Plan:
-        changed = copy.deepcopy(config)
-        changed.flow.remat = policy
-        changed[section].batch_size = size * rows
-        for other, fewest in smallest.items():
-            changed[other].batch_size = fewest
-        found = plan(changed, topology, slices=slices, what=what)
-        state = f"{found.memory.total / 2**30:.2f} of {found.memory.capacity / 2**30:.2f} GiB"
-        say(f"remat {policy}, {size} images a device: {state}")
-        return found
-
-    found = []
+    rows = {"train": parts * config.train.accumulation, "eval": parts}
+    section = "train" if program == "train" else "eval"
+    largest = []
     for policy in policies:
         tried: dict[int, Plan] = {}
 
         def fits(size: int, policy: str = policy, tried: dict[int, Plan] = tried) -> bool:
-            tried[size] = attempt(policy, size)
+            changed = copy.deepcopy(config)
+            changed.flow.remat = policy
+            for name, least in rows.items():
+                changed[name].batch_size = least * (size if name == section else 1)
+            tried[size] = plan(changed, topology, slices=slices, program=program)
+            progress(tried[size])
             return tried[size].fits
 
-        if size := _largest(fits, start=config[section].batch_size // rows):
-            found.append(tried[size])
-    return found
+        if size := _largest(fits, start=config[section].batch_size // rows[section]):
+            largest.append(tried[size])
+    return largest
 
 
 def _largest(fits: Callable[[int], bool], start: int) -> int:
@@ -247,53 +205,66 @@ def _largest(fits: Callable[[int], bool], start: int) -> int:
     return between if size > 1 and fits(between) else size
 
 
-def _program(run: Run, what: str) -> tuple[Any, int, int]:
-    """A program, its batch size, and what it computes in forward passes."""
-    batch_size = run.config.train.batch_size if what == "train" else run.config.eval.batch_size
+def _lower(run: Run, program: str, batch_size: int) -> tuple[jax.stages.Lowered, int]:
+    """A program, and its forward passes, of which a backward pass is worth two."""
     batch = run.abstract_batch(batch_size)
     flow, weights = run.trainer.flow, run.abstract_state.variables()
-    if what == "train":
-        return run.lower_step(run.abstract_state, batch), batch_size, 3  # backward is two
-    if what == "eval":
-        return bpd.lower(flow, weights, batch, run.mesh), batch_size, 1
+    if program == "train":
+        return run.lower_step(run.abstract_state, batch), 3
+    if program == "eval":
+        return likelihoods.lower(flow, weights, batch, run.mesh), 1
     sampler = run.sampler(weights)
     split = sharding.batch_sharding(run.mesh)
     z = jax.ShapeDtypeStruct((batch_size, *flow.latent_shape), "float32", sharding=split)
     passes = (1 if sampler.guidance is None else 2) + (2 if sampler.denoise else 0)
-    return sampler.lower(z, batch.label if flow.num_classes else None), batch_size, passes
+    return sampler.lower(z, batch.label if flow.num_classes else None), passes
 
 
-def _memory(compiled: jax.stages.Compiled, parts: dict[str, int], tpu: Tpu) -> Memory:
-    """At the moment when most of it is in use."""
+def _compile(
+    lowered: jax.stages.Lowered, run: Run, program: str, tpu: tpus.Tpu, slices: int
+) -> tuple[Memory, costs.Cost | None]:
+    """The memory of a program, and its cost where it fits."""
+    state = run.abstract_state
+    held = (
+        (state.params, state.opt_state, state.ema) if program == "train" else (state.variables(),)
+    )
+    parts = [*map(sharding.bytes_per_device, held), 0, 0][:3]
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        total = _bytes_needed(str(error))
+        return Memory(*parts, None, None, total, tpu.hbm_bytes, tpu.hbm_bytes - total), None
     analysis: Any = compiled.memory_analysis()
-    inputs = analysis.argument_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    temporaries = analysis.peak_memory_in_bytes - inputs - outputs
+    temporaries = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes - outputs
     total = costs.peak_bytes(compiled)
-    return Memory(
-        **parts,
-        other=total - temporaries - sum(parts.values()),
+    memory = Memory(
+        *parts,
+        other=total - temporaries - sum(parts),
         temporaries=temporaries,
         total=total,
         capacity=tpu.hbm_bytes,
+        spare=tpu.hbm_bytes - total,
     )
+    return memory, costs.cost(compiled.as_text(), run.mesh.size, slices)
 
 
-def _roofline(cost: costs.Cost, tpu: Tpu) -> Roofline:
-    sent = {False: 0.0, True: 0.0}
-    for collective in cost.collectives:
-        sent[collective.kind.endswith(BETWEEN_SLICES)] += collective.bytes
-    return Roofline(
-        compute=cost.flops / tpu.flops,
-        hbm=cost.hbm_bytes / tpu.hbm_bandwidth,
-        ici=sent[False] / tpu.ici_bandwidth,
-        dcn=sent[True] / tpu.dcn_bandwidth,
-    )
+def _estimate(cost: costs.Cost, tpu: tpus.Tpu, batch_size: int, steps: int) -> Estimate:
+    between = [one.bytes for one in cost.collectives if one.kind.endswith(costs.BETWEEN_SLICES)]
+    seconds = {
+        "compute": cost.flops / tpu.flops,
+        "hbm": cost.hbm_bytes / tpu.hbm_bandwidth,
+        "ici": (sum(one.bytes for one in cost.collectives) - sum(between)) / tpu.ici_bandwidth,
+        "dcn": sum(between) / tpu.dcn_bandwidth,
+    }
+    bound_by = max(seconds, key=seconds.__getitem__)
+    least = seconds[bound_by]
+    return Estimate(seconds, bound_by, least, batch_size / least, steps * least / 86400)
 
 
 def _bytes_needed(message: str) -> int:
-    """From the compiler's complaint about too little memory; raises any other one."""
-    found = re.search(r"(?:Used|temporaries \() ?([\d.]+)([KMGT])\)? (?:of|exceeds)", message)
-    if "RESOURCE_EXHAUSTED" not in message or not found:
+    """Read off the compiler's message about too little memory; raises any other one."""
+    used = re.search(r"(?:Used|temporaries \() ?([\d.]+)([KMGT])\)? (?:of|exceeds)", message)
+    if "RESOURCE_EXHAUSTED" not in message or not used:
         raise RuntimeError(f"the program does not compile: {message[:2000]}")
-    return int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
+    return int(float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2]))))

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import jax
 
-from jetflow import environment
+from jetflow.files import METRICS, read_metrics
 from jetflow.pictures import MOST_ROWS
 from jetflow.tools.report.content import (
     Block,
@@ -25,10 +25,9 @@ from jetflow.tools.report.content import (
     Table,
     number,
 )  # fmt: skip
-from jetflow.training.log import METRICS, read_metrics
-from jetflow.training.state import abstract_variables
+from jetflow.training.step import abstract_variables
 from jetflow.types import UsageError
-from jetflow.workdir import flat, read_flow
+from jetflow.workdir import flat, read_environments, read_flow
 
 POINTS = 250  # of a curve; of a longer one, so many means are drawn
 PICTURES = 8  # sample grids, from the first to the last
@@ -240,7 +239,7 @@ def network_blocks(results: Sequence[dict[str, Any]]) -> list[Block]:
 
 def environment_blocks(workdir: Path) -> list[Block]:
     """What the run computed with, a column for each environment."""
-    known = environment.read(workdir)
+    known = read_environments(workdir)
     if not known:
         return [Prose("The run noted no environment: it was converted, or has not begun.")]
     names = list(dict.fromkeys(name for one in known for name in one if name != "from_step"))

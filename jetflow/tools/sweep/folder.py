@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jetflow import hosts
+from jetflow.files import write_json
 from jetflow.sweeps import Point
 from jetflow.types import UsageError
-from jetflow.workdir import CONFIG, SWEEP, flat, write_json
+from jetflow.workdir import CONFIG, SWEEP, flat
 
 NO_PART = ("points", "title", "description", "repeats")  # of what is compared field by field
 MOST_SHOWN = 4  # fields that differ

@@ -6,10 +6,10 @@ from typing import Any
 from absl import flags
 
 from jetflow.cli import commands
-from jetflow.cli.commands.bench import data, sample, train
+from jetflow.cli.commands.bench import sample
 from jetflow.types import UsageError
 
-WHAT = {"sample": sample, "train": train, "data": data}
+WHAT = {"sample": sample}
 USAGE = "\n  ".join(part.USAGE for part in WHAT.values())
 ARGUMENTS = ("WHAT",)
 

@@ -14,14 +14,14 @@ from jetflow import sharding
 from jetflow.cli import commands
 from jetflow.cli import configs as config
 from jetflow.cli.commands import decoding
+from jetflow.model import Model, load_model
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import METHODS
 from jetflow.tools.bench import sampling
 from jetflow.tools.plan import roofline as plan
 from jetflow.training.experiment import set_up
-from jetflow.training.state import abstract_variables, init_variables
+from jetflow.training.step import abstract_variables, init_variables
 from jetflow.types import Guidance, UsageError
-from jetflow.workdir import Model, load_model
 
 USAGE = "jetflow bench sample --workdir runs/tar32 --batch_sizes 8,64 --methods cached,jacobi"
 
@@ -84,7 +84,7 @@ def _model(values: flags.FlagValues, mesh: Mesh) -> Model:
     variables = jax.jit(functools.partial(init_variables, flow), out_shardings=where)(
         jax.random.key(0)
     )
-    return Model(Path(), run.resolved_config, flow, variables, step=0)
+    return Model(Path(), run.resolved_config, flow, variables, 0, mesh)
 
 
 def _line(speed: sampling.Speed) -> str:

@@ -12,9 +12,10 @@ from jetflow.cli import commands
 from jetflow.cli.commands.evaluate import agreement, likelihoods, quality
 from jetflow.cli.commands.evaluate.evaluation import Evaluation
 from jetflow.cli.commands.evaluate.quality import Quality
+from jetflow.model import Model, load_model
 from jetflow.noise import LARGEST_SEED
 from jetflow.types import UsageError
-from jetflow.workdir import Model, load_model, write_result
+from jetflow.workdir import write_result
 
 USAGE = "jetflow evaluate --workdir runs/digits --metrics bpd"
 ARGUMENTS = ()

@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 
 from jetflow.cli.commands import sampling
 from jetflow.data import dataset as pipeline
+from jetflow.model import Model
 from jetflow.noise import Noise
 from jetflow.types import UsageError
-from jetflow.workdir import Model, suffix
+from jetflow.workdir import suffix
 
 
 class Outcome(NamedTuple):

@@ -14,12 +14,12 @@ from jetflow.cli import commands
 from jetflow.cli.commands import sampling
 from jetflow.cli.commands.sample import explore
 from jetflow.flows.labels import check_labels
+from jetflow.model import Model, load_model
 from jetflow.noise import LARGEST_SEED
 from jetflow.pictures import corner, rows_by_class, square_rows
 from jetflow.sampling.ancestral import Sampler
 from jetflow.training.log import make_grid, save_png
 from jetflow.types import UsageError
-from jetflow.workdir import Model, load_model
 
 USAGE = "jetflow sample --workdir runs/digits --num 64 --guidance 1 --denoise --out grid.png"
 ARGUMENTS = ()

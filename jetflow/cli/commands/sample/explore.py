@@ -14,13 +14,13 @@ from jetflow.cli import commands
 from jetflow.cli.commands import sampling
 from jetflow.data import dataset as pipeline
 from jetflow.flows.labels import check_labels
+from jetflow.model import Model
 from jetflow.noise import Purpose, key_for
 from jetflow.pictures import rows_by_class
 from jetflow.sampling import explore
 from jetflow.sampling.ancestral import Drawn, check_guided
 from jetflow.training.log import make_grid, save_gif, save_png
 from jetflow.types import UsageError
-from jetflow.workdir import Model
 
 MODES = ("reconstruct", "interpolate", "trace")
 LARGEST_STRIP = 17  # stages of a trace that are shown

@@ -15,11 +15,13 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from jetflow import environment, hosts
+from jetflow import hosts
 from jetflow.cli import commands
 from jetflow.cli import configs as config
 from jetflow.cli.commands import evaluate, sample, sampling, train
 from jetflow.data import dataset as pipeline
+from jetflow.files import write_json
+from jetflow.model import Model, load_model
 from jetflow.pictures import rows_by_class, square_rows
 from jetflow.sweeps import Point, Sweep, is_of_training, say
 from jetflow.tools.sweep.folder import Folder
@@ -27,7 +29,7 @@ from jetflow.training import loop
 from jetflow.training.experiment import set_up
 from jetflow.training.log import make_grid, save_png
 from jetflow.types import UsageError
-from jetflow.workdir import Model, load_model, suffix, write_json
+from jetflow.workdir import environment, suffix
 
 # Flags of `evaluate` and `sample` that no point sets: the sweep gives them, or their files.
 OWN = ("metrics", "workdir", "data_dir", "make_reference", "num", "out", "npz", "mode")
@@ -151,7 +153,7 @@ class Runner:
             record |= {"status": "failed", "error": _told(error)}
             say(f"point {point.name} failed: {record['error']}")
         record["seconds"] = time.perf_counter() - start
-        record["environment"] = environment.describe()
+        record["environment"] = environment()
         write_json(self._folder.record_path(point), record)
         return record["status"] == "done"
 

@@ -1,7 +1,8 @@
-"""How fast training is here: the reading of its batches, the step alone, and both together."""
+"""How fast training and the reading of its data are on this machine."""
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -10,13 +11,13 @@ from typing import Any
 import jax
 import psutil
 
-from jetflow.data import dataset as pipeline
-from jetflow.data import processes
+from jetflow import sharding
+from jetflow.data import dataset, processes
 from jetflow.tools.plan import costs
-from jetflow.tools.plan.devices import KINDS, TPUS
-from jetflow.training.experiment import Run
-from jetflow.training.state import TrainState
-from jetflow.types import Batch
+from jetflow.tools.plan.devices import TPUS
+from jetflow.training.experiment import set_up
+from jetflow.training.step import TrainState
+from jetflow.types import Batch, Config
 
 ROUND_SECONDS = 1.0  # of reading, at least, that are timed as one
 
@@ -26,7 +27,7 @@ PEAK_FLOPS = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H200": 989.4e12,
-} | {kind: TPUS[generation].flops for kind, generation in KINDS.items()}
+} | {tpu.kind: tpu.flops for tpu in TPUS.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +35,18 @@ class Reading:
     """How fast shuffled training batches reach this host's memory, decoded.
 
     Attributes:
-        workers, batch_size: processes that read, 0 for threads; and images at a time.
+        data, split: name of the data set, and its part.
+        workers, batch_size: reading processes, 0 for threads; and images at a time.
         images_per_second: of this host: the median of the rounds, after one that warms up.
         images_per_second_range: the least and the most.
-        images_per_core_second: images by processor time, of all processes: what one core reads.
+        images_per_core_second: images by processor time of all processes.
         megabytes_per_second: of pixels.
-        first_batch_seconds: until there is one, with the start of the workers.
+        first_batch_seconds: from the start of the workers to the first batch.
         cores: that this process may use.
     """
 
+    data: str
+    split: str
     workers: int
     batch_size: int
     images_per_second: float
@@ -53,25 +57,65 @@ class Reading:
     cores: int
 
 
-def reading(dataset: pipeline.Dataset, *, batch_size: int, workers: int, repeats: int) -> Reading:
-    """Measure the training batches of a data set."""
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How fast the training step of a config is.
+
+    Attributes:
+        device: the mesh, in words.
+        batch_size: images a step, over all devices.
+        step_seconds: with one batch that stays on the devices: the median of the rounds, after one
+            that warms up; step_seconds_range: the least and the most.
+        steps_per_second, images_per_second: by that median.
+        step_seconds_with_data, images_per_second_with_data: with the real batches, as in training.
+        data_wait_share: the share of that time in which the devices waited for data.
+        model_flops: of a step on each device, by formula, without recomputation.
+        utilisation: model_flops over the device's bfloat16 peak; None where that is unknown.
+        peak_bytes: memory of the program on each device, with state and batch.
+    """
+
+    device: str
+    batch_size: int
+    step_seconds: float
+    step_seconds_range: tuple[float, float]
+    steps_per_second: float
+    images_per_second: float
+    step_seconds_with_data: float
+    images_per_second_with_data: float
+    data_wait_share: float
+    model_flops: float
+    utilisation: float | None
+    peak_bytes: int
+
+
+def bench_data(
+    config: Config,
+    *,
+    workers: int = 0,
+    batch_size: int | None = None,
+    repeats: int = 5,
+    data_dir: str | None = None,
+) -> Reading:
+    """Measure the reading of a config's training batches, in `repeats` rounds."""
+    source = dataset.load(config.data.name, config.data.train_split, data_dir=data_dir)
+    size = batch_size or config.train.batch_size
     start = time.perf_counter()
-    batches = pipeline.train_batches(dataset, batch_size=batch_size, seed=0, workers=workers)
+    batches = dataset.train_batches(source, batch_size=size, seed=0, workers=workers)
     with contextlib.closing(batches):
         image = next(batches).image
         first = time.perf_counter() - start
         _read_round(batches)  # which uses up what was read ahead
         rounds = [_read_round(batches) for _ in range(repeats)]
-    speeds = [count * batch_size / seconds for count, seconds, _ in rounds]
+    speeds = [count * size / seconds for count, seconds, _ in rounds]
     median = statistics.median(speeds)
     return Reading(
+        data=source.name,
+        split=source.split,
         workers=workers,
-        batch_size=batch_size,
+        batch_size=size,
         images_per_second=median,
         images_per_second_range=(min(speeds), max(speeds)),
-        images_per_core_second=statistics.median(
-            count * batch_size / processor for count, _, processor in rounds
-        ),
+        images_per_core_second=statistics.median(count * size / used for count, _, used in rounds),
         megabytes_per_second=median * image[0].nbytes / 1e6,
         first_batch_seconds=first,
         cores=processes.cores(),
@@ -89,44 +133,18 @@ def _read_round(batches: Iterator[Batch]) -> tuple[int, float, float]:
 
 
 def processor_seconds() -> float:
-    """That this process and those that it started have used."""
+    """Used by this process and its children."""
     this = psutil.Process()
     times = [process.cpu_times() for process in (this, *this.children())]
     return sum(spent.user + spent.system for spent in times)
 
 
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """How fast the training step of a config is.
-
-    Attributes:
-        batch_size: images a step, over all devices.
-        step_seconds: with the same batch on the devices each time: the median of the rounds, after
-            one that warms up; step_seconds_range: the least and the most.
-        steps_per_second, images_per_second: by that median.
-        step_seconds_with_data, images_per_second_with_data: with the real batches, as in training.
-        data_wait_share: of that time, in which the devices had nothing to do for want of data.
-        model_flops: of a step on each device, by formula, nothing computed twice.
-        utilisation: their share of what the device can do in bfloat16; None where that is unknown.
-        peak_bytes: of memory that the program takes on each device, state and batch included.
-    """
-
-    batch_size: int
-    step_seconds: float
-    step_seconds_range: tuple[float, float]
-    steps_per_second: float
-    images_per_second: float
-    step_seconds_with_data: float
-    images_per_second_with_data: float
-    data_wait_share: float
-    model_flops: float
-    utilisation: float | None
-    peak_bytes: int
-
-
-def measure(run: Run, *, steps: int, repeats: int) -> Training:
-    """Measure the training step in `repeats` rounds of so many steps."""
-    size = run.config.train.batch_size
+def bench_train(
+    config: Config, *, steps: int = 10, repeats: int = 5, data_dir: str | None = None
+) -> Training:
+    """Measure the training step of a config, in `repeats` rounds of so many steps."""
+    run = set_up(config, functools.partial(dataset.load, data_dir=data_dir))
+    size = config.train.batch_size
     state, _ = run.fresh_state()
     step = run.lower_step(state, run.abstract_batch(size)).compile()
     with contextlib.closing(run.batches()) as ahead:
@@ -140,6 +158,7 @@ def measure(run: Run, *, steps: int, repeats: int) -> Training:
     flops = 3 * forward * size / run.mesh.size  # the backward pass is two
     peak = PEAK_FLOPS.get(run.mesh.devices.flat[0].device_kind)
     return Training(
+        device=sharding.describe(run.mesh),
         batch_size=size,
         step_seconds=median,
         step_seconds_range=(min(times), max(times)),
@@ -161,12 +180,12 @@ def _rounds(
     steps: int,
     repeats: int,
 ) -> tuple[TrainState, list[tuple[float, float]]]:
-    """Seconds of each round, and those in which the devices waited; one more before warms up.
+    """Seconds of each round, and those of waiting for data; one more round before warms up.
 
     Args:
-        after: what comes after a step's outputs: a batch, and the seconds that it was waited for.
+        after: from a step's outputs to the next batch, and the seconds of waiting for it.
     """
-    found = []
+    rounds = []
     batch, _ = after(state)
     for _ in range(repeats + 1):
         start, waits = time.perf_counter(), 0.0
@@ -175,5 +194,5 @@ def _rounds(
             batch, waited = after(metrics)
             waits += waited
         jax.block_until_ready(metrics)
-        found.append((time.perf_counter() - start, waits))
-    return state, found[1:]
+        rounds.append((time.perf_counter() - start, waits))
+    return state, rounds[1:]

@@ -1,0 +1,105 @@
+"""Config files, named as `FILE.py` or `FILE.py:ARGUMENT`, and changes of single fields by name."""
+
+import ast
+import difflib
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jetflow.types import Config, UsageError
+
+SECTIONS = ("flow", "data", "noise", "optim", "train", "mesh", "eval")
+FIELDS = ("init_from", "init_weights")  # that belong to no section
+_BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "values in brackets, such as (1, 2) or ('a', 'b')",
+}
+
+
+def read(name: str) -> Config:
+    """The config that a file's `get_config` returns; what follows a colon is its argument.
+
+    A config file can import its neighbours, as in `from configs import base`: the folder above its
+    own joins the search path, and the current one after it.
+
+    Raises:
+        UsageError: if the file is missing or fails (with the line), or its config lacks a section.
+    """
+    path, colon, argument = name.partition(":")
+    if not Path(path).is_file():
+        raise UsageError(f"--config {path!r} is no file; expected one such as configs/NAME.py")
+    folders = [str(Path(path).resolve().parent.parent), os.getcwd()]
+    sys.path[:] = [*folders, *(folder for folder in sys.path if folder not in folders)]
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = get_config(*([argument] if colon else [])) if get_config else None
+    except Exception as error:  # whatever the file raises
+        raise UsageError(_failure(error, path)) from error
+    if get_config is None:
+        raise UsageError(
+            f"--config {path} has no function get_config; see configs/digits_tarflow.py"
+        )
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"--config {path} has a get_config that returns no config")
+    if missing := [part for part in (*SECTIONS, *FIELDS) if part not in config]:
+        kind = "section" if missing[0] in SECTIONS else "field"
+        raise UsageError(
+            f"--config {path} has no {kind} {missing[0]}; start from configs/base.py, which has "
+            f"{', '.join((*SECTIONS, *FIELDS))}"
+        )
+    return config
+
+
+def change(config: Config, name: str, value: Any) -> None:
+    """Set a field, such as "train.steps", to a value of its type, or to a text that spells one.
+
+    Raises:
+        UsageError: if there is no such field, or the value is of another type.
+    """
+    section, present = config, config
+    for part in name.split("."):
+        known = list(present) if isinstance(present, ConfigDict) else []
+        if part not in known:
+            nearest = difflib.get_close_matches(part, known, n=1)
+            remedy = f"did you mean {nearest[0]}?" if nearest else "configs/base.py lists them"
+            raise UsageError(f"config.{name} is no field of the config; {remedy}")
+        section, present = present, present[part]
+    if isinstance(present, ConfigDict):
+        raise UsageError(f"config.{name} is {value!r}; expected the name of a field after it")
+    try:
+        section[part] = _parsed(str(value), type(present))
+    except (KeyError, SyntaxError, TypeError, ValueError) as error:
+        expected = _EXPECTED.get(type(present), type(present).__name__)
+        raise UsageError(f"config.{name} is {value!r}; expected {expected}") from error
+
+
+def _parsed(text: str, kind: type) -> Any:
+    if kind is bool:
+        return _BOOLS[text.lower()]
+    if kind is not tuple:
+        return kind(text)
+    value = ast.literal_eval(text)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _failure(error: Exception, path: str) -> str:
+    """What went wrong in a config file, and in which line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    line = lines[-1] if lines else getattr(error, "lineno", None)  # which a SyntaxError has
+    where = f"--config {path}" + (f", line {line}" if line else "")
+    if isinstance(error, ModuleNotFoundError) and error.name == "configs":
+        return (
+            f"{where}: `configs` was not found; run from a clone of jetflow, or put the file in "
+            "its configs/"
+        )
+    text = " ".join(str(error).replace("\\n", " ").split())
+    return f"{where}: {type(error).__name__}: {text}"
