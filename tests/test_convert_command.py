@@ -11,7 +11,7 @@ from published import GOLDEN, assert_equal, case, settings_of, tarflow_arguments
 
 from jetflow import cli
 from jetflow.cli.commands import convert
-from jetflow.data.facts import FACTS
+from jetflow.data.sources import SOURCES
 from jetflow.model import load_model
 from jetflow.tools.convert import torch_file
 from jetflow.tools.convert.models import Published
@@ -313,6 +313,5 @@ def test_file_that_cannot_be_written(noisy, capsys):
 
 
 def test_held_out_split_of_every_data_set():
-    for name, facts in FACTS.items():
-        assert {"train", convert._held_out_split(name)} == set(facts.splits)
-    assert convert._held_out_split("digits") == "test"
+    for name, source in SOURCES.items():
+        assert {"train", convert._held_out_split(name)} == set(source.splits)

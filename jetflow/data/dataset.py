@@ -71,8 +71,8 @@ class Dataset:
         for batch in eval_batches(self, batch_size=256):
             for image, label, index in zip(*batch, strict=True):
                 if index >= 0:
-                    pixels = image.tobytes()
-                    records.update_checksum(digest, pixels, label if self.num_classes else None)
+                    label = int(label) if self.num_classes else None
+                    records.update_checksum(digest, image.tobytes(), label)
         return digest.hexdigest()[:16]
 
     def facts(self) -> dict[str, Any]:

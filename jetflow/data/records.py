@@ -39,13 +39,16 @@ class Shard(NamedTuple):
 
     def counts(self) -> dict[str, int] | None:
         """The number of images in each split; None if the shard is not written, or not whole."""
-        with contextlib.suppress(RuntimeError):  # a file is cut
-            if self.note.exists() and all(file.exists() for file in self.files.values()):
-                return {
-                    split: ArrayRecordReader(os.fspath(file)).num_records()
-                    for split, file in self.files.items()
-                }
-        return None
+        if not all(file.exists() for file in (self.note, *self.files.values())):
+            return None
+        counts = {}
+        with contextlib.suppress(RuntimeError):
+            for split, file in self.files.items():
+                reader = ArrayRecordReader(os.fspath(file))
+                number = reader.num_records()
+                reader.close()  # which raises if the file is cut
+                counts[split] = number
+        return counts if len(counts) == len(self.files) else None
 
 
 def write_shard(shard: Shard, source: Source, is_labelled: bool) -> dict[str, int]:

@@ -131,8 +131,13 @@ class Source:
             UsageError: there is no such split.
         """
         infos = [
-            tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0, filename_template=None)
-            for name, n in self.splits.items()
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=[count],
+                num_bytes=0,
+                filename_template=tfds.core.ShardedFileTemplate("", "{SPLIT}", split=name),
+            )
+            for name, count in self.splits.items()
         ]
         try:
             return tfds.core.SplitDict(infos)[split].num_examples

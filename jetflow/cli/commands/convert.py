@@ -155,7 +155,7 @@ def check_data(name: str, published: Published) -> None:
         raise UsageError(str(error).replace("config.data.name", "--data")) from error
     if source.image_shape != published.image_shape:
         raise UsageError(
-            f"--data {name} has images of {features['image'].shape}, but the model is for "
+            f"--data {name} has images of {source.image_shape}, but the model is for "
             f"{published.image_shape}; give a data set of that shape, or none"
         )
     classes = source.num_classes
