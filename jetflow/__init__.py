@@ -17,8 +17,13 @@ _PUBLIC = {
     "convert": "jetflow.tools.convert",
     "load_model": "jetflow.model:load_model",
     "plan": "jetflow.tools.plan.roofline:plan",
+<<<<<<< HEAD
     "prepare": "jetflow.data.dataset:prepare",
+=======
+    "report": "jetflow.tools.report.document:report",
+>>>>>>> main
     "sample": "jetflow.sampling.ancestral:sample",
+    "train": "jetflow.training.loop:train",
 }
 
 __all__ = list(_PUBLIC)

@@ -38,6 +38,7 @@ FREE = (
     "config.train.keep_every",
     "config.mesh",
     "config.data.workers",
+    "config.resolved.defaults",
 )
 LENGTH = ("config.train.steps", "config.train.epochs", "config.train.images")
 LENGTH += ("config.resolved.total_steps",)
@@ -205,9 +206,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def note_environment(workdir: Path, step: int) -> None:
-    """Add this environment to those of a run, from `step` on, unless it is the last one of them."""
-    current, known = environment(), read_environments(workdir)
+def note_environment(workdir: Path, step: int, *, total_steps: int) -> None:
+    """Add this environment to those of a run, from `step` on, unless it is the last one of them.
+
+    Args:
+        total_steps: the length of the run; part of what may change from some step on.
+    """
+    current = environment() | {"total_steps": total_steps}
+    known = read_environments(workdir)
     if not known or {**known[-1], "from_step": None} != {"from_step": None, **current}:
         write_json(workdir / ENVIRONMENT, [*known, {"from_step": step, **current}])
 

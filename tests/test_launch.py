@@ -12,11 +12,10 @@ import sys
 
 import pytest
 import tiny_runs
-from absl import flags
 from launchers import LAUNCH, load_gke, run, script, wait_for, without_slurm
 
 from jetflow import cli, sharding
-from jetflow.cli import configs as config
+from jetflow.cli.flags import parse
 
 GKE = load_gke()
 
@@ -166,14 +165,12 @@ def test_documented_meshes_fit(monkeypatch, command):
         each = math.prod(GKE.chips_and_hosts(flag(command, "--topology", "v5e:4x4")))
     devices = [Device(number, number, number // each) for number in range(slices * each)]
     arguments = command[command.index("jetflow") + 1 :]
-    values = flags.FlagValues()
-    cli.load("train").define(values, arguments)
-    config.parse(values, arguments)
-    sizes = {axis: values.config.mesh[axis] for axis in sharding.AXES}
+    options = parse(*cli.find(arguments))
+    sizes = {axis: options.config.mesh[axis] for axis in sharding.AXES}
     mesh = sharding.make_mesh(**sizes, devices=devices)
-    sharding.check_batch("config.train.batch_size", values.config.train.batch_size, mesh)
-    sharding.check_batch("config.eval.batch_size", values.config.eval.batch_size, mesh)
-    assert values.workdir.startswith(("/bucket/", "/shared/"))
+    sharding.check_batch("config.train.batch_size", options.config.train.batch_size, mesh)
+    sharding.check_batch("config.eval.batch_size", options.config.eval.batch_size, mesh)
+    assert str(options.workdir).startswith(("/bucket/", "/shared/"))
 
 
 def test_readme_names_every_launcher():

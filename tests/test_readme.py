@@ -4,11 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
-from absl import flags
-
-from jetflow import cli, sweeps
-from jetflow.cli import configs as config
+from jetflow import cli, configs, sweeps
 from jetflow.cli.commands.sweep import point
+from jetflow.cli.flags import parse
 from jetflow.flows.build import build
 from jetflow.tools.sweep.folder import Folder
 
@@ -34,12 +32,9 @@ def test_config_example(tmp_path, monkeypatch):
     _, example, _ = blocks("python")
     path = tmp_path / "own.py"
     path.write_text(example)
-    values = flags.FlagValues()
-    arguments = ["train", "--config", str(path), "--workdir", str(tmp_path / "run")]
-    cli.load("train").define(values, arguments)
-    config.parse(values, arguments)
-    assert values.config.flow.width == 256
-    assert build(values.config.flow, image_shape=(32, 32, 3)).latent_shape == (256, 12)
+    config = configs.read(str(path))
+    assert config.flow.width == 256
+    assert build(config.flow, image_shape=(32, 32, 3)).latent_shape == (256, 12)
 
 
 def test_sweep_example(tmp_path):
@@ -66,8 +61,4 @@ def test_commands_parse(monkeypatch):
     assert len(tables) >= 15
     for line in [*commands, *tables]:
         name, *arguments = shlex.split(line)[1:]
-        values = flags.FlagValues()
-        command = cli.load(name)
-        command.define(values, [name, *arguments])
-        rest = config.parse(values, [name, *arguments])
-        assert len(rest) == len(command.ARGUMENTS), line
+        parse(*cli.find([name, *arguments]))

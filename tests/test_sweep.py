@@ -423,8 +423,12 @@ def test_a_sweep_and_a_run_share_no_folder(sweep, tmp_path, capsys):
     assert "neither a run nor a sweep; give one that is in it: a run" in capsys.readouterr().err
 
 
+def diverging(*_, **options):
+    raise loop.Diverged("the training diverged")
+
+
 def test_an_edited_config_is_another_recipe(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "train", lambda *_: loop.DIVERGED)
+    monkeypatch.setattr(loop, "train", diverging)
     monkeypatch.chdir(tiny_runs.ROOT)
     config, path, workdir = tmp_path / "recipe.py", training_sweep(tmp_path), tmp_path / "swept"
     path.write_text(re.sub(r"'\S+photos_jet.py'", f"'{config}'", path.read_text()))
@@ -443,9 +447,9 @@ def test_an_edited_config_is_another_recipe(tmp_path, monkeypatch, capsys):
 def test_a_failed_training_is_tried_once_a_command(tmp_path, monkeypatch, capsys):
     tried = []
 
-    def train(run, workdir):
+    def train(config, workdir, **options):
         tried.append(workdir.name)
-        return loop.DIVERGED
+        raise loop.Diverged("the training diverged")
 
     monkeypatch.setattr(loop, "train", train)
     path, workdir = training_sweep(tmp_path), tmp_path / "swept"

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (old := _transitional(argv)) is not None:
             return _run_old(old, argv)
-        command, argv = _find(argv)
+        command, argv = find(argv)
         if HELP & set(argv):
             print(f"{SUMMARIES[argv[0].split()[0]]}\n\n{help_text(command)}")
             return 0
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _find(argv: Sequence[str]) -> tuple[Command, list[str]]:
+def find(argv: Sequence[str]) -> tuple[Command, list[str]]:
     """The command, and the command line with its name as one word.
 
     Raises:
@@ -71,11 +71,11 @@ def _find(argv: Sequence[str]) -> tuple[Command, list[str]]:
     module = importlib.import_module(f"jetflow.cli.{name}")
     if not hasattr(module, "COMMANDS"):
         return module.COMMAND, [name, *arguments]
-    words = [word for word in arguments if not word.startswith("-")]
-    if words and words[0] in module.COMMANDS:
-        arguments.remove(words[0])
-        return module.COMMANDS[words[0]], [f"{name} {words[0]}", *arguments]
-    if not words and HELP & set(arguments):
+    for words, command in module.COMMANDS.items():  # such as "train", or "--reverse tarflow"
+        if set(words.split()) <= set(arguments):
+            rest = [word for word in arguments if word not in words.split()]
+            return command, [f"{name} {words}", *rest]
+    if HELP & set(arguments):
         return next(iter(module.COMMANDS.values())), [name, *arguments]
     raise UsageError(
         f"{' '.join(argv[:2])!r} is no command; expected jetflow {name} followed by one of "

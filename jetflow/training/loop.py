@@ -1,62 +1,112 @@
 """The training loop: train, look, save, and stop at any moment without losing a step."""
 
 import dataclasses
+import functools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from jetflow import hosts, sharding
-from jetflow import pictures as samples
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints, NotFinite
+from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.files import METRICS, read_json
 from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
+from jetflow.options import Options, option
+from jetflow.pictures import labels_in_turn, samples_grid, save_png
 from jetflow.sampling.ancestral import draw_all, not_finite
-from jetflow.training.experiment import Run
-from jetflow.training.log import Reporter, make_grid, save_png
+from jetflow.training.experiment import Run, set_up
+from jetflow.training.log import Reporter
 from jetflow.training.step import Metrics, TrainState
-from jetflow.types import Batch
+from jetflow.types import Batch, Config, UsageError
 
-DIVERGED = 3  # an exit status: to run the command again would end the same way
+SAMPLES_AT_ONCE = 64
 
 
 class Diverged(Exception):
-    """The loss or its gradient is not finite; the message says since when."""
+    """Loss, gradient or parameters are not finite; the message names the last finite checkpoint."""
 
 
-def train(run: Run, workdir: Path) -> int:
-    """Train, or go on training, in `workdir`. The exit status: 0; `DIVERGED` where the loss is no
-    longer finite; or 128 + the signal's number.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(Options):
+    """What `train` takes, as flags."""
+
+    config: Any = option(example="configs/NAME.py")
+    workdir: Path = option(help="the folder of the run", example="runs/NAME")
+    data_dir: Path | None = option(
+        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
+    )
+    extend: bool = option(False, "go on with the run in --workdir to a greater length")
+
+
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    extend: bool = False,
+) -> None:
+    """Train, or go on training, in `workdir`.
 
     Killed at any moment and called again, it ends with the same parameters, optimizer state,
     averages and metrics as if it had never been interrupted.
+
+    Args:
+        config: an ml_collections ConfigDict with the sections of configs/base.py.
+        data_dir: of prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+        extend: accept a config that is longer than that of the run. The schedule is then that of
+            the new length, from the next step on, which environment.json records.
+
+    Raises:
+        UsageError: the config cannot work, or the workdir is not free for it.
+        Diverged: the loss, its gradient or the parameters are no longer finite.
+        Stopped: a signal asked for it; everything is saved.
     """
-    train = run.config.train
+    run, workdir = (
+        set_up(config, functools.partial(pipeline.load, data_dir=data_dir)),
+        Path(workdir),
+    )
+    section = run.config.train
     checkpoints = Checkpoints(
-        workdir / "checkpoints", keep=train.keep_checkpoints, keep_every=train.keep_every or None
+        workdir / "checkpoints",
+        keep=section.keep_checkpoints,
+        keep_every=section.keep_every or None,
     )
     with StopSignal() as stop, checkpoints, workdirs.claimed(workdir) as claim:
         # What cannot start must leave nothing behind: the first state comes before `begin`.
         begins = hosts.agreed(checkpoints.latest() is None)
         fresh, origin = run.fresh_state() if begins else (None, "")
-        claim.begin(run.resolved_config)
+        before = _length(workdir, run.total_steps) if extend else run.total_steps
+        claim.begin(run.resolved_config, extend=extend)
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
-        workdirs.note_environment(workdir, start)
+        workdirs.note_environment(workdir, start, total_steps=run.total_steps)
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
-            try:
-                Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, origin)
-            except Stopped as stopped:
-                return 128 + stopped.signal
-            except Diverged as error:
-                reporter.say(f"jetflow: {error}")
-                return DIVERGED
-    return 0
+            if before < run.total_steps:
+                origin = (
+                    f"extended from {before} to {run.total_steps} steps: from step {start} on, the "
+                    "learning rate follows the schedule of the new length"
+                )
+            Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, origin)
+
+
+def _length(workdir: Path, steps: int) -> int:
+    """The steps of the run in `workdir`, which are to become `steps`; these if there is no run."""
+    config = workdirs.read_config(workdir)
+    before = config["resolved"]["total_steps"] if config else steps
+    if steps < before:
+        raise UsageError(
+            f"{workdir} holds a run of {before} steps, and config.train asks for {steps}; "
+            "--extend only makes a run longer"
+        )
+    return before
 
 
 @dataclasses.dataclass
@@ -74,12 +124,13 @@ class Session:
         """Train from step `start` to the end.
 
         Args:
-            origin: what is to be said of a fresh state that was made of another run's weights.
+            origin: where the state comes from, if not from this config alone; for the headline.
         """
         self.reporter.say(self._headline(state, start))
         if origin:
             self.reporter.say(origin)
-            self._save(state, start)  # the other run may go on, or be deleted
+        if origin and not start:
+            self._save(state, start)  # the run that it starts from may go on, or be deleted
         step, total = start, self.run.total_steps
         batches: Ahead[Batch, Batch] | None = None
         try:
@@ -92,7 +143,8 @@ class Session:
             for step in range(start + 1, total + 1):
                 # It runs on the device while the last one is logged and the next batch comes.
                 state, metrics = train_step(state, batch)
-                self._log(step, metrics)
+                self._flush()
+                self._pending = (step, metrics)
                 if batches and step < total:
                     batch, waited = batches.after(metrics)
                     self.reporter.waited(waited)
@@ -123,88 +175,90 @@ class Session:
         self.poll()
         return compiled
 
-    def _log(self, step: int, metrics: Metrics) -> None:
-        """Note the metrics of a step, and write those of the step before, which has ended."""
-        self._flush()
-        self._pending = (step, metrics)
-
     def _flush(self) -> None:
+        """Write the metrics of the last step: never more than two are under way."""
         if self._pending is None:
             return
-        step, metrics = self._pending
-        self._pending = None
-        train = self.run.config.train
-        metric = bpd.metric_name(self.run.trainer.noise)
-        now = float(metrics["bpd"])  # waits for the step: never more than two are under way
-        if not math.isfinite(now + float(metrics["gradient_norm"])):
+        (step, metrics), self._pending = self._pending, None
+        section, name = self.run.config.train, bpd.metric_name(self.run.trainer.noise)
+        bits = float(metrics["bpd"])  # waits for the step
+        if not math.isfinite(bits + float(metrics["gradient_norm"])):
             raise self._diverged(f"step {step}: the loss or its gradient is not finite")
-        if due := step % train.log_every == 0 or step in (1, self.run.total_steps):
-            values = {
-                name.replace("bpd", metric): float(value)
-                for name, value in jax.device_get(metrics).items()
-            }
-            self.reporter.write(step, values | self.reporter.speed(step, train.batch_size))
-        self.reporter.progress(step, f"{metric} {now:.3f}", train.batch_size, log=due)
+        text = f"{name} {bits:.3f}"
+        self.reporter.progress(step, text)
+        if step % section.log_every == 0 or step in (1, self.run.total_steps):
+            values = jax.device_get(metrics).items()
+            values = {metric.replace("bpd", name): float(value) for metric, value in values}
+            self.reporter.log(step, values, text, section.batch_size)
 
     def _look(self, state: TrainState, step: int, *, resumed: bool = False) -> None:
         """Held-out likelihood and a picture of samples, where they are due.
 
-        A resumed run makes up for those of its first step that are not there.
+        A resumed run makes up for those of its first step that are missing.
         """
-        train = self.run.config.train
-        last = step == self.run.total_steps
-        evaluates = last or (step and train.eval_every and step % train.eval_every == 0)
-        noises = [self.run.trainer.noise] if evaluates else []
-        if last and self.run.trainer.noise.kind != "uniform":
-            noises.append(bpd.UNIFORM)  # noised data has no bpd; the images have
-        for noise in noises:
-            metric = bpd.metric_name(noise)
-            written = hosts.is_first() and workdirs.result_path(self.workdir, metric, step).exists()
-            done = resumed and written and self.reporter.has(step, f"test_{metric}")
-            if not hosts.agreed(done):
-                self._flush()
-                draws = self.run.config.eval.draws if last else 1
-                with self.reporter.pause():
-                    self._evaluate(state, step, noise, draws=draws)
-        samples_now = last or (step and train.sample_every and step % train.sample_every == 0)
-        if samples_now and not hosts.agreed(resumed and self._picture(step).exists()):
-            self._flush()
-            with self.reporter.pause():
-                self._sample(state, step)
+        section, noise, last = self.run.config.train, self.run.trainer.noise, self._is_last(step)
 
-    def _evaluate(self, state: TrainState, step: int, noise: Noise, *, draws: int) -> None:
-        likelihood = bpd.measure(
-            self.run.trainer.flow,
-            state.variables(),
-            self.run.test_data,
-            mesh=self.run.mesh,
-            noise=noise,
-            draws=draws,
-            batch_size=self.run.config.eval.batch_size,
-            poll=self.poll,
-        )
+        def due(every: int) -> bool:
+            return last or bool(step and every and step % every == 0)
+
+        # Noised data has no bpd; the images have.
+        noises = [noise] + ([bpd.UNIFORM] if last and noise.kind != "uniform" else [])
+        for noise in noises if due(section.eval_every) else []:
+            name = bpd.metric_name(noise)
+            written = hosts.is_first() and workdirs.result_path(self.workdir, name, step).exists()
+            if not hosts.agreed(resumed and written and self.reporter.has(step, f"test_{name}")):
+                self._flush()
+                self._evaluate(state, step, noise)
+        exists = hosts.agreed(resumed and self._picture(step).exists())
+        if due(section.sample_every) and not exists:
+            self._flush()
+            self._sample(state, step)
+
+    def _evaluate(self, state: TrainState, step: int, noise: Noise) -> None:
+        section, data, name = self.run.config.eval, self.run.test_data, bpd.metric_name(noise)
+        draws = section.draws if self._is_last(step) else 1
+        batches = draws * math.ceil(len(data) / section.batch_size)
+        with self.reporter.stage(f"held-out {name}", batches) as count:
+            likelihood = bpd.measure(
+                self.run.trainer.flow,
+                state.variables(),
+                data,
+                mesh=self.run.mesh,
+                noise=noise,
+                draws=draws,
+                batch_size=section.batch_size,
+                poll=lambda: (count(), self.poll())[1],
+            )
         weights = "params" if state.ema is None else "ema"
-        result = bpd.record(likelihood, noise, self.run.test_data, step=step, weights=weights)
+        result = bpd.record(likelihood, noise, data, step=step, weights=weights)
         workdirs.write_result(self.workdir, result)
-        self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
-        if step < self.run.total_steps or noise.kind != "uniform":
+        self.reporter.write(step, {f"test_{name}": likelihood.mean})
+        if not self._is_last(step) or noise.kind != "uniform":
             self.reporter.say(f"step {step}: held-out {bpd.describe(result)}")
 
     def _sample(self, state: TrainState, step: int) -> None:
-        flow, noise, section = self.run.trainer.flow, self.run.trainer.noise, self.run.config.eval
-        labels, rows = samples.rows_by_class(section.samples, flow.num_classes)
-        sampler = self.run.sampler(state.variables())
+        flow, noise, num = (
+            self.run.trainer.flow,
+            self.run.trainer.noise,
+            self.run.config.eval.samples,
+        )
+        labels = labels_in_turn(num, flow.num_classes)
+        sampler, key = self.run.sampler(state.variables()), key_for(0, 0, Purpose.SAMPLE)
         batches = []
-        key = key_for(0, 0, Purpose.SAMPLE)
-        for drawn in draw_all(sampler, key, num=section.samples, label=labels):
-            batches.append(drawn)
-            self.poll()
+        with self.reporter.stage("samples", math.ceil(num / SAMPLES_AT_ONCE)) as count:
+            for drawn in draw_all(sampler, key, num=num, label=labels, batch_size=SAMPLES_AT_ONCE):
+                batches.append(drawn)
+                count()
+                self.poll()
         if complaint := not_finite(np.concatenate([drawn.finite for drawn in batches])):
             self.reporter.say(f"step {step}: {complaint}")
         images = [drawn.images(noise.kind) for drawn in batches]
-        grid = make_grid(np.concatenate(images), rows)
+        grid = samples_grid(np.concatenate(images), labels)
         self.reporter.picture(step, "samples", grid)
         save_png(self._picture(step), grid)
+
+    def _is_last(self, step: int) -> bool:
+        return step == self.run.total_steps
 
     def _picture(self, step: int) -> Path:
         return self.workdir / "samples" / f"step_{step:08d}.png"
@@ -229,36 +283,32 @@ class Session:
         )
 
     def _headline(self, state: TrainState, start: int) -> str:
-        run = self.run
+        run, size = self.run, self.run.config.train.batch_size
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
-        kind = run.config.flow.kind
-        lines = [
-            f"{kind} with {count:,} parameters on {sharding.describe(run.mesh)}; the state takes "
-            f"{sharding.bytes_held(state) / 1e6:,.1f} MB a device",
-            f"train on {run.train_data.describe()}",
-            f"test on {run.test_data.describe()}",
-            self._plan(start),
-        ]
-        return "\n".join(lines)
-
-    def _plan(self, start: int) -> str:
-        total, size = self.run.total_steps, self.run.config.train.batch_size
-        if start >= total:
-            return f"all {total} steps were done before"
-        if start:
-            return f"resumed at step {start} of {total}, of {size} images each"
-        source = self.run.config.init_from
-        return f"{total} steps of {size} images each" + (f", from {source}" if source else "")
+        source = run.config.init_from
+        if start >= run.total_steps:
+            plan = f"all {run.total_steps} steps were done before"
+        elif start:
+            plan = f"resumed at step {start} of {run.total_steps}, of {size} images each"
+        else:
+            plan = f"{run.total_steps} steps of {size} images each"
+            plan += f", from {source}" if source else ""
+        return (
+            f"{run.config.flow.kind} with {count:,} parameters on {sharding.describe(run.mesh)}; "
+            f"the state takes {sharding.bytes_per_device(state) / 1e6:,.1f} MB a device\n"
+            f"train on {run.train_data.describe()}\n"
+            f"test on {run.test_data.describe()}\n{plan}"
+        )
 
     def _conclude(self) -> None:
         """The last lines: the result, and where everything is."""
         if not hosts.is_first():
             return
-        result = read_json(workdirs.result_path(self.workdir, "bpd", self.run.total_steps))
-        evaluation = workdirs.result_path(self.workdir, "bpd", self.run.total_steps)
+        total = self.run.total_steps
+        evaluation = workdirs.result_path(self.workdir, "bpd", total)
         self.reporter.say(
-            f"done: step {self.run.total_steps}, held-out {bpd.describe(result)}\n"
-            f"samples      {self._picture(self.run.total_steps)}\n"
+            f"done: step {total}, held-out {bpd.describe(read_json(evaluation))}\n"
+            f"samples      {self._picture(total)}\n"
             f"evaluation   {evaluation}\n"
             f"metrics      {self.workdir / METRICS}, and TensorBoard events beside it\n"
             f"checkpoints  {self.workdir / 'checkpoints'}"

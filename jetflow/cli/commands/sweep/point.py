@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import math
 import time
 import traceback
@@ -15,28 +14,22 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from jetflow import hosts
+from jetflow import configs, hosts
 from jetflow.cli import commands
-from jetflow.cli import configs as config
-from jetflow.cli.commands import evaluate, sample, sampling, train
-from jetflow.data import dataset as pipeline
+from jetflow.cli import configs as old_configs
+from jetflow.cli.commands import evaluate, sample, sampling
 from jetflow.files import write_json
+from jetflow.hosts import Stopped
 from jetflow.model import Model, load_model
-from jetflow.pictures import rows_by_class, square_rows
+from jetflow.pictures import grid, labels_in_turn, rows_by_class, save_png
 from jetflow.sweeps import Point, Sweep, is_of_training, say
 from jetflow.tools.sweep.folder import Folder
 from jetflow.training import loop
-from jetflow.training.experiment import set_up
-from jetflow.training.log import make_grid, save_png
-from jetflow.types import UsageError
+from jetflow.types import Config, UsageError
 from jetflow.workdir import environment, suffix
 
 # Flags of `evaluate` and `sample` that no point sets: the sweep gives them, or their files.
 OWN = ("metrics", "workdir", "data_dir", "make_reference", "num", "out", "npz", "mode")
-
-
-class Stopped(Exception):
-    """A signal stopped the training of a point; the argument is the exit status."""
 
 
 class Runner:
@@ -69,7 +62,7 @@ class Runner:
                 if self._run is not None and of_training:
                     raise UsageError(f"{of_training[0]} is swept, so --run cannot be given")
                 if self._run is None and point.run_name not in runs:
-                    self._parse_training(settings, Path("unused"))
+                    self._config(settings)
                     runs.add(point.run_name)
                 for name in settings:
                     if name in OWN:
@@ -90,7 +83,7 @@ class Runner:
 
     def recipe(self) -> dict[str, Any] | None:
         """The config that trainings change fields of; none where a run is given."""
-        return None if self._run else self._parse_training({}, Path("unused")).config.to_dict()
+        return None if self._run else self._config({}).to_dict()
 
     def pinned(self, known: int | None) -> Sweep:
         """The sweep with the checkpoint of the given run fixed at all points that name none.
@@ -171,8 +164,8 @@ class Runner:
             results = results + evaluate.measure(_with(values, metrics=others), model, mesh)
         results = sorted(results, key=lambda result: self._place(result["metric"]))
         if self._sweep.pictures:
-            grid = self._picture(self._parse(sample, settings), model, mesh)
-            save_png(self._folder.record_path(point).with_suffix(".png"), grid)
+            picture = self._picture(self._parse(sample, settings), model, mesh)
+            save_png(self._folder.record_path(point).with_suffix(".png"), picture)
         sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(model.variables["params"]))
         return {
             "metrics": {result["metric"]: result["value"] for result in results},
@@ -202,14 +195,12 @@ class Runner:
         return workdir
 
     def _go_on_training(self, point: Point, workdir: Path) -> None:
-        load = functools.partial(pipeline.load, data_dir=self._data_dir)
         with self._folder.locked(f"run,{point.run_name}", wait=True):
-            values = self._parse_training(self._sweep.settings(point), workdir)
-            status = loop.train(set_up(values.config, load), workdir)
-        if status == loop.DIVERGED:
-            raise UsageError(f"the training diverged, see {workdir}/metrics.jsonl; lower its rate")
-        if status:
-            raise Stopped(status)
+            try:
+                config = self._config(self._sweep.settings(point))
+                loop.train(config, workdir, data_dir=self._data_dir)
+            except loop.Diverged as error:
+                raise UsageError(str(error)) from error
 
     def _load(self, workdir: Path, step: int | None, mesh: Mesh) -> Model:
         key = workdir, step, mesh
@@ -263,21 +254,20 @@ class Runner:
     def _picture(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> np.ndarray:
         """Samples of all classes, in a grid that is about square."""
         num = self._sweep.pictures
-        labels, _ = rows_by_class(num, model.flow.num_classes)
+        labels = labels_in_turn(num, model.flow.num_classes)
         sampler = sampling.sampler(values, model, mesh, num)
         drawn = sampling.draw(sampler, values, model, num=num, label=labels)
-        return make_grid(np.concatenate([images for images, _ in drawn]), square_rows(num))
+        images = np.concatenate([images for images, _ in drawn])
+        return grid(images, rows_by_class(None, num))
 
-    def _parse_training(self, settings: Mapping[str, Any], workdir: Path) -> flags.FlagValues:
+    def _config(self, settings: Mapping[str, Any]) -> Config:
         if self._sweep.config is None:
             raise UsageError("the sweep has no config to train; give the run to measure by --run")
-        chosen = {name: value for name, value in settings.items() if is_of_training(name)}
-        arguments = [f"--{name}={value}" for name, value in chosen.items()]
-        argv = ["train", "--config", self._sweep.config, *arguments, "--workdir", str(workdir)]
-        values = flags.FlagValues()
-        train.define(values, argv)
-        config.parse(values, argv)
-        return values
+        changed = configs.read(self._sweep.config)
+        for name, value in settings.items():
+            if is_of_training(name):
+                configs.change(changed, name.removeprefix("config."), value)
+        return changed
 
     def _parse(self, command: Any, settings: Mapping[str, Any]) -> flags.FlagValues:
         """The flags of a command with those settings that it has."""
@@ -289,7 +279,7 @@ class Runner:
         if self._data_dir is not None:
             given["data_dir"] = self._data_dir
         argv = [command.__name__.rpartition(".")[2]]
-        config.parse(values, argv + [f"--{name}={value}" for name, value in given.items()])
+        old_configs.parse(values, argv + [f"--{name}={value}" for name, value in given.items()])
         return values
 
 

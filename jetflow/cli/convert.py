@@ -1,0 +1,83 @@
+"""`jetflow convert`: a published checkpoint to a workdir, and a workdir to a .pth file."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import jax
+
+from jetflow.cli.flags import Command
+from jetflow.files import check_writable
+from jetflow.model import load_model
+from jetflow.options import Options, option
+from jetflow.tools.convert import jet_run, tarflow_run, to_tarflow
+from jetflow.tools.convert.models import Published
+from jetflow.tools.convert.runs import JetOptions, RunOptions, TarflowOptions
+from jetflow.types import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReverseOptions(Options):
+    """The way back."""
+
+    source: Path = option(help="the workdir of a TarFlow")
+    out: Path = option(help="the .pth file to write", example="FILE.pth")
+
+
+def _tarflow(options: TarflowOptions) -> None:
+    _report("tarflow", options, tarflow_run(**vars(options)), options.noise_std)
+
+
+def _jet(options: JetOptions) -> None:
+    _report("jet", options, jet_run(**vars(options)), 0.0)
+
+
+def _reverse(options: ReverseOptions) -> None:
+    if options.out.exists():
+        raise UsageError(f"{options.out} exists; give another --out")
+    check_writable("out", options.out)
+    model = load_model(options.source)
+    to_tarflow(options.out, model.flow, model.variables)
+    print(f"step {model.step} of {options.source}: {options.out}")
+
+
+def _report(kind: str, options: RunOptions, published: Published, noise_std: float) -> None:
+    """Say what was made, and the commands that go on with it."""
+    workdir = shlex.quote(str(options.out))
+    count = sum(leaf.size for leaf in jax.tree.leaves(published.variables["params"]))
+    print(f"{kind} with {count:,} parameters, {published.num_classes} classes: {options.out}")
+    print(f"sample it:   jetflow sample --workdir {workdir}")
+    if options.data:
+        print(f"measure it:  jetflow evaluate --workdir {workdir}")
+    else:
+        print("measure it:  convert it again with --data NAME, which `jetflow evaluate` needs")
+    settings = {f"flow.{name}": value for name, value in published.section.items()}
+    settings |= {"noise.kind": "gaussian" if noise_std else "uniform", "noise.std": noise_std}
+    settings |= {"data.labels": published.num_classes > 0, "init_from": options.out}
+    del settings["flow.kind"]
+    words = [shlex.quote(f"--config.{name}={value}") for name, value in settings.items()]
+    print(f"train it on: jetflow train --config A_{kind.upper()}.py --workdir … {' '.join(words)}")
+
+
+COMMANDS = {
+    "--reverse tarflow": Command(
+        "jetflow convert --reverse tarflow runs/tar --out FILE.pth",
+        ReverseOptions,
+        _reverse,
+        ("source",),
+    ),
+    "tarflow": Command(
+        "jetflow convert tarflow SOURCE.pth --out runs/tar --image_size 64 --channels 3 "
+        "--patch_size 2 --noise_std 0.05",
+        TarflowOptions,
+        _tarflow,
+        ("source",),
+    ),
+    "jet": Command(
+        "jetflow convert jet SOURCE --out runs/jet --image_shape 64,64,3 --patch_size 4 "
+        "--num_heads 8 --kinds channels,channels,channels,channels,spatial",
+        JetOptions,
+        _jet,
+        ("source",),
+    ),
+}

@@ -1,0 +1,283 @@
+"""PyTorch's .pth files, read and written without PyTorch.
+
+Such a file is a pickle with the bytes of the tensors beside it. A pickle is a program for a stack
+machine, which may import and call anything. Here Python's machine knows the opcodes of a state dict
+alone, a name is the key of a table, and nothing is imported. It is the one written in Python, which
+keeps its memo in a dict: the one written in C takes gigabytes where a file asks for it.
+"""
+
+import io
+import math
+import mmap
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jetflow.files import write_atomically
+from jetflow.types import UsageError
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+ROOM = 2**28  # bytes by which all tensors together may exceed the file, where they share elements
+REMEDY = "save the model's state_dict() alone"
+COPY_AGAIN = "copy or download it again"
+
+DTYPES = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(jnp.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+_OPCODES = (
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT",
+    "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT", "STRING", "BINSTRING",
+    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "EMPTY_TUPLE",
+    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "PUT",
+    "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL",
+    "BINPERSID", "REDUCE",
+)  # fmt: skip
+
+Storage = Callable[[str, np.dtype, int], np.ndarray]  # of a key, a type and a number of elements
+
+
+def read_pth(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a state dict, in the file's order and types, in the zip or the legacy format.
+
+    Raises:
+        UsageError: if the file cannot be read, asks for an object other than a tensor (the message
+            names it; nothing of it is executed), or holds anything but a dict of tensors.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            tensors = (_read_zip if zipfile.is_zipfile(file) else _read_legacy)(file, size)
+            return _copies(tensors, size + ROOM)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error}); expected a .pth file") from error
+    except UsageError as error:
+        raise UsageError(f"{path} {error}") from error
+    except Exception as error:  # a damaged pickle raises many types
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
+        raise UsageError(
+            f"{path} is no readable PyTorch file ({reason!a}); expected a state dict as torch.save "
+            "writes it"
+        ) from error
+
+
+def _read_zip(file: io.BufferedReader, size: int) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
+            raise UsageError("is a compressed zip file; unzip it, and zip it again by `zip -0 -r`")
+        pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise UsageError("is a zip file without a data.pkl; expected what torch.save writes")
+        root = pickles[0].removesuffix("data.pkl")
+        order = archive.read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
+
+        def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+            entry = entries.get(f"{root}data/{key}")
+            if entry is None or entry.file_size < count * dtype.itemsize:
+                raise UsageError(f"is damaged: storage {key!r} is missing or short; {COPY_AGAIN}")
+            values = np.frombuffer(archive.read(entry), dtype, count)
+            return values if _order(order.decode()) == sys.byteorder else values.byteswap()
+
+        content = io.BytesIO(archive.read(pickles[0]))
+        return _state_dict(_Unpickler(content, storage, size).load())
+
+
+def _read_legacy(file: io.BufferedReader, size: int) -> dict[str, np.ndarray]:
+    """Pickles of a magic number, a version, the system, the state dict and its storages' keys."""
+    arrays: dict[str, np.ndarray] = {}
+
+    def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        arrays[key] = np.empty(count, dtype)  # their contents follow the pickles
+        return arrays[key]
+
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        unpickler = _Unpickler(content, storage, size)
+        if unpickler.load() != LEGACY_MAGIC:
+            raise UsageError("is no PyTorch file; expected what torch.save writes")
+        _, system, state, keys = (unpickler.load() for _ in range(4))
+        order = _order("little" if system["little_endian"] else "big")
+        tensors = _state_dict(state)
+        for key in keys:
+            count = int.from_bytes(content.read(8), "little", signed=True)
+            if type(key) is not str or key not in arrays or count != len(arrays[key]):
+                raise UsageError(f"is damaged: a storage has {count} elements; {COPY_AGAIN}")
+            dtype = arrays[key].dtype
+            values = np.frombuffer(content.read(count * dtype.itemsize), dtype, count)
+            arrays[key][:] = values if order == sys.byteorder else values.byteswap()
+    return tensors
+
+
+def _order(name: str) -> str:
+    if name not in ("little", "big"):
+        raise UsageError(f"has the byte order {name!r}; expected little or big; {COPY_AGAIN}")
+    return name
+
+
+def _state_dict(content: Any) -> dict[str, np.ndarray]:
+    """A pickle's content, if it is a dict of tensors."""
+    if type(content) is not dict:
+        raise UsageError(f"holds one {type(content).__name__}; expected a dict of tensors")
+    wrong = [
+        f"{key!r} ({type(value).__name__})"
+        for key, value in content.items()
+        if type(key) is not str or type(value) is not np.ndarray
+    ]
+    if wrong:
+        raise UsageError(f"holds more than tensors: {', '.join(wrong)}; {REMEDY}")
+    return content
+
+
+def _copies(tensors: Mapping[str, np.ndarray], allowed: int) -> dict[str, np.ndarray]:
+    """Contiguous copies, unless views that repeat elements would take more bytes than allowed."""
+    if sum(array.nbytes for array in tensors.values()) > allowed:
+        raise UsageError(
+            "makes tensors far larger than itself by repeating elements; save contiguous copies"
+        )
+    return {name: array.copy() for name, array in tensors.items()}
+
+
+class _Opcodes(dict[int, Any]):
+    """Functions of opcodes."""
+
+    def __missing__(self, opcode: int) -> Any:
+        raise UsageError(f"needs opcode {bytes([opcode])!r}, which no state dict does; {REMEDY}")
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
+    """Makes plain values, lists, tuples, dicts and tensors; only texts and numbers are hashed."""
+
+    dispatch = _Opcodes({
+        code: pickle._Unpickler.dispatch[code]  # type: ignore[attr-defined]
+        for code in (getattr(pickle, name)[0] for name in _OPCODES)
+    })  # fmt: skip
+
+    def __init__(self, file: Any, storage: Storage, size: int):
+        super().__init__(file)
+        self._storage, self._left = storage, size
+        self._storages: dict[str, np.ndarray] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if (module, name) not in _FUNCTIONS:
+            raise UsageError(
+                f"asks for {f'{module}.{name}'!r}; refused, nothing was executed: only tensors "
+                f"are read; {REMEDY}"
+            )
+        return _FUNCTIONS[module, name]
+
+    def persistent_load(self, reference: Any) -> np.ndarray:
+        """The storage of ("storage", type, key, device, count)."""
+        kinds = (str, np.dtype, str, object, int)
+        parts = reference[:5] if type(reference) is tuple else ()
+        plain = len(parts) == 5 and all(map(isinstance, parts, kinds)) and parts[0] == "storage"
+        if not plain or reference[5:] not in ((), (None,)):
+            raise UsageError(f"refers to something that is not the storage of a tensor; {REMEDY}")
+        _, dtype, key, _, count = parts
+        if key not in self._storages:
+            self._left -= max(0, count) * dtype.itemsize
+            if count < 0 or self._left < 0:
+                raise UsageError(f"is damaged: storage {key!r} is cut short; {COPY_AGAIN}")
+            self._storages[key] = self._storage(key, dtype, count)
+        array = self._storages[key]
+        if (array.dtype, len(array)) != (dtype, count):
+            raise UsageError(f"is damaged: storage {key!r} has two descriptions; {COPY_AGAIN}")
+        return array
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())  # type: ignore[attr-defined]
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_build(self) -> None:
+        """Drop further state of a dict, such as a state dict's version numbers."""
+        self.stack.pop()
+        self._set([])
+
+    def _set(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict or not all(type(key) in (str, int) for key in items[::2]):
+            raise UsageError(
+                f"alters a {type(target).__name__}; expected a dict with names for keys; {REMEDY}"
+            )
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _view(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
+    """The part of a storage that a tensor is; offset and strides count elements."""
+    numbers = (offset, *shape, *strides)
+    if type(storage) is not np.ndarray or not all(type(n) is int for n in numbers):
+        raise UsageError(f"is damaged: a tensor has no storage or no shape; {COPY_AGAIN}")
+    if (
+        len(shape) != len(strides)
+        or len(shape) > 32
+        or not 0 <= min(numbers) <= max(numbers) < 2**62
+    ):
+        raise UsageError(f"is damaged: a tensor has the shape {shape}; {COPY_AGAIN}")
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if 0 in shape:
+        return np.empty(shape, storage.dtype)
+    if last >= len(storage):
+        raise UsageError(f"is damaged: a tensor reaches out of its storage; {COPY_AGAIN}")
+    steps = [stride * storage.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps)
+
+
+_FUNCTIONS: dict[tuple[str, str], Callable] = {
+    ("collections", "OrderedDict"): lambda: {},
+    ("torch._utils", "_rebuild_tensor"): _view,
+    ("torch._utils", "_rebuild_tensor_v2"): _view,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+}
+
+
+def write_pth(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a state dict that `torch.load` reads; the same tensors give the same bytes."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    parts = [b"\x80\x02ccollections\nOrderedDict\n)R("]
+    for key, (name, array) in enumerate(tensors.items()):
+        parts += [_dumps(name), _tensor(str(key), array, names[array.dtype])]
+    files = {"data.pkl": b"".join([*parts, b"u."]), "byteorder": sys.byteorder.encode()}
+    with write_atomically(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+        for member, content in files.items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{member}"), content)
+        for key, array in enumerate(tensors.values()):
+            archive.writestr(zipfile.ZipInfo(f"archive/data/{key}"), array.tobytes())
+        archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
+
+
+def _tensor(key: str, array: np.ndarray, kind: str) -> bytes:
+    """`torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`."""
+    strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
+    storage = [b"(", _dumps("storage"), f"ctorch\n{kind}\n".encode(), _dumps(key), _dumps("cpu"),
+               _dumps(array.size), b"tQ"]  # fmt: skip
+    arguments = [*storage, *map(_dumps, (0, array.shape, strides, False))]
+    return b"".join([b"ctorch._utils\n_rebuild_tensor_v2\n(", *arguments,
+                     b"ccollections\nOrderedDict\n)RtR"])  # fmt: skip
+
+
+def _dumps(value: str | int | tuple[int, ...]) -> bytes:
+    """A plain value in pickle's protocol 2, without its first and last opcodes."""
+    return pickle.dumps(value, protocol=2)[2:-1]

@@ -1,0 +1,260 @@
+"""PyTorch's files in both formats, and files that ask for more than tensors."""
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from published import GOLDEN, assert_equal
+
+from jetflow import pth
+from jetflow.pth import read_pth, write_pth
+from jetflow.types import UsageError
+
+FLOATS = {"0": np.arange(1, 5, dtype="<f4").tobytes()}
+
+
+# Files with any content, written as PyTorch does.
+
+
+def zip_file(path: Path, content, storages=None, *, order="little", compression=0) -> Path:
+    """In the zip format; `content` is pickled, or the pickle itself."""
+    raw = content if isinstance(content, bytes) else _Pickler.dumps(content)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", raw)
+        archive.writestr("archive/byteorder", order)
+        for key, values in (FLOATS if storages is None else storages).items():
+            archive.writestr(f"archive/data/{key}", values)
+    return path
+
+
+def legacy_file(path: Path, content, *, little_endian=True, key="0") -> Path:
+    system = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {}}
+    pickles = [_Pickler.dumps(value) for value in (pth.LEGACY_MAGIC, 1001, system)]
+    pickles += [content if isinstance(content, bytes) else _Pickler.dumps(content)]
+    raw = b"".join([*pickles, _Pickler.dumps([key])])
+    path.write_bytes(raw + (4).to_bytes(8, "little") + FLOATS["0"])
+    return path
+
+
+FORMS = {"zip": zip_file, "legacy": legacy_file}
+
+
+class _Global:
+    """Any name of any module, whether it exists or not."""
+
+    def __init__(self, module: str, name: str):
+        self.module, self.name = module, name
+
+
+class _Called:
+    """`function(*arguments)`, to be called by whoever loads the pickle."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+
+class _Pickler(pickle._Pickler):
+    """Writes tensors as PyTorch does, and whatever else is asked for."""
+
+    def persistent_id(self, obj):
+        return obj[1:] if type(obj) is tuple and obj[:1] == ("PERSISTENT",) else None
+
+    def save(self, obj, **options):
+        if isinstance(obj, _Global):
+            self.write(f"c{obj.module}\n{obj.name}\n".encode())
+        elif isinstance(obj, _Called):
+            self.save(obj.function)
+            self.save(obj.arguments)
+            self.write(pickle.REDUCE)
+        else:
+            super().save(obj, **options)
+
+    @classmethod
+    def dumps(cls, content) -> bytes:
+        buffer = io.BytesIO()
+        cls(buffer, protocol=2).dump(content)
+        return buffer.getvalue()
+
+
+def stored(kind="FloatStorage", shape=(4,), strides=(1,), *, key="0", offset=0, count=None):
+    """A tensor, as PyTorch pickles it."""
+    count = count if count is not None else int(np.prod(shape))
+    storage = ("PERSISTENT", "storage", _Global("torch", kind), key, "cpu", count)
+    rebuild = _Global("torch._utils", "_rebuild_tensor_v2")
+    return _Called(rebuild, storage, offset, shape, strides, False, OrderedDict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("FloatStorage", np.float32), ("HalfStorage", np.float16), ("BFloat16Storage", jnp.bfloat16),
+     ("LongStorage", np.int64)],
+)  # fmt: skip
+def test_types_and_strides(kind, dtype, tmp_path):
+    """A transposed view with an offset, and a second tensor on the same storage."""
+    values = np.arange(8).astype(dtype)
+    content = {
+        "transposed": stored(kind, (3, 2), (1, 3), offset=1, count=8),
+        "shared": stored(kind, (8,), (1,), count=8),
+        "scalar": stored(kind, (), (), offset=5, count=8),
+        "empty": stored(kind, (0, 4), (4, 1), count=8),
+    }
+    expected = {
+        "transposed": values[1:7].reshape(2, 3).T,
+        "shared": values,
+        "scalar": values[5],
+        "empty": np.empty((0, 4), dtype),
+    }
+    tensors = read_pth(zip_file(tmp_path / "a.pth", content, {"0": values.tobytes()}))
+    assert list(tensors) == list(content)
+    assert_equal(tensors, expected)
+
+
+def test_written_tensors_are_read_back(tmp_path):
+    """By PyTorch too, where it is installed."""
+    dtypes = (np.float32, np.float64, np.float16, jnp.bfloat16, np.int64, np.bool_)
+    tensors = {np.dtype(dtype).name: np.arange(6).astype(dtype).reshape(2, 3) for dtype in dtypes}
+    tensors["scalar"] = np.asarray(1.5, np.float32)
+    write_pth(tmp_path / "a.pth", tensors)
+    assert_equal(read_pth(tmp_path / "a.pth"), tensors)
+    torch = pytest.importorskip("torch")
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert list(state) == list(tensors)
+    for name, tensor in state.items():
+        assert tensor.shape == tensors[name].shape
+        assert str(tensor.dtype) == f"torch.{tensors[name].dtype}"
+        assert (tensor.double().numpy() == tensors[name].astype(np.float64)).all()
+
+
+def test_both_byte_orders(tmp_path):
+    """A machine of either order reads files of both."""
+    content, values = {"a": stored()}, np.arange(1, 5, dtype=np.float32)
+    for order, code in (("little", "<f4"), ("big", ">f4")):
+        storages = {"0": values.astype(code).tobytes()}
+        path = zip_file(tmp_path / f"{order}.pth", content, storages, order=order)
+        assert_equal(read_pth(path), {"a": values})
+    swapped = read_pth(legacy_file(tmp_path / "a.pth", content, little_endian=False))
+    assert_equal(swapped, {"a": values.byteswap()})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "harm", [("os", "system"), ("builtins", "eval"), ("torch", "load"), ("collections", "deque")]
+)
+def test_other_objects_are_refused_unexecuted(harm, form, tmp_path):
+    """Before the tensors and after them; the command would leave a file."""
+    mark = tmp_path / "executed"
+    command = f"__import__('os').system('touch {mark}')" if "eval" in harm else f"touch {mark}"
+    call = _Called(_Global(*harm), command)
+    for content in ({"a": call, "b": stored()}, {"b": stored(), "a": call}):
+        path = FORMS[form](tmp_path / "harm.pth", content)
+        with pytest.raises(UsageError) as error:
+            read_pth(path)
+        named = f"harm.pth asks for {'.'.join(harm)!r}; refused, nothing was executed"
+        assert named in str(error.value) and "\n" not in str(error.value)
+        assert not mark.exists()
+    if harm == ("os", "system"):  # the same call executes its command where everything is admitted
+        pickle.loads(_Pickler.dumps(call))
+        assert mark.exists()
+
+
+def nested(opener: bytes, depth: int = 300_000) -> bytes:
+    """A dict whose key is nested in tuples so deep that to hash it would end the process."""
+    return b"\x80\x02}" + opener + b"\x85" * depth + b"K\x01s."
+
+
+# What would end the process in Python's own machine, or take gigabytes, or for ever; and what no
+# state dict does.
+ATTACKS = {
+    "deep key": (nested(b")"), "expected a dict with names for keys"),
+    "doubled key": (b"\x80\x02})" + b"q\x00h\x00\x86" * 100 + b"K\x01s.", "names for keys"),
+    "deep reference": (b"\x80\x02)" + b"\x85" * 100_000 + b"Q.", "refers to something that is"),
+    "memo": (b"\x80\x02)r\x00\x00\x00\x10.", "holds one tuple"),  # 2**28
+    "long text": (b"\x80\x02X\xff\xff\xff\xff.", "no readable PyTorch file"),  # of 4 GB
+    "object": (b"\x80\x02ctorch\nFloatStorage\n)\x81.", "needs opcode .*, which no state dict"),
+    "call of a type": (b"\x80\x02ctorch\nFloatStorage\n)R.", "no readable PyTorch file"),
+    "append to a dict": (b"\x80\x02}K\x01a.", "no readable PyTorch file"),
+    # A list of 300,000 values that 1,500 tensors name as their shape, in 365 kB.
+    "long shape": (
+        b"\x80\x02](" + b"K\x01" * 300_000 + b"eq\x00"
+        b"0" + b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00h\x00h\x00tR" * 1500 + b".",
+        "no storage or no shape",
+    ),
+    "altered function": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor\n}X\x01\x00\x00\x00aK\x01sb.",
+        "alters a function",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_end_in_an_error(name, form, tmp_path):
+    raw, message = ATTACKS[name]
+    path = FORMS[form](tmp_path / "attack.pth", raw)
+    with pytest.raises(UsageError, match=rf"attack\.pth .*{message}"):
+        read_pth(path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (stored(shape=(5,), count=4), "reaches out of its storage"),
+        (stored(shape=(2, 2), strides=(3, 1), count=4), "reaches out of its storage"),
+        (stored(strides=(-1,), offset=3), "has the shape"),
+        (stored(shape=(2,), offset=-1, count=4), "has the shape"),
+        (stored(shape=(2**70,), count=4), "has the shape"),
+        (stored(shape=("x",), count=4), "no storage or no shape"),
+        (stored(shape=(8,)), "storage '0' is missing or short"),
+        (stored(count=-4), "storage '0' is cut short"),
+        (stored(shape=(2**40,)), "storage '0' is cut short"),
+        (stored(shape=(2**40,), strides=(0,), count=4), "tensors far larger than itself"),
+        (stored(key="1"), "storage '1' is missing or short"),
+        (_Called(_Global("torch._utils", "_rebuild_tensor"), 3, 0, (), ()), "no storage"),
+        (3, r"holds more than tensors: 'a' \(int\)"),
+    ],
+)
+def test_damage_is_refused(tensor, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        read_pth(zip_file(tmp_path / "a.pth", {"a": tensor}))
+
+
+def test_storage_with_two_descriptions_is_refused(tmp_path):
+    for other in (stored("IntStorage"), stored(shape=(2,), count=2)):
+        with pytest.raises(UsageError, match="storage '0' has two descriptions"):
+            read_pth(zip_file(tmp_path / "a.pth", {"a": stored(), "b": other}))
+
+
+def test_tensors_share_one_allowance_for_repeated_elements(tmp_path, monkeypatch):
+    monkeypatch.setattr(pth, "ROOM", 2**20)
+    repeated = stored(shape=(2**17,), strides=(0,), count=4)  # of half a MB
+    path = zip_file(tmp_path / "a.pth", {name: repeated for name in "ab"})
+    assert read_pth(path)["b"].nbytes == 2**19
+    with pytest.raises(UsageError, match="far larger than itself"):
+        read_pth(zip_file(tmp_path / "a.pth", {name: repeated for name in "abcd"}))
+
+
+def test_compressed_file_is_refused(tmp_path):
+    path = zip_file(tmp_path / "a.pth", {"a": stored()}, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(UsageError, match=r"a\.pth is a compressed zip file"):
+        read_pth(path)
+
+
+@pytest.mark.parametrize("raw", [b"", b"PK\x03\x04", b"text" * 30, pickle.dumps(3)])
+def test_other_files_are_refused(raw, tmp_path):
+    (tmp_path / "other.pth").write_bytes(raw)
+    with pytest.raises(UsageError, match=r"other\.pth"):
+        read_pth(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("name", ["uncond.pth", "uncond_vp.legacy.pth"])
+def test_files_cut_short_are_refused(name, tmp_path):
+    raw = (GOLDEN / "tarflow" / name).read_bytes()
+    for share in (0.01, 0.3, 0.999):
+        (tmp_path / "short.pth").write_bytes(raw[: int(share * len(raw))])
+        with pytest.raises(UsageError, match=r"short\.pth"):
+            read_pth(tmp_path / "short.pth")
