@@ -17,11 +17,8 @@ _PUBLIC = {
     "convert": "jetflow.tools.convert",
     "load_model": "jetflow.model:load_model",
     "plan": "jetflow.tools.plan.roofline:plan",
-<<<<<<< HEAD
     "prepare": "jetflow.data.dataset:prepare",
-=======
     "report": "jetflow.tools.report.document:report",
->>>>>>> main
     "sample": "jetflow.sampling.ancestral:sample",
     "train": "jetflow.training.loop:train",
 }
