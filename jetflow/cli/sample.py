@@ -14,7 +14,7 @@ from jetflow.cli.flags import Command
 from jetflow.cli.mesh import mesh_option, read_mesh
 from jetflow.data import dataset as pipeline
 from jetflow.files import check_writable
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.model import Model, load_model
 from jetflow.noise import LARGEST_SEED, Purpose, key_for
 from jetflow.options import option
