@@ -13,7 +13,7 @@ from jax.stages import Lowered
 
 from jetflow import optim, sharding
 from jetflow.data import dataset as pipeline
-from jetflow.data.ahead import Ahead
+from jetflow.data.reading import Ahead
 from jetflow.flows.build import build
 from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import Sampler
