@@ -19,6 +19,7 @@ _PUBLIC = {
     "plan": "jetflow.tools.plan.roofline:plan",
     "report": "jetflow.tools.report.document:report",
     "sample": "jetflow.sampling.ancestral:sample",
+    "sweep": "jetflow.tools.sweep.runner:sweep",
     "train": "jetflow.training.loop:train",
 }
 
