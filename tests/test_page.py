@@ -13,12 +13,12 @@ import pytest
 import jetflow
 from jetflow import cli
 from jetflow.files import read_metrics, write_json
+from jetflow.pictures import save_png
 from jetflow.sweeps import Sweep, axis, chain, product
 from jetflow.tools.report import plots
 from jetflow.tools.report.document import render, text
 from jetflow.tools.report.run_page import POINTS, run_page
 from jetflow.tools.report.sweep_page import axes_of, sweep_page
-from jetflow.training.log import save_png
 from jetflow.workdir import environment, read_environments
 
 
