@@ -256,19 +256,20 @@ class Runner:
         known = [field.name for field in dataclasses.fields(PointOptions) if field.name not in OWN]
         options: dict[str, Any] = {"metrics": self._sweep.metrics, "data_dir": self._data_dir}
         for name, value in self._sweep.settings(point).items():
+            if is_of_training(name) and self._run:
+                raise UsageError(
+                    f"{name} is a setting of the training, which --run {self._run} has behind it; "
+                    "leave out one of them"
+                )
             if is_of_training(name):
-                if self._run:
-                    raise UsageError(f"{name} is a setting of the training, which --run "
-                                     f"{self._run} has behind it; leave out one of them")  # fmt: skip
-            elif name not in known:
+                continue
+            if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1)
-                raise UsageError(f"{name} is no option of `jetflow evaluate` that a sweep sets, and "
-                                 "no config.SECTION.FIELD"
-                                 + (f"; did you mean {nearest[0]}?" if nearest else ""))  # fmt: skip
-            else:
-                kind, is_tuple = kind_of(PointOptions, name)
-                parts = [value] if isinstance(value, str) else value
-                options[name] = tuple(parts) if is_tuple else Path(value) if kind is Path else value
+                remedy = f"did you mean {nearest[0]}?" if nearest else "expected one of evaluation"
+                raise UsageError(f"{name} is no option that a sweep sets; {remedy}")
+            kind, is_tuple = kind_of(PointOptions, name)
+            parts = [value] if isinstance(value, str) else value
+            options[name] = tuple(parts) if is_tuple else Path(value) if kind is Path else value
         return PointOptions(**options)
 
 
