@@ -16,6 +16,8 @@ from jetflow.evals import distances, inception, reference
 from jetflow.evals.features import Statistics, collect, images_of, in_batches
 from jetflow.evals.records import record
 from jetflow.evals.settings import DISTANCES, NEIGHBOURS, EvaluateOptions, run_data, source
+from jetflow.files import check_writable
+from jetflow.pictures import labels_in_turn
 from jetflow.types import Batch, TrainedFlow, UsageError
 
 
@@ -28,7 +30,7 @@ def drawn_batches(
         statistics: of those before; those that are not finite are counted there.
     """
     num, classes = options.num_samples, model.flow.num_classes
-    label = np.arange(num, dtype=np.int32) % classes if classes else None
+    label = labels_in_turn(num, classes)
     start = statistics.done if statistics else 0
 
     def chunks() -> Iterator[UInt8[np.ndarray, "_ H W C"]]:
@@ -161,6 +163,7 @@ class Quality:
     def make_reference(self) -> Path:
         """Write the reference file that the options ask for."""
         options, path = self.options, self._reference_path()
+        check_writable("reference", path)
         if options.reference_data:
             data = load(options.reference_data, self._reference_split(), data_dir=options.data_dir)
         else:

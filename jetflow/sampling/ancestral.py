@@ -16,7 +16,7 @@ from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from jetflow import likelihood, sharding
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.noise import keys_by_example
 from jetflow.sampling.decoding import check_decoding, decodings
 from jetflow.sampling.denoise import denoised
