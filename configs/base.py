@@ -26,7 +26,7 @@ def jet() -> ConfigDict:
     config.optim.clip_norm = 1.0
     config.optim.weight_decay = 1e-5
     config.optim.decay_rule = "schedule"
-    return config.lock()
+    return _with_defaults(config)
 
 
 def tarflow() -> ConfigDict:
@@ -50,7 +50,7 @@ def tarflow() -> ConfigDict:
     config.optim.lr = 1e-4
     config.optim.min_lr = 1e-6
     config.optim.weight_decay = 1e-4
-    return config.lock()
+    return _with_defaults(config)
 
 
 def on_pod(config: ConfigDict) -> ConfigDict:
@@ -111,6 +111,12 @@ def arguments(text: str, *choices: str) -> tuple[str, bool]:
         known = ", ".join([*choices, "smoke"])
         raise ValueError(f"the argument is {text!r}; expected one of {known}, or CHOICE,smoke")
     return (*chosen, *choices, "")[0], "smoke" in given
+
+
+def _with_defaults(config: ConfigDict) -> ConfigDict:
+    """The config, locked, with a copy of itself: a run records which defaults it changes."""
+    config.defaults = config.copy_and_resolve_references()
+    return config.lock()
 
 
 def _common() -> ConfigDict:

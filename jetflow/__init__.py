@@ -17,6 +17,7 @@ _PUBLIC = {
     "convert": "jetflow.tools.convert",
     "load_model": "jetflow.model:load_model",
     "plan": "jetflow.tools.plan.roofline:plan",
+    "report": "jetflow.tools.report.document:report",
     "sample": "jetflow.sampling.ancestral:sample",
     "train": "jetflow.training.loop:train",
 }

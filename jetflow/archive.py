@@ -3,26 +3,29 @@
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
+from tqdm import tqdm
 
+from jetflow import hosts
 from jetflow.files import write_atomically
+from jetflow.sampling.ancestral import Drawn
 from jetflow.types import UsageError
 
 
 class Archive:
-    """An .npz of `images`, uint8 [N, H, W, C], and which of them are `finite`, bool [N]; and of
-    `labels`, int32 [N], where there are any.
+    """An .npz of `images`, uint8 [N, H, W, C], of which are `finite`, bool [N], and of `labels`,
+    int32 [N], if there are any.
 
-    Until it is complete, the images lie in the folder FILE.partial, beside what they were made
-    with: made again with the same settings, the archive goes on behind the last whole batch.
+    Until it is complete, the images lie in the folder FILE.partial, beside their settings: made
+    again with the same settings, the archive goes on behind the last whole batch.
 
     Attributes:
-        done: images that are in it.
+        done: how many images it has.
 
     Args:
         path: the .npz file.
@@ -44,28 +47,18 @@ class Archive:
         self._path = path
         self._folder = path.with_name(path.name + ".partial")
         self._settings = json.loads(json.dumps({"num": num, **settings}))
+        self.done = self._resumed()
         self._folder.mkdir(parents=True, exist_ok=True)
-        state = self._read()
-        if state is not None and state["settings"] != self._settings:
-            there, here = state["settings"], self._settings
-            differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-            raise UsageError(
-                f"{self._folder} holds {state['done']} images of another sampling "
-                f"({', '.join(differing)} differ); give what it was begun with, or another --npz, "
-                "or delete it"
-            )
-        self.done = state["done"] if state else 0
-        mode = "r+" if state else "w+"
-        self._images = np.lib.format.open_memmap(
-            self._folder / "images.npy", mode, np.uint8, (num, *image_shape)
+        mode = "r+" if (self._folder / "progress.json").exists() else "w+"
+        self._images, self._finite = (
+            np.lib.format.open_memmap(self._folder / f"{name}.npy", mode, dtype, (num, *shape))
+            for name, dtype, shape in (("images", np.uint8, image_shape), ("finite", bool, ()))
         )
-        self._finite = np.lib.format.open_memmap(self._folder / "finite.npy", mode, bool, (num,))
-        if not state:
-            self._note()
+        self._save_progress()
 
     @property
     def finite(self) -> Bool[np.ndarray, "K"]:
-        """Which of the images that are in it are finite."""
+        """Which of its images are finite."""
         return np.array(self._finite[: self.done])
 
     def append(self, images: UInt8[np.ndarray, "B H W C"], finite: Bool[np.ndarray, "B"]) -> None:
@@ -75,11 +68,11 @@ class Archive:
             array[new] = values
             array.flush()
         self.done += len(images)
-        self._note()
+        self._save_progress()
 
-    def first(self, index: Int[np.ndarray, "K"]) -> UInt8[np.ndarray, "K H W C"]:
-        """Some of the images, by number."""
-        return np.array(self._images[index])
+    def first(self, num: int) -> UInt8[np.ndarray, "_ H W C"]:
+        """The first images, at most `num`."""
+        return np.array(self._images[: min(num, self.done)])
 
     def finish(self, labels: Int[np.ndarray, "N"] | None) -> None:
         """Make the .npz of what was appended, and remove the folder."""
@@ -95,11 +88,66 @@ class Archive:
         del self._images, self._finite
         shutil.rmtree(self._folder)
 
-    def _read(self) -> dict[str, Any] | None:
+    def _resumed(self) -> int:
+        """How many images the folder has, if they have the same settings."""
         path = self._folder / "progress.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return 0
+        progress = json.loads(path.read_text())
+        before = progress["settings"]
+        names = {**before, **self._settings}
+        differing = [name for name in names if before.get(name) != self._settings.get(name)]
+        if differing:
+            raise UsageError(
+                f"{self._folder} holds {progress['done']} images of another sampling "
+                f"({', '.join(differing)} differ); give the same settings, or another --npz, or "
+                "delete it"
+            )
+        return progress["done"]
 
-    def _note(self) -> None:
-        state = {"settings": self._settings, "done": self.done}
+    def _save_progress(self) -> None:
+        content = {"settings": self._settings, "done": self.done}
         with write_atomically(self._folder / "progress.json") as file:
-            file.write(json.dumps(state).encode())
+            file.write(json.dumps(content).encode())
+
+
+class Collected(NamedTuple):
+    """What was drawn.
+
+    Attributes:
+        images: the first ones.
+        finite: which of all are finite.
+        sweeps, residual: as in `Drawn`, the most of a batch.
+    """
+
+    images: UInt8[np.ndarray, "K H W C"]
+    finite: Bool[np.ndarray, "N"]
+    sweeps: tuple[int, ...]
+    residual: float
+
+
+def collect(
+    batches: Iterable[Drawn], noise: str, *, num: int, keep: int, archive: Archive | None = None
+) -> Collected:
+    """Draw batches up to `num` images, with a progress bar, into an archive if there is one.
+
+    Args:
+        noise: the kind of noise that the flow was trained with.
+        keep: how many of the first images are returned.
+        archive: the batches go on behind its images.
+    """
+    images, finite = ([archive.first(keep)], [archive.finite]) if archive else ([], [])
+    sweeps, residual, hidden = (), 0.0, None if hosts.is_first() else True
+    done = archive.done if archive else 0
+    with tqdm(total=num, initial=done, unit=" images", disable=hidden, leave=False) as bar:
+        for drawn in batches:
+            batch = drawn.images(noise)
+            if archive:
+                archive.append(batch, drawn.finite)
+            if sum(map(len, images)) < keep:
+                images.append(batch)
+            finite.append(drawn.finite)
+            sweeps = tuple(map(max, drawn.sweeps, sweeps or drawn.sweeps))
+            residual = max(residual, drawn.residual)
+            bar.update(len(batch))
+    return Collected(np.concatenate(images)[:keep], np.concatenate(finite), sweeps, residual)

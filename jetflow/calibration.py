@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import statistics
 import time
@@ -16,11 +15,11 @@ from absl import logging
 from tqdm import tqdm
 
 from jetflow import hosts, sharding
-from jetflow.files import write_json
+from jetflow.files import read_json, write_json
 from jetflow.flows.stack import Stack
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.sampling.decoding import WINDOW
-from jetflow.types import Decoding
+from jetflow.types import Decoding, UsageError
 
 REPEATS = 3
 SMALLEST_WINDOW = 8  # of those that are tried
@@ -68,10 +67,10 @@ def fastest(
 def _read(path: Path) -> list[dict[str, Any]]:
     """The calibrations so far; a damaged file counts as none, since they can be measured again."""
     try:
-        known = json.loads(path.read_text()) if path.exists() else []
+        known = read_json(path, list) if path.exists() else []
         if all({"conditions", "windows"} <= entry.keys() for entry in known):
             return known
-    except (ValueError, TypeError, AttributeError):
+    except (UsageError, AttributeError):
         pass
     logging.warning("%s is damaged, and will be written anew", path)
     return []

@@ -60,3 +60,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return lines
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Raise a UsageError if a file cannot be written there: before the work, not after it."""
+    if path is None:
+        return
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"--{option} {path} cannot be written; give the path of a new file")

@@ -17,7 +17,7 @@ MOMENT_DTYPES = ("float32", "bfloat16")
 Multipliers: TypeAlias = Sequence[Any]  # of (regex, factor), as `factors` checks
 
 
-def warmup_cosine(*, lr: float, min_lr: float, warmup_steps: int, total_steps: int):
+def warmup_cosine(lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Step → learning rate: linear from `min_lr` to `lr`, then a cosine down to `min_lr`."""
     ramp = optax.linear_schedule(min_lr, lr, max(warmup_steps, 1))
     cosine = optax.cosine_decay_schedule(lr - min_lr, max(total_steps - warmup_steps, 1))
@@ -56,22 +56,16 @@ def adam(
         multipliers: of the updates of single parameters, decay included, see `factors`. Those of
             factor 0 have no moments, and do not count in the norm of the gradient.
     """
-    if decay_rule not in DECAY_RULES:
-        raise UsageError(
-            f"config.optim.decay_rule is {decay_rule!r}; expected one of {', '.join(DECAY_RULES)}"
-        )
-    if mu_dtype not in MOMENT_DTYPES:
-        raise UsageError(
-            f"config.optim.mu_dtype is {mu_dtype!r}; expected one of {', '.join(MOMENT_DTYPES)}"
-        )
-    if not 0 <= warmup <= 1:
-        raise UsageError(f"config.optim.warmup is {warmup}; expected a share of training, 0 to 1")
-    if lr <= 0:
-        raise UsageError(f"config.optim.lr is {lr}; expected more than 0")
+    for name, value, holds, expected in (
+        ("decay_rule", decay_rule, decay_rule in DECAY_RULES, f"one of {', '.join(DECAY_RULES)}"),
+        ("mu_dtype", mu_dtype, mu_dtype in MOMENT_DTYPES, f"one of {', '.join(MOMENT_DTYPES)}"),
+        ("warmup", warmup, 0 <= warmup <= 1, "a share of training, 0 to 1"),
+        ("lr", lr, lr > 0, "more than 0"),
+    ):
+        if not holds:
+            raise UsageError(f"config.optim.{name} is {value!r}; expected {expected}")
     warmup_steps = round(warmup * total_steps)
-    schedule = warmup_cosine(
-        lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, total_steps=total_steps
-    )
+    schedule = warmup_cosine(lr, min_lr, warmup_steps, total_steps)
     # lr·rel·(update + decay/lr·p) = rel·(lr·update + decay·p): one chain serves both rules.
     decay = weight_decay if decay_rule == "lr" else weight_decay / lr
     tx = optax.chain(
@@ -87,15 +81,16 @@ def factors(params: Any, multipliers: Multipliers) -> Any:
     """The factor on each parameter's learning rate, a tree of floats; 0 freezes the parameter.
 
     Args:
-        multipliers: (regex, factor) pairs. The first whose regex is found in a parameter's path,
-            such as "/blocks_0/position", counts; where there is none, the factor is 1.
+        multipliers: (regex, factor) pairs. The first whose regex matches a part of a parameter's
+            path, such as "/blocks_0/position", counts; without one the factor is 1.
 
     Raises:
-        UsageError: on a regex that is none or decides for no parameter, a factor that is negative
-            or not finite, and if nothing is left to train.
+        UsageError: a regex is invalid or decides for no parameter, a factor is negative or not
+            finite, or nothing is left to train.
     """
     table = [_checked(pair) for pair in multipliers]
-    paths = ["/" + _name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = ["/" + jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
     rows = [
         next((row for row, (pattern, _) in enumerate(table) if pattern.search(path)), None)
         for path in paths
@@ -107,10 +102,25 @@ def factors(params: Any, multipliers: Multipliers) -> Any:
                 f"config.optim.multipliers has {pattern.pattern!r}, which is the first to match no "
                 f"parameter; expected a regex for some of: {some}"
             )
-    found = [1.0 if row is None else float(table[row][1]) for row in rows]
-    if not any(found):
+    values = [1.0 if row is None else table[row][1] for row in rows]
+    if not any(values):
         raise UsageError("config.optim.multipliers freezes every parameter; leave some to train")
-    return jax.tree.unflatten(jax.tree.structure(params), found)
+    return jax.tree.unflatten(jax.tree.structure(params), values)
+
+
+def _checked(pair: Any) -> tuple[re.Pattern, float]:
+    try:
+        regex, factor = pair
+        pattern, factor = re.compile(regex), float(factor)
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ValueError(f"the factor is {factor:g}")
+    except (TypeError, ValueError, re.error) as error:
+        raise UsageError(
+            f"config.optim.multipliers has {pair!r}, which is no regex with a factor of 0, which "
+            f"freezes, or above ({error}); expected pairs, such as (('position', 0.1), "
+            "('proj_in', 0))"
+        ) from error
+    return pattern, factor
 
 
 def _multiplied(
@@ -125,27 +135,6 @@ def _multiplied(
 
     parts = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
     return optax.chain(parts, optax.stateless(multiply))
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _checked(pair: Any) -> tuple[re.Pattern, float]:
-    try:
-        regex, factor = pair
-        pattern, factor = re.compile(regex), float(factor)
-    except (TypeError, ValueError, re.error) as error:
-        raise UsageError(
-            f"config.optim.multipliers has {pair!r}, which is no regex with a factor ({error}); "
-            "expected pairs, such as (('position', 0.1), ('proj_in', 0))"
-        ) from error
-    if not (math.isfinite(factor) and factor >= 0):
-        raise UsageError(
-            f"config.optim.multipliers has the factor {factor:g} for {regex!r}; expected 0, which "
-            "freezes, or a number above 0"
-        )
-    return pattern, factor
 
 
 def _scale_by_adam(

@@ -105,7 +105,7 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _in_range(value: Any, least: int | float | None, most: float | None) -> bool:
+def _in_range(value: Any, least: int | float | None, most: int | float | None) -> bool:
     if least is None and most is None:
         return True
     return (-math.inf if least is None else least) <= value <= (math.inf if most is None else most)

@@ -1,35 +1,113 @@
-"""How samples are laid out in a picture: one row a class, or about square."""
+"""Pictures: samples in a grid, a row a class or about square; PNG and GIF files."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
+from PIL import Image
 
-MOST_ROWS = 20  # of a picture that a person takes in
+from jetflow import hosts
+from jetflow.files import write_atomically
+from jetflow.types import UsageError
+
+MOST_ROWS = 20  # of a picture that a person takes in; classes above that have no row of their own
+LARGEST_ASPECT = 2.25  # of a grid with a row a class; longer rows are wrapped
+PADDING = 2  # pixels between the images of a grid, before magnification
+SHORTEST_SIDE, LONGEST_SIDE = 512, 2048  # pixels; between them, grids are magnified
+FRAME = 150  # milliseconds of an animation
 
 
-def rows_by_class(num: int, num_classes: int) -> tuple[Int[np.ndarray, "N"] | None, list[int]]:
-    """Labels for `num` images, as evenly as it goes, and how many images each row of a grid has.
+def labels_in_turn(num: int, num_classes: int) -> Int[np.ndarray, "N"] | None:
+    """Labels 0, 1, 2, … in turn: that of image i does not depend on `num`; None without classes."""
+    return np.arange(num, dtype=np.int32) % num_classes if num_classes else None
 
-    Without classes there are no labels, and the grid is about square; with many, or few images of
-    each, it is so too.
+
+def rows_by_class(label: Int[np.ndarray, "N"] | None, num: int) -> list[Int[np.ndarray, "_"]]:
+    """Which of `num` images stand in each row of a grid.
+
+    Each class has a row, or several of one length where one would be too long. Without classes, and
+    with many or few images of each, the grid is about square, in the order of the images.
     """
-    if not num_classes:
-        return None, square_rows(num)
-    if num < 2 * num_classes or num_classes > MOST_ROWS:
-        return (np.arange(num) * num_classes // num).astype(np.int32), square_rows(num)
-    parts = np.array_split(np.arange(num), num_classes)
-    labels = np.repeat(np.arange(num_classes), [len(part) for part in parts])
-    return labels.astype(np.int32), [len(part) for part in parts if len(part)]
+    side = math.ceil(math.sqrt(num))
+    classes = [] if label is None else np.unique(label)
+    if not 1 < len(classes) <= MOST_ROWS or num < 2 * len(classes):
+        return np.split(np.arange(num), range(side, num, side))
+    rows = []
+    for each in classes:
+        members = np.flatnonzero(label == each)
+        wraps = len(members) ** 2 > LARGEST_ASPECT * num
+        rows += np.array_split(members, math.ceil(len(members) / side) if wraps else 1)
+    return rows
 
 
-def square_rows(num: int) -> list[int]:
-    """The rows of a grid of `num` images that is about square."""
-    columns = int(np.ceil(np.sqrt(num)))
-    return [min(columns, num - start) for start in range(0, num, columns)]
+def grid(
+    images: UInt8[np.ndarray, "N H W C"], rows: Sequence[Int[np.ndarray, "_"]]
+) -> UInt8[np.ndarray, "GH GW 3"]:
+    """Images side by side, each row given by their numbers, magnified by a whole number."""
+    _, height, width, channels = images.shape
+    cell = np.array([height, width]) + PADDING
+    shape = cell * (len(rows), max(map(len, rows))) + PADDING
+    picture = np.full((*shape, channels), 255, np.uint8)
+    for row, members in enumerate(rows):
+        for column, member in enumerate(members):
+            top, left = PADDING + cell * (row, column)
+            picture[top : top + height, left : left + width] = images[member]
+    colours = picture[..., :3] if channels >= 3 else np.repeat(picture[..., :1], 3, axis=2)
+    factor = max(min(SHORTEST_SIDE // min(shape), LONGEST_SIDE // max(shape)), 1)
+    return colours.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def corner(rows: list[int]) -> tuple[Int[np.ndarray, "K"], list[int]]:
-    """The images in the first `MOST_ROWS` rows and columns of a grid, by number, and its rows."""
-    starts = np.cumsum([0, *rows[:-1]])
-    shown = [min(count, MOST_ROWS) for count in rows[:MOST_ROWS]]
-    numbers = [start + np.arange(count) for start, count in zip(starts, shown, strict=False)]
-    return np.concatenate(numbers), shown
+def samples_grid(
+    images: UInt8[np.ndarray, "N H W C"], label: Int[np.ndarray, "N"] | None
+) -> UInt8[np.ndarray, "GH GW 3"]:
+    """Samples, a row a class if there are few classes."""
+    return grid(images, rows_by_class(label, len(images)))
+
+
+def strips(images: UInt8[np.ndarray, "R K H W C"]) -> UInt8[np.ndarray, "GH GW 3"]:
+    """Rows of as many images each."""
+    numbers = np.arange(images.shape[0] * images.shape[1]).reshape(images.shape[:2])
+    return grid(np.concatenate(images), list(numbers))
+
+
+def save_png(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Write a picture, on the first process; a reader never sees half of it."""
+    if hosts.is_first():
+        with write_atomically(path) as file:
+            Image.fromarray(picture).save(file, format="png")
+
+
+def save_gif(path: Path, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> None:
+    """Write an animation that stands still on its last frame, on the first process."""
+    if not hosts.is_first():
+        return
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    durations = [FRAME] * len(others) + [10 * FRAME]
+    with write_atomically(path) as file:
+        first.save(file, "gif", save_all=True, append_images=others, duration=durations, loop=0)
+
+
+def read_pictures(
+    paths: Sequence[str], shape: tuple[int, int, int]
+) -> UInt8[np.ndarray, "N H W C"]:
+    """Picture files as images of this (H, W, C).
+
+    Raises:
+        UsageError: on a file that is no picture, or one of another size.
+    """
+    height, width, channels = shape
+    images = []
+    for path in paths:
+        try:
+            picture = Image.open(path).convert("L" if channels == 1 else "RGB")
+        except OSError as error:
+            raise UsageError(f"images has {path}, not a readable picture ({error})") from error
+        if picture.size != (width, height):
+            raise UsageError(
+                f"images has {path} of {picture.size[0]}x{picture.size[1]} pixels; this flow "
+                f"needs {width}x{height}: scale or crop it"
+            )
+        images.append(np.asarray(picture).reshape(shape))
+    return np.stack(images)

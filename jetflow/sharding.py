@@ -50,29 +50,29 @@ def make_mesh(
     may join nodes; data, the outermost one, does first.
 
     Args:
-        asked_by: the name of the field or flag, for the message.
+        asked_by: the field or flag that an error names.
 
     Raises:
-        UsageError: if the product of the axes is not the number of devices.
+        UsageError: the product of the axes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    asked: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-    sizes = dict(asked)
-    open_axes = [name for name, size in sizes.items() if size == -1]
+    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    text = f"{asked_by} has " + ", ".join(f"{name}={size}" for name, size in sizes.items())
     known = math.prod(size for size in sizes.values() if size != -1)
-    if len(open_axes) == 1 and known > 0 and len(devices) % known == 0:
-        sizes[open_axes[0]] = len(devices) // known
+    rest = len(devices) // known if known > 0 else 0
+    sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
         raise UsageError(
-            f"{asked_by} has {_named(asked)}, but there are {len(devices)} devices; the "
-            f"product must be {len(devices)}, where one of them may be -1 for the rest"
+            f"{text}, but there are {len(devices)} devices; the product must be {len(devices)}, "
+            "where one of them may be -1 for the rest"
         )
     # Where GPUs have a slice_index, it counts nodes.
     on_tpus = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpus else 1
     if sizes["data"] % slices:
         raise UsageError(
-            f"{asked_by} has {_named(sizes)} on {slices} slices; set data to a multiple of {slices}"
+            f"{text}, which makes data {sizes['data']} on {slices} slices; set data to a multiple "
+            f"of {slices}"
         )
     shape = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     if slices > 1:
@@ -101,22 +101,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def bytes_per_device(abstract_state: Any) -> int:
-    """Bytes of the arrays of a tree on each device, by their shapes and shardings."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def bytes_per_device(state: Any) -> int:
+    """Bytes of a tree's arrays, or abstract ones, on each device."""
     return sum(
         math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array in jax.tree.leaves(abstract_state)
-    )
-
-
-def bytes_held(state: Any) -> int:
-    """Bytes of the arrays of a tree on this process's first device, as they lie there."""
-    device = jax.local_devices()[0]
-    return sum(
-        shard.data.nbytes
         for array in jax.tree.leaves(state)
-        for shard in array.addressable_shards
-        if shard.device == device
     )
 
 
@@ -125,10 +118,6 @@ def describe(mesh: Mesh) -> str:
     axes = " and ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     kind = mesh.devices.flat[0].device_kind
     return f"{mesh.size} x {kind}" + (f" ({axes})" if axes else "")
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, str]] = ()) -> Any:
@@ -143,11 +132,20 @@ def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, 
     Raises:
         UsageError: on an unknown strategy, or a regex that is none.
     """
-    table = [(_pattern(regex, strategy), strategy) for regex, strategy in (*rules, *RULES)]
+    for regex, strategy in rules:
+        if strategy not in STRATEGIES:
+            known = ", ".join(STRATEGIES)
+            raise UsageError(f"config.mesh.rules has {strategy!r}; expected one of {known}")
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise UsageError(
+                f"config.mesh.rules has {regex!r}, which is no regex: {error}"
+            ) from error
 
     def sharding(path, array) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        strategy = next(strategy for pattern, strategy in table if pattern.search(f"/{name}"))
+        name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        strategy = next(strategy for regex, strategy in (*rules, *RULES) if re.search(regex, name))
         return NamedSharding(mesh, _spec(mesh, array.shape, strategy))
 
     return jax.tree.map_with_path(sharding, abstract_state)
@@ -160,34 +158,17 @@ def _spec(mesh: Mesh, shape: tuple[int, ...], strategy: str) -> P:
     split = STRATEGIES[strategy]
     if split is not None and len(shape) >= -split and shape[split] % mesh.shape["tensor"] == 0:
         axes[split] = "tensor"
-    free = [
-        axis
-        for axis, size in enumerate(shape)
-        if axes[axis] is None and size % mesh.shape["fsdp"] == 0
-    ]
-    if free:
+    even = [axis for axis, size in enumerate(shape) if size % mesh.shape["fsdp"] == 0]
+    if free := [axis for axis in even if axes[axis] is None]:
         axes[max(free, key=lambda axis: shape[axis])] = "fsdp"
     while axes and axes[-1] is None:
         axes.pop()
     return P(*axes)
 
 
-def _pattern(regex: str, strategy: str) -> re.Pattern:
-    if strategy not in STRATEGIES:
-        raise UsageError(
-            f"config.mesh.rules has {strategy!r}; expected one of {', '.join(STRATEGIES)}"
-        )
-    try:
-        return re.compile(regex)
-    except re.error as error:
-        raise UsageError(f"config.mesh.rules has {regex!r}, which is no regex: {error}") from error
-
-
 def check_batch(field: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """Raise a UsageError unless each part of the batch has equally many rows on each device."""
-    if size < 1:
-        raise UsageError(f"{field} is {size}; expected 1 or more")
-    if accumulation < 1 or size % accumulation:
+    if size < 1 or accumulation < 1 or size % accumulation:
         raise UsageError(
             f"{field} {size} is not divisible by config.train.accumulation {accumulation}; "
             "set one of them so that it is"
@@ -214,7 +195,6 @@ def put_batch(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
 
     def put(array: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            """The rows that one device holds."""
             first, last, _ = index[0].indices(batch_size)
             return array[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
 
@@ -222,7 +202,3 @@ def put_batch(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
         return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
 
     return Batch(*(put(np.asarray(array)) for array in batch))
-
-
-def _named(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name}={size}" for name, size in sizes.items())

@@ -38,6 +38,7 @@ FREE = (
     "config.train.keep_every",
     "config.mesh",
     "config.data.workers",
+    "config.resolved.defaults",
 )
 LENGTH = ("config.train.steps", "config.train.epochs", "config.train.images")
 LENGTH += ("config.resolved.total_steps",)

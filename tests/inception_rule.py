@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from published import GOLDEN
 
-from jetflow.tools.convert import torch_writer
+from jetflow.pth import write_pth
 
 FOLDER = GOLDEN / "inception"
 
@@ -47,7 +47,7 @@ def golden() -> dict[str, np.ndarray]:
 
 def write(path: Path) -> Path:
     """A file of these weights, such as --inception_weights takes."""
-    torch_writer.write(path, tensors())
+    write_pth(path, tensors())
     return path
 
 

@@ -242,24 +242,11 @@ def test_no_fallback_for_a_named_step_nor_where_all_are_damaged(tmp_path, warnin
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}  # reading deletes nothing
 
 
-def test_memory_errors_are_not_damage(tmp_path, monkeypatch):
-    save_steps(tmp_path, 1, 2)
-
-    def exhausted(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
-
-    monkeypatch.setattr(checkpoint, "_read_arrays", exhausted)
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        restore(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda state: {"params": {**state.params, "half": jnp.zeros((7, 3))}},
          r"params/half is bfloat16\[7,3\] there and float32\[7,3\] here"),
-        (lambda state: {"params": {**state.params, "new": jnp.zeros(3)}},
-         r"params/new is absent there and float32\[3\] here"),
         (lambda state: {"optimizer": optax.sgd(1.0, momentum=0.9).init(state.params)},
          r"optimizer/0/trace/dense/bias is absent there .*; and \d+ more; use the config"),
     ],
@@ -301,31 +288,13 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, field):
         assert checkpoints.steps() == [1]
 
 
-KILLED = """
-import os, signal, sys, jax
-from jetflow.checkpoint import Checkpoints
-make = jax.jit(lambda i: {"params": jax.random.normal(jax.random.key(i), (1 << 22,))})
-checkpoints = Checkpoints(sys.argv[1])
-checkpoints.save(1, make(1), {})
-checkpoints.save(2, make(2), {})
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def test_an_interrupted_save_is_ignored(tmp_path):
-    assert run_python(KILLED, tmp_path).returncode == -9
+    save_steps(tmp_path, 1)
     shutil.copytree(tmp_path / "1", tmp_path / "5.orbax-checkpoint-tmp")
-    with Checkpoints(tmp_path) as checkpoints:
-        shape = {"params": jax.ShapeDtypeStruct((1 << 22,), "float32")}
-        restored, step = checkpoints.restore(shape)
-        assert step in (1, 2)
-        expected = jax.random.normal(jax.random.key(step), (1 << 22,))
-        np.testing.assert_array_equal(restored["params"], expected)
-        assert (tmp_path / "5.orbax-checkpoint-tmp").exists()  # perhaps another process saves
-        checkpoints.save(6, make_state(2), CONFIG)
-        checkpoints.wait()
-        assert not (tmp_path / "5.orbax-checkpoint-tmp").exists()
-        assert checkpoints.latest() == 6
+    assert restore(tmp_path)[1] == 1
+    assert (tmp_path / "5.orbax-checkpoint-tmp").exists()  # perhaps another process saves
+    save_steps(tmp_path, 6)
+    assert {path.name for path in tmp_path.iterdir()} == {"6"}
 
 
 def test_a_damaged_step_does_not_outlive_the_next_save(tmp_path, warnings):
@@ -377,9 +346,7 @@ def test_checksum_sees_every_bit_and_every_swap(dtype):
         assert whole != int(manifest.checksum(values.reshape(5, 3, 2).swapaxes(0, 1)))
         for bit in [0] if dtype == "bool" else range(8 * values.itemsize):
             changed = values.copy()
-            changed.view(f"uint{8 * values.itemsize}")[1, 2, 1] ^= np.uint64(1 << bit).astype(
-                f"uint{8 * values.itemsize}"
-            )
+            changed.view(np.uint8)[1, 2, values.itemsize + bit // 8] ^= 1 << bit % 8
             assert int(manifest.checksum(changed)) != whole
         for left, right in (((0, 0, 0), (2, 4, 1)), ((0, 1, 0), (1, 0, 0)), ((1, 2, 0), (1, 2, 1))):
             changed = values.copy()

@@ -30,7 +30,6 @@ FIELDS = {
     "eval__guidance": 0.0,
     "eval__denoise": False,
 }
-DISTANCES = "fid,sfid,kid,precision_recall,density_coverage"
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +59,12 @@ def start(data_dir, compilation_cache):
         process.communicate()
 
 
-def finish(group, status=0, timeout=300) -> list[tuple[str, str]]:
-    """What the processes said, out and err, when all have ended; without what Gloo prints."""
-    said = [process.communicate(timeout=timeout) for process in group]
-    said = [(re.sub(r"\[Gloo\].*\n", "", out), err) for out, err in said]
-    assert [process.returncode for process in group] == [status] * len(group), said
-    return said
+def finish(group, status=0, timeout=600) -> list[tuple[str, str]]:
+    """The output and errors of the processes when all have ended, without what Gloo prints."""
+    ends = [process.communicate(timeout=timeout) for process in group]
+    ends = [(re.sub(r"\[Gloo\].*\n", "", output), errors) for output, errors in ends]
+    assert [process.returncode for process in group] == [status] * len(group), ends
+    return ends
 
 
 def train(name, workdir, **fields):
@@ -97,32 +96,16 @@ def alone(start, tmp_path_factory):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROC"),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "two"},
-            "JAX_NUM_PROCESSES is 'two' in the environment; expected a whole number",
-        ),
+        ({}, "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROC"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two' in the environment; expected a"),
     ],
 )
-def test_a_half_told_process_is_refused(environment, message):
+def test_a_process_that_cannot_know_the_others_is_refused(environment, message):
+    environment = {"JAX_COORDINATOR_ADDRESS": "localhost:1", **environment}
     process = tiny_runs.start(["sample", "--workdir", "nothing"], **environment)
-    _, said = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
-    assert message in said and "Traceback" not in said
-
-
-@pytest.mark.slow
-def test_a_signal_ends_sampling_at_once(start, alone, tmp_path):
-    """It has no need to save: what is drawn is on the disk."""
-    npz = tmp_path / "images.npz"
-    flags = ["--workdir", alone, "--num", 10**6, "--npz", npz, "--out", tmp_path / "grid.png"]
-    group = start(["sample", *flags])
-    while not list(tmp_path.glob("images.npz.partial/*.npy")):
-        assert all(process.poll() is None for process in group), finish(group)
-        time.sleep(0.1)
-    for process in group:
-        process.send_signal(signal.SIGTERM)
-    finish(group, status=-signal.SIGTERM, timeout=30)
+    assert message in errors and "Traceback" not in errors
 
 
 def test_a_process_says_that_it_waits(monkeypatch, capsys):
@@ -153,99 +136,71 @@ def test_a_disk_without_locks_keeps_nobody_out(tmp_path, monkeypatch, caplog):
     assert caplog.text.count(f"{tmp_path} cannot be locked ([Errno 37] No locks") == 1
 
 
-def test_lists_are_those_of_the_first_process():
-    assert hosts.agreed_numbers((3, 5)) == [3, 5]  # of one; of several: the slow tests
-
-
 @pytest.mark.slow
 def test_bad_input_ends_all_processes_with_status_2(start, tmp_path):
     group = start(train("tarflow", tmp_path / "run", train__batch_size=15))
-    for _, said in finish(group, status=2, timeout=60):
-        assert "config.train.batch_size 15 is not divisible" in said and "Traceback" not in said
+    for _, errors in finish(group, status=2):
+        assert "config.train.batch_size 15 is not divisible" in errors
+        assert "Traceback" not in errors
 
 
 @pytest.mark.slow
-def test_bad_input_of_one_process_ends_the_others_too(start, tmp_path):
-    """The first alone sees that the folder is taken."""
+def test_processes_train_stop_and_go_on_as_one(start, alone, tmp_path):
+    """A signal to one stops all; those that are killed go on as four; the end is that of one."""
     workdir = tmp_path / "run"
-    workdir.mkdir()
-    with open(workdir / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        first, second = start(train("tarflow", workdir))
-        _, said = first.communicate(timeout=100)
-        assert first.returncode == 2 and "another process trains in" in said
-        _, said = second.communicate(timeout=100)
-    assert second.returncode not in (0, 2)
-    assert re.search("it or another one failed|another task died|unhealthy|heartbeat", said), said
-
-
-@pytest.mark.slow
-def test_processes_train_sample_and_evaluate_as_one(start, alone, tmp_path):
-    workdir = tmp_path / "run"
-    (_, first), (_, second) = finish(start(train("tarflow", workdir)))
-    assert "on 8 x cpu (data 4 and fsdp 2)" in first and "done: step 12" in first
+    group = start(train("tarflow", workdir))
+    wait_for_checkpoint(group, workdir, 5)
+    group[1].send_signal(signal.SIGTERM)
+    (_, first), (_, second) = finish(group, status=128 + signal.SIGTERM)
+    assert "on 8 x cpu (data 4 and fsdp 2)" in first and "all saved in" in first
     assert "step" not in second
+    group = start(train("tarflow", workdir), processes=4)
+    wait_for_checkpoint(group, workdir, 10)
+    for process in group:
+        process.kill()
+        process.communicate()
+    ((_, first), _) = finish(start(train("tarflow", workdir)))
+    assert "resumed at step 10" in first and "done: step 12" in first
     same_metrics(workdir, alone)
 
-    ends = finish(start(["evaluate", "--workdir", workdir, "--draws", 1]))
-    assert "bpd" in ends[0][0] and ends[1][0] == ""
-    npz = tmp_path / "two.npz"
-    arguments = ["sample", "--num", 20, "--out", tmp_path / "grid.png", "--npz"]
-    ends = finish(start([*arguments, npz, "--workdir", workdir]))
-    assert "20 samples of step 12" in ends[0][0] and ends[1][0] == ""
-    finish(start([*arguments, tmp_path / "one.npz", "--workdir", workdir], processes=1))
-    with np.load(npz) as two, np.load(tmp_path / "one.npz") as one:
-        assert np.abs(two["images"].astype(int) - one["images"]).max() <= 1
 
-    for mode, method in [("reconstruct", "cached"), ("interpolate", "auto"), ("trace", "cached")]:
-        pictures = []
-        for processes in (2, 1):
-            out = tmp_path / f"{mode}{processes}.png"
-            arguments = ["sample", "--workdir", workdir, "--mode", mode, "--num", 3, "--out", out]
-            finish(start([*arguments, "--mesh", "fsdp=2,data=4", "--method", method], processes))
-            with Image.open(out) as picture:
-                pictures.append(np.asarray(picture).astype(int))
-        assert np.abs(pictures[0] - pictures[1]).max() <= 1, mode
+@pytest.mark.slow
+def test_processes_sample_and_evaluate_as_one(start, alone, tmp_path):
+    results = {}
+    for processes in (1, 2):
+        workdir = shutil.copytree(alone, tmp_path / str(processes))
+        shutil.rmtree(workdir / "evals")
+        ends = finish(start(["evaluate", "--workdir", workdir, "--draws", 1], processes))
+        npz, out = tmp_path / f"{processes}.npz", tmp_path / f"{processes}.png"
+        flags = ["--workdir", workdir, "--mesh", "fsdp=2,data=4", "--out", out]
+        ends += finish(start(["sample", *flags, "--num", 20, "--npz", npz], processes))
+        assert [bool(output) for output, _ in ends] == [True, False][:processes] * 2
+        finish(start(["sample", *flags, "--num", 3, "--mode", "reconstruct"], processes))
+        bpd = json.loads(next(workdir.glob("evals/bpd*")).read_text())["value"]
+        with Image.open(out) as picture, np.load(npz) as arrays:
+            results[processes] = bpd, arrays["images"].astype(int), np.asarray(picture).astype(int)
+    assert results[2][0] == pytest.approx(results[1][0], rel=1e-6)
+    for one, two in zip(results[1][1:], results[2][1:], strict=True):
+        assert np.abs(one - two).max() <= 1
 
 
 @pytest.mark.slow
 def test_processes_find_the_same_distances_as_one(start, alone, tmp_path):
     """Each reads its part of the data and of the samples; their statistics become one."""
-    program = [small_network.__file__]
-    found = {}
+    values = {}
     for processes in (1, 2):
-        workdir = tmp_path / str(processes)
-        shutil.copytree(alone, workdir)
+        workdir = shutil.copytree(alone, tmp_path / str(processes))
         arguments = ["evaluate", "--workdir", workdir, "--batch_size", 16]
-        reference = tmp_path / f"reference{processes}.npz"
-        split = ["--reference_split", "train[:45]", "--reference", reference]
-        finish(start([*arguments, *split, "--make_reference"], processes, program=program))
-        metrics = [
-            "--reference",
-            reference,
-            "--num_samples",
-            30,
-            "--metrics",
-            "fid,sfid,kid,precision_recall,density_coverage",
-        ]
-        finish(start([*arguments, *metrics], processes, program=program))
+        arguments += ["--reference", tmp_path / f"reference{processes}.npz"]
+        for flags in (
+            ["--reference_split", "train[:45]", "--make_reference"],
+            ["--num_samples", 30, "--metrics", "fid,sfid,kid,precision_recall,density_coverage"],
+        ):
+            finish(start([*arguments, *flags], processes, program=[small_network.__file__]))
         results = [json.loads(path.read_text()) for path in workdir.glob("evals/*num_samples*")]
-        found[processes] = {result["metric"]: result["value"] for result in results}
-    assert len(found[1]) == 7 and found[1]["fid"] > 0
-    assert found[2] == pytest.approx(found[1], rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 4])
-def test_a_killed_run_goes_on_with_other_processes(start, alone, processes, tmp_path):
-    workdir = tmp_path / "run"
-    group = start(train("tarflow", workdir))
-    wait_for_checkpoint(group, workdir, 5)
-    for process in group:
-        process.kill()
-        process.communicate()
-    finish(start(train("tarflow", workdir), processes=processes))
-    same_metrics(workdir, alone)
+        values[processes] = {result["metric"]: result["value"] for result in results}
+    assert len(values[1]) == 7 and values[1]["fid"] > 0
+    assert values[2] == pytest.approx(values[1], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -253,21 +208,6 @@ def test_when_one_process_dies_the_others_end(start, tmp_path):
     group = start(train("tarflow", tmp_path / "run", train__steps=10**6))
     wait_for_checkpoint(group, tmp_path / "run", 5)
     group[1].kill()
-    before = time.monotonic()
-    _, said = group[0].communicate(timeout=200)
-    assert time.monotonic() - before < 120
+    _, errors = group[0].communicate(timeout=600)
     assert group[0].returncode not in (0, 2)
-    assert re.search("it or another one failed|another task died|unhealthy|heartbeat", said), said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_signal_to_one_process_stops_all(start, alone, who, tmp_path):
-    workdir = tmp_path / "run"
-    group = start(train("tarflow", workdir))
-    wait_for_checkpoint(group, workdir, 5)
-    group[who].send_signal(signal.SIGTERM)
-    ends = finish(group, status=128 + signal.SIGTERM)
-    assert "all saved in" in ends[0][1]
-    finish(start(train("tarflow", workdir)))
-    same_metrics(workdir, alone)
+    assert re.search("it or another one failed|another task died|unhealthy|heartbeat", errors)

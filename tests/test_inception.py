@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jetflow.evals import inception, weights
-from jetflow.tools.convert import torch_writer
+from jetflow.pth import write_pth
 from jetflow.types import UsageError
 
 FEATURES = {"64": "64", "192": "192", "768": "768", "2048": "2048", "logits": "logits_unbiased"}
@@ -99,7 +99,7 @@ def test_gray_is_the_same_in_all_channels(monkeypatch):
 
 
 def test_weights_know_their_hash(tensors, tmp_path):
-    torch_writer.write(tmp_path / "any.pth", tensors)
+    write_pth(tmp_path / "any.pth", tensors)
     found = hashlib.sha256((tmp_path / "any.pth").read_bytes()).hexdigest()
     path = tmp_path / f"weights-{found[:8]}.pth"
     (tmp_path / "any.pth").rename(path)
@@ -136,7 +136,7 @@ def test_weights_know_their_hash(tensors, tmp_path):
 def test_weights_of_another_network(change, message, tensors, tmp_path, monkeypatch):
     changed = dict(tensors)
     change(changed)
-    monkeypatch.setattr(weights.torch_file, "read", lambda path: changed)
+    monkeypatch.setattr(weights, "read_pth", lambda path: changed)
     (tmp_path / "weights.pth").write_bytes(b"read by no one")
     with pytest.raises(UsageError, match=message) as caught:
         weights.load(tmp_path / "weights.pth")
@@ -181,7 +181,7 @@ def test_another_file_at_the_address(offered):
 
 
 def test_weights_are_downloaded_once(offered, tensors, tmp_path, monkeypatch, capsys):
-    torch_writer.write(tmp_path / "published.pth", tensors)
+    write_pth(tmp_path / "published.pth", tensors)
     content = (tmp_path / "published.pth").read_bytes()
     found, asked = hashlib.sha256(content).hexdigest(), []
     monkeypatch.setattr(weights, "PUBLISHED", found[:8])

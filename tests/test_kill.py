@@ -23,8 +23,8 @@ FIELDS = {
     "eval__guidance": 0.0,
     "eval__denoise": False,
 }
-KILLS = 5
-TIMEOUT = 180  # seconds
+KILLS = 4
+TIMEOUT = 900  # seconds, on a machine with much else to do
 
 
 def start(name, workdir, **variables):
@@ -32,27 +32,18 @@ def start(name, workdir, **variables):
     return tiny_runs.start(tiny_runs.arguments(name, workdir, **FIELDS), **variables)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """A function: the name of a flow -> what a run of it leaves that was never killed."""
-    known = {}
-
-    def run(name):
-        if name not in known:
-            workdir = tmp_path_factory.mktemp("uninterrupted") / name
-            process = start(name, workdir)
-            _, said = process.communicate(timeout=TIMEOUT)
-            assert process.returncode == 0, said
-            known[name] = remains(workdir)
-        return known[name]
-
-    return run
+def finish(process, status=0) -> str:
+    """What a process that has ended wrote to stderr."""
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    return errors
 
 
-def wait_for(condition, process):
-    """Until it holds, or the process has ended."""
+def wait_for_step(workdir, step, process):
+    """Until that step is logged, or the process has ended."""
     deadline = time.monotonic() + TIMEOUT
-    while not condition() and process.poll() is None:
+    while last_logged(workdir) < step and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -64,67 +55,36 @@ def last_logged(workdir):
     return int(steps[-1]) if steps else 0
 
 
-def checkpoints(workdir):
-    """The names of the checkpoints, of which some may be half written."""
-    return sorted(path.name for path in (workdir / "checkpoints").glob("*"))
-
-
-def resumed(step):
-    """What a run says of where it begins."""
-    return f"resumed at step {step} of {STEPS}" if step else f"{STEPS} steps of"
-
-
 @pytest.mark.parametrize("name", ["jet", "tarflow"])
-def test_killed_runs_end_the_same(name, uninterrupted, tmp_path):
-    expected = uninterrupted(name)
+def test_killed_and_stopped_runs_end_the_same(name, tmp_path):
+    """SIGKILL while it compiles, before its first save, and later; then SIGTERM; then Ctrl-C."""
+    finish(start(name, tmp_path / "whole"))
+    workdir = tmp_path / "run"
     chance = random.Random(f"kill {name}")
-    moments = []
     for kill in range(KILLS):
         compiles = {"JAX_ENABLE_COMPILATION_CACHE": "false"} if kill == 0 else {}
-        process = start(name, tmp_path, **compiles)
-        if kill == 0:  # it starts up or compiles
+        process = start(name, workdir, **compiles)
+        if kill == 0:
             time.sleep(chance.uniform(0, 5))
-        else:  # before it has saved anything; then at a later step, and within the time of a few
-            before = last_logged(tmp_path)
-            step = 1 if kill == 1 else chance.randint(before + 1, before + (STEPS - before) // 2)
-            wait_for(lambda step=step: last_logged(tmp_path) >= step, process)
+        else:
+            before = last_logged(workdir)
+            step = 1 if kill == 1 else chance.randint(before + 1, before + (STEPS - before) // 3)
+            wait_for_step(workdir, step, process)
             time.sleep(chance.uniform(0, 0.2))
         process.kill()
-        _, said = process.communicate()
-        assert process.returncode == -signal.SIGKILL, said
-        moments.append((last_logged(tmp_path), checkpoints(tmp_path)))
-    print(f"{name}: killed at (last step logged, checkpoints): {moments}")
-    assert moments[1][0] < moments[-1][0], "no kill fell into a training under way"
+        finish(process, -signal.SIGKILL)
+    assert last_logged(workdir) > 1, "no kill fell into a training under way"
 
-    process = start(name, tmp_path)
-    _, said = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, said
-    assert_same(remains(tmp_path), expected)
-
-
-def test_signals(uninterrupted, tmp_path):
-    """SIGTERM, then Ctrl-C: each stops the run, and the same command goes on from there."""
-    start_step = 0
+    resumed = 0
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = start("tarflow", tmp_path)
-        wait_for(lambda before=start_step: last_logged(tmp_path) > before, process)
+        process = start(name, workdir)
+        wait_for_step(workdir, last_logged(workdir) + 1, process)
         process.send_signal(number)
-        _, said = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 128 + number, said
-        assert "Traceback" not in said
-        assert resumed(start_step) in said
-        message = re.fullmatch(
-            rf"stopped at step (\d+) of {STEPS}, all saved in {re.escape(str(tmp_path))}: "
-            "run the same command again to go on",
-            said.splitlines()[-1],
+        *_, message = finish(process, 128 + number).splitlines()
+        stopped = re.match(
+            rf"stopped at step (\d+) of {STEPS}, all saved in .*run: run the", message
         )
-        assert message, said
-        stopped, _ = tiny_runs.read_state(tmp_path)
-        assert start_step < stopped == int(message[1]) < STEPS
-        start_step = stopped
-
-    process = start("tarflow", tmp_path)
-    _, said = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, said
-    assert resumed(start_step) in said
-    assert_same(remains(tmp_path), uninterrupted("tarflow"))
+        assert stopped and resumed < int(stopped[1]) < STEPS, message
+        resumed = int(stopped[1])
+    assert f"resumed at step {resumed} of {STEPS}" in finish(start(name, workdir))
+    assert_same(remains(workdir), remains(tmp_path / "whole"))

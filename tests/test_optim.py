@@ -26,11 +26,7 @@ def test_schedule_rises_linearly_and_falls_as_a_cosine(min_lr):
     values = np.array([schedule(step) for step in (0, 5, 10, 55, 100)])
     mean = (1e-2 + min_lr) / 2
     np.testing.assert_allclose(values, [min_lr, mean, 1e-2, mean, min_lr], rtol=1e-5, atol=1e-9)
-
-
-def test_schedule_without_warmup_starts_at_its_peak():
-    _, schedule = adam(warmup=0.0)
-    assert schedule(0) == pytest.approx(1e-2)
+    assert adam(warmup=0.0, min_lr=min_lr)[1](0) == pytest.approx(1e-2)
 
 
 def updates_follow_the_rule(rule: str) -> None:
@@ -64,9 +60,7 @@ def test_updates_follow_the_rule(rule):
 def test_bug_is_caught_rules_confused(rule, monkeypatch):
     (other,) = set(optim.DECAY_RULES) - {rule}
     real = optim.adam
-    monkeypatch.setattr(
-        optim, "adam", lambda **fields: real(**fields | {"decay_rule": other})
-    )  # fmt: skip
+    monkeypatch.setattr(optim, "adam", lambda **fields: real(**fields | {"decay_rule": other}))
     with pytest.raises(AssertionError):
         updates_follow_the_rule(rule)
 
@@ -148,11 +142,10 @@ def test_a_factor_of_0_freezes():
         ((("blocks_7", 1),), "'blocks_7', which is the first to match no parameter; .* /blocks_0/"),
         ((("blocks", 1), ("blocks_1", 2)), "'blocks_1', which is the first to match no"),
         ((("", 0),), "freezes every parameter"),
-        ((("head", -1),), "the factor -1 for 'head'; expected 0, which freezes"),
-        ((("head", float("nan")),), "the factor nan"),
+        ((("head", -1),), r"\('head', -1\), which is no regex with a factor of 0, .*factor is -1"),
+        ((("head", float("nan")),), "the factor is nan"),
         ((("(", 1),), "no regex with a factor"),
         (("head", 0.1), "has 'head', which is no regex with a factor"),
-        ((("head", "x"),), "no regex with a factor"),
     ],
 )
 def test_bad_multipliers(multipliers, message):

@@ -5,13 +5,11 @@ import json
 import sys
 import time
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from jetflow.pictures import rows_by_class, square_rows
+from jetflow.files import read_metrics
 from jetflow.training import log as report
-from jetflow.training.log import PADDING, SHORTEST_SIDE, Reporter, make_grid, read_metrics, save_png
+from jetflow.training.log import Reporter
 
 
 class Terminal(io.StringIO):
@@ -133,77 +131,3 @@ def test_metrics_of_later_steps_are_dropped_on_resume(tmp_path):
 
 def test_no_metrics_yet(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
-
-
-def image(value: int, channels: int) -> np.ndarray:
-    return np.full((4, 6, channels), value, np.uint8)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_holds_every_image_in_its_row(channels):
-    images = np.stack([image(value, channels) for value in (10, 20, 30)])
-    grid = make_grid(images, [2, 1])
-    height, width = 2 * (4 + PADDING) + PADDING, 2 * (6 + PADDING) + PADDING
-    factor = SHORTEST_SIDE // height
-    assert factor > 1
-    assert grid.shape == (height * factor, width * factor, 3)
-    small = grid[::factor, ::factor]
-    assert (grid == small.repeat(factor, axis=0).repeat(factor, axis=1)).all()
-    for value, (row, column) in zip((10, 20, 30), ((0, 0), (0, 1), (1, 0)), strict=True):
-        top, left = PADDING + row * (4 + PADDING), PADDING + column * (6 + PADDING)
-        assert (small[top : top + 4, left : left + 6] == value).all()
-        small[top : top + 4, left : left + 6] = 255
-    assert (small == 255).all()
-
-
-def test_colours_and_large_images_stay_as_they_are():
-    images = np.random.default_rng(0).integers(0, 256, (1, 600, 600, 3)).astype(np.uint8)
-    grid = make_grid(images, [1])
-    assert (grid[PADDING:-PADDING, PADDING:-PADDING] == images[0]).all()
-
-
-def test_a_grid_has_a_place_for_each_image():
-    with pytest.raises(ValueError):
-        make_grid(np.stack([image(0, 1)] * 3), [2])
-
-
-def test_pictures_are_written_whole(tmp_path, monkeypatch):
-    """A failed save leaves the old picture."""
-    path = tmp_path / "samples" / "grid.png"
-    picture = np.random.default_rng(0).integers(0, 256, (8, 5, 3)).astype(np.uint8)
-    save_png(path, picture)
-
-    def fail(self, file, format):
-        file.write(b"half of it")
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", fail)
-        with pytest.raises(OSError):
-            save_png(path, picture[::-1])
-    with Image.open(path) as written:
-        assert (np.asarray(written) == picture).all()
-
-
-@pytest.mark.parametrize(
-    ("num", "num_classes", "rows"),
-    [(20, 10, [2] * 10), (13, 5, [3, 3, 3, 2, 2]), (7, 0, [3, 3, 1])],
-)
-def test_rows(num, num_classes, rows):
-    labels, counts = rows_by_class(num, num_classes)
-    assert counts == rows
-    if num_classes:
-        assert labels is not None
-        assert list(labels) == [label for label, count in enumerate(rows) for _ in range(count)]
-    else:
-        assert labels is None
-        assert counts == square_rows(num)
-
-
-@pytest.mark.parametrize(("num", "num_classes"), [(64, 1000), (3, 10), (12, 10), (100, 25)])
-def test_many_classes_make_no_strip(num, num_classes):
-    labels, counts = rows_by_class(num, num_classes)
-    assert labels is not None and counts == square_rows(num)
-    assert len(set(labels)) == min(num, num_classes)
-    assert np.ptp(np.bincount(labels, minlength=num_classes)) <= 1
-    assert labels[0] == 0 and labels[-1] >= num_classes * (1 - 1 / min(num, num_classes)) - 1

@@ -45,34 +45,22 @@ def specs(shapes, rules=()):
     return {path: s.spec for path, s in sharding.state_shardings(mesh, tree, rules).items()}
 
 
-def test_large_arrays_are_split_and_small_ones_are_not():
-    assert specs(
-        {
-            "blocks_0/proj_in/kernel": (512, 1024),
-            "blocks_0/position": (1023, 512),
-            "odd": (1023, 1023),
-            "small": (8, 128),
-        }
-    ) == {
-        "blocks_0/proj_in/kernel": P(None, "fsdp"),
-        "blocks_0/position": P(None, "fsdp"),
-        "odd": P(),
-        "small": P(),
+def test_large_arrays_are_split_and_layers_over_tensor():
+    """What enters a layer is split by columns, what leaves it by rows."""
+    shapes = {
+        "blocks_0/proj_in/kernel": ((512, 1024), P(None, "fsdp")),
+        "odd": ((1023, 1023), P()),
+        "small": ((8, 128), P()),
     }
-
-
-def test_layers_are_split_over_tensor():
-    """What goes in by columns, what comes out by rows, the part between stays where it is."""
     for prefix in ("params/blocks_0/transformer/layers", "opt_state/1/nu/net/layers"):
-        expected = {
-            "qkv/kernel": ((4, 256, 768), P(None, "fsdp", "tensor")),
-            "out/kernel": ((4, 256, 256), P(None, "tensor", "fsdp")),
-            "mlp_in/kernel": ((4, 256, 1024), P(None, "fsdp", "tensor")),
-            "mlp_in/bias": ((64, 1024), P("fsdp", "tensor")),
-            "mlp_out/kernel": ((4, 1024, 256), P(None, "tensor", "fsdp")),
+        shapes |= {
+            f"{prefix}/qkv/kernel": ((4, 256, 768), P(None, "fsdp", "tensor")),
+            f"{prefix}/out/kernel": ((4, 256, 256), P(None, "tensor", "fsdp")),
+            f"{prefix}/mlp_in/bias": ((64, 1024), P("fsdp", "tensor")),
+            f"{prefix}/mlp_out/kernel": ((4, 1024, 256), P(None, "tensor", "fsdp")),
         }
-        actual = specs({f"{prefix}/{name}": shape for name, (shape, _) in expected.items()})
-        assert actual == {f"{prefix}/{name}": spec for name, (_, spec) in expected.items()}
+    expected = {path: spec for path, (_, spec) in shapes.items()}
+    assert specs({path: shape for path, (shape, _) in shapes.items()}) == expected
 
 
 def test_rules_of_the_config_come_first():
@@ -96,15 +84,11 @@ def test_bad_rules(rules, message):
         specs({"x": (1024, 512)}, rules=rules)
 
 
-def test_slices_are_joined_by_data_alone():
+def test_slices_are_joined_by_data_alone_and_nodes_of_gpus_by_any_axis():
     mesh = sharding.make_mesh(data=-1, fsdp=4, devices=chips(2, 8, "tpu"))
     assert dict(mesh.shape) == {"data": 4, "fsdp": 4, "tensor": 1}
     for row in mesh.devices.reshape(4, 4):
         assert len({chip.slice_index for chip in row}) == 1
-
-
-def test_nodes_of_gpus_are_no_slices():
-    """Any axis may join them, and data does first, though each node has a slice_index."""
     mesh = sharding.make_mesh(data=1, fsdp=-1, devices=chips(2, 8))
     assert dict(mesh.shape) == {"data": 1, "fsdp": 16, "tensor": 1}
     mesh = sharding.make_mesh(data=2, fsdp=-1, devices=chips(2, 8))
@@ -117,7 +101,7 @@ def test_nodes_of_gpus_are_no_slices():
     [
         ({"data": 3}, "data=3, fsdp=1, tensor=1, but there are 16 devices"),
         ({"data": -1, "fsdp": -1}, "one of them may be -1"),
-        ({"fsdp": 16}, "data=1, fsdp=16, tensor=1 on 2 slices; set data to a multiple of 2"),
+        ({"fsdp": 16}, "makes data 1 on 2 slices; set data to a multiple of 2"),
         ({"tensor": 0}, "tensor=0"),
     ],
 )
@@ -126,32 +110,22 @@ def test_impossible_meshes(axes, message):
         sharding.make_mesh(devices=chips(2, 8, "tpu"), **axes)
 
 
-PUBLISHED = {
-    "jet": dict(patch_size=4, width=512, num_heads=8, num_couplings=32, block_depth=2),
-    "tarflow": dict(patch_size=2, width=768, num_blocks=8, layers_per_block=8),
-}
-
-
-@pytest.mark.parametrize("kind", PUBLISHED)
-def test_the_state_of_a_device_falls_with_their_number(kind):
-    """Parameters, their average, and both moments of the optimizer."""
-    flow = build({"kind": kind, **PUBLISHED[kind]}, image_shape=(64, 64, 3))
+def test_the_state_of_a_device_falls_with_their_number():
+    """Parameters, their average, and both moments of the optimizer, of a published flow."""
+    section = dict(kind="tarflow", patch_size=2, width=768, num_blocks=8, layers_per_block=8)
+    flow = build(section, image_shape=(64, 64, 3))
     make = functools.partial(create_state, flow, optax.adam(1e-4), seed=0, use_ema=True)
     state = jax.eval_shape(make)
     total = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
-
-    def size(fsdp):
+    for fsdp in (1, 8, 64):  # small arrays are on every device
         mesh = sharding.make_mesh(data=1, fsdp=fsdp, devices=chips(1, fsdp))
         placed = jax.tree.map(
             lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
             state,
             sharding.state_shardings(mesh, state),
         )
-        return sharding.bytes_per_device(placed)
-
-    assert size(1) == total
-    for fsdp in (2, 8, 64):  # small arrays are on every device
-        assert size(fsdp) == pytest.approx(total / fsdp, rel=0.02 * fsdp**0.5)
+        bytes_per_device = sharding.bytes_per_device(placed)
+        assert bytes_per_device == pytest.approx(total / fsdp, rel=0.02 * (fsdp - 1) ** 0.5)
 
 
 @pytest.mark.slow
@@ -174,7 +148,7 @@ def test_all_meshes_train_alike(name, tmp_path):
         return read_metrics(workdir / "metrics.jsonl"), megabytes
 
     expected, whole = run(tmp_path / "one", 1, 1, 1, 1)
-    for axes in [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]:
+    for axes in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
         actual, part = run(tmp_path / "x".join(map(str, axes)), 8, *axes)
         for several, one in zip(actual, expected, strict=True):
             assert several.keys() == one.keys()

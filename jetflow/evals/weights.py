@@ -17,7 +17,7 @@ import numpy as np
 from jetflow import hosts
 from jetflow.evals import inception
 from jetflow.files import write_atomically
-from jetflow.tools.convert import torch_file
+from jetflow.pth import read_pth
 from jetflow.types import UsageError
 
 URL = (
@@ -77,7 +77,7 @@ def load(path: str | os.PathLike | None = None) -> Network:
             f"{path} is damaged: its SHA-256 begins {found[:8]}, but its name says {promised[1]}; "
             f"delete it and download {URL} again"
         )
-    return Network(_checked(path, torch_file.read(path)), found)
+    return Network(_checked(path, read_pth(path)), found)
 
 
 def _checked(path: Path, tensors: Mapping[str, np.ndarray]) -> Any:

@@ -1,33 +1,61 @@
 """Looking into a flow: latents of images, paths between them, and the image block by block."""
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Num
 
 from jetflow import sharding
-from jetflow.sampling.ancestral import AS_WRITTEN, Sampler, gather
+from jetflow.sampling.ancestral import AS_WRITTEN, Drawn, Sampler, gather
 from jetflow.types import AnyArray
 
 
 def encode(
     sampler: Sampler,
-    images: UInt8[np.ndarray, "B H W C"],
-    label: Int[AnyArray, "B"] | None,
+    images: Num[AnyArray, "N H W C"],
+    label: Int[AnyArray, "N"] | None,
     noise: str,
-) -> Float[np.ndarray, "B T D"]:
-    """The latents of images, without a draw of the noise, on the host.
+    batch_size: int = 64,
+) -> tuple[Float[np.ndarray, "N T D"], Float[np.ndarray, "N"]]:
+    """The latents of images, without a draw of the noise, and the log-determinants; on the host.
 
     Args:
+        images: pixel values.
         noise: the kind of noise that the flow was trained with; of a dequantised pixel value v, the
             middle v + 1/2 is encoded.
     """
-    x, placed = sampler.place(images + centre(noise)), sampler.place(label)
-    with sharding.on(sampler.mesh):
-        z = _encode(sampler.flow, sampler.variables, x, placed)
-    return gather(z)[: len(images)]
+    parts = []
+    for x, part_label in _parts(batch_size, images + centre(noise), label):
+        placed = sampler.place(x), sampler.place(part_label)
+        with sharding.on(sampler.mesh):
+            encoded = gather(_encode(sampler.flow, sampler.variables, *placed))
+        parts.append([array[: len(x)] for array in encoded])
+    z, logdet = map(np.concatenate, zip(*parts, strict=True))
+    return z, logdet
+
+
+def decode(
+    sampler: Sampler,
+    z: Float[AnyArray, "N T D"],
+    label: Int[AnyArray, "N"] | None,
+    batch_size: int = 64,
+) -> Drawn:
+    """The images of latents, so many at a time; the sweeps are the most of a batch."""
+    batches = [sampler.decode(*part) for part in _parts(batch_size, z, label)]
+    sweeps = tuple(map(max, *(drawn.sweeps for drawn in batches), batches[0].sweeps))
+    pixels = np.concatenate([drawn.pixels for drawn in batches])
+    return Drawn(pixels, sweeps, max(drawn.residual for drawn in batches))
+
+
+def _parts(batch_size: int, *arrays: Any) -> Iterator[list[Any]]:
+    """Arrays in parts of so many rows; the first is one, the others may be None."""
+    for start in range(0, len(arrays[0]), batch_size):
+        part = slice(start, start + batch_size)
+        yield [None if array is None else array[part] for array in arrays]
 
 
 def centre(noise: str) -> np.float32:
@@ -37,7 +65,7 @@ def centre(noise: str) -> np.float32:
 
 @functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)
 def _encode(flow, variables, x, label):
-    return flow.apply(variables, x, label, method="forward")[0]
+    return flow.apply(variables, x, label, method="forward")
 
 
 def interpolate(
@@ -60,22 +88,29 @@ def interpolate(
 
 
 def trace(
-    sampler: Sampler, z: Float[AnyArray, "B T D"], label: Int[AnyArray, "B"] | None
-) -> Float[np.ndarray, "S B H W C"]:
+    sampler: Sampler,
+    z: Float[AnyArray, "N T D"],
+    label: Int[AnyArray, "N"] | None,
+    batch_size: int = 64,
+) -> Float[np.ndarray, "S N H W C"]:
     """The image at each stage: the latents, then after each block's inverse, in order of sampling,
     and last, where the sampler denoises, the denoised image.
 
     The stages of a Jet are its couplings.
     """
-    placed = sampler.place(z), sampler.place(label)
-    with sharding.on(sampler.mesh):
-        tokens = _stages(
-            sampler.flow, sampler.variables, *placed, sampler.guidance, sampler.decoding
-        )
-    stages = np.asarray(sampler.flow.as_image(jnp.asarray(gather(tokens)[:, : len(z)])))
-    if not sampler.denoise:
-        return stages
-    return np.concatenate([stages, sampler.decode(z, label).pixels[None]])
+    parts = []
+    for latents, part_label in _parts(batch_size, z, label):
+        placed = sampler.place(latents), sampler.place(part_label)
+        with sharding.on(sampler.mesh):
+            tokens = gather(
+                _stages(
+                    sampler.flow, sampler.variables, *placed, sampler.guidance, sampler.decoding
+                )
+            )
+        stages = sampler.flow.as_image(jnp.asarray(tokens[:, : len(latents)]))
+        last = [sampler.decode(latents, part_label).pixels[None]] if sampler.denoise else []
+        parts.append(np.concatenate([stages, *last]))
+    return np.concatenate(parts, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)

@@ -21,6 +21,7 @@ from jetflow.sampling.decoding import decodings
 from jetflow.training import finetune
 from jetflow.training.step import Trainer, TrainState, create_state
 from jetflow.types import Batch, Config, Guidance, UsageError
+from jetflow.workdir import flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,15 @@ class Run:
             "data_version": self.train_data.version,
             "train_examples": len(self.train_data),
         }
-        return {**self.config.to_dict(), "resolved": resolved}
+        config = self.config.to_dict()
+        if defaults := config.pop("defaults", None):  # of the fields that the config changes
+            fields = flat(config)
+            resolved["defaults"] = {
+                name.removeprefix("config."): value
+                for name, value in flat(defaults).items()
+                if fields.get(name) != value
+            }
+        return {**config, "resolved": resolved}
 
     def abstract_batch(self, size: int) -> Batch:
         """The shapes and shardings of a global batch."""

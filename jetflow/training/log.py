@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -21,9 +20,6 @@ from jetflow.files import METRICS, read_metrics, write_atomically
 
 SPEED = ("images_per_second", "data_wait_share")  # metrics that an equal run need not have equal
 NOTABLE_WAIT = 0.05  # share of the time, from which on the progress shows it
-PADDING = 2  # pixels between the images of a grid, before magnification
-FRAME = 150  # milliseconds of an animation
-SHORTEST_SIDE = 512  # pixels; smaller grids are magnified by a whole number
 
 
 class Reporter:
@@ -157,41 +153,3 @@ def _drop_after(path: Path, step: int) -> set[tuple[int, str]]:
     with write_atomically(path) as file:
         file.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
     return {(int(line["step"]), name) for line in kept for name in line}
-
-
-def make_grid(
-    images: UInt8[np.ndarray, "N H W C"], rows: list[int]
-) -> UInt8[np.ndarray, "GH GW 3"]:
-    """Images side by side, `rows[r]` of them in row r, magnified to a size that one can see."""
-    _, height, width, channels = images.shape
-    cell_height, cell_width = height + PADDING, width + PADDING
-    shape = (len(rows) * cell_height + PADDING, max(rows) * cell_width + PADDING, channels)
-    grid = np.full(shape, 255, np.uint8)
-    places = [(row, column) for row, count in enumerate(rows) for column in range(count)]
-    for image, (row, column) in zip(images, places, strict=True):
-        top, left = PADDING + row * cell_height, PADDING + column * cell_width
-        grid[top : top + height, left : left + width] = image
-    grid = np.broadcast_to(grid[..., :3] if channels >= 3 else grid[..., :1], (*shape[:2], 3))
-    factor = max(SHORTEST_SIDE // min(shape[:2]), 1)
-    return grid.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def save_png(path: Path, grid: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Write a picture, on the first process; a reader never sees half of it."""
-    if not hosts.is_first():
-        return
-    with write_atomically(path) as file:
-        Image.fromarray(grid).save(file, format="png")
-
-
-def save_gif(path: Path, frames: list[UInt8[np.ndarray, "H W 3"]]) -> None:
-    """Write an animation of pictures of one size, which stands still on the last.
-
-    On the first process alone, as `save_png`.
-    """
-    if not hosts.is_first():
-        return
-    first, *others = [Image.fromarray(frame) for frame in frames]
-    durations = [FRAME] * len(others) + [10 * FRAME]
-    with write_atomically(path) as file:
-        first.save(file, "gif", save_all=True, append_images=others, duration=durations, loop=0)

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from jetflow import hosts, sharding
-from jetflow import pictures as samples
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
@@ -22,9 +21,10 @@ from jetflow.files import METRICS, read_json
 from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.options import Options, option
+from jetflow.pictures import labels_in_turn, samples_grid, save_png
 from jetflow.sampling.ancestral import draw_all, not_finite
 from jetflow.training.experiment import Run, set_up
-from jetflow.training.log import Reporter, make_grid, save_png
+from jetflow.training.log import Reporter
 from jetflow.training.step import Metrics, TrainState
 from jetflow.types import Batch, Config, UsageError
 
@@ -242,7 +242,7 @@ class Session:
             self.run.trainer.noise,
             self.run.config.eval.samples,
         )
-        labels, rows = samples.rows_by_class(num, flow.num_classes)
+        labels = labels_in_turn(num, flow.num_classes)
         sampler, key = self.run.sampler(state.variables()), key_for(0, 0, Purpose.SAMPLE)
         batches = []
         with self.reporter.stage("samples", math.ceil(num / SAMPLES_AT_ONCE)) as count:
@@ -253,7 +253,7 @@ class Session:
         if complaint := not_finite(np.concatenate([drawn.finite for drawn in batches])):
             self.reporter.say(f"step {step}: {complaint}")
         images = [drawn.images(noise.kind) for drawn in batches]
-        grid = make_grid(np.concatenate(images), rows)
+        grid = samples_grid(np.concatenate(images), labels)
         self.reporter.picture(step, "samples", grid)
         save_png(self._picture(step), grid)
 
@@ -295,7 +295,7 @@ class Session:
             plan += f", from {source}" if source else ""
         return (
             f"{run.config.flow.kind} with {count:,} parameters on {sharding.describe(run.mesh)}; "
-            f"the state takes {sharding.bytes_held(state) / 1e6:,.1f} MB a device\n"
+            f"the state takes {sharding.bytes_per_device(state) / 1e6:,.1f} MB a device\n"
             f"train on {run.train_data.describe()}\n"
             f"test on {run.test_data.describe()}\n{plan}"
         )

@@ -82,12 +82,6 @@ def draw(
         yield drawn.images(kind), drawn
 
 
-def labels_in_turn(model: Model, num: int) -> Int[np.ndarray, "N"] | None:
-    """Of so many images, so that each class has equally many; None for a flow without labels."""
-    classes = model.flow.num_classes
-    return np.arange(num, dtype=np.int32) % classes if classes else None
-
-
 def settings(values: flags.FlagValues) -> dict[str, Any]:
     """The values of `SETTINGS`."""
     return {name: values[name].value for name in SETTINGS}

@@ -1,8 +1,15 @@
 """The tensors of the two published models, and which of jetflow's variables they are."""
 
+from collections.abc import Callable
+
 import numpy as np
 
-from jetflow.tools.convert.mapping import Layout, Row, Table
+from jetflow.tools.convert.mapping import Row, Table
+
+
+def is_split(masks: np.ndarray) -> np.ndarray:
+    """Of each layer, whether its split is of this kind; a matrix of zeros is none."""
+    return masks.max((1, 2)) != 0
 
 
 def _orders(masks: np.ndarray) -> np.ndarray:
@@ -16,9 +23,8 @@ def _orders(masks: np.ndarray) -> np.ndarray:
     return np.where(used[:, None], masks.argmax(1), np.arange(masks.shape[1])).astype(np.int32)
 
 
-def is_split(masks: np.ndarray) -> np.ndarray:
-    """Of each layer, whether its split is of this kind."""
-    return masks.max((1, 2)) != 0  # a matrix of 0 and 1, see `_orders`
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
 
 
 def _single(array: np.ndarray) -> np.ndarray:
@@ -26,67 +32,42 @@ def _single(array: np.ndarray) -> np.ndarray:
     return np.squeeze(array, axis=1)
 
 
-def _heads_out(heads: tuple[int, int]) -> Layout:
-    """[L, ..., heads, H] with the heads side by side, [L, ..., heads·H]."""
-
-    def read(array: np.ndarray) -> np.ndarray:
-        _check_heads(array.shape[-2:], heads)
-        return array.reshape(*array.shape[:-2], -1)
-
-    return Layout(read)
-
-
-def _heads_in(heads: tuple[int, int]) -> Layout:
-    """[L, heads, H, W] with the heads side by side, [L, heads·H, W]."""
-
-    def read(array: np.ndarray) -> np.ndarray:
-        _check_heads(array.shape[1:3], heads)
-        return array.reshape(array.shape[0], -1, *array.shape[3:])
-
-    return Layout(read)
+# name of a torch module -> path of the variable; torch keeps [out, in], flax [in, out].
+_LINEAR = {
+    "proj_in": "proj_in",
+    "attn_blocks.{layer}.attention.qkv": "transformer/layers/qkv",
+    "attn_blocks.{layer}.attention.proj": "transformer/layers/out",
+    "attn_blocks.{layer}.mlp.main.0": "transformer/layers/mlp_in",
+    "attn_blocks.{layer}.mlp.main.2": "transformer/layers/mlp_out",
+    "proj_out": "proj_out",
+}
+_NORMS = {
+    "attn_blocks.{layer}.attention.norm": "transformer/layers/norm_attention",
+    "attn_blocks.{layer}.mlp.norm": "transformer/layers/norm_mlp",
+}
+_BLOCK, _TORCH_BLOCK = "params/blocks_{block}/", "blocks.{block}."
 
 
-def _check_heads(there: tuple[int, ...], heads: tuple[int, int]) -> None:
-    if there != heads:
-        raise ValueError(f"the axes of the heads are {there}, not {heads}")
+def _tarflow_rows() -> list[Row]:
+    rows = [
+        Row("prior/variance", ("var",), _same, _same),
+        Row(f"{_BLOCK}position", (f"{_TORCH_BLOCK}pos_embed",), _same, _same),
+        Row(f"{_BLOCK}class_embedding", (f"{_TORCH_BLOCK}class_embed",), _single,
+            lambda array: array[:, None]),
+    ]  # fmt: skip
+    for name, path in _LINEAR.items():
+        weight, bias = (f"{_TORCH_BLOCK}{name}.{part}" for part in ("weight", "bias"))
+        rows.append(Row(f"{_BLOCK}{path}/kernel", (weight,), np.transpose, np.transpose))
+        rows.append(Row(f"{_BLOCK}{path}/bias", (bias,), _same, _same))
+    for name, path in _NORMS.items():
+        weight, bias = (f"{_TORCH_BLOCK}{name}.{part}" for part in ("weight", "bias"))
+        rows.append(Row(f"{_BLOCK}{path}/scale", (weight,), _same, _same))
+        rows.append(Row(f"{_BLOCK}{path}/bias", (bias,), _same, _same))
+    return rows
 
-
-SAME = Layout(lambda array: array, lambda array: array)
-LINEAR = Layout(np.transpose, np.transpose)  # torch keeps [out, in], flax [in, out]
-CLASSES = Layout(_single, lambda array: array[:, None])  # [classes, 1, W]
-POSITION = Layout(_single)  # [L, 1, T, W]
-ORDERS = Layout(_orders)
-IS_SPLIT = Layout(is_split)
-
-_BLOCK = "params/blocks_{block}/"
-_LAYERS = _BLOCK + "transformer/layers/"
-_ATTENTION = "blocks.{block}.attn_blocks.{layer}.attention."
-_MLP = "blocks.{block}.attn_blocks.{layer}.mlp."
-
-_TARFLOW_ROWS = (
-    Row("var", "prior/variance", SAME),
-    Row("blocks.{block}.pos_embed", _BLOCK + "position", SAME),
-    Row("blocks.{block}.class_embed", _BLOCK + "class_embedding", CLASSES),
-    Row("blocks.{block}.proj_in.weight", _BLOCK + "proj_in/kernel", LINEAR),
-    Row("blocks.{block}.proj_in.bias", _BLOCK + "proj_in/bias", SAME),
-    Row(_ATTENTION + "norm.weight", _LAYERS + "norm_attention/scale", SAME),
-    Row(_ATTENTION + "norm.bias", _LAYERS + "norm_attention/bias", SAME),
-    Row(_ATTENTION + "qkv.weight", _LAYERS + "qkv/kernel", LINEAR),
-    Row(_ATTENTION + "qkv.bias", _LAYERS + "qkv/bias", SAME),
-    Row(_ATTENTION + "proj.weight", _LAYERS + "out/kernel", LINEAR),
-    Row(_ATTENTION + "proj.bias", _LAYERS + "out/bias", SAME),
-    Row(_MLP + "norm.weight", _LAYERS + "norm_mlp/scale", SAME),
-    Row(_MLP + "norm.bias", _LAYERS + "norm_mlp/bias", SAME),
-    Row(_MLP + "main.0.weight", _LAYERS + "mlp_in/kernel", LINEAR),
-    Row(_MLP + "main.0.bias", _LAYERS + "mlp_in/bias", SAME),
-    Row(_MLP + "main.2.weight", _LAYERS + "mlp_out/kernel", LINEAR),
-    Row(_MLP + "main.2.bias", _LAYERS + "mlp_out/bias", SAME),
-    Row("blocks.{block}.proj_out.weight", _BLOCK + "proj_out/kernel", LINEAR),
-    Row("blocks.{block}.proj_out.bias", _BLOCK + "proj_out/bias", SAME),
-)
 
 TARFLOW = Table(
-    _TARFLOW_ROWS,
+    _tarflow_rows(),
     constants={
         "blocks.{block}.attn_mask": lambda mask: np.tril(np.ones_like(mask)),
         "var": np.ones_like,  # a parameter in the volume-preserving variant alone
@@ -94,41 +75,56 @@ TARFLOW = Table(
     layer_axis=0,
 )
 
-_NET = "params/blocks_0/layers/net/"
+# path of a Jet's variable, in its net -> published names.
 _VIT = "couplings/dnn/vit/encoderblock_{layer}/"
-_HEADS = _VIT + "MultiHeadDotProductAttention_0/"
+_JET = {
+    "proj_in/kernel": "couplings/dnn/init_proj/kernel",
+    "proj_in/bias": "couplings/dnn/init_proj/bias",
+    "layers/norm_attention/scale": _VIT + "LayerNorm_0/scale",
+    "layers/norm_attention/bias": _VIT + "LayerNorm_0/bias",
+    "layers/out/bias": _VIT + "MultiHeadDotProductAttention_0/out/bias",
+    "layers/norm_mlp/scale": _VIT + "LayerNorm_1/scale",
+    "layers/norm_mlp/bias": _VIT + "LayerNorm_1/bias",
+    "layers/mlp_in/kernel": _VIT + "MlpBlock_0/Dense_0/kernel",
+    "layers/mlp_in/bias": _VIT + "MlpBlock_0/Dense_0/bias",
+    "layers/mlp_out/kernel": _VIT + "MlpBlock_0/Dense_1/kernel",
+    "layers/mlp_out/bias": _VIT + "MlpBlock_0/Dense_1/bias",
+    "norm/scale": "couplings/dnn/vit/encoder_norm/scale",
+    "norm/bias": "couplings/dnn/vit/encoder_norm/bias",
+    "proj_out/kernel": "couplings/dnn/final_proj/kernel",
+    "proj_out/bias": "couplings/dnn/final_proj/bias",
+}
+MASKS = {kind: f"{kind}_coupling_masks-FREEZE_ME" for kind in ("channel", "spatial")}
 
 
 def jet(num_heads: int, width: int) -> Table:
-    """The tensors of a Jet, whose attention heads have an axis of their own there."""
-    heads = (num_heads, width // num_heads)
-    heads_out, heads_in = _heads_out(heads), _heads_in(heads)
-    rows = (
-        Row("couplings/dnn/init_proj/kernel", _NET + "proj_in/kernel", SAME),
-        Row("couplings/dnn/init_proj/bias", _NET + "proj_in/bias", SAME),
-        Row("couplings/dnn/posemb", _NET + "position", POSITION),
-        Row(_VIT + "LayerNorm_0/scale", _NET + "layers/norm_attention/scale", SAME),
-        Row(_VIT + "LayerNorm_0/bias", _NET + "layers/norm_attention/bias", SAME),
-        Row(_HEADS + "query/kernel", _NET + "layers/qkv/kernel", heads_out, (0, 3)),
-        Row(_HEADS + "query/bias", _NET + "layers/qkv/bias", heads_out, (0, 3)),
-        Row(_HEADS + "key/kernel", _NET + "layers/qkv/kernel", heads_out, (1, 3)),
-        Row(_HEADS + "key/bias", _NET + "layers/qkv/bias", heads_out, (1, 3)),
-        Row(_HEADS + "value/kernel", _NET + "layers/qkv/kernel", heads_out, (2, 3)),
-        Row(_HEADS + "value/bias", _NET + "layers/qkv/bias", heads_out, (2, 3)),
-        Row(_HEADS + "out/kernel", _NET + "layers/out/kernel", heads_in),
-        Row(_HEADS + "out/bias", _NET + "layers/out/bias", SAME),
-        Row(_VIT + "LayerNorm_1/scale", _NET + "layers/norm_mlp/scale", SAME),
-        Row(_VIT + "LayerNorm_1/bias", _NET + "layers/norm_mlp/bias", SAME),
-        Row(_VIT + "MlpBlock_0/Dense_0/kernel", _NET + "layers/mlp_in/kernel", SAME),
-        Row(_VIT + "MlpBlock_0/Dense_0/bias", _NET + "layers/mlp_in/bias", SAME),
-        Row(_VIT + "MlpBlock_0/Dense_1/kernel", _NET + "layers/mlp_out/kernel", SAME),
-        Row(_VIT + "MlpBlock_0/Dense_1/bias", _NET + "layers/mlp_out/bias", SAME),
-        Row("couplings/dnn/vit/encoder_norm/scale", _NET + "norm/scale", SAME),
-        Row("couplings/dnn/vit/encoder_norm/bias", _NET + "norm/bias", SAME),
-        Row("couplings/dnn/final_proj/kernel", _NET + "proj_out/kernel", SAME),
-        Row("couplings/dnn/final_proj/bias", _NET + "proj_out/bias", SAME),
-        Row("channel_coupling_masks-FREEZE_ME", "constants/blocks_0/feature_order", ORDERS),
-        Row("spatial_coupling_masks-FREEZE_ME", "constants/blocks_0/token_order", ORDERS),
-        Row("spatial_coupling_masks-FREEZE_ME", "constants/blocks_0/spatial", IS_SPLIT),
-    )
+    """The tensors of a Jet; in the published arrays the attention heads have their own axis."""
+    net, attention = "params/blocks_0/layers/net/", _VIT + "MultiHeadDotProductAttention_0/"
+    rows = [Row(net + path, (name,), _same) for path, name in _JET.items()]
+    merge_last = _merge_heads(num_heads, width, slice(-2, None))
+    for part in ("kernel", "bias"):
+        names = tuple(f"{attention}{name}/{part}" for name in ("query", "key", "value"))
+        side_by_side = lambda *arrays: np.concatenate([*map(merge_last, arrays)], -1)  # noqa: E731
+        rows.append(Row(f"{net}layers/qkv/{part}", names, side_by_side))
+    rows += [
+        Row(net + "layers/out/kernel", (attention + "out/kernel",),
+            _merge_heads(num_heads, width, slice(1, 3))),
+        Row(net + "position", ("couplings/dnn/posemb",), _single),
+        Row("constants/blocks_0/feature_order", (MASKS["channel"],), _orders),
+        Row("constants/blocks_0/token_order", (MASKS["spatial"],), _orders),
+        Row("constants/blocks_0/spatial", (MASKS["spatial"],), is_split),
+    ]  # fmt: skip
     return Table(rows, constants={}, layer_axis=1)
+
+
+def _merge_heads(num_heads: int, width: int, axes: slice) -> Callable[[np.ndarray], np.ndarray]:
+    """Makes the axes (heads, features of a head) one, of the width."""
+
+    def merge(array: np.ndarray) -> np.ndarray:
+        stored, expected = array.shape[axes], (num_heads, width // num_heads)
+        if stored != expected:
+            raise ValueError(f"the axes of the heads are {stored}, not {expected}")
+        after = array.shape[axes.stop :] if axes.stop else ()
+        return array.reshape(*array.shape[: axes.start], width, *after)
+
+    return merge

@@ -1,5 +1,5 @@
-"""Pages of a run or a sweep for a person: what they say, and how it is set in HTML, Markdown, CSV.
+"""One page of a run or a sweep, in HTML, Markdown or CSV.
 
-`run.py` and `sweep.py`, with `axes.py` and `found.py`, read a folder and say what is on its page,
-in the parts of `content.py`; `html.py`, with the plots of `svg.py`, and `text.py` set them.
+`run_page.py` and `sweep_page.py` make plain values of a folder. `templates/run.j2` and `sweep.j2`
+say what is on the page, by the blocks (sections, tables, plots) of `html.j2` or `md.j2`.
 """

@@ -11,6 +11,7 @@ from jetflow.cli.commands.evaluate.evaluation import Evaluation, Outcome
 from jetflow.evals import classify
 from jetflow.evals.features import in_batches
 from jetflow.evals.records import number
+from jetflow.pictures import labels_in_turn
 from jetflow.types import Batch, UsageError
 from jetflow.workdir import suffix
 
@@ -62,5 +63,5 @@ def _images(evaluation: Evaluation) -> Iterator[UInt8[np.ndarray, "_ H W C"]]:
     values, model = evaluation.values, evaluation.model
     num = values.num_samples
     sampler = sampling.sampler(values, model, evaluation.mesh, num)
-    label = sampling.labels_in_turn(model, num)
+    label = labels_in_turn(num, model.flow.num_classes)
     return (images for images, _ in sampling.draw(sampler, values, model, num=num, label=label))

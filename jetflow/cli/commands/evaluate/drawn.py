@@ -16,6 +16,7 @@ from jetflow.cli.commands import sampling
 from jetflow.cli.commands.evaluate.evaluation import Evaluation
 from jetflow.evals.statistics import Statistics
 from jetflow.files import write_atomically
+from jetflow.pictures import labels_in_turn
 
 SAVED_EVERY = 5000  # images
 
@@ -42,7 +43,7 @@ class DrawnSamples:
         """The images from `statistics.done` on; counts those that are not finite."""
         values, model = self._evaluation.values, self._evaluation.model
         num = values.num_samples
-        label = sampling.labels_in_turn(model, num)
+        label = labels_in_turn(num, model.flow.num_classes)
         for images, drawn in sampling.draw(
             self._sampler, values, model, num=num, label=label, start=statistics.done
         ):

@@ -10,11 +10,9 @@ from absl import flags
 from jetflow import hosts, sweeps
 from jetflow.cli import commands
 from jetflow.cli.commands.sweep.point import Runner, Stopped
-from jetflow.files import write_atomically
 from jetflow.sweeps import Point, Sweep, say
-from jetflow.tools.report.html import render
-from jetflow.tools.report.sweep import sweep_page
-from jetflow.tools.report.text import plain
+from jetflow.tools.report.document import columns, report
+from jetflow.tools.report.sweep_page import sweep_page
 from jetflow.tools.sweep.folder import Folder
 from jetflow.types import UsageError
 from jetflow.workdir import SWEEP, read_flow
@@ -111,10 +109,5 @@ def _command(values: flags.FlagValues, point: Point) -> list[str]:
 
 def _conclude(folder: Folder) -> None:
     """The table, and the page beside it."""
-    page = sweep_page(folder.path)
-    out = folder.path / "report.html"
-    with write_atomically(out) as file:
-        file.write(render(page).encode())
-    assert page.table is not None
-    print(plain(page.table))
-    print(f"the page: {out}")
+    print(columns(**sweep_page(folder.path)["table"]))
+    print(f"the page: {report(folder.path)}")

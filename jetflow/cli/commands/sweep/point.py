@@ -21,11 +21,10 @@ from jetflow.cli.commands import evaluate, sample, sampling
 from jetflow.files import write_json
 from jetflow.hosts import Stopped
 from jetflow.model import Model, load_model
-from jetflow.pictures import rows_by_class, square_rows
+from jetflow.pictures import grid, labels_in_turn, rows_by_class, save_png
 from jetflow.sweeps import Point, Sweep, is_of_training, say
 from jetflow.tools.sweep.folder import Folder
 from jetflow.training import loop
-from jetflow.training.log import make_grid, save_png
 from jetflow.types import Config, UsageError
 from jetflow.workdir import environment, suffix
 
@@ -165,8 +164,8 @@ class Runner:
             results = results + evaluate.measure(_with(values, metrics=others), model, mesh)
         results = sorted(results, key=lambda result: self._place(result["metric"]))
         if self._sweep.pictures:
-            grid = self._picture(self._parse(sample, settings), model, mesh)
-            save_png(self._folder.record_path(point).with_suffix(".png"), grid)
+            picture = self._picture(self._parse(sample, settings), model, mesh)
+            save_png(self._folder.record_path(point).with_suffix(".png"), picture)
         sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(model.variables["params"]))
         return {
             "metrics": {result["metric"]: result["value"] for result in results},
@@ -255,10 +254,11 @@ class Runner:
     def _picture(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> np.ndarray:
         """Samples of all classes, in a grid that is about square."""
         num = self._sweep.pictures
-        labels, _ = rows_by_class(num, model.flow.num_classes)
+        labels = labels_in_turn(num, model.flow.num_classes)
         sampler = sampling.sampler(values, model, mesh, num)
         drawn = sampling.draw(sampler, values, model, num=num, label=labels)
-        return make_grid(np.concatenate([images for images, _ in drawn]), square_rows(num))
+        images = np.concatenate([images for images, _ in drawn])
+        return grid(images, rows_by_class(None, num))
 
     def _config(self, settings: Mapping[str, Any]) -> Config:
         if self._sweep.config is None:
