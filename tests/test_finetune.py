@@ -254,10 +254,10 @@ def test_class_embeddings(name, old, new, fate, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "fields", "message"),
     [
-        ((8, 8, 1), {"flow__width": 64}, "config.flow.width is 32 in that run and 64 in this one, "
-         "params/blocks_0/layers/net/layers/mlp_in/bias is 5x1x128 in that run and 5x1x256 in"),
-        ((8, 8, 1), {"flow__num_heads": 4}, "config.flow.num_heads is 2 in that run and 4 in this"),
-        ((8, 8, 3), {}, "the number of colour channels is 1 in that run and 3 in this one, "),
+        ((8, 8, 1), {"flow__width": 64}, "config.flow.width is 32 there and 64 here, "
+         "params/blocks_0/layers/net/layers/mlp_in/bias is 5x1x128 there and 5x1x256 here"),
+        ((8, 8, 1), {"flow__num_heads": 4}, "config.flow.num_heads is 2 there and 4 here; set"),
+        ((8, 8, 3), {}, "the number of colour channels is 1 there and 3 here, params/"),
     ],
 )  # fmt: skip
 def test_other_differences_are_refused(shape, fields, message, tmp_path):

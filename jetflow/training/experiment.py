@@ -76,15 +76,11 @@ class Run:
     def sampler(self, variables: Any) -> Sampler:
         """Draws samples as `config.eval` asks."""
         section, flow = self.config.eval, self.trainer.flow
+        denoise = self.trainer.noise.std if section.denoise else 0.0
         return Sampler(
-            flow,
-            variables,
-            guidance=guidance_of(section),
-            temperature=section.temperature,
-            denoise=self.trainer.noise.std if section.denoise else 0.0,
-            decoding=decodings(flow),
-            mesh=self.mesh,
-        )
+            flow, variables, guidance=guidance_of(section), temperature=section.temperature,
+            denoise=denoise, decoding=decodings(flow), mesh=self.mesh,
+        )  # fmt: skip
 
     def lower_step(self, state: TrainState, batch: Batch) -> Lowered:
         """The training step, before it is compiled; for arrays, or their shapes alone."""
@@ -171,11 +167,8 @@ def set_up(
         multipliers=config.optim.multipliers,
     )
     abstract = jax.eval_shape(_creation(config, trainer))
-    abstract = jax.tree.map(
-        lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
-        abstract,
-        sharding.state_shardings(mesh, abstract, config.mesh.rules),
-    )
+    shardings = sharding.state_shardings(mesh, abstract, config.mesh.rules)
+    abstract = sharding.placed(abstract, shardings)
     return Run(config, trainer, mesh, train_data, test_data, total_steps, abstract)
 
 
