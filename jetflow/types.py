@@ -7,11 +7,12 @@ log-likelihoods are in nats, summed over an example, and at least float32.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 NO_LABEL = -1
@@ -206,4 +207,36 @@ class Flow(Protocol):
         decoding: Sequence[Decoding] | None = None,
     ) -> BlockInputs:
         """`inverse`, and what there is to know of each block."""
+        ...
+
+
+@runtime_checkable
+class TrainedFlow(Protocol):
+    """What an evaluation needs of a `jetflow.Model`.
+
+    Attributes:
+        workdir, config: the folder of its run, and the resolved config.
+        flow, variables, step: the flow, its weights, and the step of their checkpoint.
+        weights: "ema" for averaged weights, else "params".
+        mesh: the devices on which the variables lie.
+        noise: the `Noise` of its training.
+    """
+
+    workdir: Any  # a path
+    config: dict[str, Any]
+    flow: Flow
+    variables: Any
+    step: int
+    mesh: Mesh
+
+    @property
+    def weights(self) -> str: ...
+
+    @property
+    def noise(self) -> Any: ...
+
+    def draw(
+        self, options: Any, *, num: int, label: Any, seed: int, batch_size: int, start: int = 0
+    ) -> Iterator[Any]:
+        """The images start, …, num − 1 in batches of `Drawn`."""
         ...

@@ -80,7 +80,7 @@ REFUSED = [
     ("sample --workdir PLAIN --label 1", "trained without labels"),
     ("sample --workdir TARFLOW --out file/x.png", "out file/x.png cannot be written"),
     ("evaluate --workdir nothing", "no run in nothing"),
-    ("evaluate --workdir JET --metrics fidd", "'fidd'"),
+    ("evaluate --workdir JET --metrics fidd", "metrics is 'fidd'"),
     ("evaluate --workdir JET --metrics noised_bpd", "noised_bpd is for flows trained with gaussia"),
     ("evaluate --workdir JET --split validation", "'validation' is not a split"),
     ("evaluate --workdir JET --mesh fsdp:4", "mesh has 'fsdp:4'; expected AXIS=SIZE"),

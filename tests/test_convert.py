@@ -365,7 +365,7 @@ def test_pixel_scale_follows_from_the_noise(flags, kind, scale, tmp_path):
         (["jet", str(WORKDIR), "--out=/proc/a", *BIG_VISION], "--out /proc/a cannot be written"),
         (["--reverse", "tarflow", "a", "--out=b.pth"], "no run in a"),
         (["--reverse", "tarflow", "a", "--out=b.pth", "--noise_std=0"],
-         "--noise_std has no effect with --reverse; leave it out"),
+         "--noise_std is no flag of jetflow convert --reverse tarflow"),
     ],
 )  # fmt: skip
 def test_bad_command_lines(arguments, message, tmp_path, monkeypatch, capsys):

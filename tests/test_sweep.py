@@ -16,7 +16,6 @@ import pytest
 import tiny_runs
 
 from jetflow import cli, sweeps
-from jetflow.cli.commands import evaluate
 from jetflow.cli.commands.sweep import point
 from jetflow.sweeps import Sweep, axis, chain, product, together
 from jetflow.tools.sweep.folder import Folder
@@ -258,15 +257,15 @@ def test_a_sweep_measures_all_points(uninterrupted, capsys):
 
 def test_a_sweep_goes_on_where_it_stopped(sweep, uninterrupted, monkeypatch, capsys):
     """Interrupted within the second point, it measures what is missing and ends the same."""
-    measure, seen = evaluate.measure, []
+    measure, seen = point._say_all, []
 
-    def interrupt(values, *rest):
-        seen.append((values.draws, values.seed))
+    def interrupt(model, options):
+        seen.append((options.draws, options.seed))
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return measure(values, *rest)
+        return measure(model, options)
 
-    monkeypatch.setattr(evaluate, "measure", interrupt)
+    monkeypatch.setattr(point, "_say_all", interrupt)
     assert sweep() == 130
     assert [record["number"] for record in sweep.records()] == [0]
     assert sweep() == 0
@@ -277,15 +276,15 @@ def test_a_sweep_goes_on_where_it_stopped(sweep, uninterrupted, monkeypatch, cap
 
 
 def test_failures_are_recorded_and_the_rest_goes_on(sweep, uninterrupted, monkeypatch, capsys):
-    measure = evaluate.measure
+    measure = point._say_all
 
-    def fail(values, *rest):
-        if values.seed == 4:
-            raise (UsageError if values.draws == 1 else RuntimeError)("no luck")
-        return measure(values, *rest)
+    def fail(model, options):
+        if options.seed == 4:
+            raise (UsageError if options.draws == 1 else RuntimeError)("no luck")
+        return measure(model, options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "measure", fail)
+        patch.setattr(point, "_say_all", fail)
         assert sweep() == 1
     failed = {r["number"]: r["error"] for r in sweep.records() if r["status"] == "failed"}
     assert failed == {1: "no luck", 3: "RuntimeError: no luck"}

@@ -9,8 +9,7 @@ import small_network
 import tiny_runs
 
 from jetflow import cli
-from jetflow.cli.commands import evaluate
-from jetflow.evals.features import _program
+from jetflow.evals import evaluation
 from jetflow.tools.sweep.folder import Folder
 
 SWEEP = '''"""Samples of two kinds."""
@@ -32,8 +31,6 @@ def get_sweep():
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     small_network.install(monkeypatch)
-    yield
-    _program.cache_clear()
 
 
 def arguments(folder: Path, grid: str, run: Path) -> list[str]:
@@ -53,15 +50,15 @@ def test_interrupted_and_resumed_it_finds_the_same(trained, tmp_path, monkeypatc
     """In the evaluation of the second point, after its samples."""
     grid, run = "axis('guidance', [0.0, 4.0])", trained("tarflow")
     assert cli.main(arguments(tmp_path / "whole", grid, run)) == 0
-    accuracy, calls = evaluate.AGREEMENTS["sample_accuracy"], []
+    accuracy, calls = evaluation._sample_accuracy, []
 
-    def interrupt(evaluation):
-        calls.append(evaluation.values.guidance)
+    def interrupt(model, options):
+        calls.append(options.guidance)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return accuracy(evaluation)
+        return accuracy(model, options)
 
-    monkeypatch.setitem(evaluate.AGREEMENTS, "sample_accuracy", interrupt)
+    monkeypatch.setattr(evaluation, "_sample_accuracy", interrupt)
     command = arguments(tmp_path / "parts", grid, run)
     assert cli.main(command) == 130
     assert [record["number"] for record in Folder(tmp_path / "parts/swept").records()] == [0]

@@ -78,7 +78,7 @@ class Run:
 
     def sampler(self, variables: Any) -> Sampler:
         """Draws samples as `config.eval` asks."""
-        options, flow = SamplingOptions.of(self.config.eval), self.trainer.flow
+        options, flow = SamplingOptions.of(self.config.eval.to_dict()), self.trainer.flow
         return Sampler(
             flow,
             variables,
@@ -191,7 +191,7 @@ def count_steps(train: Config, examples: int) -> int:
 
 def _check_samples(section: Config, flow: Flow, noise: Noise) -> None:
     try:
-        options = SamplingOptions.of(section)
+        options = SamplingOptions.of(section.to_dict())
         check_guidance(flow, options.prescribed_guidance())
         options.denoised_std(noise)
     except UsageError as error:

@@ -112,7 +112,7 @@ def _make_run(options: RunOptions, read: Callable[[], Published], noise_std: flo
     }
     try:
         with Checkpoints(out / "checkpoints") as checkpoints:
-            checkpoints.save(0, state, config, wait=True)
+            checkpoints.save(0, state, config)
         write_config(out, config)  # last, so that a workdir that was cut short is no run
     except OSError as error:
         raise UsageError(

@@ -14,10 +14,16 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from jetflow import configs, hosts
-from jetflow.cli import commands
+from jetflow import configs, hosts, sharding
 from jetflow.cli import configs as old_configs
-from jetflow.cli.commands import evaluate, sample, sampling
+from jetflow.cli import evaluate
+from jetflow.cli import flags as command_flags
+from jetflow.cli.commands import sample, sampling
+from jetflow.cli.mesh import read_mesh
+from jetflow.evals.evaluation import results
+from jetflow.evals.quality import Quality
+from jetflow.evals.records import describe
+from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.files import write_json
 from jetflow.hosts import Stopped
 from jetflow.model import Model, load_model
@@ -53,7 +59,8 @@ class Runner:
         Args:
             on_this_machine: or if the points do not fit its devices.
         """
-        known = {*self._parse(evaluate, {}), *self._parse(sample, {})}
+        known = {field.name for field in dataclasses.fields(evaluate.CommandOptions)}
+        known |= {*self._parse(sample, {})}
         runs = set()
         for point in self._sweep.points:
             settings = self._sweep.settings(point)
@@ -74,9 +81,10 @@ class Runner:
                             "config.SECTION.FIELD"
                             + (f"; did you mean {nearest[0]}?" if nearest else "")
                         )
-                values = self._parse(evaluate, settings)
+                values = self._evaluation(settings)
                 if on_this_machine:
-                    evaluate.check(values)
+                    mesh = read_mesh(values.mesh)
+                    sharding.check_batch("batch_size", values.batch_size, mesh)
                 self._parse(sample, settings)
             except UsageError as error:
                 raise UsageError(f"point {point.name}: {error}") from error
@@ -99,7 +107,7 @@ class Runner:
         open_points = [p for p in self._sweep.points if "step" not in self._sweep.settings(p)]
         if self._run is None or not open_points:
             return self._sweep
-        mesh = commands.mesh(self._parse(evaluate, self._sweep.settings(open_points[0])))
+        mesh = read_mesh(self._evaluation(self._sweep.settings(open_points[0])).mesh)
         model = load_model(Path(self._run), known, mesh)
         self._loaded = (Path(self._run), model.step, mesh), model
         fixed = {**self._sweep.fixed, "step": model.step}
@@ -153,15 +161,15 @@ class Runner:
     def _measure(self, point: Point) -> dict[str, Any]:
         settings = self._sweep.settings(point)
         workdir = Path(self._run) if self._run else self._train(point)
-        values = self._parse(evaluate, settings)
-        mesh = commands.mesh(values)
+        values = self._evaluation(settings)
+        mesh = read_mesh(values.mesh)
         model = self._load(workdir, values.step, mesh)
-        results = self._likelihoods_of(values, model, mesh)
-        others = [name for name in self._sweep.metrics if name not in evaluate.LIKELIHOODS]
-        if set(others) & set(evaluate.QUALITIES):
-            self._make_reference(values, model, mesh)
+        results = self._likelihoods_of(values, model)
+        others = [name for name in self._sweep.metrics if name not in LIKELIHOODS]
+        if set(others) & set(DISTANCES):
+            values = dataclasses.replace(values, reference=self._made_reference(values, model))
         if others:
-            results = results + evaluate.measure(_with(values, metrics=others), model, mesh)
+            results = results + _say_all(model, dataclasses.replace(values, metrics=tuple(others)))
         results = sorted(results, key=lambda result: self._place(result["metric"]))
         if self._sweep.pictures:
             picture = self._picture(self._parse(sample, settings), model, mesh)
@@ -209,17 +217,15 @@ class Runner:
             self._loaded = key, load_model(workdir, step, mesh)
         return self._loaded[1]
 
-    def _likelihoods_of(
-        self, values: flags.FlagValues, model: Model, mesh: Mesh
-    ) -> list[dict[str, Any]]:
+    def _likelihoods_of(self, values: EvaluateOptions, model: Model) -> list[dict[str, Any]]:
         """The metrics that need no samples, measured once for all points that draw them alike."""
-        chosen = [name for name in self._sweep.metrics if name in evaluate.LIKELIHOODS]
+        chosen = [name for name in self._sweep.metrics if name in LIKELIHOODS]
         if not chosen:
             return []
         key = model.workdir, model.step, values.split, values.draws, values.seed
         if key not in self._likelihoods:
-            measured = evaluate.measure(_with(values, metrics=chosen), model, mesh)
-            self._likelihoods[key] = measured
+            chosen_values = dataclasses.replace(values, metrics=tuple(chosen))
+            self._likelihoods[key] = _say_all(model, chosen_values)
         return self._likelihoods[key]
 
     def _place(self, metric: str) -> int:
@@ -228,28 +234,25 @@ class Runner:
         parts = [place for place, name in enumerate(asked) if metric in name.split("_")]
         return asked.index(metric) if metric in asked else parts[0]
 
-    def _make_reference(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> None:
+    def _made_reference(self, values: EvaluateOptions, model: Model) -> Path:
         """The reference of the point, made by the first that needs it.
 
         One for all points that compare with as many features, by one network, of the same data.
         """
         if values.reference is not None:
-            return
+            return values.reference
         data = model.config["data"]
         settings = {
             "data": values.reference_data or data["name"],
             "split": values.reference_split or data["train_split"],
-            "num_features": values.num_features,
-            "inception_weights": values.inception_weights,
+            **values.changed("num_features", "inception_weights"),
         }
-        defaults = {name: values[name].default for name in ("num_features", "inception_weights")}
-        name = f"reference{suffix(settings, defaults)}.npz"
+        name = f"reference{suffix(settings, {})}.npz"
         path = self._folder.path / name
-        values.reference = str(path)
         with self._folder.locked(name, wait=True):
             if not hosts.agreed(path.exists()):
-                made = _with(values, metrics=None, make_reference=True)
-                evaluate.measure(made, model, mesh)
+                Quality(model, dataclasses.replace(values, reference=path)).make_reference()
+        return path
 
     def _picture(self, values: flags.FlagValues, model: Model, mesh: Mesh) -> np.ndarray:
         """Samples of all classes, in a grid that is about square."""
@@ -269,13 +272,20 @@ class Runner:
                 configs.change(changed, name.removeprefix("config."), value)
         return changed
 
+    def _evaluation(self, settings: Mapping[str, Any]) -> evaluate.CommandOptions:
+        names = {field.name for field in dataclasses.fields(evaluate.CommandOptions)}
+        chosen = {name: value for name, value in settings.items() if name in names}
+        chosen |= {"metrics": ",".join(self._sweep.metrics), "workdir": "unused"}
+        if self._data_dir is not None:
+            chosen["data_dir"] = self._data_dir
+        argv = ["evaluate", *(f"--{name}={value}" for name, value in chosen.items())]
+        return command_flags.parse(evaluate.COMMAND, argv)
+
     def _parse(self, command: Any, settings: Mapping[str, Any]) -> flags.FlagValues:
         """The flags of a command with those settings that it has."""
         values = flags.FlagValues()
         command.define(values, [])
         given = {name: value for name, value in settings.items() if name in values}
-        if command is evaluate:
-            given["metrics"] = ",".join(self._sweep.metrics)
         if self._data_dir is not None:
             given["data_dir"] = self._data_dir
         argv = [command.__name__.rpartition(".")[2]]
@@ -287,11 +297,9 @@ def _told(error: Exception) -> str:
     return str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
 
 
-def _with(values: flags.FlagValues, **changed: Any) -> flags.FlagValues:
-    """A copy of the flags with other values of some."""
-    copy = flags.FlagValues()
-    evaluate.define(copy, [])
-    copy.mark_as_parsed()
-    for name in copy:
-        copy[name].value = changed.get(name, values[name].value)
-    return copy
+def _say_all(model: Model, options: EvaluateOptions) -> list[dict[str, Any]]:
+    measured = []
+    for result, path in results(model, options):
+        say(f"step {model.step}: {describe(result)}\nwritten to {path}")
+        measured.append(result)
+    return measured
