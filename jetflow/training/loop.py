@@ -275,7 +275,7 @@ class Session:
     def _headline(self, state: TrainState, start: int) -> str:
         run, total = self.run, self.run.total_steps
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
-        held = sharding.bytes_held(state) / 1e6
+        held = sharding.bytes_per_device(state) / 1e6
         source = f", from {run.config.init_from}" if run.config.init_from else ""
         each = f"of {run.config.train.batch_size} images each"
         plan = (
