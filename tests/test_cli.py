@@ -187,7 +187,7 @@ def test_refusals_of_four_devices(tmp_path):
         [sys.executable, "-c", program, " ".join(fields),
          *tiny_runs.arguments("tarflow", tmp_path / "run")],
         env=tiny_runs.environment(JAX_NUM_CPU_DEVICES="4"),
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert process.stdout.split() == ["2"] * 4, process.stderr
     starts = [
@@ -216,7 +216,7 @@ def test_help(capsys):
 def test_a_process_has_the_same_status_and_line():
     process = tiny_runs.start(["sample", "--workdir", "nothing", "--num=x"])
     line = "jetflow: --num is 'x'; expected a whole number\n"
-    assert process.communicate(timeout=600) == ("", line)
+    assert process.communicate(timeout=900) == ("", line)
     assert process.returncode == 2
 
 

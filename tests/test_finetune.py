@@ -335,7 +335,7 @@ def test_all_meshes_start_alike(name, tmp_path):
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     arguments = tiny_runs.arguments(name, tmp_path / "eight", **fields, **mesh)
     process = tiny_runs.start(arguments, JAX_NUM_CPU_DEVICES="8")
-    _, printed = process.communicate(timeout=600)
+    _, printed = process.communicate(timeout=900)
     assert process.returncode == 0, printed
     assert "on 8 x cpu (data 2 and fsdp 2 and tensor 2)" in printed
     several, one = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("eight", "one"))

@@ -382,7 +382,7 @@ def test_bfloat16(trained, tmp_path):
 def test_four_devices(trained, tmp_path):
     arguments = tiny_runs.arguments("tarflow", tmp_path, mesh__fsdp=2, **PLAIN_SAMPLES)
     process = tiny_runs.start(arguments, JAX_NUM_CPU_DEVICES="4")
-    _, printed = process.communicate(timeout=120)
+    _, printed = process.communicate(timeout=900)
     assert process.returncode == 0, printed
     assert "on 4 x cpu (data 2 and fsdp 2); the state takes" in printed
     actual = read_metrics(tmp_path / "metrics.jsonl")

@@ -213,7 +213,8 @@ def _check_labels(config: Config, data: pipeline.Dataset) -> None:
 # (a range in words, whether a value is in it) -> the fields that must be
 _RANGES: dict[tuple[str, Callable[[float], bool]], str] = {
     ("1 or more", lambda value: value >= 1):
-        "train.log_every train.checkpoint_every train.keep_checkpoints eval.draws eval.samples "
+        "train.batch_size train.accumulation train.log_every train.checkpoint_every "
+        "train.keep_checkpoints eval.batch_size eval.draws eval.samples "
         "flow.width flow.num_couplings flow.block_depth flow.num_blocks",
     ("0 or more", lambda value: value >= 0):
         "data.workers train.eval_every train.keep_every train.sample_every optim.min_lr "
