@@ -13,8 +13,7 @@ from typing import Any
 import jax
 
 from jetflow import sharding
-from jetflow.data import dataset
-from jetflow.data.facts import FACTS
+from jetflow.data import dataset, sources
 from jetflow.evals import likelihoods
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.tools.plan import costs
@@ -76,12 +75,12 @@ class Plan:
 
 
 def load(name: str, split: str) -> dataset.Dataset:
-    """As `dataset.load`, but of the papers' data sets the sizes alone, without images."""
-    if name not in FACTS:
+    """As `dataset.load`, but of published data sets the sizes alone, without images."""
+    source = sources.find(name)
+    if not source.splits:
         return dataset.load(name, split)
-    facts = FACTS[name]
-    images = range(facts.examples(split))
-    return dataset.Dataset(name, "", split, facts.image_shape, facts.num_classes, images)
+    images = range(source.count(split))
+    return dataset.Dataset(name, "", split, source.image_shape, source.num_classes, images)
 
 
 def plan(config: Config, topology: str, *, slices: int = 1, program: str = "train") -> Plan:
