@@ -18,7 +18,7 @@ from jetflow import manifest
 from jetflow.checkpoint import Checkpoints
 from jetflow.data.dataset import Dataset
 from jetflow.files import write_json
-from jetflow.flows import coupling, splits
+from jetflow.flows import coupling
 from jetflow.model import load_model
 from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import SPEED, Reporter
@@ -37,8 +37,8 @@ def places(grid):
 
 def seen_places(pattern, grid):
     """Row, column and half of the tokens that a coupling's net sees, by the coupling itself."""
-    order = splits.token_pattern(pattern, grid)
-    split = splits.Splits(jnp.array(order), jnp.arange(6), jnp.array(True))
+    order = coupling.token_pattern(pattern, grid)
+    split = coupling.Splits(jnp.array(order), jnp.arange(6), jnp.array(True))
     tokens = [np.concatenate([[*place, 0], [*place, 1]]) for place in places(grid)]
     first, _ = coupling.divide(jnp.array(tokens, jnp.float32)[None], split)
     return np.asarray(first[0])
@@ -57,7 +57,7 @@ def inside(places, old):
 @pytest.mark.parametrize(("old", "new"), [((4, 4), (8, 8)), ((8, 6), (4, 12)), ((6, 8), (10, 14))])
 def test_linear_fields_are_resampled_exactly(old, new):
     cases = {pattern: functools.partial(between_spatial_splits, pattern)
-             for pattern in splits.SPATIAL_CYCLE} | {None: between_grids}  # fmt: skip
+             for pattern in coupling.SPATIAL_CYCLE} | {None: between_grids}  # fmt: skip
     for pattern, between in cases.items():
         of = functools.partial(seen_places, pattern) if pattern else places
         weights = between(old, new)
@@ -179,7 +179,7 @@ def test_position_embeddings_of_a_jet_follow_their_places(tmp_path):
     old = leave(run, tmp_path)
 
     def tables(grid):
-        patterns = splits.layer_patterns(12, ("channels", "spatial"))
+        patterns = coupling.layer_patterns(12, ("channels", "spatial"))
         return [seen_places(p, grid) if p else places(grid) for p in patterns]
 
     net = old.ema["blocks_0"]["layers"]["net"]
@@ -196,7 +196,7 @@ def test_position_embeddings_of_a_jet_follow_their_places(tmp_path):
     same_patterns = "fresh: the same patterns, 4x4 -> 8x6"
     assert fates(table)["constants/blocks_0/token_order"] == same_patterns
     assert f", {12 * 48 * 32:,} resampled, 0 fresh, 0 dropped" in table
-    expected = splits.splits(12, ("channels", "spatial"), (8, 6), 4).token_order
+    expected = coupling.splits(12, ("channels", "spatial"), (8, 6), 4).token_order
     np.testing.assert_array_equal(splits_of(new)["token_order"], expected)
 
 
