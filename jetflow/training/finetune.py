@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jetflow import manifest, sharding
+from jetflow import checksums, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
 from jetflow.flows import coupling
@@ -63,7 +63,7 @@ class Side:
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Path → shape: "params/blocks_0/position"."""
-        return {path: array.shape for path, array in manifest.flatten(self.abstract).items()}
+        return {path: array.shape for path, array in checksums.flatten(self.abstract).items()}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -132,7 +132,7 @@ def first_state(
         raise UsageError(f"config.init_from is {workdir}: {error}") from error
 
     def initial(variables: Mapping[str, Any]) -> TrainState:
-        state, old = create(), manifest.flatten(dict(variables))
+        state, old = create(), checksums.flatten(dict(variables))
         fresh = {"params": state.params, **state.collections}
         chosen = [
             {
@@ -140,7 +140,7 @@ def first_state(
                 "resampled": lambda path, _: _resampled(old[path], tokens),
                 "fresh": lambda _, array: array,
             }[plan[path].fate](path, array)
-            for path, array in manifest.flatten(fresh).items()
+            for path, array in checksums.flatten(fresh).items()
         ]
         collections = jax.tree.unflatten(jax.tree.structure(fresh), chosen)
         params = collections.pop("params")
