@@ -50,15 +50,15 @@ def test_interrupted_and_resumed_it_finds_the_same(trained, tmp_path, monkeypatc
     """In the evaluation of the second point, after its samples."""
     grid, run = "axis('guidance', [0.0, 4.0])", trained("tarflow")
     assert cli.main(arguments(tmp_path / "whole", grid, run)) == 0
-    accuracy, calls = evaluation._sample_accuracy, []
+    accuracy, calls = evaluation._Likelihoods.measure, []
 
-    def interrupt(model, options):
-        calls.append(options.guidance)
+    def interrupt(likelihoods, metric):
+        calls.append(likelihoods.options.guidance)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return accuracy(model, options)
+        return accuracy(likelihoods, metric)
 
-    monkeypatch.setattr(evaluation, "_sample_accuracy", interrupt)
+    monkeypatch.setattr(evaluation._Likelihoods, "measure", interrupt)
     command = arguments(tmp_path / "parts", grid, run)
     assert cli.main(command) == 130
     assert [record["number"] for record in Folder(tmp_path / "parts/swept").records()] == [0]
