@@ -17,7 +17,7 @@ from jetflow.evals import classify
 from jetflow.evals import likelihoods as bpd
 from jetflow.evals.evaluation import spread
 from jetflow.evals.records import describe
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.noise import Noise, keys_by_example
 from jetflow.types import UsageError
 

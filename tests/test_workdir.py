@@ -13,7 +13,7 @@ import tiny_runs
 from jetflow import cli, hosts
 from jetflow.files import write_json
 from jetflow.types import UsageError
-from jetflow.workdir import FORMAT, claimed, read_config
+from jetflow.workdir import FORMAT, claimed, read_config, read_flow
 
 GOLDEN = Path(__file__).parent / "golden" / "workdirs"  # see the README beside it
 
@@ -85,7 +85,9 @@ def test_a_run_without_steps_gives_way(run):
     assert read_config(run)["optim"]["lr"] == 0.2
 
 
-def test_a_newer_format_is_refused(run):
+def test_an_incomplete_config_and_a_newer_format_are_refused(run):
+    with pytest.raises(UsageError, match=r"config.json is incomplete \(KeyError\('flow'\)\)"):
+        read_flow(run)
     write_json(run / "config.json", {"format": FORMAT + 1, **CONFIG})
     with pytest.raises(UsageError, match=rf"config.json has format {FORMAT + 1}, newer than"):
         begin(run, CONFIG)

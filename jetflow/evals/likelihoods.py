@@ -17,7 +17,7 @@ from jetflow import sharding
 from jetflow.data.dataset import Dataset, eval_batches
 from jetflow.evals import records
 from jetflow.evals.batched import over_batches
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.likelihood import eval_parts, importance_weighted
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
 from jetflow.types import Batch, Flow

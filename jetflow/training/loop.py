@@ -15,7 +15,7 @@ from jetflow import hosts, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
-from jetflow.data.ahead import Ahead
+from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.evals import records
 from jetflow.files import METRICS, read_json
