@@ -25,9 +25,11 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.data import processes, records
+from jetflow.data import processes
 from jetflow.data.archives import DAMAGE, TarMember, is_gzip
-from jetflow.data.records import Shard
+from jetflow.data.shards import (
+    Shard, decode, one_line, read_shard, update_checksum, write_shard,
+)  # fmt: skip
 from jetflow.data.source import Contents, Member, Source
 from jetflow.types import UsageError
 
@@ -37,10 +39,13 @@ UNREADABLE = "unreadable.tsv"  # name and reason of each image that was left out
 SHARD_BYTES, SHARD_MEMBERS = 512 * 2**20, 4096
 
 
-class Written(NamedTuple):
-    """The images of each split in each shard, and a checksum of each split."""
+Counts = dict[str, int]  # images of each split, in one shard
 
-    counts: list[dict[str, int]]
+
+class Written(NamedTuple):
+    """What is in each shard, and a checksum of each split."""
+
+    counts: list[Counts]
     checksums: dict[str, str]
 
 
@@ -169,7 +174,7 @@ def _forget_other_shards(
 def _write(source: Source, is_labelled: bool, shards: Sequence[Shard], workers: int) -> Written:
     """Write every shard that is not there yet."""
     digests = {split: hashlib.sha256() for shard in shards for split in shard.files}
-    write = functools.partial(records.write_shard, source=source, is_labelled=is_labelled)
+    write = functools.partial(write_shard, source=source, is_labelled=is_labelled)
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log
     total = sum(shard.size for shard in shards)
     all_counts, images, left_out = [], 0, 0
@@ -180,16 +185,13 @@ def _write(source: Source, is_labelled: bool, shards: Sequence[Shard], workers: 
         for shard, counts in zip(shards, _in_order(write, shards, workers), strict=True):
             all_counts.append(counts)
             for split, file in shard.files.items():
-                for record in records.read_shard(file):
-                    records.update_checksum(digests[split], *records.decode(record))
+                for record in read_shard(file):
+                    update_checksum(digests[split], *decode(record))
             images += sum(counts.values())
             left_out += shard.note.read_text("utf-8").count("\n")
             bar.set_postfix_str(f"{images:,} images, {left_out:,} unreadable", refresh=False)
             bar.update(shard.size)
     return Written(all_counts, {split: each.hexdigest()[:16] for split, each in digests.items()})
-
-
-Counts = dict[str, int]
 
 
 def _in_order(
@@ -258,7 +260,7 @@ def _write_metadata(
 ) -> None:
     """What TFDS needs to read the shards."""
     image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
-    classes = [records.one_line(name) for name in contents.classes]
+    classes = [one_line(name) for name in contents.classes]
     label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
     name, _, config = source.name.partition("/")
     identity = tfds.core.DatasetIdentity(
