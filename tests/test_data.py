@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from jetflow import hosts
-from jetflow.data import dataset as pipeline
 from jetflow.data import builder, sources
+from jetflow.data import dataset as pipeline
 from jetflow.data.dataset import Dataset, eval_batches, load, train_batches
 from jetflow.data.sources import photos
 from jetflow.types import Batch, UsageError
