@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jetflow.sampling import explore
+from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Sampler, quantise
 from jetflow.types import Guidance
 
@@ -26,9 +26,9 @@ def sampler(kind: str, guidance: Guidance | None = None) -> Sampler:
 @pytest.mark.parametrize("kind", ["jet", "tarflow"])
 @pytest.mark.parametrize("noise", ["uniform", "gaussian"])
 def test_images_come_back(kind, noise):
-    z = explore.encode(sampler(kind), IMAGES, LABEL, noise)
+    z = latents.encode(sampler(kind), IMAGES, LABEL, noise)
     pixels = sampler(kind).decode(z, LABEL).pixels
-    np.testing.assert_allclose(pixels, IMAGES + explore.centre(noise), rtol=0, atol=5e-3)
+    np.testing.assert_allclose(pixels, IMAGES + latents.centre(noise), rtol=0, atol=5e-3)
     np.testing.assert_array_equal(quantise(pixels, noise), IMAGES)
     other = sampler(kind).decode(z, LABEL[::-1]).pixels
     assert np.abs(other - pixels).max() > 0.1
@@ -36,7 +36,7 @@ def test_images_come_back(kind, noise):
 
 def test_a_path_keeps_the_norm():
     first, last = jnp.asarray(np.random.default_rng(1).standard_normal((2, 64, 12)))
-    path = explore.interpolate(first, last, 9)
+    path = latents.interpolate(first, last, 9)
     np.testing.assert_allclose(path[0], first, atol=1e-5)
     np.testing.assert_allclose(path[-1], last, atol=1e-5)
     ends = sorted([float(jnp.linalg.norm(first)), float(jnp.linalg.norm(last))])
@@ -49,8 +49,8 @@ def test_a_path_keeps_the_norm():
 
 def test_a_path_between_the_same_images_stands_still():
     one = jnp.ones((4, 3))
-    np.testing.assert_allclose(explore.interpolate(one, one, 3), jnp.ones((3, 4, 3)), atol=1e-6)
-    np.testing.assert_array_equal(explore.interpolate(0 * one, 0 * one, 3), jnp.zeros((3, 4, 3)))
+    np.testing.assert_allclose(latents.interpolate(one, one, 3), jnp.ones((3, 4, 3)), atol=1e-6)
+    np.testing.assert_array_equal(latents.interpolate(0 * one, 0 * one, 3), jnp.zeros((3, 4, 3)))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_path_between_the_same_images_stands_still():
 def test_a_trace_ends_at_the_sample(kind, guidance, stages):
     there = sampler(kind, guidance)
     z = jnp.asarray(there.latents(jax.random.key(0), np.arange(3)))
-    images = explore.trace(there, z, LABEL)
+    images = latents.trace(there, z, LABEL)
     assert images.shape == (stages, 3, 4, 4, 1)
     np.testing.assert_allclose(images[0], there.flow.pixels.inverse(z)[0], atol=1e-3)
     np.testing.assert_allclose(images[-1], there.decode(z, LABEL).pixels, atol=1e-2)
@@ -71,7 +71,7 @@ def test_the_stages_of_a_jet_are_its_couplings():
     """In the order of sampling: the last coupling is undone first."""
     there = sampler("jet")
     z = jnp.asarray(there.latents(jax.random.key(0), np.arange(3)))
-    images = explore.trace(there, z, LABEL)
+    images = latents.trace(there, z, LABEL)
     last = jax.tree.map(lambda leaf: leaf[2:], there.variables)
     one = flow_laws.jet(num_classes=3, dtype="float32", num_couplings=1)
     expected, _ = one.apply(last, z, LABEL, method="inverse")

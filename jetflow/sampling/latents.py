@@ -1,4 +1,4 @@
-"""Looking into a flow: latents of images, paths between them, and the image block by block."""
+"""Latents of images, paths between them, and the image block by block."""
 
 import functools
 from collections.abc import Iterator
