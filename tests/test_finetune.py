@@ -14,7 +14,7 @@ from chex import assert_trees_all_equal
 from flow_laws import random_variables
 from tiny_runs import FLOWS, STEPS, assert_same, read_state, remains
 
-from jetflow import manifest
+from jetflow import checksums
 from jetflow.checkpoint import Checkpoints
 from jetflow.data.dataset import Dataset
 from jetflow.files import write_json
@@ -217,7 +217,7 @@ def test_position_embeddings_of_a_tarflow_follow_their_places(shape, tmp_path):
 
 
 def embeddings(params):
-    flat = manifest.flatten(params)
+    flat = checksums.flatten(params)
     return {path: array for path, array in flat.items() if path.endswith("class_embedding")}
 
 
@@ -356,5 +356,5 @@ def test_a_config_of_an_older_run_still_loads(trained, tmp_path):
     assert load_model(tmp_path).step == STEPS
     new, _ = begin("jet", tmp_path, (8, 8, 1), 10, **ON_DIGITS)
     _, before = read_state(tmp_path)
-    for path, array in manifest.flatten(new.params).items():
+    for path, array in checksums.flatten(new.params).items():
         np.testing.assert_array_equal(array, before[f"ema/{path}"])

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jetflow import manifest, sharding
+from jetflow import checksums, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
 from jetflow.flows import coupling
@@ -71,7 +71,7 @@ class Side:
     @functools.cached_property
     def shapes(self) -> dict[str, Shape]:
         """Path → shape: "params/blocks_0/position"."""
-        return {path: array.shape for path, array in manifest.flatten(self.abstract).items()}
+        return {path: array.shape for path, array in checksums.flatten(self.abstract).items()}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -126,7 +126,7 @@ def first_state(
         raise UsageError(f"config.init_from is {workdir}: {error}") from error
 
     def initial(variables: Mapping[str, Any]) -> TrainState:
-        state, old = create(), manifest.flatten(dict(variables))
+        state, old = create(), checksums.flatten(dict(variables))
 
         def chosen(path: str, array: Array) -> Array:
             fate = plan[path].fate
@@ -135,7 +135,7 @@ def first_state(
             return _resampled(old[path], tokens) if fate == "resampled" else old[path]
 
         fresh = {"params": state.params, **state.collections}
-        leaves = [chosen(path, array) for path, array in manifest.flatten(fresh).items()]
+        leaves = [chosen(path, array) for path, array in checksums.flatten(fresh).items()]
         collections = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
         params = collections.pop("params")
         ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
