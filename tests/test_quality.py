@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,6 +272,11 @@ def test_killed_evaluation_goes_on(model, monkeypatch):
         assert resumed[name]["value"] == pytest.approx(result["value"], rel=1e-9, abs=1e-9), name
 
 
+def test_settings_are_named_as_those_of_the_command_line():
+    changed = EvaluateOptions(guidance=1, samples="a.npz").changed()
+    assert str(changed["guidance"]) == "1.0" and changed["samples"] == Path("a.npz")
+
+
 def test_images_that_are_not_finite_are_counted(model):
     result = measure(model, num_samples=16, temperature=1e38)["fid"]
     assert result["samples"]["not_finite"] == 16
@@ -288,12 +294,9 @@ def test_images_that_are_not_finite_are_counted(model):
         ({"reference_split": "train[:5]"}, "there are 5 features, too few for 5 neighbours"),
     ],
 )
-def test_what_is_missing_is_noticed_before_samples_are_drawn(
-    fields, message, model, monkeypatch, tmp_path
-):
+def test_what_is_missing_is_noticed_before_samples_are_drawn(fields, message, model, monkeypatch):
     monkeypatch.setattr(Model, "draw", lambda *_, **__: 1 / 0)
-    paths = {name: tmp_path / fields[name] for name in {"reference", "samples"} & set(fields)}
     if fields.get("reference_split") == "train[:5]":
         measure(model, metrics=None, make_reference=True, **fields)
     with pytest.raises(UsageError, match=message):
-        measure(model, metrics=("fid", "density_coverage"), **fields | paths)
+        measure(model, metrics=("fid", "density_coverage"), **fields)
