@@ -11,10 +11,10 @@ from jaxtyping import Bool, Int, UInt8
 from jetflow import hosts, pictures
 from jetflow.archive import Archive, Collected, collect
 from jetflow.cli.flags import Command
-from jetflow.cli.mesh import mesh_option, read_mesh
 from jetflow.data import dataset as pipeline
 from jetflow.files import check_writable
 from jetflow.flows.stack import check_labels
+from jetflow.mesh import mesh_option, read_mesh
 from jetflow.model import Model, load_model
 from jetflow.noise import LARGEST_SEED, Purpose, key_for
 from jetflow.options import option
