@@ -1,5 +1,6 @@
 """Samples against real images: statistics, references, and the metrics that compare them."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from jetflow.evals.evaluation import evaluate
 from jetflow.evals.features import Statistics, images_of
 from jetflow.evals.settings import DISTANCES, EvaluateOptions
 from jetflow.model import Model
+from jetflow.options import Options, option
 from jetflow.types import UsageError
 
 STEP = tiny_runs.STEPS
@@ -272,9 +274,17 @@ def test_killed_evaluation_goes_on(model, monkeypatch):
         assert resumed[name]["value"] == pytest.approx(result["value"], rel=1e-9, abs=1e-9), name
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Options):
+    """Outside of jetflow, where annotations are checked."""
+
+    strength: float = option(0.0)
+    file: Path | None = option(None)
+
+
 def test_settings_are_named_as_those_of_the_command_line():
-    changed = EvaluateOptions(guidance=1, samples="a.npz").changed()
-    assert str(changed["guidance"]) == "1.0" and changed["samples"] == Path("a.npz")
+    changed = Settings(strength=1, file="a.npz").changed()
+    assert str(changed["strength"]) == "1.0" and changed["file"] == Path("a.npz")
 
 
 def test_images_that_are_not_finite_are_counted(model):
@@ -285,10 +295,10 @@ def test_images_that_are_not_finite_are_counted(model):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"reference": "none.npz"}, "none.npz does not exist; make it with"),
+        ({"reference": Path("none.npz")}, "none.npz does not exist; make it with"),
         ({"make_reference": True, "reference_split": "none"}, "'none' is not a split"),
         ({"make_reference": True, "reference_data": "none"}, "known data sets"),
-        ({"samples": "none.npz"}, "none.npz cannot be read"),
+        ({"samples": Path("none.npz")}, "none.npz cannot be read"),
         ({"num_samples": 5}, "there are 5 features, too few for 5 neighbours"),
         ({"num_features": 4}, "there are 4 features, too few for 5 neighbours"),
         ({"reference_split": "train[:5]"}, "there are 5 features, too few for 5 neighbours"),
