@@ -118,7 +118,7 @@ def jetflow_batches(arguments: argparse.Namespace, rescale: bool, _path: str):
     import numpy as np
 
     from jetflow.data import dataset as pipeline
-    from jetflow.data.ahead import Ahead
+    from jetflow.data.reading import Ahead
     from jetflow.tools.bench.throughput import processor_seconds
 
     dataset = pipeline.load(f"photos/{arguments.size}", f"train[:{IMAGES}]")

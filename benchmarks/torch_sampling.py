@@ -57,7 +57,7 @@ def main() -> None:
             "sampler": name,
             "devices": [jax.devices()[0].device_kind, device],  # of jetflow, of PyTorch
             "batch_size": arguments.batch_size,
-            "dtype": str(jnp.dtype(flow.blocks[0].dtype)),
+            "dtype": str(jnp.dtype(flow.blocks[0].transformer.dtype)),
             "seconds": seconds[name],
             "images_per_second": arguments.batch_size / seconds[name],
             "times_torch": seconds["torch"] / seconds[name],
@@ -100,7 +100,7 @@ class TorchLoop:
     """x_i = z_i·exp(α_i) + μ_i, token after token, from a jetflow TarFlow's weights."""
 
     def __init__(self, flow, variables, latents: np.ndarray, device: str):
-        dtype = getattr(torch, jnp.dtype(flow.blocks[0].dtype).name)
+        dtype = getattr(torch, jnp.dtype(flow.blocks[0].transformer.dtype).name)
         self.flow = flow
         self.latents = torch.from_numpy(latents).to(device)
         self.blocks = []
@@ -130,9 +130,9 @@ class TorchLoop:
             Layer(
                 {name.removeprefix("transformer/layers/"): tensor[index]
                  for name, tensor in tensors.items() if name.startswith("transformer/")},
-                block.num_heads,
+                block.transformer.num_heads,
             )
-            for index in range(block.num_layers)
+            for index in range(block.transformer.num_layers)
         ]  # fmt: skip
         position = tensors["position"].flip(0) if block.backward else tensors["position"]
         proj_in = tensors["proj_in/kernel"]

@@ -17,8 +17,10 @@ _PUBLIC = {
     "convert": "jetflow.tools.convert",
     "load_model": "jetflow.model:load_model",
     "plan": "jetflow.tools.plan.roofline:plan",
+    "prepare": "jetflow.data.dataset:prepare",
     "report": "jetflow.tools.report.document:report",
     "sample": "jetflow.sampling.ancestral:sample",
+    "sweep": "jetflow.tools.sweep.runner:sweep",
     "train": "jetflow.training.loop:train",
 }
 

@@ -59,7 +59,9 @@ def eval_parts(
     return bits, jax.vmap(lambda part: bits_per_dim(part, z))(parts)
 
 
-def importance_weighted(bits: Float[np.ndarray, "K N"], dimensions: int) -> Float[np.ndarray, "N"]:
+def importance_weighted(
+    bits: Float[np.ndarray, "K *N"], dimensions: int
+) -> Float[np.ndarray, "*N"]:
     """−log2 of the mean over K draws of p, per dimension, from −log2 p per dimension of each draw.
 
     The noise of the draws is the proposal: a bound on the bits of the discrete image that is never

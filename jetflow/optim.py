@@ -129,9 +129,8 @@ def _multiplied(
     def labels(params):
         return jax.tree.map(lambda f: "trained" if f else "frozen", factors(params, multipliers))
 
-    def multiply(updates, params=None):
-        del params
-        return jax.tree.map(lambda u, f: u * f, updates, factors(updates, multipliers))
+    def multiply(updates, _):
+        return jax.tree.map(jnp.multiply, updates, factors(updates, multipliers))
 
     parts = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
     return optax.chain(parts, optax.stateless(multiply))
@@ -142,9 +141,8 @@ def _scale_by_adam(
 ) -> optax.GradientTransformation:
     """`optax.scale_by_adam`, with the arithmetic of a narrow first moment spelled out.
 
-    b1·m is a product of two narrow numbers: b1 is rounded (0.9 to 0.8984 in bfloat16), and so is
-    the product. Inside a compiled step XLA may leave the second rounding out, as it does on the
-    CPU; the published recipe has it.
+    In b1·m both b1 (0.9 to 0.8984 in bfloat16) and the product are rounded. In a compiled step XLA
+    may leave the second rounding out, as it does on the CPU; the published recipe has it.
     """
     precision = jnp.finfo(mu_dtype)
     decay = float(jnp.asarray(b1, mu_dtype))

@@ -168,7 +168,9 @@ def _spec(mesh: Mesh, shape: tuple[int, ...], strategy: str) -> P:
 
 def check_batch(field: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """Raise a UsageError unless each part of the batch has equally many rows on each device."""
-    if size < 1 or accumulation < 1 or size % accumulation:
+    if size < 1:
+        raise UsageError(f"{field} is {size}; expected 1 or more")
+    if accumulation < 1 or size % accumulation:
         raise UsageError(
             f"{field} {size} is not divisible by config.train.accumulation {accumulation}; "
             "set one of them so that it is"

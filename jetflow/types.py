@@ -5,13 +5,12 @@ token (patch_size² · C), L layers. Pixels are in pixel units, 0..256; log-dete
 log-likelihoods are in nats, summed over an example, and at least float32.
 """
 
-import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-import jax
+import flax.struct
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 NO_LABEL = -1
@@ -38,12 +37,7 @@ class Batch(NamedTuple):
     index: Any
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("scale", "temperature"),
-    meta_fields=("what", "annealed"),
-)
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Guidance:
     """How a sampler pushes away from the unconditional prediction (TarFlow, arXiv 2412.06329).
 
@@ -59,17 +53,12 @@ class Guidance:
     """
 
     scale: Any = 0.0  # a float, but an array where a function of it is traced
-    what: str = "ab"
+    what: str = flax.struct.field(pytree_node=False, default="ab")
     temperature: Any = 1.0
-    annealed: bool = False
+    annealed: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("tolerance",),
-    meta_fields=("window", "cache_dtype"),
-)
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Decoding:
     """How a block of a TarFlow is inverted.
 
@@ -78,15 +67,15 @@ class Decoding:
 
     Attributes:
         window: tokens a sweep; 1 decodes token by token.
-        tolerance: a guess is taken for right if a sweep changes it by no more, in units of the
-            block's tokens, or by that share of a value above 1; 0 gives what token by token gives,
-            to rounding.
+        tolerance: a token is accepted when a sweep changes those before it by at most this, in
+            units of the block's tokens, or by that share of a value above 1; 0 gives what token
+            by token gives, to rounding.
         cache_dtype: of cached keys and values, "bfloat16" say; None for that of the net.
     """
 
-    window: int = 1
+    window: int = flax.struct.field(pytree_node=False, default=1)
     tolerance: Any = 0.0  # a float, but an array where a function of it is traced
-    cache_dtype: str | None = None
+    cache_dtype: str | None = flax.struct.field(pytree_node=False, default=None)
 
 
 class BlockOutputs(NamedTuple):
@@ -124,86 +113,77 @@ class BlockInputs(NamedTuple):
 
 @runtime_checkable
 class Flow(Protocol):
-    """An invertible map between images in pixel units and latent tokens.
+    """An invertible map between images in pixel units and latent tokens, a Flax linen module.
 
-    Every flow is a Flax linen module: `flow.apply(variables, x, label, method="forward")`.
-    Preprocessing (rescaling, patches) is part of the map, and so of its log-determinant.
+    Preprocessing (rescaling, patches) is part of the map, and so of its log-determinant. The map is
+    called by `apply` with the name of a method:
+
+        z, logdet = flow.apply(variables, x, label, method="forward")
+        x, logdet = flow.apply(variables, z, label, guidance, decoding, method="inverse")
+
+    with images x [B, H, W, C], latents z [B, T, D], log-determinants [B] of the map itself, and
+    label [B] or None. `guidance` and `decoding`, one of each block, default to None: plain
+    sampling, token by token. "forward_blocks" and "inverse_blocks" return `BlockOutputs` and
+    `BlockInputs`.
 
     Attributes:
+        num_classes: 0 for a flow without labels.
         image_shape: (H, W, C).
         latent_shape: (T, D).
-        num_classes: 0 for a flow without labels.
         pixel_scale: pixel values per unit of what the blocks see.
         pixel_logdet: the log-determinant of the preprocessing, in nats.
         logdet_cap: the least upper bound of the blocks' log-det, in nats; None for a TarFlow.
         decoded_blocks: blocks that are decoded token by token, and so take guidance and a
             `Decoding`; 0 for a flow that is inverted in one pass.
+        as_image: the preprocessing's inverse, of tokens [..., T, D]: the image that they show.
     """
 
     num_classes: int
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
-
     @property
     def latent_shape(self) -> tuple[int, int]: ...
-
     @property
     def pixel_scale(self) -> float: ...
-
     @property
     def pixel_logdet(self) -> float: ...
-
     @property
     def logdet_cap(self) -> float | None: ...
-
     @property
     def decoded_blocks(self) -> int: ...
 
-    def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "... H W C"]:
-        """The preprocessing's inverse: what latents or tokens between two blocks look like."""
-        ...
+    def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "... H W C"]: ...
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any: ...
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
-    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Variables, as of a linen module."""
-        ...
 
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call of a method, as of a linen module."""
-        ...
+class TrainedFlow(Protocol):
+    """What an evaluation needs of a `jetflow.Model`.
 
-    def forward(
-        self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B"]]:
-        """Image to latent, and log |det ∂z/∂x| in nats."""
-        ...
+    Attributes:
+        workdir, config: the folder of its run, and the resolved config.
+        flow, variables, step: the flow, its weights, and the step of their checkpoint.
+        weights: "ema" for averaged weights, else "params".
+        mesh: the devices on which the variables lie.
+        noise: the `Noise` of its training.
+    """
 
-    def forward_blocks(
-        self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None
-    ) -> BlockOutputs:
-        """`forward`, and what there is to know of each block."""
-        ...
+    workdir: Any  # a path
+    config: dict[str, Any]
+    flow: Flow
+    variables: Any
+    step: int
+    mesh: Mesh
 
-    def inverse(
-        self,
-        z: Float[Array, "B T D"],
-        label: Int[Array, "B"] | None = None,
-        guidance: Guidance | None = None,
-        decoding: Sequence[Decoding] | None = None,
-    ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
-        """Latent to image, and log |det ∂x/∂z| in nats: the log-det of this map.
+    @property
+    def weights(self) -> str: ...
 
-        Args:
-            decoding: of each block; default: token by token.
-        """
-        ...
+    @property
+    def noise(self) -> Any: ...
 
-    def inverse_blocks(
-        self,
-        z: Float[Array, "B T D"],
-        label: Int[Array, "B"] | None = None,
-        guidance: Guidance | None = None,
-        decoding: Sequence[Decoding] | None = None,
-    ) -> BlockInputs:
-        """`inverse`, and what there is to know of each block."""
+    def draw(
+        self, options: Any, *, num: int, label: Any, seed: int, batch_size: int, start: int = 0
+    ) -> Iterator[Any]:
+        """The images start, …, num − 1 in batches of `Drawn`."""
         ...

@@ -51,7 +51,7 @@ def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, st
         overrides: fields of `config.flow` to change.
 
     Raises:
-        UsageError: if there is no run.
+        UsageError: there is no run, or its config is incomplete.
     """
     config = read_config(workdir)
     if config is None:
@@ -59,13 +59,12 @@ def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, st
             f"no run in {workdir} (it has no {CONFIG}); "
             f"start one with `jetflow train --config … --workdir {workdir}`"
         )
-    resolved = config["resolved"]
-    flow = build(
-        config["flow"] | overrides,
-        image_shape=tuple(resolved["image_shape"]),
-        num_classes=resolved["num_classes"],
-    )
-    return config, flow, "ema" if config["train"]["ema_decay"] else "params"
+    try:
+        resolved, section, decay = config["resolved"], config["flow"], config["train"]["ema_decay"]
+        sizes = {"num_classes": resolved["num_classes"], "image_shape": (*resolved["image_shape"],)}
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{workdir / CONFIG} is incomplete ({error!r}); restore it") from error
+    return config, build(section | overrides, **sizes), "ema" if decay else "params"
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
@@ -122,7 +121,7 @@ class Claim:
 
 
 def _remedy(workdir: Path, names: set[str]) -> str:
-    if "config.resolved.total_steps" in names and names <= set(LENGTH):
+    if {"config.resolved.total_steps"} < names <= set(LENGTH):
         return "give that length, or --extend to train to the new one"
     if all(name.startswith("config.resolved.") for name in names):
         return "its data set has changed: prepare the old one again, or give another --workdir"

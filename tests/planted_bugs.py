@@ -91,11 +91,14 @@ def cache_written_one_too_late(real):
 
 
 def minus_one_is_the_last_class(real):
-    def wrong(self, label, batch):
-        return real(self, label if label is None else label % self.num_classes, batch)
+    def wrong(embedding, null, label, batch):
+        return real(embedding, null, None if label is None else label % len(embedding), batch)
 
     return wrong
 
 
 def same_label_for_all(real):
-    return lambda self, label, batch: real(self, label if label is None else 0 * label, batch)
+    def wrong(embedding, null, label, batch):
+        return real(embedding, null, None if label is None else 0 * label, batch)
+
+    return wrong

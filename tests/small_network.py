@@ -8,18 +8,16 @@ line of `jetflow`, it runs that with the small network.
 
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jetflow import cli
-from jetflow.evals import inception, statistics, weights
-from jetflow.evals.features import _program, collect, in_batches
-from jetflow.evals.statistics import Statistics
+from jetflow.evals import features, inception
 from jetflow.sharding import local_rows, make_mesh
 
 TOTAL, KEPT = 23, 9
-SIZES = {"pooled": 48, "spatial": 24}
 
 
 def activations(arrays, images):
@@ -31,29 +29,32 @@ def activations(arrays, images):
 
 
 def network(name="a"):
-    return weights.Network({"frequency": np.float32(0.7)}, sha256=name * 64)
+    return inception.Network({"frequency": np.float32(0.7)}, sha256=name * 64)
 
 
 def install(patch):
     """Put it in the place of the FID's, by a `pytest.MonkeyPatch`."""
     patch.setattr(inception, "activations", activations)
-    patch.setattr(weights, "load", lambda path=None: network(path or "a"))
-    for name, size in SIZES.items():
-        patch.setitem(statistics.SIZES, name, size)
-    _program.cache_clear()
+    patch.setattr(inception, "load", lambda path=None: network())
+    patch.setitem(features.SIZES, "pooled", 48)
+    patch.setitem(features.SIZES, "spatial", 24)
+    function = features._features.__wrapped__
+    # Another function to JAX, which keeps what it has compiled of the other.
+    patch.setattr(features, "_features", jax.jit(lambda *arguments: function(*arguments)))
 
 
 def images(count=TOTAL, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 1), np.uint8)
 
 
-def collected(batch_size, mesh=None, count=TOTAL):
+def collected(batch_size, mesh=None):
     mesh = mesh or make_mesh()
-    made = Statistics(count, KEPT)
-    chunks = (images(count)[first : first + batch_size] for first in range(0, count, batch_size))
-    batches = in_batches(chunks, batch_size=batch_size, rows=local_rows(mesh, batch_size))
-    collect(network(), batches, made, mesh=mesh, batch_size=batch_size)
-    return made.merged()
+    chunks = (images()[first : first + batch_size] for first in range(0, TOTAL, batch_size))
+    batches = features.in_batches(chunks, batch_size=batch_size, rows=local_rows(mesh, batch_size))
+    return features.collect(
+        network(), batches, features.Statistics(TOTAL, KEPT), mesh=mesh, batch_size=batch_size,
+        total=TOTAL, name="images",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -62,4 +63,4 @@ if __name__ == "__main__":
         sys.exit(cli.main(sys.argv[1:]))
     out, size, *axes = sys.argv[1:]
     mesh = make_mesh(**{name: int(n) for name, _, n in (axis.partition("=") for axis in axes)})
-    np.savez(out, **collected(int(size), mesh).arrays())
+    np.savez(out, **collected(int(size), mesh).arrays)

@@ -12,16 +12,18 @@ from flow_laws import jit
 
 import jetflow
 from jetflow import noise, sharding
-from jetflow.cli.commands.evaluate.likelihoods import _spread
-from jetflow.data.dataset import Dataset
+from jetflow.data.dataset import Dataset, eval_batches
 from jetflow.evals import classify
 from jetflow.evals import likelihoods as bpd
-from jetflow.flows.labels import check_labels
+from jetflow.evals.evaluation import spread
+from jetflow.evals.records import describe
+from jetflow.flows.stack import check_labels
 from jetflow.noise import Noise, keys_by_example
 from jetflow.types import UsageError
 
 KEY = jax.random.key(3)
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (7, 4, 4, 1)), jnp.uint8)
+DRAWS = 40
 LABEL = jnp.array([0, 2, -1, 1, 1, -1, 0])
 
 
@@ -68,7 +70,7 @@ def test_mean_on_a_known_density(identity, how):
     assert abs(bits.mean() - expected) < 5 * bits.std() / math.sqrt(count) + 1e-6
 
 
-def does_not_depend_on_the_batch(flow, variables) -> None:
+def test_does_not_depend_on_the_batch(flow, variables):
     whole = jetflow.bits_per_dim(flow, variables, IMAGES, LABEL, KEY)
     order = jnp.array([5, 2, 6, 0, 1, 3, 4])
     shuffled = jetflow.bits_per_dim(
@@ -81,20 +83,6 @@ def does_not_depend_on_the_batch(flow, variables) -> None:
             flow, variables, IMAGES[rows], LABEL[rows], KEY, index=index
         )  # fmt: skip
         np.testing.assert_allclose(part, whole[rows], rtol=1e-6)
-
-
-def test_does_not_depend_on_the_batch(flow, variables):
-    does_not_depend_on_the_batch(flow, variables)
-
-
-def test_bug_is_caught_noise_by_row(flow, variables, monkeypatch):
-    monkeypatch.setattr(
-        bpd, "keys_by_example", lambda key, index: keys_by_example(key, jnp.arange(len(index)))
-    )
-    jax.clear_caches()
-    with pytest.raises(AssertionError):
-        does_not_depend_on_the_batch(flow, variables)
-    jax.clear_caches()
 
 
 def test_impossible_labels_are_refused(flow, variables):
@@ -142,48 +130,47 @@ def test_each_example_counts_once(flow, variables, dataset, batch_size):
     assert math.isnan(measured.standard_error)
 
 
-def test_standard_error_is_over_the_draws(flow, variables, dataset):
+def test_draws(flow, variables, dataset):
+    """Each has the value of its key, and the split is read once for all of them."""
     keys = [noise.key_for(2, draw, noise.Purpose.EVALUATE) for draw in range(4)]
-    means = [jetflow.bits_per_dim(flow, variables, IMAGES, LABEL % 3, k).mean() for k in keys]
-    polls = []
+    bits = np.stack([jetflow.bits_per_dim(flow, variables, IMAGES, LABEL % 3, k) for k in keys])
+    reads, polls = [], []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    counted = dataclasses.replace(dataset, source=Counted(dataset.source))
     measured = measure(
-        flow, variables, dataset, batch_size=4, draws=4, poll=lambda: polls.append(1)
+        flow, variables, counted, batch_size=4, draws=4, poll=lambda: polls.append(1)
     )  # fmt: skip
-    assert len(polls) == 8
-    assert measured.draws == 4
-    assert measured.mean == pytest.approx(np.mean(means), rel=1e-6)
+    assert sorted(reads) == list(range(7)) and len(polls) == 2
+    np.testing.assert_allclose(measured.bits, bits, rtol=1e-6)
+    means = bits.mean(1)
     assert measured.standard_error == pytest.approx(np.std(means, ddof=1) / 2, rel=0.02)
-
-
-def test_draws_are_weighted_and_parts_are_of_the_mean(flow, variables, dataset):
-    measured = measure(flow, variables, dataset, batch_size=4, draws=4)
-    assert measured.bits.shape == (4, 7)
+    expected = np.std(bits.mean(0), ddof=1) / np.sqrt(7)
+    assert measured.error_over_examples == pytest.approx(expected, rel=1e-4)
     assert measured.parts.sum() == pytest.approx(measured.mean, rel=1e-6)
     assert len(measured.parts) == 3
     assert measured.importance_weighted < measured.mean - 1e-5
-    expected = np.std(measured.bits.mean(0), ddof=1) / np.sqrt(7)
-    assert measured.error_over_examples == pytest.approx(expected)
 
 
-def test_what_is_written(flow, variables, dataset):
+def test_record(flow, variables, dataset):
     """Only uniform noise makes a bound of the mean of p, and only labels a conditional one."""
-    measured = measure(flow, variables, dataset, batch_size=4, draws=2)
-    unlabelled = dataclasses.replace(dataset, num_classes=0)
-    without = measure(flow, variables, unlabelled, batch_size=4, draws=2)
-    uniform, gaussian = bpd.UNIFORM, Noise("gaussian", std=0.3)
     source = {"step": 1, "weights": "ema"}
-    result = bpd.record(measured, uniform, dataset, **source)
-    assert result["importance_weighted"] == measured.importance_weighted
-    assert result["conditional"] and "averaged weights, given the labels)" in bpd.describe(result)
-    assert bpd.record(measured, gaussian, dataset, **source)["importance_weighted"] is None
-    result = bpd.record(without, uniform, unlabelled, **source)
-    assert not result["conditional"] and "given the labels" not in bpd.describe(result)
+    for classes, used in [(3, bpd.UNIFORM), (0, Noise("gaussian", std=0.3))]:
+        data = dataclasses.replace(dataset, num_classes=classes)
+        measured = measure(flow, variables, data, batch_size=4, draws=2)
+        result = bpd.record(measured, used, data, **source)
+        assert result["conditional"] == bool(classes) == ("given the labels" in describe(result))
+        bound = measured.importance_weighted if used is bpd.UNIFORM else None
+        assert result["importance_weighted"] == bound
 
 
 def test_some_examples_have_a_checksum_of_their_own(dataset):
     whole = dataclasses.replace(dataset, split="train", known_checksum="0123456789abcdef")
-    three = dataclasses.replace(dataset, source=dataset.source[:3])
-    some = _spread(whole, three)
+    some = spread(whole, 3)
     assert some.split == "train[:6:2]"
     expected = dataclasses.replace(dataset, source=dataset.source[:6:2]).checksum()
     assert some.checksum() == expected != whole.checksum()
@@ -192,43 +179,41 @@ def test_some_examples_have_a_checksum_of_their_own(dataset):
 # Labels by likelihoods.
 
 
-@pytest.mark.parametrize("batch_size", [4, 16])
-@pytest.mark.parametrize("how", [Noise("uniform"), Noise("gaussian", std=0.3)])
-def test_accuracy(how, batch_size, flow, variables, dataset):
-    """Of labels of which we know how many are the most likely ones."""
-    bits = np.zeros((3, 7))
-    for draw in range(2):
-        key = noise.key_for(2, draw, noise.Purpose.EVALUATE)
-        for label in range(3):
-            labels = jnp.full(7, label)
-            bits[label] += jetflow.bits_per_dim(flow, variables, IMAGES, labels, key, noise=how)
-    likely = bits.argmin(0)
-    assert len(set(likely)) > 1
-    wrong = {1, 5}
-    source = [
-        {"image": np.asarray(image), "label": int(label + (index in wrong)) % 3}
-        for index, (image, label) in enumerate(zip(IMAGES, likely, strict=True))
-    ]
+def answers(flow, variables, dataset, **fields):
+    batches = eval_batches(dataset, batch_size=4)
     mesh = sharding.make_mesh(data=-1, fsdp=1)
-    found = classify.measure(
-        flow, variables, dataclasses.replace(dataset, source=source), mesh=mesh, noise=how,
-        seed=2, draws=2, batch_size=batch_size,
+    return classify.answers(
+        flow, variables, batches, len(dataset), mesh=mesh, batch_size=4, seed=2, **fields
     )  # fmt: skip
-    assert found.value == 5 / 7 and found.not_finite == 0
-    assert found.standard_error == pytest.approx(math.sqrt(5 / 7 * 2 / 7 / 7))
+
+
+@pytest.mark.parametrize("how", [Noise("uniform"), Noise("gaussian", std=0.3)])
+def test_answers(how, flow, variables, dataset):
+    """By the mean of p over the draws, not that of log p."""
+    keys = [noise.key_for(2, draw, noise.Purpose.EVALUATE) for draw in range(DRAWS)]
+    bits = np.stack([
+        [jetflow.bits_per_dim(flow, variables, IMAGES, labels, key, noise=how) for key in keys]
+        for labels in jnp.arange(3)[:, None] * jnp.ones(7, int)
+    ])  # fmt: skip
+    probabilities = np.exp2(-16 * (bits.astype(np.float64) - bits.min())).mean(1)
+    likely = probabilities.argmax(0)
+    assert len(set(likely)) > 1
+    if how.kind == "gaussian":
+        assert (likely != bits.mean(1).argmin(0)).any()
+    wrong = np.isin(np.arange(7), [1, 5])
+    source = [
+        {"image": np.asarray(image), "label": int(label)}
+        for image, label in zip(IMAGES, (likely + wrong) % 3, strict=True)
+    ]
+    labelled = dataclasses.replace(dataset, source=source)
+    right = answers(flow, variables, labelled, noise=how, draws=DRAWS)
+    np.testing.assert_array_equal(right, ~wrong)
 
 
 def test_likelihoods_that_are_not_finite_are_of_no_label(flow, variables, dataset):
     """Not of the first one, which all of these have."""
     broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), variables)
-    source = [example | {"label": 0} for example in dataset.source]
-    zeros = dataclasses.replace(dataset, source=source)
-    found = classify.measure(
-        flow, broken, zeros, mesh=sharding.make_mesh(data=-1, fsdp=1), noise=bpd.UNIFORM,
-        batch_size=4,
-    )  # fmt: skip
-    assert (found.value, found.not_finite) == (0, 7)  # and no padding
-    result = classify.record(found, bpd.UNIFORM, zeros, step=1, weights="ema")
-    assert "(7 have likelihoods that are not finite, and count as wrong)" in classify.describe(
-        result
+    zeros = dataclasses.replace(
+        dataset, source=[example | {"label": 0} for example in dataset.source]
     )
+    assert np.isnan(answers(flow, broken, zeros, noise=bpd.UNIFORM)).all()

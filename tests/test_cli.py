@@ -246,9 +246,9 @@ BAD_COMMANDS = {
     "negative guidance": (["sample", "--workdir", "x", "--guidance=-1"], ["--guidance=-1"]),
     "unknown metric": (
         ["evaluate", "--workdir", "x", "--metrics", "fidd"],
-        ["--metrics has 'fidd'", "bpd, noised_bpd"],
+        ["metrics is 'fidd'", "bpd, noised_bpd"],
     ),
-    "no metric": (["evaluate", "--workdir", "x", "--metrics="], ["--metrics", "bpd"]),
+    "no metric": (["evaluate", "--workdir", "x", "--metrics="], ["metrics is empty", "bpd"]),
 }
 
 
@@ -566,7 +566,7 @@ def test_evaluation(evaluate, digits):
     assert bpd["value"] != noised["value"]
     lines = said.splitlines()
     assert lines[0].startswith(f"step 12: bpd {bpd['value']:.4f} ± {bpd['standard_error']:.2g} (")
-    for part in ("digits 1.0.0 test", "297 examples, resize: none", digits.checksum()):
+    for part in ("digits 1.0.0 test", "297 images, resize: none", digits.checksum()):
         assert part in lines[0] and part in lines[2]
     assert lines[2].startswith(f"step 12: noised_bpd {noised['value']:.4f} ± ")
     assert "gaussian noise of std 0.1 added: not comparable" in lines[3]

@@ -1,21 +1,23 @@
 """Data sets, their order, and how it is shared among processes."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
+from jetflow import hosts
 from jetflow.data import dataset as pipeline
-from jetflow.data.builders import Digits, photos
+from jetflow.data import prepare, sources
 from jetflow.data.dataset import Dataset, eval_batches, load, train_batches
+from jetflow.data.sources import photos
 from jetflow.types import Batch, UsageError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,7 +78,6 @@ def test_digits_are_the_shuffled_file(data_dir, digits):
         expected = (file.images[rows] * 255 / 16).round()
         np.testing.assert_array_equal(batch.image[..., 0], expected)
         np.testing.assert_array_equal(batch.label, file.target[rows])
-    assert digits.num_classes == 10
     assert digits.describe() == "digits 1.0.0 test: 297 images of 8x8x1, 10 classes"
 
 
@@ -85,13 +86,13 @@ def test_test_crops_are_the_published_ones(crops):
     batch = next(eval_batches(crops, batch_size=512))
     np.testing.assert_array_equal(batch.image, golden)
     assert (batch.label == -1).all()
-    assert crops.num_classes == 0
     assert crops.describe() == "photos/16 1.0.0 test: 512 images of 16x16x3, no labels"
+    assert crops.checksum() == "1498269fcc20510c"
 
 
 def test_train_crops_lie_left_of_every_test_crop(data_dir):
     train = load("photos/16", "train", data_dir=data_dir)
-    corners = list(photos.corners_of_train(16))
+    corners = list(photos.corners("train", 16))
     assert len(train) == len(corners) == 32_768
     pictures = load_sample_images().images
     for k in (0, 1, 12_345, 32_767):
@@ -104,22 +105,70 @@ def test_train_crops_lie_left_of_every_test_crop(data_dir):
     # Every position that fits is reached, and no other.
     assert (left.min(), left.max() + 16) == (0, 512)
     assert (top.min(), top.max() + 16) == (0, 427)
-    assert min(left for _, _, left in photos.corners_of_test(16)) >= 512
+    assert min(left for _, _, left in photos.corners("test", 16)) >= 512
 
 
 def test_one_picture_alone(data_dir):
     """The crops of both, at the same places, with one of the pictures throughout."""
-    found = load_sample_images()
-    assert tuple(Path(name).stem for name in found.filenames) == photos.PICTURES
+    pictures = load_sample_images().images
+    corners = list(itertools.islice(photos.corners("test", 8), 6))
     for number, name in enumerate(photos.PICTURES):
-        builder = photos.Photos(config=f"{name}8", data_dir=data_dir)
-        assert builder.info.features["image"].shape == (8, 8, 3)
-        corners = list(itertools.islice(photos.corners_of_test(8), 6))
-        for (_, example), (_, top, left) in zip(
-            builder._generate_examples(iter(corners)), corners, strict=True
-        ):
-            expected = found.images[number][top : top + 8, left : left + 8]
-            np.testing.assert_array_equal(example["image"], expected)
+        crops = load(f"photos/{name}8", "test", data_dir=data_dir)
+        for index, (_, top, left) in enumerate(corners):
+            expected = pictures[number][top : top + 8, left : left + 8]
+            np.testing.assert_array_equal(crops.source[index]["image"], expected)
+
+
+def test_shapes_are_drawn_in_all_classes_and_sizes(data_dir):
+    train, test = (load("shapes/64", split, data_dir=data_dir) for split in ("train", "test"))
+    assert (len(train), len(test), train.image_shape) == (256, 64, (64, 64, 3))
+    assert train.checksum() != test.checksum()
+    labels = next(eval_batches(train, batch_size=256)).label
+    assert np.bincount(labels).tolist() == [26] * 6 + [25] * 4
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "zlib", "png"])
+def test_data_that_tfds_wrote_is_read(encoding, tmp_path):
+    """In whichever encoding, as by another release."""
+    image = {
+        "png": tfds.features.Image(shape=(8, 8, 1), dtype=np.uint8, encoding_format="png")
+    }.get(encoding) or tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding=encoding)
+    features = {"image": image, "label": tfds.features.ClassLabel(num_classes=10)}
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
+
+    class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "digits"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            info = tfds.core.DatasetInfo
+            return info(builder=self, features=tfds.features.FeaturesDict(features),
+                        disable_shuffling=True)  # fmt: skip
+
+        def _split_generators(self, dl_manager):
+            return {"test": self._generate_examples()}
+
+        def _generate_examples(self):
+            for key, each in enumerate(pixels):
+                content = Image.fromarray(each[..., 0]) if encoding == "png" else each
+                yield key, {"image": content, "label": key % 10}
+
+    Digits(data_dir=tmp_path).download_and_prepare(file_format="array_record")
+    source = load("digits", "test", data_dir=tmp_path).source
+    assert len(source) == 50 and source.__getitems__([]) == []
+    for index, example in enumerate(source.__getitems__(range(50))):
+        np.testing.assert_array_equal(example["image"], pixels[index])
+        assert example["label"] == index % 10 == source[index]["label"]
+
+
+def test_tfds_reads_the_very_same_images(digits, data_dir):
+    builder = tfds.builder_from_directory(data_dir / "digits" / "1.0.0")
+    images = list(builder.as_data_source("test"))
+    assert len(images) == len(digits) == 297
+    for index, example in enumerate(images):
+        np.testing.assert_array_equal(example["image"], digits.source[index]["image"])
+        assert example["label"] == digits.source[index]["label"]
+    assert builder.info.features["label"].num_classes == 10
 
 
 def test_checksum_covers_pixels_labels_and_order(digits):
@@ -143,14 +192,11 @@ def test_checksum_covers_pixels_labels_and_order(digits):
 # Finding and preparing them.
 
 
-def test_prepares_once_with_two_lines_on_stderr(tmp_path, monkeypatch, capfd, caplog):
+def test_prepares_once_with_a_line(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     load("digits", "train")
-    out, err = capfd.readouterr()
-    begin, end = err.splitlines()
-    assert out == ""
-    assert begin == f"preparing data set digits in {tmp_path / 'digits' / '1.0.0'} (once)"
-    assert end == "prepared data set digits"
+    line = f"preparing data set digits in {tmp_path / 'digits' / '1.0.0'} (once)\n"
+    assert capfd.readouterr() == ("", line)
     load("digits", "train")
     load("digits", "test", data_dir=tmp_path)
     assert capfd.readouterr() == ("", "")
@@ -163,17 +209,20 @@ def test_explicit_data_dir_wins(digits, data_dir, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_process_may_finish_first(tmp_path, monkeypatch, digits):
-    original = Digits._split_generators
+@pytest.mark.parametrize("moment", ["_shards", "_write_metadata"])
+def test_another_process_may_finish_first(moment, tmp_path, monkeypatch, digits):
+    """On a disk without locks."""
+    monkeypatch.setattr(hosts, "locked", lambda *_, **__: contextlib.nullcontext(True))
+    original = getattr(prepare, moment)
 
-    def overtaken(self, dl_manager):
-        monkeypatch.setattr(Digits, "_split_generators", original)
+    def overtaken(*args):
+        monkeypatch.setattr(prepare, moment, original)
         load("digits", "train", data_dir=tmp_path)
-        return original(self, dl_manager)
+        return original(*args)
 
-    monkeypatch.setattr(Digits, "_split_generators", overtaken)
+    monkeypatch.setattr(prepare, moment, overtaken)
     assert load("digits", "test", data_dir=tmp_path).checksum() == digits.checksum()
-    assert Digits._split_generators is original  # it did come to the race
+    assert getattr(prepare, moment) is original  # it did come to the race
     assert not list(tmp_path.rglob("*incomplete*"))
 
 
@@ -209,11 +258,19 @@ def test_part_of_a_split(digits, data_dir):
 def test_unusable_data_dir(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    broken = tmp_path / "digits" / "1.0.0"
-    broken.mkdir(parents=True)
+    (tmp_path / "digits" / "1.0.0").mkdir(parents=True)
     for directory, reason in [(file, "Not a directory"), (tmp_path, "delete it")]:
         with pytest.raises(UsageError, match=f"not found in {directory}.*{reason}.*TFDS_DATA_DIR"):
             load("digits", "train", data_dir=directory)
+
+
+def test_sizes_are_known_without_the_images(digits, data_dir):
+    source = sources.find("digits")
+    assert source.count("train[:90%]+test[7:]") == 1350 + 290
+    assert source.count("all") == 1797
+    assert (source.image_shape, source.num_classes) == ((8, 8, 1), digits.num_classes)
+    with pytest.raises(UsageError, match=r"'dev' is no split of digits; it has train \(1,500\)"):
+        source.count("dev")
 
 
 # The stream of training batches.
@@ -303,25 +360,3 @@ def test_evaluation_sees_each_example_once_in_order(readers):
 
 def test_no_padding_where_none_is_needed():
     assert [list(b.index) for b in eval_batches(toy(4), batch_size=2)] == [[0, 1], [2, 3]]
-
-
-# A process of its own.
-
-
-def test_a_run_may_stop_between_batches(digits, data_dir):
-    program = (
-        "import sys; from jetflow.data.pipeline import load, train_batches\n"
-        "dataset = load('digits', 'train')\n"
-        "for batch in train_batches(dataset, batch_size=64, seed=0): break\n"
-        "assert not {'tensorflow', 'sklearn'} & set(sys.modules), 'not needed for reading'\n"
-        "print(batch.image.shape)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"TFDS_DATA_DIR": str(data_dir)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "(64, 8, 8, 1)\n", "")

@@ -12,9 +12,8 @@ from flow_laws import FLOWS, LAWS, Case, case, close, jet, jit, random_variables
 
 import jetflow
 from jetflow.flows import coupling
-from jetflow.flows import splits as orders
 from jetflow.flows.pixels import FEATURE_ORDERS, Pixels
-from jetflow.nn import convolution
+from jetflow.nn import encoder
 from jetflow.training.step import abstract_variables
 from jetflow.types import Flow, UsageError
 
@@ -85,7 +84,7 @@ def _layer(variables, layer: int):
 
 
 def test_channel_splits_are_fixed_by_the_layer():
-    few, many = (orders.splits(n, ("channels",), (2, 2), 12).feature_order for n in (3, 5))
+    few, many = (coupling.splits(n, ("channels",), (2, 2), 12).feature_order for n in (3, 5))
     np.testing.assert_array_equal(few, many[:3])
     assert len(np.unique(many, axis=0)) == 5
     np.testing.assert_array_equal(np.sort(many), np.tile(np.arange(12), (5, 1)))
@@ -96,11 +95,11 @@ def test_channel_splits_are_fixed_by_the_layer():
 def test_convolutions_see_the_tokens_where_they_are_in_the_image():
     """At each place of the grid lies, of a half, a token from there or from right beside it."""
     grid, kinds = (4, 6), ("channels", *["spatial"] * 6)
-    splits = orders.splits(7, kinds, grid, 2)
+    splits = coupling.splits(7, kinds, grid, 2)
     there = np.indices(grid, float)
     tokens = [np.broadcast_to(axis.reshape(1, -1, 1), (1, 24, 2)) for axis in there]
-    for layer, places in enumerate(orders.places(7, kinds, grid)):
-        split = orders.Splits(*(values[layer] for values in splits))
+    for layer, places in enumerate(coupling.places(7, kinds, grid)):
+        split = coupling.Splits(*(values[layer] for values in splits))
         for x, place in zip(tokens, there, strict=True):
             half = np.asarray(coupling.divide(jnp.asarray(x), split)[0])
             laid_out = half[0, places, 0].reshape(grid)
@@ -110,7 +109,7 @@ def test_convolutions_see_the_tokens_where_they_are_in_the_image():
 def test_a_product_with_neighbourhoods_is_a_convolution(float64):
     shapes = [(2, 4, 5, 3), (3, 3, 3, 7)]
     x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
-    product = convolution.neighbourhoods(x) @ kernel.reshape(27, 7)
+    product = encoder.neighbourhoods(x) @ kernel.reshape(27, 7)
     layout = ("NHWC", "HWIO", "NHWC")
     expected = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
     np.testing.assert_allclose(product, expected, rtol=1e-12)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import small_network
 import tiny_runs
-from PIL import Image
 
 from jetflow import hosts
 from jetflow.training.log import SPEED, read_metrics
@@ -146,7 +145,7 @@ def test_bad_input_ends_all_processes_with_status_2(start, tmp_path):
 
 @pytest.mark.slow
 def test_processes_train_stop_and_go_on_as_one(start, alone, tmp_path):
-    """A signal to one stops all; those that are killed go on as four; the end is that of one."""
+    """A signal to one stops all; one goes on alone, and is killed; the end is that of one."""
     workdir = tmp_path / "run"
     group = start(train("tarflow", workdir))
     wait_for_checkpoint(group, workdir, 5)
@@ -154,7 +153,7 @@ def test_processes_train_stop_and_go_on_as_one(start, alone, tmp_path):
     (_, first), (_, second) = finish(group, status=128 + signal.SIGTERM)
     assert "on 8 x cpu (data 4 and fsdp 2)" in first and "all saved in" in first
     assert "step" not in second
-    group = start(train("tarflow", workdir), processes=4)
+    group = start(train("tarflow", workdir), processes=1)
     wait_for_checkpoint(group, workdir, 10)
     for process in group:
         process.kill()
@@ -171,17 +170,15 @@ def test_processes_sample_and_evaluate_as_one(start, alone, tmp_path):
         workdir = shutil.copytree(alone, tmp_path / str(processes))
         shutil.rmtree(workdir / "evals")
         ends = finish(start(["evaluate", "--workdir", workdir, "--draws", 1], processes))
-        npz, out = tmp_path / f"{processes}.npz", tmp_path / f"{processes}.png"
+        npz, out = tmp_path / f"{processes}.npz", tmp_path / "grid.png"
         flags = ["--workdir", workdir, "--mesh", "fsdp=2,data=4", "--out", out]
         ends += finish(start(["sample", *flags, "--num", 20, "--npz", npz], processes))
         assert [bool(output) for output, _ in ends] == [True, False][:processes] * 2
-        finish(start(["sample", *flags, "--num", 3, "--mode", "reconstruct"], processes))
         bpd = json.loads(next(workdir.glob("evals/bpd*")).read_text())["value"]
-        with Image.open(out) as picture, np.load(npz) as arrays:
-            results[processes] = bpd, arrays["images"].astype(int), np.asarray(picture).astype(int)
+        with np.load(npz) as arrays:
+            results[processes] = bpd, arrays["images"].astype(int)
     assert results[2][0] == pytest.approx(results[1][0], rel=1e-6)
-    for one, two in zip(results[1][1:], results[2][1:], strict=True):
-        assert np.abs(one - two).max() <= 1
+    assert np.abs(results[1][1] - results[2][1]).max() <= 1
 
 
 @pytest.mark.slow

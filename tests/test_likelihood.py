@@ -13,7 +13,7 @@ from jax.scipy.stats import norm
 
 import jetflow
 from jetflow import likelihood
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.types import UsageError
 
 pytestmark = pytest.mark.usefixtures("float64")

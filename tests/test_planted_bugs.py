@@ -9,12 +9,11 @@ import planted_bugs as bugs
 import pytest
 from flow_laws import case
 
-from jetflow.flows import affine, coupling
+from jetflow.flows import affine, autoregressive, coupling
 from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.flows.coupling import Couplings
 from jetflow.flows.pixels import Pixels
-from jetflow.nn import transformer
-from jetflow.nn.encoder import Encoder
+from jetflow.nn import encoder, transformer
 
 pytestmark = pytest.mark.usefixtures("float64", "fresh_traces")
 
@@ -61,9 +60,9 @@ BUGS = [
     Bug(
         ROUND_TRIP, TARFLOW, transformer.TransformerLayer, "extend", bugs.cache_written_one_too_late
     ),
-    Bug(NO_LABEL, JET_CLASSES, Encoder, "_class_token", bugs.minus_one_is_the_last_class),
-    Bug(NO_LABEL, TARFLOW_CLASSES, BLOCK, "_class_token", bugs.minus_one_is_the_last_class),
-    Bug(LABELS, TARFLOW_CLASSES, BLOCK, "_class_token", bugs.same_label_for_all),
+    Bug(NO_LABEL, JET_CLASSES, encoder, "class_token", bugs.minus_one_is_the_last_class),
+    Bug(NO_LABEL, TARFLOW_CLASSES, autoregressive, "class_token", bugs.minus_one_is_the_last_class),
+    Bug(LABELS, TARFLOW_CLASSES, autoregressive, "class_token", bugs.same_label_for_all),
 ]
 
 

@@ -75,8 +75,8 @@ def test_bug_is_caught_forward_that_rounds_otherwise(monkeypatch):
 
     def wrong(self, x, label):
         hidden = self.proj_in(x) + self._in_order(self.position[None]).astype(x.dtype)
-        hidden = hidden + self._class_token(label, len(x))[:, None].astype(self.dtype)
-        out = self.proj_out(self.transformer(hidden.astype(self.dtype)))
+        hidden = hidden + self._class_token(label, len(x))[:, None].astype(self.transformer.dtype)
+        out = self.proj_out(self.transformer(hidden.astype(self.transformer.dtype)))
         return self._split(jnp.pad(out[:, :-1], ((0, 0), (1, 0), (0, 0))))
 
     monkeypatch.setattr(AutoregressiveBlock, "_predict", wrong)

@@ -13,65 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-import tensorflow_datasets as tfds
 import tiny_runs
-from PIL import Image
 from tiny_runs import assert_same, remains
 
 from jetflow.data import dataset as pipeline
-from jetflow.data.ahead import Ahead
-from jetflow.data.builders import Digits
+from jetflow.data.reading import Ahead
 from jetflow.training.log import Reporter, read_metrics
 
 TIMEOUT = 300  # seconds
-
-
-# The examples.
-
-
-@pytest.mark.parametrize("encoding", ["bytes", "zlib", "png"])
-def test_examples_are_those_that_tfds_reads(encoding, tmp_path, monkeypatch):
-    """In whichever encoding they were written, by this release or another one."""
-
-    def info(builder):
-        image = {
-            "png": tfds.features.Image(shape=(8, 8, 1), dtype=np.uint8, encoding_format="png"),
-        }.get(encoding) or tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding=encoding)
-        label = tfds.features.ClassLabel(num_classes=10)
-        features = tfds.features.FeaturesDict({"image": image, "label": label})
-        return tfds.core.DatasetInfo(builder=builder, features=features, disable_shuffling=True)
-
-    original = Digits._generate_examples
-
-    def generate(self, rows):
-        for key, example in original(self, rows):
-            pixels = example["image"]
-            image = Image.fromarray(pixels[..., 0]) if encoding == "png" else pixels
-            yield key, example | {"image": image}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Digits, "_info", info)
-        patch.setattr(Digits, "_generate_examples", generate)
-        expected = [
-            (example["image"], example["label"])
-            for example in prepared(Digits(data_dir=tmp_path)).as_data_source("test[:50]")
-        ]
-    source = pipeline.load("digits", "test[:50]", data_dir=tmp_path).source
-    assert len(source) == len(expected) == 50
-    assert source.__getitems__([]) == []
-    for example, one, (image, label) in zip(
-        source.__getitems__(range(50)), map(source.__getitem__, range(50)), expected, strict=True
-    ):
-        assert example["image"].dtype == np.uint8
-        np.testing.assert_array_equal(example["image"], image)
-        np.testing.assert_array_equal(one["image"], image)
-        assert example["label"] == one["label"] == label
-    assert len({example["label"] for example in source.__getitems__(range(50))}) == 10
-
-
-def prepared(builder):
-    builder.download_and_prepare(file_format="array_record")
-    return builder
 
 
 # Worker processes.

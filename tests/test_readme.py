@@ -5,10 +5,9 @@ import shlex
 from pathlib import Path
 
 from jetflow import cli, configs, sweeps
-from jetflow.cli.commands.sweep import point
 from jetflow.cli.flags import parse
 from jetflow.flows.build import build
-from jetflow.tools.sweep.folder import Folder
+from jetflow.tools.sweep.runner import Runner
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,7 +42,7 @@ def test_sweep_example(tmp_path):
     path.write_text(example.replace("../", f"{ROOT}/configs/"))
     sweep = sweeps.read(str(path))
     assert len(sweep.points) == 6
-    point.Runner(sweep, Folder(tmp_path), run=None, data_dir=None).check(on_this_machine=True)
+    Runner(sweep, tmp_path).check()
 
 
 def test_commands_parse(monkeypatch):

@@ -13,8 +13,7 @@ import jetflow
 from jetflow import likelihood
 from jetflow.noise import keys_by_example
 from jetflow.sampling import ancestral
-from jetflow.sampling.ancestral import Sampler, draw_all, quantise
-from jetflow.sampling.denoise import denoised
+from jetflow.sampling.ancestral import Sampler, denoised, draw_all, quantise
 from jetflow.types import Guidance, UsageError
 
 KEY = jax.random.key(7)

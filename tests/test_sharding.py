@@ -129,32 +129,30 @@ def test_the_state_of_a_device_falls_with_their_number():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tarflow", "jet"])
-def test_all_meshes_train_alike(name, tmp_path):
+def test_all_meshes_train_alike(tmp_path):
     """With noise, averaged parameters and accumulation; and each goes on where another stopped."""
     # Wide enough for all matrices of its layers to be split.
-    width = {"tarflow": 256, "jet": 128}[name]
-    fields = {"flow__width": width, "train__steps": 20, "train__checkpoint_every": 10,
+    fields = {"flow__width": 256, "train__steps": 20, "train__checkpoint_every": 10,
               "train__sample_every": 0}  # fmt: skip
 
     def run(workdir, devices, data, fsdp, tensor, **more):
         mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
-        arguments = tiny_runs.arguments(name, workdir, **fields, **mesh, **more)
+        arguments = tiny_runs.arguments("tarflow", workdir, **fields, **mesh, **more)
         variables = {"JAX_NUM_CPU_DEVICES": str(devices)} | tiny_runs.UNOPTIMISED
         process = tiny_runs.start(arguments, **variables)
-        _, said = process.communicate(timeout=600)
-        assert process.returncode == 0, said
-        megabytes = float(re.search(r"takes ([\d.,]+) MB a device", said)[1].replace(",", ""))
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+        megabytes = float(re.search(r"takes ([\d.,]+) MB a device", errors)[1].replace(",", ""))
         return read_metrics(workdir / "metrics.jsonl"), megabytes
 
     expected, whole = run(tmp_path / "one", 1, 1, 1, 1)
-    for axes in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
+    for axes in [(1, 8, 1), (2, 2, 2)]:
         actual, part = run(tmp_path / "x".join(map(str, axes)), 8, *axes)
         for several, one in zip(actual, expected, strict=True):
             assert several.keys() == one.keys()
             for metric in set(one) - set(SPEED):
                 assert several[metric] == pytest.approx(one[metric], rel=1e-5), (axes, metric)
-        assert part == whole if axes == (8, 1, 1) else part < 1.4 * whole / (axes[1] * axes[2])
+        assert part < 1.4 * whole / (axes[1] * axes[2])
 
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "2x2x2", moved)

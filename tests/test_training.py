@@ -332,7 +332,7 @@ def test_what_is_said(tmp_path, capsys):
     assert [line.partition(":")[0] for line in held_out] == ["step 6", "step 12"]
     assert "1 noise draw, averaged weights, given the labels)" in held_out[0]
     assert "± " in held_out[1] and "2 noise" in held_out[1]
-    assert all("297 examples, resize: none, checksum " in line for line in held_out)
+    assert all("297 images, resize: none, checksum " in line for line in held_out)
     assert text.count("not comparable with a bpd of dequantised images") == len(held_out)
     (done,) = [line for line in lines if line.startswith("done: step 12, held-out bpd ")]
     assert "2 noise draws" in done

@@ -13,7 +13,7 @@ import tiny_runs
 from jetflow import cli, hosts
 from jetflow.files import write_json
 from jetflow.types import UsageError
-from jetflow.workdir import FORMAT, claimed, read_config
+from jetflow.workdir import FORMAT, claimed, read_config, read_flow
 
 GOLDEN = Path(__file__).parent / "golden" / "workdirs"  # see the README beside it
 
@@ -61,6 +61,7 @@ def test_cadences_mesh_and_workers_may_change(run):
         ({"optim__lr": 0.2}, r"config.optim.lr is 0.1 there and 0.2 here; .*init_from"),
         ({"resolved__data_version": "1.0.1"}, "data_version is 1.0.0 there and 1.0.1 here; its da"),
         ({"resolved__train_examples": 161}, "train_examples is 160 there and 161 here; its data"),
+        ({"resolved__total_steps": 21}, "total_steps is 20 there and 21 here; its data"),
         ({"train__epochs": 3, "resolved__total_steps": 30},
          "epochs is 2 there and 3 here, config.resolved.total_steps is 20 there .* --extend"),
     ],
@@ -85,7 +86,9 @@ def test_a_run_without_steps_gives_way(run):
     assert read_config(run)["optim"]["lr"] == 0.2
 
 
-def test_a_newer_format_is_refused(run):
+def test_an_incomplete_config_and_a_newer_format_are_refused(run):
+    with pytest.raises(UsageError, match=r"config.json is incomplete \(KeyError\('flow'\)\)"):
+        read_flow(run)
     write_json(run / "config.json", {"format": FORMAT + 1, **CONFIG})
     with pytest.raises(UsageError, match=rf"config.json has format {FORMAT + 1}, newer than"):
         begin(run, CONFIG)

@@ -71,11 +71,11 @@ def find(argv: Sequence[str]) -> tuple[Command, list[str]]:
     module = importlib.import_module(f"jetflow.cli.{name}")
     if not hasattr(module, "COMMANDS"):
         return module.COMMAND, [name, *arguments]
-    words = [word for word in arguments if not word.startswith("-")]
-    if words and words[0] in module.COMMANDS:
-        arguments.remove(words[0])
-        return module.COMMANDS[words[0]], [f"{name} {words[0]}", *arguments]
-    if not words and HELP & set(arguments):
+    for words, command in module.COMMANDS.items():  # such as "train", or "--reverse tarflow"
+        if set(words.split()) <= set(arguments):
+            rest = [word for word in arguments if word not in words.split()]
+            return command, [f"{name} {words}", *rest]
+    if HELP & set(arguments):
         return next(iter(module.COMMANDS.values())), [name, *arguments]
     raise UsageError(
         f"{' '.join(argv[:2])!r} is no command; expected jetflow {name} followed by one of "

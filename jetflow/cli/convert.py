@@ -2,58 +2,37 @@
 
 import dataclasses
 import shlex
-from typing import Any
+from pathlib import Path
 
 import jax
 
 from jetflow.cli.flags import Command
 from jetflow.files import check_writable
 from jetflow.model import load_model
-from jetflow.options import option
+from jetflow.options import Options, option
 from jetflow.tools.convert import jet_run, tarflow_run, to_tarflow
 from jetflow.tools.convert.models import Published
 from jetflow.tools.convert.runs import JetOptions, RunOptions, TarflowOptions
 from jetflow.types import UsageError
 
-# What must be given, but not with --reverse.
-NEEDED = ("image_size", "channels", "patch_size", "noise_std")
-
-
-def _optional(name: str) -> Any:
-    """The same option of `TarflowOptions`, open."""
-    metadata = TarflowOptions.__dataclass_fields__[name].metadata
-    return dataclasses.field(default=None, metadata=metadata)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TarflowCommand(TarflowOptions):
-    reverse: bool = option(False, "write the TarFlow of the workdir SOURCE as a .pth")
-    image_size: int | None = _optional("image_size")
-    channels: int | None = _optional("channels")
-    patch_size: int | None = _optional("patch_size")
-    noise_std: float | None = _optional("noise_std")
+class ReverseOptions(Options):
+    """The way back."""
+
+    source: Path = option(help="the workdir of a TarFlow")
+    out: Path = option(help="the .pth file to write", example="FILE.pth")
 
 
-def _tarflow(options: TarflowCommand) -> None:
-    if options.reverse:
-        return _reverse(options)
-    for name in NEEDED:
-        if getattr(options, name) is None:
-            example = TarflowOptions.__dataclass_fields__[name].metadata["example"]
-            raise UsageError(f"--{name} is missing; expected --{name} {example}, say")
-    fields = vars(options) | {"reverse": None}
-    del fields["reverse"]
-    _report("tarflow", options, tarflow_run(**fields), options.noise_std or 0.0)
+def _tarflow(options: TarflowOptions) -> None:
+    _report("tarflow", options, tarflow_run(**vars(options)), options.noise_std)
 
 
 def _jet(options: JetOptions) -> None:
     _report("jet", options, jet_run(**vars(options)), 0.0)
 
 
-def _reverse(options: TarflowCommand) -> None:
-    for name in options.changed():
-        if name not in ("source", "out", "reverse"):
-            raise UsageError(f"--{name} has no effect with --reverse; leave it out")
+def _reverse(options: ReverseOptions) -> None:
     if options.out.exists():
         raise UsageError(f"{options.out} exists; give another --out")
     check_writable("out", options.out)
@@ -81,10 +60,16 @@ def _report(kind: str, options: RunOptions, published: Published, noise_std: flo
 
 
 COMMANDS = {
+    "--reverse tarflow": Command(
+        "jetflow convert --reverse tarflow runs/tar --out FILE.pth",
+        ReverseOptions,
+        _reverse,
+        ("source",),
+    ),
     "tarflow": Command(
         "jetflow convert tarflow SOURCE.pth --out runs/tar --image_size 64 --channels 3 "
         "--patch_size 2 --noise_std 0.05",
-        TarflowCommand,
+        TarflowOptions,
         _tarflow,
         ("source",),
     ),

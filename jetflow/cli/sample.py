@@ -11,15 +11,16 @@ from jaxtyping import Bool, Int, UInt8
 from jetflow import hosts, pictures
 from jetflow.archive import Archive, Collected, collect
 from jetflow.cli.flags import Command
-from jetflow.cli.mesh import mesh_option, read_mesh
 from jetflow.data import dataset as pipeline
 from jetflow.files import check_writable
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
+from jetflow.mesh import mesh_option, read_mesh
 from jetflow.model import Model, load_model
 from jetflow.noise import LARGEST_SEED, Purpose, key_for
 from jetflow.options import option
-from jetflow.sampling import explore
-from jetflow.sampling.ancestral import Drawn, Sampler, check_guided, draw_all, not_finite
+from jetflow.sampling import latents
+from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, not_finite
+from jetflow.sampling.guidance import check_guided
 from jetflow.sampling.options import SamplingOptions
 from jetflow.types import UsageError
 
@@ -160,10 +161,10 @@ def _reconstruct(options: SampleOptions, model: Model, num: int) -> UInt8[np.nda
         images, label = batch.image, batch.label if model.flow.num_classes else None
     sampler = model.sampler(options, min(options.batch_size, len(images)))
     kind = model.noise.kind
-    z, _ = explore.encode(sampler, images, label, kind, options.batch_size)
-    drawn = explore.decode(sampler, z, label, options.batch_size)
+    z, _ = latents.encode(sampler, images, label, kind, options.batch_size)
+    drawn = latents.decode(sampler, z, label, options.batch_size)
     _complain(drawn.finite)
-    error = drawn.pixels - (images + explore.centre(kind))
+    error = drawn.pixels - (images + latents.centre(kind))
     print(
         f"error of {len(images)} reconstructions, in pixel values 0..255: "
         f"largest {np.abs(error).max():.1e}, root mean square {np.sqrt((error**2).mean()):.1e}"
@@ -178,13 +179,13 @@ def _interpolate(options: SampleOptions, model: Model, num: int) -> UInt8[np.nda
     check_guided(sampler.guidance, label)
     if options.images:
         images = pictures.read_pictures(options.images, model.flow.image_shape)
-        ends, _ = explore.encode(
+        ends, _ = latents.encode(
             sampler, images, None if label is None else label[:2], model.noise.kind
         )
     else:
         ends = sampler.latents(key_for(options.seed, 0, Purpose.SAMPLE), np.arange(2))
-    path = explore.interpolate(ends[0], ends[1], num)
-    drawn = explore.decode(sampler, path, label, options.batch_size)
+    path = latents.interpolate(ends[0], ends[1], num)
+    drawn = latents.decode(sampler, path, label, options.batch_size)
     _complain(drawn.finite)
     return drawn.images(model.noise.kind)[:, None]
 
@@ -195,7 +196,7 @@ def _trace(options: SampleOptions, model: Model, num: int) -> UInt8[np.ndarray, 
     label = _labels(options, model, num)
     check_guided(sampler.guidance, label)
     z = sampler.latents(key_for(options.seed, 0, Purpose.SAMPLE), np.arange(num))
-    stages = explore.trace(sampler, z, label, options.batch_size)
+    stages = latents.trace(sampler, z, label, options.batch_size)
     _complain(np.isfinite(stages[-1]).all(axis=(1, 2, 3)))
     shown = np.linspace(0, len(stages) - 1, min(len(stages), LARGEST_STRIP)).round().astype(int)
     return np.stack([Drawn(stages[stage]).images(model.noise.kind) for stage in shown])

@@ -1,4 +1,4 @@
-"""From a data set's name to batches: TFDS prepares and stores, Grain orders and reads ahead.
+"""From a data set's name to batches: prepared data is read by TFDS, and ordered by Grain.
 
 The order of the data has no state: train batch k holds the rows [k·B, (k+1)·B) of a stream that the
 seed alone fixes, and each process reads those of them that lie on its devices. So a run resumes
@@ -9,18 +9,21 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Generator
-from typing import Any
+import sys
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
-from jetflow.data import prepared
-from jetflow.data import workers as reading
-from jetflow.data.records import Examples, update_checksum
+from jetflow.data import processes, reading, records, sources
+from jetflow.data.prepare import UNREADABLE, is_prepared, make
 from jetflow.types import NO_LABEL, Batch, UsageError
+
+VERSION = "1.0.0"
 
 # Few threads: for small images Python's lock is the limit, and Grain's default of 16 threads reads
 # photos/16 a third slower than two do (15,000 images a second against 20,000, on two cores).
@@ -68,11 +71,12 @@ class Dataset:
         for batch in eval_batches(self, batch_size=256):
             for image, label, index in zip(*batch, strict=True):
                 if index >= 0:
-                    update_checksum(digest, image, label if self.num_classes else None)
+                    label = int(label) if self.num_classes else None
+                    records.update_checksum(digest, image.tobytes(), label)
         return digest.hexdigest()[:16]
 
     def facts(self) -> dict[str, Any]:
-        """All that a result depends on in its data: what stands beside every number."""
+        """All that a result depends on in its data, to stand beside every number."""
         return {
             "name": self.name,
             "version": self.version,
@@ -90,23 +94,69 @@ class Dataset:
         return f"{data}: {len(self):,} images of {shape}, {classes}"
 
 
+class Records:
+    """Random access to images and labels: what TFDS's own data source gives, in less time.
+
+    That one goes through all that a feature could be, for each image anew, which for small images
+    takes longer than to read them.
+
+    Attributes:
+        stored: random access to the stored bytes, with `__getitems__`.
+        features: an image in any encoding, and perhaps a label.
+    """
+
+    def __init__(self, stored: Any, features: tfds.features.FeaturesDict):
+        self.stored = stored
+        self._features: Any = features
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": uint8 [H, W, C], "label"?: int} of an image."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Of several at once, whose bytes are read in parallel."""
+        return list(map(self._decode, self.stored.__getitems__(indices) if indices else []))
+
+    def _decode(self, record: bytes) -> dict[str, Any]:
+        stored, label = records.decode(record)
+        image = {"image": self._features["image"].decode_example_np(stored)}
+        return image if label is None else {**image, "label": label}
+
+
 def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) -> Dataset:
     """A split of a data set, which is prepared first where that takes no archives.
 
+    Several processes may call this at once.
+
     Args:
-        name: of a builder in `BUILDERS`, with its config where it has some: "digits", "photos/16".
+        name: of a data set, with its size where it has some: "digits", "photos/16".
         split: "train", "test", or a part as TFDS writes it: "train[:90%]".
         data_dir: where prepared data lies; default `$TFDS_DATA_DIR`, else ~/tensorflow_datasets.
 
     Raises:
         UsageError: unknown name or split, or data that is not there and cannot be prepared.
     """
-    builder: Any = prepared.find(name, data_dir)  # TFDS's decorators hide its signatures
+    source, folder = sources.find(name), _root(data_dir) / name / VERSION
+    if not is_prepared(folder):
+        manual_dir = _manual_dir(_root(data_dir))
+        if source.archives:
+            present = "" if source.missing(manual_dir) else f"; its archives are in {manual_dir}"
+            raise UsageError(
+                f"data set {name!r} was not found in {folder}; prepare it once with `jetflow "
+                f"prepare {name} --manual_dir DIR`, DIR with {'; '.join(map(str, source.archives))}"
+                + present
+            )
+        print(f"preparing data set {name} in {folder} (once)", file=sys.stderr, flush=True)
+        make(source, folder, manual_dir, workers=1)
+    builder: Any = tfds.builder_from_directory(folder)  # TFDS's decorators hide its signatures
     try:
-        source = builder.as_data_source(
+        stored = builder.as_data_source(
             split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
-        if not len(source):
+        if not len(stored):
             raise ValueError("no examples")
     except ValueError as error:  # what TFDS raises for unknown, malformed and empty splits
         counts = ", ".join(f"{s.name} ({s.num_examples:,})" for s in builder.info.splits.values())
@@ -114,8 +164,7 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
             f"{split!r} is not a split of data set {name!r} with examples in it; it has {counts} "
             "and parts of these, such as 'train[:90%]'"
         ) from error
-    # As they were written, which another release may have done in another encoding.
-    features: Any = tfds.features.FeatureConnector.from_config(builder.data_dir)
+    features = builder.info.features
     metadata = builder.info.metadata or {}
     return Dataset(
         name=name,
@@ -123,10 +172,67 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         split=split,
         image_shape=features["image"].shape,
         num_classes=features["label"].num_classes if "label" in features else 0,
-        source=Examples(source, features),
+        source=Records(stored, features),
         resize=metadata.get("resize", "none"),
         known_checksum=metadata.get("checksums", {}).get(split),
     )
+
+
+class Prepared(NamedTuple):
+    """A data set that is ready to be read.
+
+    Attributes:
+        folder: its own.
+        splits: all that it has.
+        unreadable: files that were left out; `folder`/unreadable.tsv has their names and reasons.
+        differences: a line for each split whose number of images is not the published one.
+    """
+
+    folder: Path
+    splits: dict[str, Dataset]
+    unreadable: int
+    differences: list[str]
+
+
+def prepare(
+    name: str,
+    *,
+    manual_dir: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike | None = None,
+    workers: int | None = None,
+) -> Prepared:
+    """Prepare a data set, from archives where it needs some; goes on where a kill stopped it.
+
+    Args:
+        manual_dir: the folder of the archives; default: downloads/manual in `data_dir`, as in TFDS.
+        data_dir: where the data is to lie; default as for `load`.
+        workers: processes that decode; default: one for each core.
+
+    Raises:
+        UsageError: unknown name, archives that are missing, no space or no rights.
+    """
+    source, folder = sources.find(name), _root(data_dir) / name / VERSION
+    if source.archives and not is_prepared(folder):
+        archives = Path(manual_dir or _manual_dir(_root(data_dir))).expanduser().absolute()
+        make(source, folder, archives, workers or processes.cores())
+    elif not source.archives:
+        load(name, "train", data_dir=data_dir)
+    infos = tfds.builder_from_directory(folder).info.splits
+    splits = {split: load(name, split, data_dir=data_dir) for split in infos}
+    counts = {split: len(dataset) for split, dataset in splits.items()}
+    file = folder / UNREADABLE
+    unreadable = file.read_text("utf-8").count("\n") if file.exists() else 0
+    return Prepared(folder, splits, unreadable, source.differences(counts, unreadable))
+
+
+def _root(data_dir: str | os.PathLike | None) -> Path:
+    """The folder of all data sets: as given, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    # TFDS has the same default, but reads the environment only once, at import.
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
+def _manual_dir(root: Path) -> Path:
+    return root / "downloads" / "manual"
 
 
 def train_batches(
@@ -177,7 +283,7 @@ def _read_all(
     """The batches whose examples are at `positions`, a Grain data set of int [B]."""
     read = functools.partial(_read, dataset, rows)
     batches = positions.map(read).to_iter_dataset(_READ_OPTIONS)
-    yield from reading.read(batches, workers) if workers else batches
+    yield from reading.read_by_workers(batches, workers) if workers else batches
 
 
 def _read(dataset: Dataset, rows: Int[np.ndarray, "R"] | None, positions: np.ndarray) -> Batch:

@@ -17,8 +17,6 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-AS_PUBLISHED = "none (pixels as published)"
-
 
 class Unreadable(Exception):
     """A file that is no whole image, or not one of the size that its data set has."""
@@ -38,7 +36,7 @@ def decode(content: bytes) -> Image.Image:
             with Image.open(io.BytesIO(content)) as file:
                 file.load()
                 return _as_rgb(ImageOps.exif_transpose(file))
-    except (Unreadable, MemoryError):  # the machine's want, not the file's
+    except (Unreadable, MemoryError):  # the machine lacks memory: the file may be whole
         raise
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged files
         reason = " ".join(str(error).split())
@@ -53,13 +51,11 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which Pillow keeps in 16 or 32
         high = np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF) >> 8
         image = Image.fromarray(high.astype(np.uint8))
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")  # a copy of what is RGB already
 
 
 def resize_method(size: int) -> str:
@@ -75,8 +71,8 @@ def resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size C"]:
     """
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
-    how = Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC
-    square = image.resize((size, size), how, box=(left, top, left + side, top + side))
+    method = Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC
+    square = image.resize((size, size), method, box=(left, top, left + side, top + side))
     return np.asarray(square)
 
 
@@ -84,7 +80,7 @@ def exactly(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size C"]:
     """The pixels of an image that must be size x size already.
 
     Raises:
-        Unreadable: if it is not.
+        Unreadable: it is of another size.
     """
     if image.size != (size, size):
         raise Unreadable(f"{image.width}x{image.height} pixels instead of {size}x{size}")

@@ -1,54 +1,125 @@
-"""The examples of a data set as TFDS stores them: ArrayRecord files of protocol buffers."""
+"""A shard of a data set: its images, decoded, as an ArrayRecord file of `tf.train.Example`s."""
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-_MESSAGES: Any = tf_example_pb2  # which makes its classes at import: no type checker sees them
+from jetflow.data.images import Unreadable
+from jetflow.data.source import Member, Source, name_hash
+from jetflow.files import write_atomically
+
+_OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in any order
+_Example: Any = tf_example_pb2.Example  # made at import: no type checker sees it
 
 
-class Examples:
-    """Random access to images and labels: what TFDS's own data source gives, in less time.
+class Shard(NamedTuple):
+    """Neighbouring members of a split, which one process decodes and writes.
 
-    That one goes through all that a feature could be, for each example anew, which for small images
-    takes longer than to read them.
+    Attributes:
+        split: of the images, but for those that the source holds out for `validation`.
+        files: the ArrayRecord file of each split that may get some of them.
+        note: a file that is written last, with a line for each image that was left out.
     """
 
-    def __init__(self, records: Any, features: tfds.features.FeaturesDict):
-        """
-        Args:
-            records: random access to the stored bytes, with `__getitems__`.
-            features: an image that is stored as a string, and perhaps a label.
-        """
-        self._records = records
-        self._features = features
+    members: tuple[Member, ...]
+    split: str
+    files: dict[str, Path]
+    note: Path
 
-    def __len__(self) -> int:
-        return len(self._records)
+    @property
+    def size(self) -> int:
+        return sum(member.size for member in self.members)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 [H, W, C], "label"?: int} of an example."""
-        return decode(self._records[index], self._features)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Of several at once, whose bytes are read in parallel."""
-        records = self._records.__getitems__(indices) if indices else []
-        return [decode(record, self._features) for record in records]
-
-
-def decode(record: bytes, features: Any) -> dict[str, Any]:
-    """{"image": uint8 [H, W, C], "label"?: int} of an example as it is stored."""
-    stored = _MESSAGES.Example.FromString(record).features.feature
-    image = features["image"].decode_example_np(stored["image"].bytes_list.value[0])
-    label = {"label": stored["label"].int64_list.value[0]} if "label" in features else {}
-    return {"image": image, **label}
+    def counts(self) -> dict[str, int] | None:
+        """The number of images in each split; None if the shard is not written, or not whole."""
+        if not all(file.exists() for file in (self.note, *self.files.values())):
+            return None
+        counts = {}
+        with contextlib.suppress(RuntimeError):
+            for split, file in self.files.items():
+                reader = ArrayRecordReader(os.fspath(file))
+                number = reader.num_records()
+                reader.close()  # which raises if the file is cut
+                counts[split] = number
+        return counts if len(counts) == len(self.files) else None
 
 
-def update_checksum(digest: Any, image: np.ndarray, label: Any) -> None:
+def write_shard(shard: Shard, source: Source, is_labelled: bool) -> dict[str, int]:
+    """Decode the images of a shard and write them, unless that is done; gives their counts."""
+    if counts := shard.counts():
+        return counts
+    unreadable = []
+    partial = {
+        split: file.with_name(f"{file.name}.{os.getpid()}.incomplete")
+        for split, file in shard.files.items()
+    }
+    writers = {
+        split: ArrayRecordWriter(os.fspath(path), _OPTIONS) for split, path in partial.items()
+    }
+    for name, content, label in (image for member in shard.members for image in member.read()):
+        try:
+            pixels = source.pixels(content)
+        except Unreadable as reason:
+            unreadable.append(f"{one_line(name)}\t{one_line(str(reason))}\n")
+            continue
+        is_held_out = source.held_out and name_hash(name.split("/")[-1]) % source.held_out == 0
+        writer = writers["validation" if is_held_out else shard.split]
+        writer.write(encode(pixels, label if is_labelled else None))
+    for split, writer in writers.items():
+        writer.close()
+        partial[split].rename(shard.files[split])
+    with write_atomically(shard.note) as file:
+        file.write("".join(unreadable).encode())
+    shard.note.with_suffix(".tar").unlink(missing_ok=True)
+    counts = shard.counts()
+    assert counts
+    return counts
+
+
+def encode(pixels: np.ndarray, label: int | None) -> bytes:
+    """An image as TFDS stores it: as it is, and not compressed.
+
+    On one core, shuffled images of 64x64 and 256x256 pixels are read at 11,800 and 5,400 a second,
+    against 5,200 and 230 with ZLIB and 950 and 105 as PNG, which take 0.8 and 0.7, and 0.6 and 0.57
+    of the bytes (crops of two photographs).
+    """
+    example = _Example()
+    example.features.feature["image"].bytes_list.value.append(pixels.tobytes())
+    if label is not None:
+        example.features.feature["label"].int64_list.value.append(label)
+    return example.SerializeToString(deterministic=True)  # its map has an order by chance
+
+
+def decode(record: bytes) -> tuple[bytes, int | None]:
+    """The bytes of an image as it is stored, and its label if it has one."""
+    features = _Example.FromString(record).features.feature
+    label = features["label"].int64_list.value[0] if "label" in features else None
+    return features["image"].bytes_list.value[0], label
+
+
+def read_shard(path: Path) -> Iterator[bytes]:
+    """The records of an ArrayRecord file, in order."""
+    reader = ArrayRecordReader(os.fspath(path))
+    for start in range(0, reader.num_records(), 256):
+        yield from reader.read(range(start, min(start + 256, reader.num_records())))
+    reader.close()
+
+
+def update_checksum(digest: Any, pixels: bytes, label: int | None) -> None:
     """Add an image's pixels and, where there are labels, its label to a SHA-256."""
-    digest.update(image.tobytes())
+    digest.update(pixels)
     if label is not None:
         digest.update(np.int32(label).astype("<i4").tobytes())
+
+
+def one_line(name: str) -> str:
+    """A name without tabs, line breaks and what is not UTF-8: these are escaped."""
+    odd = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+    return odd.sub(lambda match: match[0].encode("unicode_escape").decode(), name)

@@ -1,10 +1,18 @@
 """The Inception-v3 of the Fréchet Inception distance, as TensorFlow 1 ran it (arXiv 1512.00567).
 
-Every FID in print is of this one network and these weights, which differ from those of other
+Every published FID is of this one network and these weights, which differ from those of other
 Inception-v3s: average pools that leave the padding out, a maximum pool in the last block, 1008
 classes. The weights are those that torch-fidelity and pytorch-fid publish.
 """
 
+import dataclasses
+import hashlib
+import os
+import re
+import sys
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +21,24 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
-from jetflow.types import AnyArray
+from jetflow import hosts
+from jetflow.files import write_atomically
+from jetflow.pth import read_pth
+from jetflow.types import AnyArray, UsageError
+
+URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
+NAME = URL.rpartition("/")[2]
+PUBLISHED = "6726825d"  # how the SHA-256 of the published file begins
 
 SIZE = 299  # pixels
 RESIZE = f"bilinear to {SIZE}x{SIZE} as in TensorFlow 1, no half-pixel centres"
 BATCH_NORM_EPSILON = 1e-3
 SPATIAL_CHANNELS = 7  # of the spatial features, as in ADM's evaluator
+SHAPES = {"64": (64,), "192": (192,), "768": (768,), "2048": (2048,), "logits": (1008,),
+          "spatial": (17, 17, SPATIAL_CHANNELS)}  # fmt: skip
 
 # A block is the concatenation of its branches, a branch a chain of convolutions or pools. "a|b" are
 # two convolutions side by side; "/2" has stride 2 and no padding, all others keep the size.
@@ -42,6 +62,97 @@ STEM = (
     ("Conv2d_1a_3x3/2", "Conv2d_2a_3x3/1", "Conv2d_2b_3x3", "maximum/2"),  # "/1": no padding
     ("Conv2d_3b_1x1", "Conv2d_4a_3x3/1", "maximum/2"),
 )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """The network with its weights.
+
+    Attributes:
+        arrays: as `fold` makes them.
+        sha256: of their file, in hex.
+    """
+
+    arrays: Any
+    sha256: str
+
+    @property
+    def is_published(self) -> bool:
+        return self.sha256.startswith(PUBLISHED)
+
+    def facts(self) -> dict[str, Any]:
+        """The part of every record that names the network."""
+        return {
+            "weights_sha256": self.sha256,
+            "published_weights": self.is_published,
+            "resize": RESIZE,
+        }
+
+
+def load(path: Path | None = None) -> Network:
+    """The network of a file, by default of the published one, which is downloaded once.
+
+    A name that ends in 8 hex digits, as published ones do, must begin the file's SHA-256.
+
+    Raises:
+        UsageError: if it is missing, cannot be downloaded, is damaged or of another network.
+    """
+    if path is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        path = Path(cache).expanduser() / "jetflow" / NAME
+        if not path.exists():
+            _download(path)
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(
+            f"inception_weights {path} cannot be read ({error}); expected {NAME}, from {URL}"
+        ) from error
+    promised = re.search(r"-([0-9a-f]{8})\.", path.name)
+    if promised and not digest.startswith(promised[1]):
+        raise UsageError(
+            f"{path} is damaged: its SHA-256 begins {digest[:8]}, but its name says {promised[1]}; "
+            f"delete it and download {URL} again"
+        )
+    return Network(_folded(path, read_pth(path)), digest)
+
+
+def _download(path: Path) -> None:
+    if hosts.is_first():
+        print(f"downloading {URL} to {path} (once, 95 MB)", file=sys.stderr, flush=True)
+    try:
+        with write_atomically(path) as file, urllib.request.urlopen(URL, timeout=60) as answer:
+            digest = hashlib.sha256()
+            while block := answer.read(2**20):
+                digest.update(block)
+                file.write(block)
+            if not digest.hexdigest().startswith(PUBLISHED):
+                raise OSError(f"the file there has the SHA-256 {digest.hexdigest()[:8]}…")
+    except OSError as error:  # of the disk or of the network
+        raise UsageError(
+            f"the weights of the FID's network cannot be downloaded ({error}); on a machine with "
+            f"internet, get {URL}, and give the file with --inception_weights PATH/{NAME}"
+        ) from error
+
+
+def _folded(path: Path, tensors: Mapping[str, np.ndarray]) -> Any:
+    """The folded weights, if they are those of the network."""
+    problem = "its tensors have other shapes"
+    try:
+        arrays = fold(dict(tensors))
+        image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+        outputs = jax.eval_shape(activations, arrays, image)
+        fits = {name: array.shape[1:] for name, array in outputs.items()} == SHAPES
+    except KeyError as error:
+        fits, problem = False, f"it has no {error.args[0]}"
+    except (TypeError, ValueError):  # shapes that do not fit each other
+        fits = False
+    if not fits:
+        raise UsageError(
+            f"{path} is not of the FID's Inception-v3: {problem}; expected {NAME}, from {URL}"
+        )
+    return arrays
 
 
 def fold(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -96,22 +207,22 @@ def activations(weights: Any, images: Num[AnyArray, "B H W C"]) -> dict[str, Flo
     """
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))  # gray is the same in all channels
     x = (resize(images.astype(jnp.float32)) - 128) / 128
-    found = {}
-    for features, steps in zip(("64", "192"), STEM, strict=True):
+    features = {}
+    for size, steps in zip(("64", "192"), STEM, strict=True):
         x = _chain(weights, "", steps, x)
-        found[features] = x.mean((1, 2))
+        features[size] = x.mean((1, 2))
     for name, branches in BLOCKS.items():
         outputs = [_chain(weights, f"{name}.", branch.split(), x) for branch in branches]
         if name == "Mixed_6d":
-            found["spatial"] = outputs[0][..., :SPATIAL_CHANNELS]
+            features["spatial"] = outputs[0][..., :SPATIAL_CHANNELS]
         x = jnp.concatenate(outputs, axis=-1)
         if name == "Mixed_6e":
-            found["768"] = x.mean((1, 2))
-    found["2048"] = x.mean((1, 2))
-    found["logits"] = jnp.matmul(
-        found["2048"], weights["fc"]["kernel"], precision=jax.lax.Precision.HIGHEST
+            features["768"] = x.mean((1, 2))
+    features["2048"] = x.mean((1, 2))
+    features["logits"] = jnp.matmul(
+        features["2048"], weights["fc"]["kernel"], precision=jax.lax.Precision.HIGHEST
     )
-    return found
+    return features
 
 
 def _chain(weights, prefix: str, steps, x):

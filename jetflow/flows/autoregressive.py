@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jetflow.flows import affine
 from jetflow.nn.causal import KERNEL_INIT, Cache, CausalTransformer, bias_init, enlarged
-from jetflow.nn.transformer import at_least_float32
+from jetflow.nn.transformer import at_least_float32, class_token
 from jetflow.types import BlockInputs, BlockOutputs, Decoding, Guidance
 
 LARGEST_GUESS = 1e4  # far above any token's value, far below what overflows in a net
@@ -18,8 +18,8 @@ SEGMENT, MOST_SEGMENTS = 64, 3  # tokens between enlargements of the cache; each
 EMBEDDING_INIT = nn.initializers.normal(stddev=1e-2)
 
 
-class _Given(NamedTuple):
-    """What the decoding of all tokens is given; P rows are B, or with guidance twice as many.
+class _Context(NamedTuple):
+    """What each step of a decoding needs; P rows are B, or with guidance twice as many.
 
     Then an image's conditional and unconditional row are neighbours, so that they lie on one device
     where the batch is split over several.
@@ -29,14 +29,7 @@ class _Given(NamedTuple):
     condition: Float[Array, "P W"]
     temperature: Float[Array, "P"]
     layer_params: tuple[Any, ...]
-
-
-class _Sequence(NamedTuple):
-    """The carry of sequential decoding: the last token, the caches, and the log-det."""
-
-    token: Float[Array, "B D"]
-    cache: Cache
-    logdet: Float[Array, "B"]
+    guidance: Guidance | None
 
 
 class _Window(NamedTuple):
@@ -54,46 +47,34 @@ class AutoregressiveBlock(nn.Module):
     """z_i = (x_i − μ_i)·exp(−α_i), with (α_i, μ_i) predicted from the tokens before i.
 
     Attributes:
+        transformer: the causal net.
         token_shape: (T, D).
-        width, num_layers, num_heads: of the causal transformer.
         num_classes: 0 for a block without class embedding.
         backward: decode the tokens from the last to the first.
         volume_preserving: predict no α; the log-determinant is 0.
-        dtype, remat, scan: of the net.
     """
 
+    transformer: CausalTransformer
     token_shape: tuple[int, int]
-    width: int
-    num_layers: int
-    num_heads: int
     num_classes: int
     backward: bool
     volume_preserving: bool
-    dtype: jnp.dtype
-    remat: str
-    scan: bool
 
     def setup(self):
         tokens, features = self.token_shape
-        wide = at_least_float32(self.dtype)
+        width, dtype = self.transformer.width, self.transformer.dtype
         self.proj_in = nn.Dense(
-            self.width,
-            dtype=self.dtype,
-            kernel_init=KERNEL_INIT,
-            bias_init=bias_init(features),
+            width, dtype=dtype, kernel_init=KERNEL_INIT, bias_init=bias_init(features)
         )
-        self.position = self.param("position", EMBEDDING_INIT, (tokens, self.width), jnp.float32)
+        self.position = self.param("position", EMBEDDING_INIT, (tokens, width), jnp.float32)
         if self.num_classes:
-            shape = (self.num_classes, self.width)
+            shape = (self.num_classes, width)
             self.class_embedding = self.param("class_embedding", EMBEDDING_INIT, shape, jnp.float32)
-        self.transformer = CausalTransformer(
-            self.width, self.num_layers, self.num_heads, self.dtype, self.remat, self.scan
-        )
         self.proj_out = nn.Dense(
             features if self.volume_preserving else 2 * features,
-            dtype=wide,
+            dtype=at_least_float32(dtype),
             kernel_init=nn.initializers.zeros_init(),
-            bias_init=bias_init(self.width),
+            bias_init=bias_init(width),
         )
 
     def forward(self, x, label):
@@ -106,9 +87,8 @@ class AutoregressiveBlock(nn.Module):
         x = self._in_order(x)
         log_scale, shift = self._predict(x, label)
         z, logdet = affine.normalise(x, log_scale, shift)
-        return BlockOutputs(
-            self._in_order(z), logdet, logdet[None], affine.root_mean_square(z)[None]
-        )
+        scale = affine.root_mean_square(z)
+        return BlockOutputs(self._in_order(z), logdet, logdet[None], scale[None])
 
     def inverse(self, z, label, guidance, decoding=None):
         return self.inverse_blocks(z, label, guidance, decoding)[:2]
@@ -120,80 +100,71 @@ class AutoregressiveBlock(nn.Module):
         guidance: Guidance | None,
         decoding: Decoding | None = None,
     ) -> BlockInputs:
-        """Token by token, or a window of tokens at a time, against a KV cache.
-
-        With guidance the conditional and the unconditional pass are one batch.
-        """
+        """Token by token, or a window of tokens at a time, against a KV cache."""
         decoding = decoding or Decoding()
         (z,) = affine.widen(self._in_order(z))
+        context = self._context(label, len(z), guidance)
         window = min(decoding.window, z.shape[1] - 1)
-        decode = self._by_windows if window > 1 else self._sequentially
-        x, logdet, sweeps, residual = decode(z, label, guidance, decoding)
+        decode = self._by_windows if window > 1 else self._token_by_token
+        x, logdet, sweeps, residual = decode(z, context, decoding)
         x = self._in_order(x)
         return BlockInputs(x, logdet, x[None], sweeps[None], residual[None])
 
-    def _sequentially(self, z, label, guidance, decoding):
-        """T − 1 steps, each of one token.
+    def _token_by_token(self, z, context: _Context, decoding: Decoding):
+        """T − 1 steps.
 
         A step reads the whole cache, so it grows as they go on: in few stages, as each is a loop of
         its own.
         """
         batch, tokens, _ = z.shape
-        given = self._given(label, batch, guidance)
-        cache = self.transformer.empty_cache(len(given.condition), 0, decoding.cache_dtype)
 
-        def body(block: AutoregressiveBlock, carry: _Sequence, inputs):
+        def step(block: AutoregressiveBlock, carry, inputs):
+            token, cache, total = carry
             index, next_z = inputs
-            last = carry.token[:, None]
-            log_scale, shift, cache = block._extend(last, index, carry.cache, given, guidance)
-            token, logdet = affine.denormalise(next_z[:, None], log_scale, shift)
-            return _Sequence(token[:, 0], cache, carry.logdet + logdet), token[:, 0]
+            log_scale, shift, cache = block._extend(token[:, None], index, cache, context)
+            x, logdet = affine.denormalise(next_z[:, None], log_scale, shift)
+            return (x[:, 0], cache, total + logdet), x[:, 0]
 
         # Token 0 has no past: its shift and log-scale are zero.
-        carry = _Sequence(z[:, 0], cache, jnp.zeros(batch, z.dtype))
-        scanned = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
-        inputs, found = (jnp.arange(tokens - 1), z[:, 1:].swapaxes(0, 1)), [z[None, :, 0]]
+        cache = self.transformer.empty_cache(len(context.condition), 0, decoding.cache_dtype)
+        carry, parts = (z[:, 0], cache, jnp.zeros(batch, z.dtype)), [z[None, :, 0]]
+        scanned = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+        inputs = jnp.arange(tokens - 1), z[:, 1:].swapaxes(0, 1)
         for segment in _segments(tokens - 1):
-            carry = carry._replace(cache=enlarged(carry.cache, segment.stop))
-            carry, part = scanned(
-                self, carry, jax.tree.map(lambda array, s=segment: array[s], inputs)
-            )
-            found.append(part)
-        x = jnp.concatenate(found).swapaxes(0, 1)
-        return x, carry.logdet, jnp.array(tokens - 1), jnp.zeros((), z.dtype)
+            token, cache, total = carry
+            carry = token, enlarged(cache, segment.stop), total
+            carry, part = scanned(self, carry, jax.tree.map(lambda a, s=segment: a[s], inputs))
+            parts.append(part)
+        x = jnp.concatenate(parts).swapaxes(0, 1)
+        return x, carry[-1], jnp.array(tokens - 1), jnp.zeros((), z.dtype)
 
-    def _by_windows(self, z, label, guidance, decoding):
+    def _by_windows(self, z, context: _Context, decoding: Decoding):
         """Gauss–Seidel–Jacobi: sweep a window of guesses, keep the leading ones that came true.
 
         A token follows from those before it. So the first one that is not settled is right after
         one sweep, and each further one as long as the guesses before it did not change by more
         than the tolerance. The window then starts behind them, but does not slide past the end:
-        the settled tokens that it holds there stay as they are. An image that is lost, as a settled
-        token of it is not finite, keeps no other one waiting.
+        the settled tokens in it stay as they are. An image with a settled token that is not finite
+        is lost, and keeps no other image waiting.
         """
         batch, tokens, _ = z.shape
         width = min(decoding.window, tokens - 1)
-        given = self._given(label, batch, guidance)
-
-        def unfinished(block: AutoregressiveBlock, carry: _Window):
-            return carry.done < tokens
 
         def sweep(block: AutoregressiveBlock, carry: _Window):
-            first = jnp.minimum(carry.done, tokens - width)
-            settled = first + jnp.arange(width) < carry.done
+            first, place = jnp.minimum(carry.done, tokens - width), jnp.arange(width)
+            settled = first + place < carry.done
             final = jnp.arange(tokens)[:, None] < carry.done
             lost = ~jnp.isfinite(jnp.where(final, carry.tokens, 0.0)).all((1, 2))
             before = _window(carry.tokens, first - 1, width)
-            log_scale, shift, cache = block._extend(before, first - 1, carry.cache, given, guidance)
-            found, _ = affine.denormalise(_window(z, first, width), log_scale, shift)
+            log_scale, shift, cache = block._extend(before, first - 1, carry.cache, context)
+            value, _ = affine.denormalise(_window(z, first, width), log_scale, shift)
             old = _window(carry.tokens, first, width)
-            change = jnp.where(lost[:, None, None], 0.0, _change(found, old)).max((0, 2))
+            change = jnp.where(lost[:, None, None], 0.0, _change(value, old)).max((0, 2))
             change = jnp.where(settled, 0.0, change)
             agreed = jnp.cumprod(change <= decoding.tolerance)
             count = 1 + agreed[:-1].sum()
-            place = jnp.arange(width)
             new = ((place < count) & ~settled)[:, None]
-            guess = jnp.where(settled[:, None], old, jnp.where(new, found, _guess(found)))
+            guess = jnp.where(settled[:, None], old, jnp.where(new, value, _guess(value)))
             return _Window(
                 first + count,
                 jax.lax.dynamic_update_slice_in_dim(carry.tokens, guess, first, axis=1),
@@ -203,33 +174,40 @@ class AutoregressiveBlock(nn.Module):
                 jnp.maximum(carry.residual, jnp.where(place < count - 1, change, 0.0).max()),
             )
 
-        cache = self.transformer.empty_cache(len(given.condition), tokens, decoding.cache_dtype)
-        zero = jnp.zeros((), z.dtype)
-        tokens_now = _guess(z).at[:, 0].set(z[:, 0])
         start = _Window(
-            jnp.array(1), tokens_now, cache, jnp.zeros(batch, z.dtype), jnp.array(0), zero
+            jnp.array(1),
+            _guess(z).at[:, 0].set(z[:, 0]),
+            self.transformer.empty_cache(len(context.condition), tokens, decoding.cache_dtype),
+            jnp.zeros(batch, z.dtype),
+            jnp.array(0),
+            jnp.zeros((), z.dtype),
         )
-        last = nn.while_loop(unfinished, sweep, self, start, split_rngs={"params": False})
-        return last.tokens, last.logdet, last.sweeps, last.residual
+        end = nn.while_loop(
+            lambda _, carry: carry.done < tokens, sweep, self, start, split_rngs={"params": False}
+        )
+        return end.tokens, end.logdet, end.sweeps, end.residual
 
-    def _given(self, label, batch: int, guidance: Guidance | None) -> _Given:
+    def _context(self, label, batch: int, guidance: Guidance | None) -> _Context:
+        """With guidance the conditional and the unconditional pass are one batch."""
         condition, temperature = self._class_token(label, batch), jnp.ones(batch)
         if guidance is not None:
             condition = _interleave(condition, self._class_token(None, batch))
             temperature = _interleave(temperature, jnp.full_like(temperature, guidance.temperature))
         position = self._in_order(self.position[None])[0]
-        return _Given(position, condition, temperature, self.transformer.layer_params())
+        layer_params = self.transformer.layer_params()
+        return _Context(position, condition, temperature, layer_params, guidance)
 
-    def _extend(self, x: Float[Array, "B S D"], start, cache: Cache, given: _Given, guidance):
+    def _extend(self, x: Float[Array, "B S D"], start, cache: Cache, context: _Context):
         """Log-scale and shift of the tokens after each of x, which are the tokens from `start`."""
         batch, size, _ = x.shape
-        position = jax.lax.dynamic_slice_in_dim(given.position, start, size)
-        hidden = self.proj_in(jnp.repeat(x, len(given.condition) // batch, axis=0))
-        hidden = hidden + (position + given.condition[:, None]).astype(hidden.dtype)
+        position = jax.lax.dynamic_slice_in_dim(context.position, start, size)
+        hidden = self.proj_in(jnp.repeat(x, len(context.condition) // batch, axis=0))
+        hidden = hidden + (position + context.condition[:, None]).astype(hidden.dtype)
         hidden, cache = self.transformer.extend(
-            hidden, cache, start, given.temperature, given.layer_params
+            hidden, cache, start, context.temperature, context.layer_params
         )
         log_scale, shift = self._split(self.proj_out(hidden))
+        guidance = context.guidance
         if guidance is not None:
             strength = guidance.scale
             if guidance.annealed:
@@ -243,10 +221,9 @@ class AutoregressiveBlock(nn.Module):
         """Log-scale and shift of every token: the net's outputs, shifted by one token."""
         # Summed before it is rounded to the net's dtype, as in `inverse`.
         embedding = self._in_order(self.position[None]) + self._class_token(label, len(x))[:, None]
-        hidden = self.proj_in(x) + embedding.astype(self.dtype)
+        hidden = self.proj_in(x) + embedding.astype(self.transformer.dtype)
         out = self.proj_out(self.transformer(hidden))
-        out = jnp.pad(out[:, :-1], ((0, 0), (1, 0), (0, 0)))
-        return self._split(out)
+        return self._split(jnp.pad(out[:, :-1], ((0, 0), (1, 0), (0, 0))))
 
     def _split(self, out):
         if self.volume_preserving:
@@ -256,13 +233,8 @@ class AutoregressiveBlock(nn.Module):
     def _class_token(self, label: Int[Array, "B"] | None, batch: int) -> Float[Array, "B W"]:
         """The embedding of the label; of a dropped or absent one, the mean over the classes."""
         if not self.num_classes:
-            return jnp.zeros((batch, self.width))
-        mean = self.class_embedding.mean(axis=0)
-        if label is None:
-            return jnp.broadcast_to(mean, (batch, self.width))
-        return jnp.where(
-            label[:, None] >= 0, self.class_embedding[jnp.maximum(label, 0)], mean[None]
-        )
+            return jnp.zeros((batch, self.transformer.width))
+        return class_token(self.class_embedding, self.class_embedding.mean(axis=0), label, batch)
 
     def _in_order(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Between image order and decoding order; its own inverse."""
@@ -286,9 +258,7 @@ def _guide(prediction: Float[Array, "P S D"], strength, guided: bool) -> Float[A
     """c + g·(c − u) of the interleaved conditional and unconditional predictions."""
     pairs = prediction.reshape(-1, 2, *prediction.shape[1:])
     conditional, unconditional = pairs[:, 0], pairs[:, 1]
-    if not guided:
-        return conditional
-    return conditional + strength * (conditional - unconditional)
+    return conditional + strength * (conditional - unconditional) if guided else conditional
 
 
 def _change(value: Float[Array, "B S D"], guess: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -299,7 +269,7 @@ def _change(value: Float[Array, "B S D"], guess: Float[Array, "B S D"]) -> Float
 def _guess(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """A value that does no harm where it is wrong: masked attention multiplies it by zero.
 
-    What is settled is never passed through here, so no answer is changed.
+    No settled token passes through this, so no answer is changed.
     """
     return jnp.clip(jnp.nan_to_num(x, nan=0.0), -LARGEST_GUESS, LARGEST_GUESS)
 

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jetflow.flows.autoregressive import AutoregressiveBlock
-from jetflow.flows.coupling import Couplings
+from jetflow.flows.coupling import Coupling, Couplings
 from jetflow.flows.pixels import Pixels
 from jetflow.flows.stack import Stack
+from jetflow.nn.causal import CausalTransformer
+from jetflow.nn.encoder import Encoder
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.types import UsageError
 
@@ -41,21 +43,21 @@ def jet(
     """
     _divides("num_heads", num_heads, "width", width)
     pixels = Pixels(image_shape, patch_size, scale=127.5, feature_order="hwc")
-    couplings = Couplings(
-        grid=pixels.grid,
-        features=pixels.token_shape[1],
-        num_couplings=num_couplings,
-        kinds=tuple(kinds),
-        scale_factor=scale_factor,
+    _, features = pixels.token_shape
+    encoder = Encoder(
         net=_one_of("net", net, NETS),
+        grid=pixels.grid,
         width=width,
-        block_depth=block_depth,
+        num_layers=block_depth,
         num_heads=num_heads,
+        out_features=features,
         num_classes=num_classes,
         dtype=_dtype(dtype),
-        remat=_policy(remat),
+        remat=_one_of("remat", remat, tuple(REMAT_POLICIES)),
         scan=scan,
     )
+    coupling = Coupling(encoder, scale_factor)
+    couplings = Couplings(coupling, pixels.grid, features, num_couplings, tuple(kinds))
     return Stack(pixels, (couplings,), num_classes)
 
 
@@ -92,18 +94,14 @@ def tarflow(
         raise UsageError(
             f"config.flow.layers_per_block is {layers_per_block!r}; expected numbers above 0"
         )
+    options = {"dtype": _dtype(dtype), "remat": _one_of("remat", remat, tuple(REMAT_POLICIES))}
     blocks = tuple(
         AutoregressiveBlock(
-            token_shape=pixels.token_shape,
-            width=width,
-            num_layers=depth,
-            num_heads=width // head_dim,
-            num_classes=num_classes,
+            CausalTransformer(width, depth, width // head_dim, scan=scan, **options),
+            pixels.token_shape,
+            num_classes,
             backward=index % 2 == 1,
             volume_preserving=volume_preserving,
-            dtype=_dtype(dtype),
-            remat=_policy(remat),
-            scan=scan,
         )
         for index, depth in enumerate(depths)
     )
@@ -164,11 +162,6 @@ def _dtype(name: str) -> jnp.dtype:
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UsageError(f"config.flow.dtype is {name!r}, which needs JAX_ENABLE_X64=1; set it")
     return dtype
-
-
-def _policy(name: str) -> str:
-    _one_of("remat", name, REMAT_POLICIES)
-    return name
 
 
 def _divides(field: str, value: int, other: str, whole: int) -> None:

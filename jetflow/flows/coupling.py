@@ -1,19 +1,115 @@
-"""Jet: affine couplings whose net is a Vision Transformer, or convolves (arXiv 2412.15129)."""
+"""Jet: affine couplings whose net is a Vision Transformer, or convolves (arXiv 2412.15129).
 
+A split is two orders, of the tokens and of the features, of which one is the identity; the first
+half of what they order is x1, the second x2.
+"""
+
+import itertools
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jetflow.flows import affine
-from jetflow.flows import splits as orders
 from jetflow.nn.encoder import Encoder
-from jetflow.types import BlockInputs, BlockOutputs, Decoding, Guidance, UsageError
+from jetflow.types import AnyArray, BlockInputs, BlockOutputs, Decoding, Guidance, UsageError
+
+KINDS = ("channels", "spatial")
+SPATIAL_CYCLE = tuple(
+    name + half for name in ("checkerboard", "vstripes", "hstripes") for half in ("", "-inv")
+)
+
+
+class Splits(NamedTuple):
+    """The splits of L coupling layers, or without the axis L that of one."""
+
+    token_order: Int[AnyArray, "*L T"]
+    feature_order: Int[AnyArray, "*L D"]
+    spatial: Bool[AnyArray, "*L"]
+
+
+def splits(
+    num_couplings: int, kinds: tuple[str, ...], grid: tuple[int, int], features: int
+) -> Splits:
+    """The splits of `num_couplings` layers, cycling through `kinds`; plain numpy, no parameters.
+
+    Channel splits use random permutations of the features, the same in every model; every second
+    one is the one before with its halves swapped, so that all features are transformed equally
+    often (a layer scales by a bounded factor, and few layers use most of that bound). Spatial
+    splits cycle through `SPATIAL_CYCLE`, which swaps its halves likewise.
+    """
+    patterns = layer_patterns(num_couplings, kinds)
+    if features % 2:
+        raise UsageError(
+            f"a coupling needs an even number of features per patch, but there are {features};"
+            " set config.flow.patch_size to an even number"
+        )
+    permutations = _permutations(features)
+    token_order = [token_pattern(p, grid) if p else np.arange(math.prod(grid)) for p in patterns]
+    feature_order = [np.arange(features) if p else next(permutations) for p in patterns]
+    spatial = np.array([p is not None for p in patterns])
+    return Splits(np.array(token_order, np.int32), np.array(feature_order, np.int32), spatial)
+
+
+def layer_patterns(num_couplings: int, kinds: tuple[str, ...]) -> list[str | None]:
+    """The token pattern of each layer's split; None for a channel split."""
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise UsageError(f"config.flow.kinds is {tuple(kinds)}; expected a sequence out of {KINDS}")
+    patterns = itertools.cycle(SPATIAL_CYCLE)
+    return [
+        next(patterns) if kind == "spatial" else None
+        for kind in itertools.islice(itertools.cycle(kinds), num_couplings)
+    ]
+
+
+def token_pattern(name: str, grid: tuple[int, int]) -> Int[np.ndarray, "T"]:
+    """The order of the tokens that puts the chosen half first, row by row within each half.
+
+    The first tokens are those on even diagonals (checkerboard), columns (vstripes) or rows
+    (hstripes); a name that ends in "-inv" swaps the halves.
+    """
+    row, column = np.indices(grid)
+    patterns = {"checkerboard": row + column, "vstripes": column, "hstripes": row}
+    parity = patterns[name.removesuffix("-inv")].reshape(-1) % 2
+    if parity.mean() != 0.5:
+        raise UsageError(
+            f"a spatial split ({name}) needs two halves of equal size, but the image has "
+            f"{grid[0]}x{grid[1]} patches; set config.flow.patch_size so that both numbers are "
+            "even, or config.flow.kinds to ('channels',)"
+        )
+    return np.argsort(1 - parity if name.endswith("-inv") else parity, kind="stable")
+
+
+def _permutations(features: int) -> Iterator[Int[np.ndarray, "D"]]:
+    """Random orders of the features, each followed by itself with its halves swapped."""
+    for seed in itertools.count():
+        permutation = np.random.default_rng(seed).permutation(features)
+        yield permutation
+        yield np.roll(permutation, features // 2)
+
+
+def places(
+    num_couplings: int, kinds: tuple[str, ...], grid: tuple[int, int]
+) -> Int[np.ndarray, "L T"]:
+    """Of each layer, the order that lays the tokens of a half on the grid, row by row.
+
+    On a channel split they lie there already. On a spatial one each chosen token is two, which stay
+    where it was and where a token is left out: beside it, or on hstripes, which leave out whole
+    rows, below it.
+    """
+    in_rows = np.arange(math.prod(grid), dtype=np.int32)
+    below = in_rows.reshape(-1, grid[1], 2).swapaxes(1, 2).reshape(-1) if grid[0] % 2 == 0 else None
+    patterns = layer_patterns(num_couplings, kinds)
+    return np.array([below if p and p.startswith("hstripes") else in_rows for p in patterns])
 
 
 def divide(
-    x: Float[Array, "B T D"], split: orders.Splits
+    x: Float[Array, "B T D"], split: Splits
 ) -> tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]]:
     """The two halves of x under one layer's split.
 
@@ -29,7 +125,7 @@ def divide(
 
 
 def merge(
-    x1: Float[Array, "B T H"], x2: Float[Array, "B T H"], split: orders.Splits
+    x1: Float[Array, "B T H"], x2: Float[Array, "B T H"], split: Splits
 ) -> Float[Array, "B T 2*H"]:
     """The inverse of `divide`."""
     batch, tokens, half = x1.shape
@@ -46,13 +142,13 @@ class Coupling(nn.Module):
     net: Encoder
     scale_factor: float
 
-    def forward(self, x: Float[Array, "B T D"], split: orders.Splits, places, label):
+    def forward(self, x: Float[Array, "B T D"], split: Splits, places, label):
         x1, x2 = divide(x, split)
         bias, gate = self._predict(x1, places, label)
         y2, logdet = affine.squash(x2, bias, gate, self.scale_factor)
         return merge(x1.astype(y2.dtype), y2, split), logdet
 
-    def inverse(self, y: Float[Array, "B T D"], split: orders.Splits, places, label):
+    def inverse(self, y: Float[Array, "B T D"], split: Splits, places, label):
         y1, y2 = divide(y, split)
         bias, gate = self._predict(y1, places, label)
         x2, logdet = affine.unsquash(y2, bias, gate, self.scale_factor)
@@ -74,57 +170,29 @@ class Couplings(nn.Module):
     The splits are the variables of collection `constants`: stored with a model, never trained.
 
     Attributes:
+        layers: what each coupling is like; their parameters are stacked on a first axis.
         grid, features: rows and columns of tokens, and D.
         num_couplings, kinds: layers, and the cycle of their kinds of split.
-        scale_factor: m; a layer multiplies half of the dimensions by less than m.
-        net, width, block_depth, num_heads, num_classes, dtype, remat: of each layer's `Encoder`.
-        scan: let the program loop over the couplings and their layers, instead of holding each.
     """
 
+    layers: Coupling
     grid: tuple[int, int]
     features: int
     num_couplings: int
     kinds: tuple[str, ...]
-    scale_factor: float
-    net: str
-    width: int
-    block_depth: int
-    num_heads: int
-    num_classes: int
-    dtype: jnp.dtype
-    remat: str
-    scan: bool
 
     def setup(self):
-        splits = orders.splits(self.num_couplings, self.kinds, self.grid, self.features)
+        constants = splits(self.num_couplings, self.kinds, self.grid, self.features)
         self.splits = {
             name: self.variable("constants", name, jnp.asarray, value)
-            for name, value in splits._asdict().items()
+            for name, value in constants._asdict().items()
         }
-        convolves = self.net == "conv"
-        self.places = (
-            orders.places(self.num_couplings, self.kinds, self.grid) if convolves else None
-        )
-        encoder = Encoder(
-            net=self.net,
-            grid=self.grid,
-            width=self.width,
-            num_layers=self.block_depth,
-            num_heads=self.num_heads,
-            out_features=self.features,
-            num_classes=self.num_classes,
-            dtype=self.dtype,
-            remat=self.remat,
-            scan=self.scan,
-            parent=None,
-        )
-        self.layers = Coupling(encoder, self.scale_factor)
 
     @property
     def logdet_cap(self) -> float:
         """The least upper bound of the log-determinant of one example, in nats."""
-        tokens = math.prod(self.grid)
-        return self.num_couplings * tokens * self.features / 2 * math.log(self.scale_factor)
+        halves = self.num_couplings * math.prod(self.grid) * self.features / 2
+        return halves * math.log(self.layers.scale_factor)
 
     def forward(self, x, label):
         return self.forward_blocks(x, label)[:2]
@@ -137,8 +205,8 @@ class Couplings(nn.Module):
             y, logdet = layer.forward(x, *order, label)
             return (y, total + logdet), (logdet, affine.root_mean_square(y))
 
-        (z, logdet), of_each = self._scan(body, x, reverse=False)
-        return BlockOutputs(z, logdet, *of_each)
+        (z, logdet), statistics = self._scan(body, x, reverse=False)
+        return BlockOutputs(z, logdet, *statistics)
 
     def inverse(self, z, label, guidance, decoding=None):
         return self.inverse_blocks(z, label, guidance, decoding)[:2]
@@ -163,14 +231,18 @@ class Couplings(nn.Module):
         return BlockInputs(x, logdet, tokens[::-1], once, exact)
 
     def _scan(self, body, x, *, reverse: bool):
+        net = self.layers.net
         scanned = nn.scan(
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             reverse=reverse,
-            unroll=1 if self.scan else self.num_couplings,
+            unroll=1 if net.scan else self.num_couplings,
         )
-        splits = orders.Splits(**{name: split.value for name, split in self.splits.items()})
+        orders = Splits(**{name: split.value for name, split in self.splits.items()})
+        on_grid = None
+        if net.net == "conv":
+            on_grid = places(self.num_couplings, self.kinds, self.grid)
         (x,) = affine.widen(x)
         start = x, jnp.zeros(x.shape[0], x.dtype)
-        return scanned(self.layers, start, (splits, self.places))
+        return scanned(self.layers, start, (orders, on_grid))

@@ -3,20 +3,23 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows.pixels import Pixels
-from jetflow.types import BlockInputs, BlockOutputs, Decoding, Guidance, UsageError
+from jetflow.types import BlockInputs, BlockOutputs, Decoding, Flow, Guidance, UsageError
 
 
 class Stack(nn.Module):
-    """The `Flow` that both models are: `Pixels` and blocks, each with `forward` and `inverse`.
+    """The `Flow` that both models are: `Pixels` and blocks.
 
     Attributes:
         pixels: the preprocessing.
-        blocks: modules with `forward(x, label)` and `inverse(z, label, guidance, decoding)`.
+        blocks: modules with `forward_blocks(x, label)` and
+            `inverse_blocks(z, label, guidance, decoding)`.
         num_classes: 0 for a flow without labels.
         learned_prior: keep the prior variance of each latent dimension in the collection
             `prior`, as the mean square of the latents; else the prior is standard normal.
@@ -29,7 +32,7 @@ class Stack(nn.Module):
 
     def setup(self):
         if self.learned_prior:
-            self.variable("prior", "variance", jnp.ones, self.pixels.token_shape)
+            self.variable("prior", "variance", jnp.ones, self.latent_shape)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -37,7 +40,6 @@ class Stack(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """(T, D)."""
         return self.pixels.token_shape
 
     @property
@@ -46,22 +48,18 @@ class Stack(nn.Module):
 
     @property
     def pixel_logdet(self) -> float:
-        """In nats, the same for every image."""
         return self.pixels.logdet
 
     @property
     def decoded_blocks(self) -> int:
-        """Blocks that take guidance and a `Decoding`: those of a TarFlow."""
         return len(self.blocks) if self.logdet_cap is None else 0
 
     @property
     def logdet_cap(self) -> float | None:
-        """The blocks' least upper bound on an example's log-det, in nats; None for a TarFlow."""
         caps = [getattr(block, "logdet_cap", math.inf) for block in self.blocks]
         return None if math.inf in caps else sum(caps)
 
     def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "... H W C"]:
-        """The pixel values of tokens."""
         x, _ = self.pixels.inverse(tokens.reshape(-1, *self.latent_shape))
         return x.reshape(*tokens.shape[:-2], *self.image_shape)
 
@@ -71,24 +69,7 @@ class Stack(nn.Module):
     def forward(
         self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B"]]:
-        """Image in pixel units to latent, and its log-determinant in nats."""
         return self.forward_blocks(x, label)[:2]
-
-    def forward_blocks(
-        self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None
-    ) -> BlockOutputs:
-        """`forward`, and what there is to know of each block."""
-        if x.shape[1:] != self.image_shape:
-            raise UsageError(
-                f"images are {x.shape[1:]}; this flow was built for {self.image_shape}"
-            )
-        x, total = self.pixels.forward(x)
-        of_each = []
-        for block in self.blocks:
-            x, logdet, *statistics = block.forward_blocks(x, label)
-            total = total + logdet
-            of_each.append(statistics)
-        return BlockOutputs(x, total, *map(jnp.concatenate, zip(*of_each, strict=True)))
 
     def inverse(
         self,
@@ -97,26 +78,56 @@ class Stack(nn.Module):
         guidance: Guidance | None = None,
         decoding: Sequence[Decoding] | None = None,
     ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
-        """Latent to image in pixel units, and the log-determinant of this map in nats."""
         return self.inverse_blocks(z, label, guidance, decoding)[:2]
 
-    def inverse_blocks(
-        self,
-        z: Float[Array, "B T D"],
-        label: Int[Array, "B"] | None = None,
-        guidance: Guidance | None = None,
-        decoding: Sequence[Decoding] | None = None,
-    ) -> BlockInputs:
-        """`inverse`, and what there is to know of each block."""
-        total = jnp.zeros(z.shape[0])
-        tokens, sweeps, residuals = [], [], []
-        for block, how in zip(
-            reversed(self.blocks), reversed(decoding or (None,) * len(self.blocks)), strict=True
-        ):
-            block_inputs = block.inverse_blocks(z, label, guidance, how)
-            z, total = block_inputs.x, total + block_inputs.logdet
-            tokens.append(block_inputs.tokens)
-            sweeps.insert(0, block_inputs.sweeps)
-            residuals.insert(0, block_inputs.residuals)
-        x, logdet = self.pixels.inverse(z)
-        return BlockInputs(x, total + logdet, *map(jnp.concatenate, (tokens, sweeps, residuals)))
+    def forward_blocks(self, x, label=None) -> BlockOutputs:
+        if x.shape[1:] != self.image_shape:
+            raise UsageError(
+                f"images are {x.shape[1:]}; this flow was built for {self.image_shape}"
+            )
+        x, total = self.pixels.forward(x)
+        blocks = []
+        for block in self.blocks:
+            blocks.append(block.forward_blocks(x, label))
+            x, total = blocks[-1].z, total + blocks[-1].logdet
+        logdets, scales = zip(*[block[2:] for block in blocks], strict=True)
+        return BlockOutputs(x, total, jnp.concatenate(logdets), jnp.concatenate(scales))
+
+    def inverse_blocks(self, z, label=None, guidance=None, decoding=None) -> BlockInputs:
+        x, total, blocks = z, jnp.zeros(z.shape[0]), []
+        for index in reversed(range(len(self.blocks))):
+            each = decoding[index] if decoding else None
+            blocks.append(self.blocks[index].inverse_blocks(x, label, guidance, each))
+            x, total = blocks[-1].x, total + blocks[-1].logdet
+        x, logdet = self.pixels.inverse(x)
+        tokens = jnp.concatenate([block.tokens for block in blocks])
+        sweeps, residuals = zip(*[block[3:] for block in reversed(blocks)], strict=True)
+        return BlockInputs(
+            x, total + logdet, tokens, jnp.concatenate(sweeps), jnp.concatenate(residuals)
+        )
+
+
+def check_labels(flow: Flow, label, num: int) -> Int[Array, "N"] | None:
+    """Labels as int32 [N], or None.
+
+    Raises:
+        UsageError: if the flow has no labels, or not this one, as far as its value is known: under
+            `jax.jit` shape and type alone are.
+    """
+    if label is None:
+        return None
+    if not flow.num_classes:
+        raise UsageError("label given, but this flow was trained without labels; leave it out")
+    is_traced = isinstance(label, jax.core.Tracer)
+    labels = label if is_traced else np.asarray(label)
+    if labels.shape not in ((), (num,)) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise UsageError(
+            f"label is {labels.dtype.name}{list(labels.shape)}; expected one integer, or {num}"
+        )
+    wrong = [] if is_traced else labels[(labels < -1) | (labels >= flow.num_classes)]
+    if len(wrong):
+        raise UsageError(
+            f"label {wrong[0]} is out of range; expected 0 to {flow.num_classes - 1}, "
+            "or -1 for no label"
+        )
+    return jnp.broadcast_to(jnp.asarray(labels, jnp.int32), (num,))

@@ -10,31 +10,32 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from jetflow.nn.transformer import (
+    Initializer,
     KVCache,
     TransformerLayer,
     TransposedDense,
     through_layers,
-    uniform_init,
 )
 
 Cache: TypeAlias = tuple[KVCache, ...]  # one a layer
-
 
 # U(±1/√fan_in), the initialisation of the published net's linear layers, biases included.
 KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def bias_init(fan_in: int) -> nn.initializers.Initializer:
-    return uniform_init(fan_in**-0.5)
+def bias_init(fan_in: int) -> Initializer:
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 def enlarged(cache: Cache, tokens: int) -> Cache:
     """The cache with room for so many tokens."""
-
-    def pad(array: Float[Array, "B N T H"]) -> Float[Array, "B N _ H"]:
-        return jnp.pad(array, ((0, 0), (0, 0), (0, tokens - array.shape[2]), (0, 0)))
-
-    return jax.tree.map(pad, cache)
+    nothing = (0, 0)
+    return jax.tree.map(
+        lambda a: jnp.pad(a, (nothing, nothing, (0, tokens - a.shape[2]), nothing)), cache
+    )
 
 
 class CausalTransformer(nn.Module):
@@ -59,6 +60,7 @@ class CausalTransformer(nn.Module):
             width=self.width,
             norm_epsilon=1e-5,
             approximate_gelu=False,
+            causal=True,
             kernel_init=KERNEL_INIT,
             bias_init=bias_init,
             dtype=self.dtype,
@@ -66,12 +68,7 @@ class CausalTransformer(nn.Module):
 
     def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
         return through_layers(
-            self.layers,
-            x,
-            num_layers=self.num_layers,
-            causal=True,
-            remat=self.remat,
-            scan=self.scan,
+            self.layers, x, num_layers=self.num_layers, remat=self.remat, scan=self.scan
         )
 
     def empty_cache(self, batch: int, tokens: int, dtype: str | None = None) -> Cache:

@@ -1,17 +1,28 @@
 """The nets of Jet's coupling layers (arXiv 2412.15129): a Vision Transformer, or convolutions."""
 
+import itertools
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jetflow.nn.convolution import ConvolutionLayer
-from jetflow.nn.transformer import TransformerLayer, at_least_float32, layer_norm, through_layers
+from jetflow.nn.transformer import (
+    TransformerLayer,
+    at_least_float32,
+    class_token,
+    layer_norm,
+    split_over_mesh,
+    through_layers,
+)
 
 NORM_EPSILON = 1e-6
+KERNEL = (3, 3)  # tokens of a convolution, both odd
+KERNEL_INIT = nn.initializers.xavier_uniform()
 
 
 class Encoder(nn.Module):
-    """Vision Transformer from tokens to tokens: position embedding, layers, norm, zero-init output.
+    """A net from tokens to tokens: position embedding, layers, norm, zero-init output.
 
     With classes, the embedding of the label is added to every token; `NO_LABEL` adds nothing.
 
@@ -41,51 +52,75 @@ class Encoder(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None
     ) -> Float[Array, "B T F"]:
-        position_init = nn.initializers.normal(stddev=self.width**-0.5)
-        position = self.param("position", position_init, (x.shape[1], self.width), jnp.float32)
+        embedding_init = nn.initializers.normal(stddev=self.width**-0.5)
+        position = self.param("position", embedding_init, (x.shape[1], self.width), jnp.float32)
         x = nn.Dense(self.width, dtype=self.dtype, name="proj_in")(x)
         x = x + position.astype(x.dtype)
         if self.num_classes:
-            x = x + self._class_token(label, x.shape[0]).astype(x.dtype)
-        options = {"causal": False} if self.net == "vit" else {}
+            shape = (self.num_classes, self.width)
+            embedding = self.param("class_embedding", embedding_init, shape, jnp.float32)
+            token = class_token(embedding, jnp.zeros(self.width), label, len(x))
+            x = x + token[:, None].astype(x.dtype)
         x = through_layers(
-            self._layer(),
-            x,
-            num_layers=self.num_layers,
-            remat=self.remat,
-            scan=self.scan,
-            **options,
+            self._layer(), x, num_layers=self.num_layers, remat=self.remat, scan=self.scan
         )
-        dtype = at_least_float32(self.dtype)
         x = layer_norm(NORM_EPSILON, self.dtype, "norm")(x)
-        zeros = nn.initializers.zeros_init()
+        dtype, zeros = at_least_float32(self.dtype), nn.initializers.zeros_init()
         return nn.Dense(self.out_features, dtype=dtype, kernel_init=zeros, name="proj_out")(x)
 
     def _layer(self) -> nn.Module:
-        kernel_init = nn.initializers.xavier_uniform()
         if self.net == "conv":
-            return ConvolutionLayer(
-                grid=self.grid,
-                norm_epsilon=NORM_EPSILON,
-                kernel_init=kernel_init,
-                dtype=self.dtype,
-                name="layers",
-            )
+            return ConvolutionLayer(self.grid, self.dtype, name="layers")
         return TransformerLayer(
             num_heads=self.num_heads,
             width=self.width,
+            causal=False,
             norm_epsilon=NORM_EPSILON,
             approximate_gelu=True,
-            kernel_init=kernel_init,
+            kernel_init=KERNEL_INIT,
             bias_init=lambda fan_in: nn.initializers.normal(stddev=1e-6),
             dtype=self.dtype,
             name="layers",
         )
 
-    def _class_token(self, label: Int[Array, "B"] | None, batch: int) -> Float[Array, "B 1 W"]:
-        init = nn.initializers.normal(stddev=self.width**-0.5)
-        embedding = self.param("class_embedding", init, (self.num_classes, self.width), jnp.float32)
-        if label is None:
-            return jnp.zeros((batch, 1, self.width), embedding.dtype)
-        token = jnp.where(label[:, None] >= 0, embedding[jnp.maximum(label, 0)], 0.0)
-        return token[:, None]
+
+class ConvolutionLayer(nn.Module):
+    """x + convolution(norm(x)), then x + mlp(norm(x)): a transformer layer without attention.
+
+    The pattern is that of MetaFormer (arXiv 2111.11418), with a convolution for its token mixer. A
+    transformer layer of width W has 12·W² weights, 4·W² of them in its attention. Here the
+    convolution takes 9·W², so the MLP is 1.5 times as wide as the tokens, 3·W²: again 12·W².
+
+    Attributes:
+        grid: rows and columns of tokens; beyond its border are zeros.
+        dtype: of the products; parameters stay float32.
+    """
+
+    grid: tuple[int, int]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
+        width = x.shape[-1]
+        x = split_over_mesh(x, "batch", None, None)
+        options = {"dtype": self.dtype, "kernel_init": KERNEL_INIT}
+        norm_conv, norm_mlp = (
+            layer_norm(NORM_EPSILON, self.dtype, name) for name in ("norm_conv", "norm_mlp")
+        )
+        around = neighbourhoods(norm_conv(x).reshape(-1, *self.grid, width))
+        x = x + nn.Dense(width, name="conv", **options)(around).reshape(x.shape)
+        hidden = nn.Dense(3 * width // 2, name="mlp_in", **options)(norm_mlp(x))
+        hidden = jax.nn.gelu(split_over_mesh(hidden, "batch", None, "mlp"))
+        return x + nn.Dense(width, name="mlp_out", **options)(hidden)
+
+
+def neighbourhoods(x: Float[Array, "B R C W"]) -> Float[Array, "B R C F"]:
+    """The features of the tokens in a `KERNEL` around each, row by row; zeros beyond the border.
+
+    A convolution is a matrix product with these, and that is how it is computed: XLA's gradient of
+    a convolution takes fifty times as long on CPUs.
+    """
+    rows, columns = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), *((size // 2, size // 2) for size in KERNEL), (0, 0)))
+    offsets = itertools.product(*map(range, KERNEL))
+    return jnp.concatenate([x[:, i : i + rows, j : j + columns] for i, j in offsets], axis=-1)

@@ -6,7 +6,7 @@ The two published nets differ in the layer-norm epsilon, the form of GELU and th
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +31,16 @@ def through_layers(
     num_layers: int,
     remat: str,
     scan: bool,
-    **options: Any,
 ) -> Float[Array, "B T W"]:
     """x through so many layers like `layer`, whose parameters are stacked on a first axis.
 
     Args:
-        layer: such as a `TransformerLayer`.
         remat: a key of `REMAT_POLICIES`.
         scan: let the program loop over the layers, instead of holding each of them.
-        options: arguments of every layer.
     """
 
     def body(layer, x, _):
-        return layer(x, **options), None
+        return layer(x), None
 
     if remat != "none":  # a loop already prevents common-subexpression elimination
         body = nn.remat(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
@@ -73,13 +70,16 @@ def split_over_mesh(x: Array, *axes: str | None) -> Array:
     return with_logical_constraint(x, axes)
 
 
-def uniform_init(bound: float) -> Initializer:
-    """U(−bound, bound)."""
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+def class_token(
+    embedding: Float[Array, "Y W"],
+    null: Float[Array, "W"],
+    label: Int[Array, "B"] | None,
+    batch: int,
+) -> Float[Array, "B W"]:
+    """The embedding of each label; `null` for the label -1, or without labels."""
+    if label is None:
+        return jnp.broadcast_to(null, (batch, *null.shape))
+    return jnp.where(label[:, None] >= 0, embedding[jnp.maximum(label, 0)], null)
 
 
 def side_by_side(init: Initializer, count: int) -> Initializer:
@@ -138,6 +138,7 @@ class TransformerLayer(nn.Module):
         num_heads: attention heads; must divide the width.
         norm_epsilon: ε of both layer norms, which run in at least float32.
         approximate_gelu: the tanh form of GELU, else the erf form.
+        causal: token i sees tokens ≤ i, else all.
         kernel_init: initialiser of every kernel.
         bias_init: fan-in → initialiser of the biases.
         dtype: of the matmuls; parameters stay float32.
@@ -148,6 +149,7 @@ class TransformerLayer(nn.Module):
     width: int
     norm_epsilon: float
     approximate_gelu: bool
+    causal: bool
     kernel_init: Initializer
     bias_init: Callable[[int], Initializer]
     dtype: jnp.dtype
@@ -167,8 +169,8 @@ class TransformerLayer(nn.Module):
             features, dtype=self.dtype, kernel_init=kernel_init, bias_init=self.bias_init(fan_in)
         )
 
-    def __call__(self, x: Float[Array, "B T W"], causal: bool) -> Float[Array, "B T W"]:
-        """All tokens at once; with `causal`, token i sees tokens ≤ i."""
+    def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
+        """All tokens at once."""
         batch, tokens, width = x.shape
         x = split_over_mesh(x, "batch", None, None)
         qkv = self.qkv(self.norm_attention(x))
@@ -177,7 +179,7 @@ class TransformerLayer(nn.Module):
             split_over_mesh(part.reshape(heads), "batch", None, "heads", None)
             for part in jnp.split(qkv, 3, axis=-1)
         )
-        mixed = attend(query, key, value, causal)
+        mixed = attend(query, key, value, self.causal)
         x = x + self.out(mixed.reshape(x.shape))
         return x + self.mlp(x)
 

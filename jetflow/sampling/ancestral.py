@@ -16,10 +16,10 @@ from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from jetflow import likelihood, sharding
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.noise import keys_by_example
 from jetflow.sampling.decoding import check_decoding, decodings
-from jetflow.sampling.denoise import denoised
+from jetflow.sampling.guidance import check_guidance, check_guided
 from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError
 
 # Of XLA. By default it may keep more bits of a bfloat16 value than there are, in one program other
@@ -226,49 +226,27 @@ def _decode(flow, variables, z, label, guidance, denoise, decoding, *, denoising
     return x, sweeps, residuals
 
 
+def denoised(
+    flow: Flow, variables, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None, std
+) -> Float[Array, "B H W C"]:
+    """x + σ²·∇ₓ log p(x): the mean of the clean image given a noisy one (Tweedie's formula).
+
+    p is the density that training maximises: its prior is standard normal, also where sampling
+    uses a learned variance.
+
+    Args:
+        x: pixel values.
+        std: σ, in the [-1, 1] units of `Noise.std`.
+    """
+
+    def log_prob(x):
+        z, logdet = flow.apply(variables, x, label, method="forward")
+        return -likelihood.nll(z, logdet).sum()
+
+    return x + (std * flow.pixel_scale) ** 2 * jax.grad(log_prob)(x)
+
+
 def quantise(pixels: Float[np.ndarray, "... H W C"], noise: str) -> UInt8[np.ndarray, "... H W C"]:
     """Pixel values to uint8: down after uniform dequantisation, else to the nearest."""
     whole = np.floor(pixels) if noise == "uniform" else np.rint(pixels)
     return np.nan_to_num(np.clip(whole, 0, 255)).astype(np.uint8)
-
-
-def check_guided(guidance: Guidance | None, label: Int[AnyArray, "N"] | None) -> None:
-    """Raise a UsageError if guidance could have no effect, as no image has a label."""
-    if guidance is None or guidance.temperature != 1:
-        return
-    if label is None or (np.asarray(label) < 0).all():
-        raise UsageError(
-            f"guidance is {guidance.scale}, but the images have no labels, so both passes are the "
-            "same; give labels, or an attention temperature other than 1, or set guidance to 0"
-        )
-
-
-def check_guidance(flow: Flow, guidance: Guidance | None) -> Guidance | None:
-    """The guidance, or None where its strength is zero.
-
-    Raises:
-        UsageError: if it could have no effect on this flow, or is malformed.
-    """
-    if guidance is None:
-        return None
-    if guidance.what not in ("a", "b", "ab"):
-        raise UsageError(
-            f"guide_what is {guidance.what!r}; expected a (log-scale), b (shift) or ab (both)"
-        )
-    if not 0 < guidance.temperature < math.inf:
-        raise UsageError(f"attention temperature is {guidance.temperature}; expected more than 0")
-    if not math.isfinite(guidance.scale):
-        raise UsageError(f"guidance is {guidance.scale}; expected a finite number")
-    if guidance.scale == 0:
-        return None
-    if not flow.decoded_blocks:
-        raise UsageError(
-            f"guidance is {guidance.scale}, but needs a TarFlow, as Jet's couplings define none; "
-            "set it to 0"
-        )
-    if not flow.num_classes and guidance.temperature == 1:
-        raise UsageError(
-            "guidance of a flow without labels needs an attention temperature other than 1, else "
-            "both passes are the same; set attention_temperature, or guidance to 0"
-        )
-    return guidance

@@ -13,11 +13,12 @@ from jax.stages import Lowered
 
 from jetflow import optim, sharding
 from jetflow.data import dataset as pipeline
-from jetflow.data.ahead import Ahead
+from jetflow.data.reading import Ahead
 from jetflow.flows.build import build
 from jetflow.noise import LARGEST_SEED, Noise
-from jetflow.sampling.ancestral import Sampler, check_guidance
+from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import decodings
+from jetflow.sampling.guidance import check_guidance
 from jetflow.training import finetune
 from jetflow.training.step import Trainer, TrainState, create_state
 from jetflow.types import Batch, Config, Guidance, UsageError

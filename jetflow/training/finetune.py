@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from jetflow import manifest, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
-from jetflow.flows import splits
+from jetflow.flows import coupling
 from jetflow.flows.build import with_defaults
 from jetflow.training.resample import between_grids, between_spatial_splits
 from jetflow.training.step import TrainState, abstract_variables
@@ -245,13 +245,13 @@ def _token_weights(
     if source.section["kind"] != "jet":
         return [between_grids(old, new)]
     couplings, kinds = source.section["num_couplings"], tuple(source.section["kinds"])
-    expected = splits.splits(couplings, kinds, old, source.flow.latent_shape[1]).token_order
+    expected = coupling.splits(couplings, kinds, old, source.flow.latent_shape[1]).token_order
     if not np.array_equal(variables["constants"]["blocks_0"]["token_order"], expected):
         raise UsageError(
             "its constants/blocks_0/token_order are not the patterns of its config.flow.kinds, so "
             f"they cannot be had on {_text(new)} tokens; set what gives {_text(old)}"
         )
-    patterns = splits.layer_patterns(couplings, kinds)
+    patterns = coupling.layer_patterns(couplings, kinds)
     weights = {
         pattern: between_spatial_splits(pattern, old, new) if pattern else between_grids(old, new)
         for pattern in set(patterns)

@@ -15,8 +15,9 @@ from jetflow import hosts, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
-from jetflow.data.ahead import Ahead
+from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
+from jetflow.evals import records
 from jetflow.files import METRICS, read_json
 from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
@@ -215,10 +216,9 @@ class Session:
             self._sample(state, step)
 
     def _evaluate(self, state: TrainState, step: int, noise: Noise) -> None:
-        section, data, name = self.run.config.eval, self.run.test_data, bpd.metric_name(noise)
+        section, data = self.run.config.eval, self.run.test_data
         draws = section.draws if self._is_last(step) else 1
-        batches = draws * math.ceil(len(data) / section.batch_size)
-        with self.reporter.stage(f"held-out {name}", batches) as count:
+        with self.reporter.pause():
             likelihood = bpd.measure(
                 self.run.trainer.flow,
                 state.variables(),
@@ -227,14 +227,14 @@ class Session:
                 noise=noise,
                 draws=draws,
                 batch_size=section.batch_size,
-                poll=lambda: (count(), self.poll())[1],
+                poll=self.poll,
             )
         weights = "params" if state.ema is None else "ema"
         result = bpd.record(likelihood, noise, data, step=step, weights=weights)
         workdirs.write_result(self.workdir, result)
-        self.reporter.write(step, {f"test_{name}": likelihood.mean})
+        self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
         if not self._is_last(step) or noise.kind != "uniform":
-            self.reporter.say(f"step {step}: held-out {bpd.describe(result)}")
+            self.reporter.say(f"step {step}: held-out {records.describe(result)}")
 
     def _sample(self, state: TrainState, step: int) -> None:
         flow, noise, num = (
@@ -307,7 +307,7 @@ class Session:
         total = self.run.total_steps
         evaluation = workdirs.result_path(self.workdir, "bpd", total)
         self.reporter.say(
-            f"done: step {total}, held-out {bpd.describe(read_json(evaluation))}\n"
+            f"done: step {total}, held-out {records.describe(read_json(evaluation))}\n"
             f"samples      {self._picture(total)}\n"
             f"evaluation   {evaluation}\n"
             f"metrics      {self.workdir / METRICS}, and TensorBoard events beside it\n"

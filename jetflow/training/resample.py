@@ -7,7 +7,7 @@ outermost centres the values stay constant. Fewer tokens are not smoothed first.
 import numpy as np
 from jaxtyping import Float, Int
 
-from jetflow.flows.splits import token_pattern
+from jetflow.flows.coupling import token_pattern
 
 Grid = tuple[int, int]
 

@@ -174,7 +174,8 @@ def to_tarflow(path: Path, flow: Flow, variables: Variables) -> None:
     blocks = flow.blocks if isinstance(flow, Stack) else ()
     if not blocks or not all(isinstance(block, AutoregressiveBlock) for block in blocks):
         raise UsageError("only a TarFlow can be written as a .pth; give the workdir of a TarFlow")
-    for head_dim in {block.width // block.num_heads for block in blocks} - {HEAD_DIM}:  # type: ignore[attr-defined]
+    nets = [block.transformer for block in blocks]  # type: ignore[attr-defined]
+    for head_dim in {net.width // net.num_heads for net in nets} - {HEAD_DIM}:
         raise UsageError(
             f"config.flow.head_dim is {head_dim}, but apple/ml-tarflow divides every width into "
             f"heads of {HEAD_DIM} and would read another model; train with head_dim {HEAD_DIM}"

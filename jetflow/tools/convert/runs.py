@@ -9,8 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jetflow.checkpoint import Checkpoints
-from jetflow.data import prepared
-from jetflow.data.facts import FACTS
+from jetflow.data import sources
 from jetflow.files import check_writable
 from jetflow.options import Options, option
 from jetflow.tools.convert.models import HEAD_DIM, Published, read_jet, read_tarflow
@@ -112,7 +111,7 @@ def _make_run(options: RunOptions, read: Callable[[], Published], noise_std: flo
     }
     try:
         with Checkpoints(out / "checkpoints") as checkpoints:
-            checkpoints.save(0, state, config, wait=True)
+            checkpoints.save(0, state, config)
         write_config(out, config)  # last, so that a workdir that was cut short is no run
     except OSError as error:
         raise UsageError(
@@ -124,15 +123,15 @@ def _make_run(options: RunOptions, read: Callable[[], Published], noise_std: flo
 def _check_data(name: str, published: Published) -> None:
     """Raise unless there is such a data set with images, and classes, like the model's."""
     try:
-        features: Any = prepared.unprepared(name).info.features
+        source = sources.find(name)
     except UsageError as error:
         raise UsageError(str(error).replace("config.data.name", "data")) from error
-    if features["image"].shape != published.image_shape:
+    if source.image_shape != published.image_shape:
         raise UsageError(
-            f"data {name} has images of {features['image'].shape}, but the model is for "
+            f"data {name} has images of {source.image_shape}, but the model is for "
             f"{published.image_shape}; give a data set of that shape, or none"
         )
-    classes = features["label"].num_classes if "label" in features else 0
+    classes = source.num_classes
     if published.num_classes and classes and classes != published.num_classes:
         raise UsageError(
             f"data {name} has {classes} classes, but the model has {published.num_classes}; give "
@@ -142,7 +141,7 @@ def _check_data(name: str, published: Published) -> None:
 
 def _config(published: Published, noise_std: float, data: str) -> dict[str, Any]:
     """The resolved config of the run."""
-    splits = FACTS[data].splits if data in FACTS else ()
+    splits = sources.find(data).splits if data else ()
     return {
         "flow": published.section,
         "data": {

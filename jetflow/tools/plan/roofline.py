@@ -13,8 +13,7 @@ from typing import Any
 import jax
 
 from jetflow import sharding
-from jetflow.data import dataset
-from jetflow.data.facts import FACTS
+from jetflow.data import dataset, sources
 from jetflow.evals import likelihoods
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.tools.plan import costs
@@ -27,89 +26,61 @@ PROGRAMS = ("train", "sample", "eval")
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device.
+    """Bytes on each device; `other` and `temporaries` are None where the compiler gave up."""
 
-    Attributes:
-        params, optimizer, ema: parts of the training state; other programs hold the weights alone.
-        other: the batch, the flow's constants, and the program itself.
-        temporaries: activations, gradients and buffers; None where the compiler gave up, as `other`
-            is.
-        total: at the moment of largest use, as the compiler counts it, with padding.
-        capacity: the most that a program may take.
-        spare: negative where the program does not fit.
-    """
-
-    params: int
+    params: int  # or the weights, in programs without a training state
     optimizer: int
     ema: int
-    other: int | None
-    temporaries: int | None
-    total: int
-    capacity: int
-    spare: int
+    other: int | None  # the batch, the flow's constants, and the program itself
+    temporaries: int | None  # activations, gradients and buffers
+    total: int  # at the moment of largest use, as the compiler counts it, with padding
+    capacity: int  # the most that a program may take
+    spare: int  # negative where the program does not fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """The least time of a step by the roofline.
 
-    Attributes:
-        seconds_by_resource: compute (matrix products at bfloat16's peak), hbm (bytes to and from
-            memory), ici (exchanges within a slice, over all links), dcn (those between slices).
-        bound_by: the scarcest resource.
-        step_seconds: by that resource.
-        images_per_second, days: at most, and of all steps at least.
+    The resources are compute (matrix products at bfloat16's peak), hbm (bytes to and from memory),
+    ici (exchanges within a slice, over all links) and dcn (exchanges between slices).
     """
 
     seconds_by_resource: dict[str, float]
-    bound_by: str
-    step_seconds: float
-    images_per_second: float
-    days: float
+    bound_by: str  # the scarcest resource
+    step_seconds: float  # by that resource
+    images_per_second: float  # at most
+    days: float  # of all steps, at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a program needs on a topology.
+    """What a program needs on a topology; without cost and estimate where it does not fit."""
 
-    Attributes:
-        program: one of `PROGRAMS`.
-        topology, slices: "v5e:4x4", and the number of such slices.
-        devices, mesh: their number and layout.
-        batch_size, remat: of the program.
-        parameters: of the flow.
-        memory: on each device.
-        model_flops: of a step on each device, by formula, without recomputation.
-        steps: of the training; otherwise of an evaluation, or of as many samples.
-        sequential: tokens that a step decodes one after another.
-        fits: whether the program compiles within the memory.
-        cost, estimate: of the compiled program; None where it does not fit.
-    """
-
-    program: str
-    topology: str
-    slices: int
+    program: str  # one of `PROGRAMS`
+    topology: str  # such as "v5e:4x4"
+    slices: int  # of that topology
     devices: int
     mesh: dict[str, int]
     batch_size: int
     remat: str
-    parameters: int
+    parameters: int  # of the flow
     memory: Memory
-    model_flops: float
-    steps: int
-    sequential: int
+    model_flops: float  # of a step on each device, by formula, without recomputation
+    steps: int  # of the training; otherwise of an evaluation, or of as many samples
+    sequential: int  # tokens that a step decodes one after another
     fits: bool
-    cost: costs.Cost | None
+    cost: costs.Cost | None  # of the compiled program
     estimate: Estimate | None
 
 
 def load(name: str, split: str) -> dataset.Dataset:
-    """As `dataset.load`, but of the papers' data sets the sizes alone, without images."""
-    if name not in FACTS:
+    """As `dataset.load`, but of published data sets the sizes alone, without images."""
+    source = sources.find(name)
+    if not source.splits:
         return dataset.load(name, split)
-    facts = FACTS[name]
-    images = range(facts.examples(split))
-    return dataset.Dataset(name, "", split, facts.image_shape, facts.num_classes, images)
+    images = range(source.count(split))
+    return dataset.Dataset(name, "", split, source.image_shape, source.num_classes, images)
 
 
 def plan(config: Config, topology: str, *, slices: int = 1, program: str = "train") -> Plan:

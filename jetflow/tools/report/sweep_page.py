@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jetflow.sweeps import short_names
 from jetflow.tools.report.run_page import described, side_by_side
-from jetflow.tools.sweep.folder import Folder
+from jetflow.tools.sweep.store import Store
 from jetflow.workdir import read_config
 
 HIGHER_IS_BETTER = {"accuracy", "sample_accuracy", "precision", "recall", "density", "coverage"}
@@ -35,7 +35,7 @@ class Axis(NamedTuple):
 
 def sweep_page(path: Path) -> dict[str, Any]:
     """The values of the page of a sweep, also of one that has not ended."""
-    content, records = Folder(path).content(), Folder(path).records()
+    content, records = Store(path).content(), Store(path).records()
     known = {record["number"]: record for record in records}
     unmeasured = {"name": "", "status": "not measured yet"}
     each = [

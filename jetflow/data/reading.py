@@ -1,0 +1,92 @@
+"""Batches on their way to the devices: read by worker processes, and put there ahead of a step."""
+
+import collections
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+import grain
+import jax
+from absl import flags
+
+from jetflow.data import processes
+from jetflow.types import Batch
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+DEPTH = 2  # one for the step that comes next, and one that is being made
+_BUFFER = 2  # batches that wait in each worker
+_SMALLEST_SHARED = 2**16  # bytes; smaller arrays are cheaper to send than to share
+
+
+class Ahead(Generic[S, T]):
+    """An endless iterator of `change(item)`; a thread makes the next ones ahead, in order."""
+
+    def __init__(
+        self, items: Generator[S, None, None], change: Callable[[S], T], depth: int = DEPTH
+    ):
+        self._items = items
+        self._change = change
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._coming = collections.deque(self._thread.submit(self._make) for _ in range(depth))
+
+    def __iter__(self) -> "Ahead[S, T]":
+        return self
+
+    def __next__(self) -> T:
+        """The next one; raises what its making raised."""
+        item = self._coming.popleft().result()
+        self._coming.append(self._thread.submit(self._make))
+        return item
+
+    def after(self, running: Any) -> tuple[T, float]:
+        """The next one, and the seconds for which the device is idle until it is ready.
+
+        Args:
+            running: arrays that the device computes meanwhile. They are awaited only if the next
+                one is not ready, when nothing could be started anyway.
+        """
+        if self._coming[0].done():
+            return next(self), 0.0
+        jax.block_until_ready(running)
+        start = time.perf_counter()
+        return next(self), time.perf_counter() - start
+
+    def close(self) -> None:
+        """End the thread, and close the items."""
+        self._thread.shutdown(cancel_futures=True)
+        self._items.close()
+
+    def _make(self) -> T:
+        return self._change(next(self._items))
+
+
+def read_by_workers(batches: grain.IterDataset, count: int) -> Generator[Batch, None, None]:
+    """The same batches in the same order, each from one of `count` processes, by turns.
+
+    Python starts them anew ("spawn"), so each imports the trainer's main module first: a script
+    that uses workers needs its `if __name__ == "__main__":`. Closing or dropping the generator ends
+    them.
+    """
+    if not flags.FLAGS.is_parsed():  # as by an `absl.app`: Grain looks at flags of its own
+        flags.FLAGS.mark_as_parsed()
+    options = grain.experimental.DatasetOptions(min_shm_size=_SMALLEST_SHARED)
+    batches = grain.experimental.WithOptionsIterDataset(batches, options)
+    workers = grain.MultiprocessingOptions(num_workers=count, per_worker_buffer_size=_BUFFER)
+    iterator = iter(batches.mp_prefetch(workers, worker_init_fn=_start))
+    try:
+        # The trainer answers Ctrl-C: it needs its workers until it has saved.
+        with processes.blocked_signals():
+            first = next(iterator)  # which starts them
+        yield first
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _start(index: int, count: int) -> None:
+    """Runs in each worker."""
+    del index, count
+    processes.end_with_parent()

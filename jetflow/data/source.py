@@ -1,0 +1,188 @@
+"""A data set before it is prepared: what it is, and what its archives hold."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from jetflow.data import images
+from jetflow.types import NO_LABEL, UsageError
+
+
+class Image(NamedTuple):
+    """An image as its archive holds it.
+
+    Attributes:
+        name: its place, for people: "n01440764.tar/n01440764_10026.JPEG".
+        content: an image file, or pixels, uint8 [H, W, C], or the reason why there is neither.
+        label: the number of its class, or `NO_LABEL`.
+    """
+
+    name: str
+    content: bytes | np.ndarray | images.Unreadable
+    label: int = NO_LABEL
+
+
+@runtime_checkable
+class Member(Protocol):
+    """A file of an archive, which holds one image or many; it can be sent to another process."""
+
+    @property
+    def size(self) -> int: ...  # bytes of the archive
+
+    def read(self) -> Iterator[Image]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Images that a function makes, without any archive."""
+
+    make: Callable[[], Iterator[Image]]
+    size: int = 0
+
+    def read(self) -> Iterator[Image]:
+        return self.make()
+
+
+class Contents(NamedTuple):
+    """What the archives hold: the names of the classes, and the members of each split in order."""
+
+    classes: Sequence[str]
+    splits: Mapping[str, Sequence[Member]]
+
+
+class Archive(NamedTuple):
+    """A file that the user brings.
+
+    Attributes:
+        name: as published.
+        size: as published, in bytes, or in words where that is not known exactly.
+        instead: other files or folders with the same content.
+    """
+
+    name: str
+    size: int | str
+    instead: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        size = f"{self.size:,} bytes" if isinstance(self.size, int) else self.size
+        return f"{self.name} ({size}{''.join(f', or {name}' for name in self.instead)})"
+
+    def find(self, folder: Path) -> Path | None:
+        """Its path, or that of another one with the same content; None where there is neither."""
+        paths = (folder / name for name in (self.name, *self.instead))
+        return next((path for path in paths if path.exists()), None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set.
+
+    Attributes:
+        name: "cifar10", or with its size: "photos/16".
+        image_shape: (H, W, C).
+        contents: of the archives, given the path of each, and a folder for notes.
+        about: description and references, for the record.
+        splits: the published number of images in each; empty where it is not known.
+        num_classes: as published; 0 where the images have no labels.
+        held_out: one image of so many of `train` is part of `validation`, by a hash of its file's
+            name; 0 for none.
+        archives: that `contents` needs.
+        homepage: where they are published.
+        resize: how its publishers resized the images; None for photographs, which are resized here.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    contents: Callable[[Sequence[Path], Path], Contents]
+    about: str | None
+    splits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    num_classes: int = 0
+    held_out: int = 0
+    archives: tuple[Archive, ...] = ()
+    homepage: str = ""
+    resize: str | None = "none"
+
+    @property
+    def resize_method(self) -> str:
+        return images.resize_method(self.image_shape[0]) if self.resize is None else self.resize
+
+    def pixels(self, content: bytes | np.ndarray | images.Unreadable) -> np.ndarray:
+        """uint8 [H, W, C] of an image's content.
+
+        Raises:
+            Unreadable: it is no whole image, or not of the published size.
+        """
+        if isinstance(content, images.Unreadable):
+            raise content
+        if isinstance(content, np.ndarray):
+            return content
+        fit = images.resize if self.resize is None else images.exactly
+        return fit(images.decode(content), self.image_shape[0])
+
+    def count(self, split: str) -> int:
+        """The published number of images in a split, or in a part as TFDS writes it.
+
+        Raises:
+            UsageError: there is no such split.
+        """
+        infos = [
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=[count],
+                num_bytes=0,
+                filename_template=tfds.core.ShardedFileTemplate("", "{SPLIT}", split=name),
+            )
+            for name, count in self.splits.items()
+        ]
+        try:
+            return tfds.core.SplitDict(infos)[split].num_examples
+        except (AssertionError, KeyError, ValueError) as error:
+            counts = ", ".join(f"{name} ({count:,})" for name, count in self.splits.items())
+            raise UsageError(f"{split!r} is no split of {self.name}; it has {counts}") from error
+
+    def differences(self, counts: Mapping[str, int], unreadable: int = 0) -> list[str]:
+        """A line for each split whose number of images is not the published one.
+
+        Args:
+            counts: images in each split of the prepared data.
+            unreadable: images that were left out, of any split.
+        """
+        pairs = {split: (counts.get(split, 0), count) for split, count in self.splits.items()}
+        if self.held_out:  # only the sum is published
+            prepared, published = zip(*pairs.values(), strict=True)
+            pairs = {"+".join(pairs): (sum(prepared), sum(published))}
+        return [
+            f"{self.name} {split}: {prepared:,} images, but {published:,} were published; is the "
+            "archive whole?"
+            for split, (prepared, published) in pairs.items()
+            if not 0 <= published - prepared <= unreadable
+        ]
+
+    def missing(self, folder: Path) -> str:
+        """The archives that are missing in a folder, for an error message; "" for none."""
+        if all(archive.find(folder) for archive in self.archives):
+            return ""
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        names[8:] = [f"{len(names) - 8} more"] if len(names) > 8 else []
+        present = ", ".join(names) or ("nothing" if folder.is_dir() else "no such folder")
+        homepage = f" (from {self.homepage})" if self.homepage else ""
+        wanted = "; ".join(map(str, self.archives))
+        return f"expected in {folder}: {wanted}{homepage}; found there: {present}"
+
+
+def at_sizes(name: str, sizes: Sequence[int], **fields) -> tuple[Source, ...]:
+    """A data set at several sizes: "afhq/64", "afhq/128", …"""
+    return tuple(
+        Source(name=f"{name}/{size}", image_shape=(size, size, 3), **fields) for size in sizes
+    )
+
+
+def name_hash(name: str) -> int:
+    """The first 8 bytes of the SHA-256 of a file's name, as a big-endian number."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big")

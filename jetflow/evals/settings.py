@@ -1,0 +1,98 @@
+"""What an evaluation is asked for: its metrics, the images, and how samples are drawn."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jetflow.data.dataset import Dataset, load
+from jetflow.evals import inception
+from jetflow.noise import LARGEST_SEED
+from jetflow.options import option
+from jetflow.sampling.options import SamplingOptions
+from jetflow.types import TrainedFlow, UsageError
+
+LIKELIHOODS = ("bpd", "noised_bpd", "bpd_gap", "noised_bpd_gap", "accuracy")  # of real images
+NEIGHBOURS = {"kid": 1, "precision_recall": 3, "density_coverage": 5}  # that a feature must have
+DISTANCES = ("fid", "sfid", *NEIGHBOURS)
+METRICS = (*LIKELIHOODS, "sample_accuracy", *DISTANCES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(SamplingOptions):
+    """What is measured, of which images, and how samples are drawn."""
+
+    metrics: tuple[str, ...] | None = option(
+        None,
+        "what to measure; default: bpd. With noised_, the likelihood of images with the gaussian "
+        "noise of training; with _gap, held-out minus training bits, on equally many images; "
+        "accuracy and sample_accuracy: how often the flow's likelihoods tell the label of images, "
+        "and of samples",
+        choices=METRICS,
+    )
+    split: str | None = option(
+        None, "of likelihoods and accuracy; default: the test split of the run's config"
+    )
+    draws: int | None = option(None, "noise draws an example; default: the run's", least=1)
+    seed: int = option(0, "of the draws, and of samples", least=0, most=LARGEST_SEED)
+    batch_size: int = option(128, "images at a time; changes rounding errors alone", least=1)
+    num_samples: int = option(50_000, "images drawn", least=2)
+    samples: Path | None = option(None, "an .npz of `jetflow sample` to take images from")
+    reference: Path | None = option(
+        None, "an .npz of make_reference or of ADM's evaluator; default: that of make_reference"
+    )
+    make_reference: bool = option(
+        False, "write statistics of real images to reference, by default in the run's evals folder"
+    )
+    reference_data: str | None = option(None, "of make_reference; default: the run's data set")
+    reference_split: str | None = option(
+        None, "default: the run's training split, which published references use"
+    )
+    inception_weights: Path | None = option(
+        None, f"a file {inception.NAME}; default: it is downloaded once"
+    )
+    num_features: int = option(
+        10_000, "images of each side that kid and the metrics by neighbours take", least=2
+    )
+    data_dir: Path | None = option(
+        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.metrics is not None and not self.metrics:
+            raise UsageError(f"metrics is empty; expected some of {', '.join(METRICS)}")
+
+    def measured(self) -> tuple[str, ...]:
+        """The metrics, or the default ones."""
+        if self.metrics is None:
+            return () if self.make_reference else ("bpd",)
+        return tuple(self.metrics)
+
+    def changed_sampling(self) -> dict[str, Any]:
+        """What samples depend on, but for the flow, as far as it is not as by default."""
+        names = [field.name for field in dataclasses.fields(SamplingOptions)]
+        return self.changed(*names, "num_samples", "seed")
+
+    def sampling(self, model: TrainedFlow) -> dict[str, Any]:
+        """What samples depend on, but for the flow, for the record."""
+        return self.used(model.noise) | {"num_samples": self.num_samples, "seed": self.seed}
+
+
+def source(model: TrainedFlow) -> dict[str, Any]:
+    """The weights that a result is of, for the record."""
+    return {"step": model.step, "weights": model.weights}
+
+
+def run_data(model: TrainedFlow, split: str, data_dir: Path | None) -> Dataset:
+    """A split of the data set of a run.
+
+    Raises:
+        UsageError: if the run names none.
+    """
+    name = model.config["data"]["name"]
+    if not name:
+        raise UsageError(
+            f"{model.workdir} names no data set; convert it again with --data NAME, to another "
+            "--out"
+        )
+    return load(name, split, data_dir=data_dir)

@@ -1,0 +1,119 @@
+"""Latents of images, paths between them, and the image block by block."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from jetflow import sharding
+from jetflow.sampling.ancestral import AS_WRITTEN, Drawn, Sampler, gather
+from jetflow.types import AnyArray
+
+
+def encode(
+    sampler: Sampler,
+    images: Num[AnyArray, "N H W C"],
+    label: Int[AnyArray, "N"] | None,
+    noise: str,
+    batch_size: int = 64,
+) -> tuple[Float[np.ndarray, "N T D"], Float[np.ndarray, "N"]]:
+    """The latents of images, without a draw of the noise, and the log-determinants; on the host.
+
+    Args:
+        images: pixel values.
+        noise: the kind of noise that the flow was trained with; of a dequantised pixel value v, the
+            middle v + 1/2 is encoded.
+    """
+    parts = []
+    for x, part_label in _parts(batch_size, images + centre(noise), label):
+        placed = sampler.place(x), sampler.place(part_label)
+        with sharding.on(sampler.mesh):
+            encoded = gather(_encode(sampler.flow, sampler.variables, *placed))
+        parts.append([array[: len(x)] for array in encoded])
+    z, logdet = map(np.concatenate, zip(*parts, strict=True))
+    return z, logdet
+
+
+def decode(
+    sampler: Sampler,
+    z: Float[AnyArray, "N T D"],
+    label: Int[AnyArray, "N"] | None,
+    batch_size: int = 64,
+) -> Drawn:
+    """The images of latents, so many at a time; the sweeps are the most of a batch."""
+    batches = [sampler.decode(*part) for part in _parts(batch_size, z, label)]
+    sweeps = tuple(map(max, *(drawn.sweeps for drawn in batches), batches[0].sweeps))
+    pixels = np.concatenate([drawn.pixels for drawn in batches])
+    return Drawn(pixels, sweeps, max(drawn.residual for drawn in batches))
+
+
+def _parts(batch_size: int, *arrays: Any) -> Iterator[list[Any]]:
+    """Arrays in parts of so many rows; the first is one, the others may be None."""
+    for start in range(0, len(arrays[0]), batch_size):
+        part = slice(start, start + batch_size)
+        yield [None if array is None else array[part] for array in arrays]
+
+
+def centre(noise: str) -> np.float32:
+    """Where the noise of training centres, above a pixel value."""
+    return np.float32(0.5 if noise == "uniform" else 0.0)
+
+
+@functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)
+def _encode(flow, variables, x, label):
+    return flow.apply(variables, x, label, method="forward")
+
+
+def interpolate(
+    first: Float[AnyArray, "T D"], last: Float[AnyArray, "T D"], num: int
+) -> Float[Array, "{num} T D"]:
+    """`num` latents from the first to the last, both included, on a great circle.
+
+    Spherical interpolation keeps the norm between those of the ends, where a gaussian of many
+    dimensions has its mass; on a straight line it would shrink towards the middle.
+    """
+    share = jnp.linspace(0.0, 1.0, num)[:, None, None]
+    cosine = jnp.vdot(first, last) / (jnp.linalg.norm(first) * jnp.linalg.norm(last))
+    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+    on_circle = jnp.sin((1 - share) * angle) * first + jnp.sin(share * angle) * last
+    straight = (1 - share) * first + share * last
+    nearly_parallel = ~(jnp.sin(angle) >= 1e-4)  # or one of them is zero, and has no direction
+    return jnp.where(
+        nearly_parallel, straight, on_circle / jnp.where(nearly_parallel, 1.0, jnp.sin(angle))
+    )
+
+
+def trace(
+    sampler: Sampler,
+    z: Float[AnyArray, "N T D"],
+    label: Int[AnyArray, "N"] | None,
+    batch_size: int = 64,
+) -> Float[np.ndarray, "S N H W C"]:
+    """The image at each stage: the latents, then after each block's inverse, in order of sampling,
+    and last, where the sampler denoises, the denoised image.
+
+    The stages of a Jet are its couplings.
+    """
+    parts = []
+    for latents, part_label in _parts(batch_size, z, label):
+        placed = sampler.place(latents), sampler.place(part_label)
+        with sharding.on(sampler.mesh):
+            tokens = gather(
+                _stages(
+                    sampler.flow, sampler.variables, *placed, sampler.guidance, sampler.decoding
+                )
+            )
+        stages = sampler.flow.as_image(jnp.asarray(tokens[:, : len(latents)]))
+        last = [sampler.decode(latents, part_label).pixels[None]] if sampler.denoise else []
+        parts.append(np.concatenate([stages, *last]))
+    return np.concatenate(parts, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)
+def _stages(flow, variables, z, label, guidance, decoding) -> Float[Array, "S B T D"]:
+    blocks = flow.apply(variables, z, label, guidance, decoding, method="inverse_blocks")
+    return jnp.concatenate([z[None], blocks.tokens])
