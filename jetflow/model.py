@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from jaxtyping import Array, Float, Int, Num, UInt8
 from jetflow import calibration, sharding
 from jetflow.archive import collect
 from jetflow.checkpoint import Checkpoints
+from jetflow.evals import evaluation
 from jetflow.evals.likelihoods import UNIFORM, bits_per_dim
+from jetflow.evals.settings import EvaluateOptions
 from jetflow.files import METRICS, read_metrics
-from jetflow.flows.labels import check_labels
+from jetflow.flows.stack import check_labels
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.pictures import labels_in_turn
-from jetflow.sampling import explore
+from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, check_guided, draw_all, not_finite
 from jetflow.sampling.decoding import decodings
 from jetflow.sampling.options import SamplingOptions
@@ -176,7 +178,7 @@ class Model:
         """The latents of images, at the centre of the noise, and log |det ∂z/∂x| in nats."""
         sampler, pixels = self.sampler(SamplingOptions(), batch_size), _pixels(images)
         label = check_labels(self.flow, label, len(pixels))
-        return explore.encode(sampler, pixels, label, self.noise.kind, batch_size)
+        return latents.encode(sampler, pixels, label, self.noise.kind, batch_size)
 
     def decode(
         self,
@@ -189,7 +191,20 @@ class Model:
         sampler = self.sampler(SamplingOptions(**fields), batch_size)
         label = check_labels(self.flow, label, len(z))
         check_guided(sampler.guidance, label)
-        return explore.decode(sampler, z, label, batch_size).images(self.noise.kind)
+        return latents.decode(sampler, z, label, batch_size).images(self.noise.kind)
+
+    def evaluate(self, metrics: Sequence[str], **fields: Any) -> list[dict[str, Any]]:
+        """The records of metrics such as "bpd" and "fid", as `jetflow evaluate` writes them.
+
+        They have "value", "standard_error" and all that the value depends on.
+
+        Args:
+            fields: of `EvaluateOptions`, such as num_samples=50_000.
+
+        Raises:
+            UsageError: on what this flow, its data or the reference do not have.
+        """
+        return evaluation.evaluate(self, EvaluateOptions(metrics=tuple(metrics), **fields))
 
     def _options(self, defaults: str | None, fields: dict[str, Any]) -> SamplingOptions:
         if defaults not in (None, "run"):

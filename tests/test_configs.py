@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import pytest
-from absl import flags
 
-from jetflow import cli
-from jetflow.cli import configs as config
+from jetflow import cli, configs
 from jetflow.tools.plan import roofline
 from jetflow.training.experiment import set_up
 
@@ -28,11 +26,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "base"
 
 
 def read(name: str):
-    values = flags.FlagValues()
-    argv = ["train", f"--config={CONFIGS}/{name}"]
-    config.define(values, argv)
-    assert config.parse(values, argv) == []
-    return values.config
+    return configs.read(f"{CONFIGS}/{name}")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from jetflow.cli.flags import Command
-from jetflow.cli.mesh import mesh_option, read_mesh
+from jetflow.mesh import mesh_option, read_mesh
 from jetflow.model import load_model
 from jetflow.options import Options, option
 from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW
