@@ -252,9 +252,7 @@ def load_model(
     config, flow, weights = read_flow(workdir)
     abstract = abstract_variables(flow)
     shardings = sharding.state_shardings(mesh, abstract, config.get("mesh", {}).get("rules", ()))
-    abstract = jax.tree.map(
-        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), abstract, shardings
-    )
+    abstract = sharding.placed(abstract, shardings)
     wanted = {weights: abstract.pop("params"), "collections": abstract}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         if checkpoints.latest() is None and read_metrics(workdir / METRICS):

@@ -172,6 +172,11 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         self._storage, self._left = storage, size
         self._storages: dict[str, np.ndarray] = {}
 
+    def load(self) -> Any:
+        """The next pickle of the file."""
+        self.memo = {}
+        return super().load()
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in DTYPES:
             return DTYPES[name]

@@ -151,6 +151,13 @@ def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, 
     return jax.tree.map_with_path(sharding, abstract_state)
 
 
+def placed(abstract: Any, shardings: Any) -> Any:
+    """Shapes and types with a sharding for each, as `Checkpoints.restore` takes them."""
+    return jax.tree.map(
+        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), abstract, shardings
+    )
+
+
 def _spec(mesh: Mesh, shape: tuple[int, ...], strategy: str) -> P:
     if strategy == "replicated" or math.prod(shape) < SMALLEST_SHARDED:
         return P()

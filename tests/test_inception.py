@@ -155,22 +155,23 @@ def offered(tmp_path, monkeypatch):
     return offer
 
 
-def test_offline(offered):
-    def unreachable(*_, **__):
-        raise urllib.request.URLError("no route to host")
+def unreachable(*_, **__):
+    raise urllib.request.URLError("no route to host")
 
-    cache = offered(unreachable)
-    with pytest.raises(UsageError, match="no route to host") as caught:
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (unreachable, "no route to host"),
+        (lambda *_, **__: io.BytesIO(b"moved"), hashlib.sha256(b"moved").hexdigest()[:8]),
+    ],
+)
+def test_download_that_fails(answer, message, offered):
+    cache = offered(answer)
+    with pytest.raises(UsageError, match=message) as caught:
         inception.load()
     for part in (inception.URL, "--inception_weights", inception.NAME):
         assert part in str(caught.value)
-    assert not list(cache.iterdir())
-
-
-def test_another_file_at_the_address(offered):
-    cache = offered(lambda *_, **__: io.BytesIO(b"moved"))
-    with pytest.raises(UsageError, match=hashlib.sha256(b"moved").hexdigest()[:8]):
-        inception.load()
     assert not list(cache.iterdir())
 
 

@@ -180,6 +180,7 @@ def test_formula_and_program_agree_for_jet():
     assert plan.cost.flops == pytest.approx(plan.model_flops, rel=0.02)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_recomputation_and_a_split_state_are_counted():
     changes = {"flow.num_blocks": 2, "flow.remat": "full", "mesh.data": 1, "mesh.fsdp": -1}

@@ -107,7 +107,7 @@ BAD_FILES = {
     "the sweep's own": (('"seed"', '"make_reference"'), "make_reference is no option"),
     "neither": (("config=", "title="), "the sweep has no config to train"),
     "metric": (("noised_bpd", "fit"), "metrics is 'fit'"),
-    "wrong type": (("[1, 2]", "['all']"), "draws is 'all'"),
+    "range": (("[1, 2]", "[0, 2]"), "draws is 0; expected 1 or more"),
     "field": (('"draws"', '"config.optim.rate"'), "config.optim.rate is no field"),
     "config": (("digits_tarflow", "digits"), "digits.py' is no file"),
 }

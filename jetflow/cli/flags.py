@@ -56,12 +56,12 @@ def parse(command: Command, argv: Sequence[str]) -> Options:
     options = {
         name: _parsed(command, name, text) for name, text in texts.items() if text is not None
     }
+    if changes and "config" not in options:
+        raise UsageError(f"--config.{next(iter(changes))} changes a config; give --config FILE.py")
     for name, field in fields.items():
         if name not in options and field.default is dataclasses.MISSING:
             example = field.metadata["example"]
             raise UsageError(f"--{name} is missing; expected --{name} {example}")
-    if changes and "config" not in options:
-        raise UsageError(f"--config.{next(iter(changes))} changes a config; give --config FILE.py")
     for name, text in changes.items():
         configs.change(options["config"], name, text)
     try:
