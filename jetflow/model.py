@@ -26,7 +26,7 @@ from jetflow.pictures import labels_in_turn
 from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, check_guided, draw_all, not_finite
 from jetflow.sampling.decoding import decodings
-from jetflow.sampling.options import SamplingOptions
+from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training.step import abstract_variables
 from jetflow.types import AnyArray, Decoding, Flow, UsageError
 from jetflow.workdir import read_flow

@@ -13,7 +13,7 @@ import jetflow
 from jetflow.data import dataset as pipeline
 from jetflow.evals import likelihoods
 from jetflow.sampling.ancestral import quantise
-from jetflow.sampling.options import SamplingOptions
+from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.types import UsageError
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")

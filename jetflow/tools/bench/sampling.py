@@ -15,7 +15,7 @@ from jetflow import calibration, sharding
 from jetflow.model import Model
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import METHODS
-from jetflow.sampling.options import SamplingOptions
+from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.tools.plan import costs, roofline
 from jetflow.training.experiment import set_up
 from jetflow.training.step import abstract_variables, init_variables
