@@ -215,21 +215,6 @@ def test_bug_is_caught_one_token_too_many(monkeypatch, float64):
         windows_change_nothing(5, "none")
 
 
-@pytest.mark.slow
-def test_bug_is_caught_annealing_by_the_place_in_the_window(monkeypatch, float64):
-    real = autoregressive._guide
-
-    def guide(prediction, strength, guided):
-        if prediction.shape[1] == 1:  # token by token stays as it is
-            return real(prediction, strength, guided)
-        place = jnp.arange(prediction.shape[1])[:, None]
-        return real(prediction, 2.0 * (place + 1) / 15, guided)
-
-    monkeypatch.setattr(autoregressive, "_guide", guide)
-    with pytest.raises(AssertionError):
-        windows_change_nothing(5, "log-scale, annealed")
-
-
 def test_decodings_are_checked():
     flow, variables, _ = setting()
     for how, message in (

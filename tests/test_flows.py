@@ -21,11 +21,16 @@ from jetflow.types import Flow, UsageError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+# Whose parts are among those of the other flows.
+SLOW = ["jet, every spatial split", "jet, odd number of rows", "tarflow, blocks of different depth"]
+all_flows = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FLOWS]
+)
 TARFLOWS = ["tarflow, 3 blocks, colour", "tarflow, classes", "tarflow, volume preserving"]
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", FLOWS)
+@all_flows
 def test_law(name, law):
     law(case(name))
 
@@ -41,7 +46,7 @@ def test_law_of_labels(name, law):
     law(case(name))
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@all_flows
 def test_shapes_and_protocol(name):
     flow, (z, logdet) = case(name).flow, case(name).there
     assert isinstance(flow, Flow)

@@ -45,7 +45,7 @@ def inverse(flow, variables, z, label=None):
 # What image i depends on.
 
 
-@pytest.mark.parametrize("kind", ["jet", "tarflow"])
+@pytest.mark.parametrize("kind", ["jet", pytest.param("tarflow", marks=pytest.mark.slow)])
 def test_an_image_depends_on_its_number_alone(kind):
     flow, variables = setting(kind)
     label = np.array([0, 1, 2, -1, 1])
