@@ -2,7 +2,11 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
+
+import numpy as np
+import small_network
 
 from jetflow import cli, configs, sweeps
 from jetflow.cli.flags import parse
@@ -27,9 +31,24 @@ def test_python_example():
     assert names["bits"].shape == (8,)
 
 
+def test_trained_flow_example(trained, tmp_path, monkeypatch):
+    """With a small network in the place of Inception."""
+    shutil.copytree(trained("tarflow"), tmp_path / "runs" / "digits")
+    monkeypatch.chdir(tmp_path)
+    small_network.install(monkeypatch)
+    _, example, *_ = blocks("python")
+    names = {}
+    exec(example, names)
+    assert names["sevens"].shape == (16, 8, 8, 1)
+    assert names["bits"].shape == (16,)
+    np.testing.assert_array_equal(names["again"], names["sevens"])
+    assert [record["metric"] for record in names["records"]] == ["bpd", "fid"]
+    assert all(record["value"] > 0 for record in names["records"])
+
+
 def test_config_example(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, example, _ = blocks("python")
+    (example,) = [block for block in blocks("python") if "get_config" in block]
     path = tmp_path / "own.py"
     path.write_text(example)
     config = configs.read(str(path))

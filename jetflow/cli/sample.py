@@ -21,7 +21,7 @@ from jetflow.options import option
 from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, not_finite
 from jetflow.sampling.guidance import check_guided
-from jetflow.sampling.options import SamplingOptions
+from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.types import UsageError
 
 SHOWN = pictures.MOST_ROWS**2  # samples in the picture of many; each class has its share of them

@@ -19,7 +19,7 @@ from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import decodings
 from jetflow.sampling.guidance import check_guidance
-from jetflow.sampling.options import SamplingOptions
+from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
 from jetflow.training.step import Trainer, TrainState, create_state
 from jetflow.types import Batch, Config, Flow, UsageError

@@ -197,28 +197,31 @@ def _compile(
 ) -> tuple[Memory, costs.Cost | None]:
     """The memory of a program, and its cost where it fits."""
     state = run.abstract_state
-    held = (
-        (state.params, state.opt_state, state.ema) if program == "train" else (state.variables(),)
-    )
-    parts = [*map(sharding.bytes_per_device, held), 0, 0][:3]
+    held = [state.params, state.opt_state, state.ema]
+    if program != "train":
+        held = [state.variables(), (), ()]
+    params, optimizer, ema = map(sharding.bytes_per_device, held)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         total = _bytes_needed(str(error))
-        return Memory(*parts, None, None, total, tpu.hbm_bytes, tpu.hbm_bytes - total), None
+        spare = tpu.hbm_bytes - total
+        return Memory(params, optimizer, ema, None, None, total, tpu.hbm_bytes, spare), None
     analysis: Any = compiled.memory_analysis()
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     temporaries = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes - outputs
     total = costs.peak_bytes(compiled)
     memory = Memory(
-        *parts,
-        other=total - temporaries - sum(parts),
+        params,
+        optimizer,
+        ema,
+        other=total - temporaries - params - optimizer - ema,
         temporaries=temporaries,
         total=total,
         capacity=tpu.hbm_bytes,
         spare=tpu.hbm_bytes - total,
     )
-    return memory, costs.cost(compiled.as_text(), run.mesh.size, slices)
+    return memory, costs.cost(compiled.as_text() or "", run.mesh.size, slices)
 
 
 def _estimate(cost: costs.Cost, tpu: tpus.Tpu, batch_size: int, steps: int) -> Estimate:
