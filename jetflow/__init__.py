@@ -20,6 +20,7 @@ _PUBLIC = {
     "prepare": "jetflow.data.dataset:prepare",
     "report": "jetflow.tools.report.document:report",
     "sample": "jetflow.sampling.ancestral:sample",
+    "sweep": "jetflow.tools.sweep.runner:sweep",
     "train": "jetflow.training.loop:train",
 }
 

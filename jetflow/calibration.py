@@ -134,7 +134,7 @@ def _decode_block(block, variables, z, label, guidance, decoding):
 
 
 _jitted_block = jax.jit(
-    lambda block, variables, *inputs: block.apply(variables, *inputs, method="inverse"),
+    lambda block, variables, *inputs: block.apply(variables, *inputs, method="inverse_blocks")[:1],
     static_argnums=0,
     compiler_options=AS_WRITTEN,
 )

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jetflow import hosts, manifest
+from jetflow import checksums, hosts
 from jetflow.types import AnyArray, UsageError
 
 T = TypeVar("T")
@@ -114,11 +114,11 @@ class Checkpoints:
         Raises:
             NotFinite: there are parameters, or averages of them, that are not finite.
         """
-        arrays = manifest.flatten(state)
+        arrays = checksums.flatten(state)
         if not _are_finite([arrays[path] for path in arrays if path.split("/")[0] in WEIGHTS]):
             raise NotFinite("the parameters are not finite")
-        content = {"config": config, "arrays": manifest.describe(arrays)}
-        record = manifest.seal(json.loads(json.dumps(content)))
+        content = {"config": config, "arrays": checksums.describe(arrays)}
+        record = checksums.seal(json.loads(json.dumps(content)))
         if self._manager is None:
             self._manager = _make_manager(self.directory, self._policy)
         self.wait()
@@ -181,13 +181,13 @@ class Checkpoints:
     def _restore(self, step: int, abstract_state: Any) -> Any:
         directory = self.directory / str(step)
         record = _everywhere(lambda: _read_record(directory / "record"))
-        wanted = manifest.flatten(abstract_state)
+        wanted = checksums.flatten(abstract_state)
         fields = abstract_state if isinstance(abstract_state, dict) else vars(abstract_state)
         entries = record["arrays"].items()
         stored = {path: entry for path, entry in entries if path.split("/")[0] in fields}
-        _check_fit(stored, manifest.types(wanted), f"checkpoint {step} in {self.directory}")
+        _check_fit(stored, checksums.types(wanted), f"checkpoint {step} in {self.directory}")
         arrays = _everywhere(lambda: _read_arrays(directory / "state", wanted))
-        for path, entry in manifest.describe(arrays).items():
+        for path, entry in checksums.describe(arrays).items():
             if entry != stored[path]:
                 raise Damage(f"the checksum of {path} is {entry[1]}, not {stored[path][1]}")
         if len(arrays) == len(record["arrays"]):
@@ -212,7 +212,7 @@ def _are_finite(arrays: list[Shaped[AnyArray, "..."]]) -> Bool[Array, ""]:
 
 def _read_record(directory: epath.Path) -> dict:
     record = dict(ocp.JsonCheckpointHandler().restore(directory))
-    if record != manifest.seal({"config": record["config"], "arrays": record["arrays"]}):
+    if record != checksums.seal({"config": record["config"], "arrays": record["arrays"]}):
         raise Damage("its record does not match the record's digest")
     return record
 

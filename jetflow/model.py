@@ -2,21 +2,31 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int, Num, UInt8
 
 from jetflow import calibration, sharding
+from jetflow.archive import collect
 from jetflow.checkpoint import Checkpoints
+from jetflow.evals import evaluation
+from jetflow.evals.likelihoods import UNIFORM, bits_per_dim
+from jetflow.evals.settings import EvaluateOptions
 from jetflow.files import METRICS, read_metrics
+from jetflow.flows.stack import check_labels
 from jetflow.noise import Noise, Purpose, key_for
-from jetflow.sampling.ancestral import Drawn, Sampler, draw_all
+from jetflow.pictures import labels_in_turn
+from jetflow.sampling import latents
+from jetflow.sampling.ancestral import Drawn, Sampler, check_guided, draw_all, not_finite
 from jetflow.sampling.decoding import decodings
-from jetflow.sampling.options import SamplingOptions
+from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training.step import abstract_variables
 from jetflow.types import AnyArray, Decoding, Flow, UsageError
 from jetflow.workdir import read_flow
@@ -40,6 +50,14 @@ class Model:
     variables: dict[str, Any]
     step: int
     mesh: Mesh
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.flow.image_shape))
+        classes = f", {self.flow.num_classes} classes" if self.flow.num_classes else ""
+        return (
+            f"<{self.config['flow']['kind']} of {shape} images{classes}, {self.noise.kind} noise, "
+            f"{self.weights} weights of step {self.step} in {self.workdir}>"
+        )
 
     @property
     def noise(self) -> Noise:
@@ -95,6 +113,129 @@ class Model:
         key = key_for(seed, 0, Purpose.SAMPLE)
         return draw_all(sampler, key, num=num, label=label, batch_size=batch_size, start=start)
 
+    def sample(
+        self,
+        num: int,
+        *,
+        label: int | Int[AnyArray, "N"] | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        defaults: str | None = None,
+        **fields: Any,
+    ) -> UInt8[np.ndarray, "N H W C"]:
+        """`num` images, rounded after gaussian noise in training, and floored after uniform noise.
+
+        Args:
+            label: one class for all images, or one an image, -1 for none; default: labels take
+                turns. Image i depends on the seed, its label and i alone.
+            defaults: "run" samples as the pictures of the training do, by the run's `config.eval`.
+            fields: of `SamplingOptions`, such as guidance=1.0.
+
+        Raises:
+            UsageError: on a label or option that this flow does not have.
+
+        Warns if some of the images are not finite.
+        """
+        options = self._options(defaults, fields)
+        label = labels_in_turn(num, self.flow.num_classes) if label is None else label
+        batches = self.draw(options, num=num, label=label, seed=seed, batch_size=batch_size)
+        drawn = collect(batches, self.noise.kind, num=num, keep=num)
+        if complaint := not_finite(drawn.finite):
+            warnings.warn(complaint, RuntimeWarning, stacklevel=2)
+        return drawn.images
+
+    def bits_per_dim(
+        self,
+        images: Num[AnyArray, "B H W C"],
+        label: int | Int[AnyArray, "B"] | None = None,
+        *,
+        seed: int = 0,
+        noise: Noise = UNIFORM,
+    ) -> Float[Array, "B"]:
+        """−log2 p per dimension of each image, under one draw of the noise, all images at once.
+
+        With the default, uniform dequantisation, it is the `bpd` of `jetflow evaluate`.
+
+        Args:
+            images: whole pixel values 0..255; uint8 inside `jax.jit`.
+            label: of the images, p(x | label); None or -1 for none.
+            noise: pass `model.noise` for the likelihood that a training with gaussian noise raises.
+
+        Raises:
+            UsageError: on images that are no pixels, such as floats in [0, 1], or a bad label.
+        """
+        key = key_for(seed, 0, Purpose.EVALUATE)
+        pixels = jnp.asarray(_pixels(images))
+        label = check_labels(self.flow, label, len(pixels))
+        return bits_per_dim(self.flow, self.variables, pixels, label, key, noise=noise)
+
+    def encode(
+        self,
+        images: Num[AnyArray, "N H W C"],
+        label: int | Int[AnyArray, "N"] | None = None,
+        batch_size: int = 64,
+    ) -> tuple[Float[np.ndarray, "N T D"], Float[np.ndarray, "N"]]:
+        """The latents of images, at the centre of the noise, and log |det ∂z/∂x| in nats."""
+        sampler, pixels = self.sampler(SamplingOptions(), batch_size), _pixels(images)
+        label = check_labels(self.flow, label, len(pixels))
+        return latents.encode(sampler, pixels, label, self.noise.kind, batch_size)
+
+    def decode(
+        self,
+        z: Float[AnyArray, "N T D"],
+        label: int | Int[AnyArray, "N"] | None = None,
+        batch_size: int = 64,
+        **fields: Any,
+    ) -> UInt8[np.ndarray, "N H W C"]:
+        """The images of latents; `fields` are of `SamplingOptions`."""
+        sampler = self.sampler(SamplingOptions(**fields), batch_size)
+        label = check_labels(self.flow, label, len(z))
+        check_guided(sampler.guidance, label)
+        return latents.decode(sampler, z, label, batch_size).images(self.noise.kind)
+
+    def evaluate(self, metrics: Sequence[str], **fields: Any) -> list[dict[str, Any]]:
+        """The records of metrics such as "bpd" and "fid", as `jetflow evaluate` writes them.
+
+        They have "value", "standard_error" and all that the value depends on.
+
+        Args:
+            fields: of `EvaluateOptions`, such as num_samples=50_000.
+
+        Raises:
+            UsageError: on what this flow, its data or the reference do not have.
+        """
+        return evaluation.evaluate(self, EvaluateOptions(metrics=tuple(metrics), **fields))
+
+    def _options(self, defaults: str | None, fields: dict[str, Any]) -> SamplingOptions:
+        if defaults not in (None, "run"):
+            raise UsageError(f'defaults is {defaults!r}; expected "run" or None')
+        return SamplingOptions.of(self.config["eval"] if defaults else {}, **fields)
+
+
+def _pixels(images: Num[AnyArray, "B H W C"]) -> UInt8[AnyArray, "B H W C"]:
+    """Images as uint8.
+
+    Raises:
+        UsageError: if their values are no whole numbers 0..255, or floats that are all within 0..1.
+    """
+    if images.dtype == np.uint8:
+        return images
+    if isinstance(images, jax.core.Tracer):
+        raise UsageError(f"images are {images.dtype} inside jax.jit; convert them to uint8 before")
+    values = np.asarray(images)
+    if np.issubdtype(values.dtype, np.floating) and values.min() >= 0 and values.max() <= 1:
+        raise UsageError(
+            "images are floats in [0, 1]; expected pixel values 0..255: give "
+            "(255 * images).round().astype('uint8')"
+        )
+    pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    if (pixels != values).any():
+        raise UsageError(
+            f"images have the value {values[pixels != values][0]:g}; expected whole pixel values "
+            "0..255, as uint8"
+        )
+    return pixels
+
 
 def load_model(
     workdir: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None
@@ -111,9 +252,7 @@ def load_model(
     config, flow, weights = read_flow(workdir)
     abstract = abstract_variables(flow)
     shardings = sharding.state_shardings(mesh, abstract, config.get("mesh", {}).get("rules", ()))
-    abstract = jax.tree.map(
-        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), abstract, shardings
-    )
+    abstract = sharding.placed(abstract, shardings)
     wanted = {weights: abstract.pop("params"), "collections": abstract}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         if checkpoints.latest() is None and read_metrics(workdir / METRICS):

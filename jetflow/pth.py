@@ -167,10 +167,17 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         for code in (getattr(pickle, name)[0] for name in _OPCODES)
     })  # fmt: skip
 
+    stack: list[Any]
+
     def __init__(self, file: Any, storage: Storage, size: int):
         super().__init__(file)
         self._storage, self._left = storage, size
         self._storages: dict[str, np.ndarray] = {}
+
+    def load(self) -> Any:
+        """The next pickle of the file."""
+        self.memo = {}
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in DTYPES:
@@ -184,12 +191,13 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
 
     def persistent_load(self, reference: Any) -> np.ndarray:
         """The storage of ("storage", type, key, device, count)."""
-        kinds = (str, np.dtype, str, object, int)
-        parts = reference[:5] if type(reference) is tuple else ()
-        plain = len(parts) == 5 and all(map(isinstance, parts, kinds)) and parts[0] == "storage"
-        if not plain or reference[5:] not in ((), (None,)):
-            raise UsageError(f"refers to something that is not the storage of a tensor; {REMEDY}")
-        _, dtype, key, _, count = parts
+        match reference:
+            case ("storage", np.dtype() as dtype, str(key), _, int(count), *rest) if not any(rest):
+                pass
+            case _:
+                raise UsageError(
+                    f"refers to something that is not the storage of a tensor; {REMEDY}"
+                )
         if key not in self._storages:
             self._left -= max(0, count) * dtype.itemsize
             if count < 0 or self._left < 0:

@@ -151,6 +151,13 @@ def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, 
     return jax.tree.map_with_path(sharding, abstract_state)
 
 
+def placed(abstract: Any, shardings: Any) -> Any:
+    """Shapes and types with a sharding for each, as `Checkpoints.restore` takes them."""
+    return jax.tree.map(
+        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), abstract, shardings
+    )
+
+
 def _spec(mesh: Mesh, shape: tuple[int, ...], strategy: str) -> P:
     if strategy == "replicated" or math.prod(shape) < SMALLEST_SHARDED:
         return P()
@@ -168,7 +175,9 @@ def _spec(mesh: Mesh, shape: tuple[int, ...], strategy: str) -> P:
 
 def check_batch(field: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """Raise a UsageError unless each part of the batch has equally many rows on each device."""
-    if size < 1 or accumulation < 1 or size % accumulation:
+    if size < 1:
+        raise UsageError(f"{field} is {size}; expected 1 or more")
+    if accumulation < 1 or size % accumulation:
         raise UsageError(
             f"{field} {size} is not divisible by config.train.accumulation {accumulation}; "
             "set one of them so that it is"

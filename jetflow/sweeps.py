@@ -1,17 +1,15 @@
 """Sweeps: a grid of settings, its points, and their names.
 
-A sweep is a Python file with a function `get_sweep`. A setting is named as on the command line:
-`config.optim.lr` is one of the training, `guidance` or `step` a flag of sampling and evaluation.
+A sweep is a Python file with a function `get_sweep`. A setting is a field of the config, such as
+`config.optim.lr`, or an option of evaluation and sampling, such as `guidance` or `step`.
 """
 
+import ast
 import collections
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import json
-import sys
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from jetflow import hosts
+from jetflow.configs import call
 from jetflow.types import UsageError
 
 LONGEST_NAME = 120  # characters; many file systems take no more than 255 bytes
@@ -27,7 +25,7 @@ LONGEST_NAME = 120  # characters; many file systems take no more than 255 bytes
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A value of a setting, and what it is called."""
+    """A value of a setting, and its label."""
 
     value: Any
     label: str
@@ -43,7 +41,7 @@ class Grid:
 def axis(name: str, values: Sequence[Any] | np.ndarray | Mapping[str, Any]) -> Grid:
     """A point a value; a mapping gives label → value. NumPy's numbers become Python's.
 
-    None stands for the default of a flag.
+    None stands for the default of an option.
     """
     if isinstance(values, Mapping):
         named = {label: _plain(value) for label, value in values.items()}
@@ -76,12 +74,12 @@ def chain(*grids: Grid) -> Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One of a sweep's points.
+    """A point of a sweep.
 
     Attributes:
         number: its place in the grid, from 0.
         choices: its settings by name.
-        names: what each setting of the sweep is called.
+        names: the short name of each setting of the sweep.
     """
 
     number: int
@@ -91,14 +89,14 @@ class Point:
     @property
     def name(self) -> str:
         """For people and files: "003,guidance=0.5,denoise=True"."""
-        return f"{self.number:03d},{self._called(self.choices)}"
+        return f"{self.number:03d},{self._listed(self.choices)}"
 
     @property
     def run_name(self) -> str:
-        """Of the training that the point needs, which points of no other settings share."""
-        return self._called(filter(is_of_training, self.choices)) or "run"
+        """The name of its training; points that differ in no field of the config share one."""
+        return self._listed(filter(is_of_training, self.choices)) or "run"
 
-    def _called(self, settings: Iterable[str]) -> str:
+    def _listed(self, settings: Iterable[str]) -> str:
         parts = (f"{self.names[name]}={quote(self.choices[name].label, '+')}" for name in settings)
         text = ",".join(parts)
         if len(text) <= LONGEST_NAME:
@@ -116,10 +114,14 @@ class Sweep:
         config: of the runs that are measured, with a path from the sweep's file; runs that differ
             in no setting of the training are one run. None if a run is always given.
         fixed: settings of all points.
-        repeats: settings, such as seeds, whose values are repeats of one measurement: their mean
-            and spread is shown, and no best one is chosen among them.
+        repeats: settings, such as seeds, whose values repeat one measurement: the page shows its
+            mean and spread, and marks the best mean.
         pictures: samples shown of each point; 0 for none.
         title, description: the docstring of the sweep's file.
+
+    Raises:
+        UsageError: if points, or the values of a setting, do not differ by their labels: points
+            and trainings are named by these.
     """
 
     grid: Grid
@@ -128,8 +130,29 @@ class Sweep:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     repeats: tuple[str, ...] = ()
     pictures: int = 36
-    title: str = ""
+    title: str = "Sweep"
     description: str = ""
+
+    def __post_init__(self):
+        if not self.grid.points or not self.metrics:
+            raise UsageError("the sweep has no points or no metrics; give some of both")
+        swept = {name for choices in self.grid.points for name in choices}
+        if unknown := [name for name in self.repeats if name not in swept]:
+            raise UsageError(f"repeats has {unknown[0]}, which is no axis; add one")
+        values: dict[tuple[str, str], Any] = {}
+        numbers: dict[frozenset[tuple[str, str]], int] = {}
+        for number, choices in enumerate(self.grid.points):
+            for name, choice in choices.items():
+                if choice.value is None and is_of_training(name):
+                    raise UsageError(f"{name} is None; give the value of a config")
+                if (value := values.setdefault((name, choice.label), choice.value)) != choice.value:
+                    raise UsageError(
+                        f"{name} has the values {value!r} and {choice.value!r} under the label "
+                        f"{choice.label}; give others, as in axis(name, {{label: value}})"
+                    )
+            labels = frozenset((name, choice.label) for name, choice in choices.items())
+            if (first := numbers.setdefault(labels, number)) != number:
+                raise UsageError(f"the points {first} and {number} are the same; drop one")
 
     @property
     def points(self) -> list[Point]:
@@ -139,28 +162,44 @@ class Sweep:
     def settings(self, point: Point) -> dict[str, Any]:
         """All settings of a point; those that are None are left out."""
         chosen = {name: choice.value for name, choice in point.choices.items()}
-        return {
-            name: value for name, value in {**self.fixed, **chosen}.items() if value is not None
-        }
+        merged = {**self.fixed, **chosen}
+        return {name: value for name, value in merged.items() if value is not None}
 
-    def content(self, run: str | None, recipe: dict[str, Any] | None) -> dict[str, Any]:
-        """What is kept of it in the folder.
+    def with_fixed(self, settings: Mapping[str, Any]) -> "Sweep":
+        """The sweep with these settings at all points, in place of its own fixed ones.
+
+        Raises:
+            UsageError: if all points have an axis of that name.
+        """
+        for name in settings:
+            if all(name in choices for choices in self.grid.points):
+                raise UsageError(f"fix has {name}, which is swept; take it off the sweep's axes")
+        return dataclasses.replace(self, fixed={**self.fixed, **settings})
+
+    def chosen(self, shard: tuple[int, int] | None, point: int | None) -> list[Point]:
+        """Every n-th point from the i-th on for a shard (i, n), or the point of a number."""
+        index, count = shard or (0, 1)
+        if not 0 <= index < count:
+            raise UsageError(f"shard is {index}/{count}; expected I/N with I from 0 to N - 1")
+        if point is not None and not 0 <= point < len(self.points):
+            raise UsageError(f"point is {point}; expected 0 to {len(self.points) - 1}")
+        return self.points[index::count] if point is None else [self.points[point]]
+
+    def content(self, run: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The record of the sweep in its folder.
 
         Args:
-            run: given in place of trainings, or
+            run: the workdir that is measured, or
             recipe: the config that the points change fields of.
         """
-        points = [
-            {name: dataclasses.asdict(choice) for name, choice in point.choices.items()}
-            for point in self.points
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        content["points"] = [
+            {name: dataclasses.asdict(choice) for name, choice in choices.items()}
+            for choices in content.pop("grid").points
         ]
-        fields = {
-            name: getattr(self, name) for name in ("title", "description", "metrics", "repeats")
-        }
-        config = self.config and Path(self.config).name
-        fields |= {"config": config, "run": run, "fixed": self.fixed}
-        fields["recipe"] = recipe or {}
-        return json.loads(json.dumps({**fields, "pictures": self.pictures, "points": points}))
+        content |= {"config": self.config and Path(self.config).name}
+        content |= {"run": run, "recipe": recipe}
+        return json.loads(json.dumps(content, default=str))
 
 
 def is_of_training(name: str) -> bool:
@@ -168,7 +207,7 @@ def is_of_training(name: str) -> bool:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """What settings are called beside each other: the shortest ends that no two of them share."""
+    """Names of settings beside each other: the shortest ends that no two of them share."""
     parts = {name: name.split(".") for name in names}
     ends = {name: [".".join(part[i:]) for i in reversed(range(len(part)))]
             for name, part in parts.items()}  # fmt: skip
@@ -177,47 +216,19 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
             for name, mine in ends.items()}  # fmt: skip
 
 
-def read(path: str) -> Sweep:
-    """The sweep of a file.
+def read(path: str | Path) -> Sweep:
+    """The sweep of a file, with its docstring and the full path of its config.
 
     Raises:
-        UsageError: if there is no such file, it fails, or its grid is none.
+        UsageError: if there is no such file, it fails (with the line), or makes no sweep.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"--sweep {path} is no file; expected one such as configs/sweeps/NAME.py")
-    spec = importlib.util.spec_from_file_location("_jetflow_sweep", file)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"--sweep {path} is no Python file; expected configs/sweeps/NAME.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        get_sweep = getattr(module, "get_sweep", None)
-        sweep = get_sweep() if get_sweep else None
-    except Exception as error:  # whatever a sweep's file raises
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
-        where = f", line {lines[-1]}" if lines else ""
-        raise UsageError(f"--sweep {path}{where}: {type(error).__name__}: {error}") from error
-    if not isinstance(sweep, Sweep) or not sweep.grid.points or not sweep.metrics:
-        raise UsageError(
-            f"--sweep {path}: expected a function get_sweep() that returns a Sweep with points and "
-            "metrics, as in configs/sweeps"
-        )
-    _check_points(sweep, path)
-    title, _, description = (module.__doc__ or file.stem).strip().partition("\n")
-    config = sweep.config
-    if config is not None:
-        config, colon, argument = config.partition(":")
-        config = f"{file.resolve().parent.joinpath(config).resolve()}{colon}{argument}"
-    description = " ".join(description.split())
+    sweep, file = call("sweep", str(path), "get_sweep"), Path(path).resolve()
+    if not isinstance(sweep, Sweep):
+        raise UsageError(f"--sweep {path} has a get_sweep that returns no Sweep")
+    title, *lines = (ast.get_docstring(ast.parse(file.read_text())) or file.stem).split("\n")
+    config = sweep.config and str((file.parent / sweep.config).resolve())
+    description = " ".join(" ".join(lines).split())
     return dataclasses.replace(sweep, config=config, title=title, description=description)
-
-
-def say(text: str) -> None:
-    """Tell a person how the sweep is going."""
-    if hosts.is_first():
-        print(text, file=sys.stderr, flush=True)
 
 
 def _joined(parts: Sequence[dict[str, Choice]]) -> dict[str, Choice]:
@@ -226,33 +237,6 @@ def _joined(parts: Sequence[dict[str, Choice]]) -> dict[str, Choice]:
     if twice:
         raise UsageError(f"the setting {twice[0]} is on two axes; give it one")
     return {name: choice for part in parts for name, choice in part.items()}
-
-
-def _check_points(sweep: Sweep, path: str) -> None:
-    """Raise a UsageError unless points, and the values of a setting, differ by their labels.
-
-    So that points, and trainings, of other settings have other names.
-    """
-    swept = {name for choices in sweep.grid.points for name in choices}
-    if unknown := [name for name in sweep.repeats if name not in swept]:
-        raise UsageError(f"--sweep {path}: repeats has {unknown[0]}, which is no axis; add one")
-    labelled: dict[tuple[str, str], Any] = {}
-    seen: dict[frozenset[tuple[str, str]], int] = {}
-    for point in sweep.points:
-        labels = [(name, choice.label) for name, choice in point.choices.items()]
-        for key in labels:
-            value = point.choices[key[0]].value
-            if value is None and is_of_training(key[0]):
-                raise UsageError(f"--sweep {path}: {key[0]} is None; give the value of a config")
-            if (first := labelled.setdefault(key, value)) != value:
-                raise UsageError(
-                    f"--sweep {path}: {key[0]} has the values {first!r} and {value!r} under the "
-                    f"label {key[1]}; give them labels that differ, as axis(name, {{label: value}})"
-                )
-        if (number := seen.setdefault(frozenset(labels), point.number)) != point.number:
-            raise UsageError(
-                f"--sweep {path}: the points {number} and {point.number} are the same; drop one"
-            )
 
 
 def _plain(value: Any) -> Any:

@@ -158,6 +158,7 @@ class Flow(Protocol):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
+@runtime_checkable
 class TrainedFlow(Protocol):
     """What an evaluation needs of a `jetflow.Model`.
 

@@ -121,7 +121,7 @@ class Claim:
 
 
 def _remedy(workdir: Path, names: set[str]) -> str:
-    if "config.resolved.total_steps" in names and names <= set(LENGTH):
+    if {"config.resolved.total_steps"} < names <= set(LENGTH):
         return "give that length, or --extend to train to the new one"
     if all(name.startswith("config.resolved.") for name in names):
         return "its data set has changed: prepare the old one again, or give another --workdir"

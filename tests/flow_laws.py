@@ -187,7 +187,7 @@ def tokens_depend_on_their_past_alone(case: Case) -> None:
     for index in range(len(case.flow.blocks)):
 
         def block(x, index=index):
-            method = lambda flow, x: flow.blocks[index].forward(x, label)[0]  # noqa: E731
+            method = lambda flow, x: flow.blocks[index].forward_blocks(x, label)[0]  # noqa: E731
             return case.flow.apply(case.variables, x[None], method=method)[0]
 
         jacobian = np.abs(jit(jax.jacfwd(block))(case.rescaled[0][0])).swapaxes(1, 2)

@@ -1,15 +1,16 @@
-"""What a browser would trip over in a page, and what a page shows."""
+"""A page as a browser reads it: balanced, with nothing fetched or run."""
 
 import html.parser
+from collections import Counter
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+VOID = {"meta", "img", "br", "hr", "input"}
 
 
 class Html(html.parser.HTMLParser):
-    """Parses a page; asserts that elements are balanced and that nothing is fetched or run.
+    """Parses a page, and asserts that elements are balanced and that nothing is fetched or run.
 
     Attributes:
-        text: what is to be read.
+        text: all that is to be read.
         tags: how often each element occurs.
         anchors, links: the ids, and the targets of links within the page.
         marked: the cells of table rows that are marked as best.
@@ -17,51 +18,41 @@ class Html(html.parser.HTMLParser):
 
     def __init__(self, content: str):
         super().__init__()
-        self.text = ""
-        self.tags: dict[str, int] = {}
+        self.text, self.tags = "", Counter()
         self.anchors: list[str] = []
         self.links: list[str] = []
         self.marked: list[list[str]] = []
-        self._open: list[str] = []
-        self._in_best = False
+        self._open: list[tuple[str, bool]] = []  # elements, and whether they are marked
         self.feed(content)
         self.close()
         assert not self._open, f"never closed: {self._open}"
 
     def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        assert len(given) == len(attrs), f"an attribute twice: {attrs}"
+        values = dict(attrs)
+        assert len(values) == len(attrs), f"an attribute twice: {attrs}"
         assert tag not in ("script", "link", "iframe", "object"), tag
-        assert not any(name.startswith("on") for name in given)
-        self.tags[tag] = self.tags.get(tag, 0) + 1
-        for name in ("src", "href", "xlink:href", "action"):
-            target = given.get(name) or ""
-            assert target.startswith(("data:image/png;base64,", "#")) or not target, target[:50]
-            if name == "href" and target:
-                self.links.append(target[1:])
-        if "id" in given:
-            self.anchors.append(given["id"])
+        assert not any(name.startswith("on") for name in values)
+        self.tags[tag] += 1
+        for name in {"src", "href", "xlink:href", "action"} & values.keys():
+            assert values[name].startswith(("data:image/png;base64,", "#")), values[name][:50]
+            self.links += [values[name][1:]] if values[name].startswith("#") else []
+        self.anchors += [values["id"]] if "id" in values else []
+        best = tag == "tr" and values.get("class") == "best"
+        self.marked += [[]] if best else []
         if tag not in VOID:
-            self._open.append(tag)
-        if tag == "tr" and given.get("class") == "best":
-            self.marked.append([])
-            self._in_best = True
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.handle_endtag(tag)
+            self._open.append((tag, best))
 
     def handle_endtag(self, tag):
-        assert self._open and self._open.pop() == tag, f"</{tag}> closes nothing"
-        self._in_best = self._in_best and tag != "tr"
+        assert tag in VOID or (self._open and self._open.pop()[0] == tag), (
+            f"</{tag}> closes nothing"
+        )
 
     def handle_data(self, data):
-        if "style" in self._open:
+        if self._open and self._open[-1][0] == "style":
             assert "url(" not in data and "@import" not in data
             return
         self.text += data
-        if self._in_best and data.strip():
+        if any(best for _, best in self._open) and data.strip():
             self.marked[-1].append(data)
 
 
@@ -69,6 +60,5 @@ def read(content: str) -> Html:
     """The page, checked; its links lead somewhere."""
     assert content.startswith("<!DOCTYPE html>")
     page = Html(content)
-    assert len(set(page.anchors)) == len(page.anchors)
-    assert set(page.links) <= set(page.anchors)
+    assert len(set(page.anchors)) == len(page.anchors) and {*page.links} <= {*page.anchors}
     return page

@@ -29,7 +29,8 @@ def activations(arrays, images):
 
 
 def network(name="a"):
-    return inception.Network({"frequency": np.float32(0.7)}, sha256=name * 64)
+    """The network, with a SHA-256 of these letters."""
+    return inception.Network({"frequency": np.float32(0.7)}, sha256=(name * 64)[:64])
 
 
 def install(patch):

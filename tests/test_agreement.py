@@ -8,8 +8,10 @@ import pytest
 import tiny_runs
 
 from jetflow import bits_per_dim, cli, load_model, sample
+from jetflow.evals.evaluation import evaluate
+from jetflow.evals.settings import EvaluateOptions
 from jetflow.noise import Noise, Purpose, key_for
-from jetflow.types import Guidance
+from jetflow.types import Guidance, UsageError
 
 
 def test_samples_are_told_by_the_labels_they_were_drawn_with(trained):
@@ -39,10 +41,11 @@ def test_samples_are_told_by_the_labels_they_were_drawn_with(trained):
     assert result["samples"]["guidance"] == 4.0 and result["standard_error"] > 0
 
 
-def test_labels_are_needed(trained, capsys):
-    workdir = str(trained("volume preserving"))
-    assert cli.main(["evaluate", "--metrics=sample_accuracy", "--workdir", workdir]) == 2
-    assert "sample_accuracy is for flows with labels" in capsys.readouterr().err
+def test_labels_are_needed(trained):
+    model = load_model(trained("volume preserving"))
+    for metric in ("accuracy", "sample_accuracy"):
+        with pytest.raises(UsageError, match=f"{metric} is for flows with labels"):
+            evaluate(model, EvaluateOptions(metrics=(metric,)))
 
 
 @pytest.mark.slow

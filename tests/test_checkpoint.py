@@ -13,7 +13,7 @@ import optax
 import pytest
 from etils import epath
 
-from jetflow import checkpoint, manifest
+from jetflow import checkpoint, checksums
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.training.step import TrainState
 from jetflow.types import UsageError
@@ -124,7 +124,7 @@ logging.set_verbosity(logging.INFO)
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jetflow.checkpoint import Checkpoints
-from jetflow.manifest import checksum
+from jetflow.checksums import checksum
 from jetflow.sharding import make_mesh
 
 mesh = make_mesh(fsdp=2)
@@ -170,7 +170,7 @@ def biggest_file(directory):
 def test_a_bit_that_orbax_misses(tmp_path, warnings):
     save_steps(tmp_path, 1, 2)
     flip(biggest_file(tmp_path / "2" / "state"))
-    flat = manifest.flatten(make_state(2))
+    flat = checksums.flatten(make_state(2))
     raw = checkpoint._read_arrays(epath.Path(tmp_path / "2" / "state"), flat)
     bits = lambda array: np.asarray(array).tobytes()  # noqa: E731
     assert sum(bits(raw[path]) != bits(flat[path]) for path in flat) == 1
@@ -326,13 +326,13 @@ def test_checksum_sees_every_bit_and_every_swap(dtype):
     with jax.enable_x64(dtype == "float64"):
         rng = np.random.default_rng(0)
         values = np.asarray(jnp.asarray(rng.integers(0, 100, size=(3, 5, 2)), dtype))
-        whole = int(manifest.checksum(values))
-        assert whole != int(manifest.checksum(values.reshape(5, 3, 2).swapaxes(0, 1)))
+        whole = int(checksums.checksum(values))
+        assert whole != int(checksums.checksum(values.reshape(5, 3, 2).swapaxes(0, 1)))
         for bit in [0] if dtype == "bool" else range(8 * values.itemsize):
             changed = values.copy()
             changed.view(np.uint8)[1, 2, values.itemsize + bit // 8] ^= 1 << bit % 8
-            assert int(manifest.checksum(changed)) != whole
+            assert int(checksums.checksum(changed)) != whole
         for left, right in (((0, 0, 0), (2, 4, 1)), ((0, 1, 0), (1, 0, 0)), ((1, 2, 0), (1, 2, 1))):
             changed = values.copy()
             changed[left], changed[right] = values[right], values[left]
-            assert (int(manifest.checksum(changed)) == whole) == (values[left] == values[right])
+            assert (int(checksums.checksum(changed)) == whole) == (values[left] == values[right])

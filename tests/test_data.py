@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from jetflow import hosts
+from jetflow.data import builder, sources
 from jetflow.data import dataset as pipeline
-from jetflow.data import prepare, sources
 from jetflow.data.dataset import Dataset, eval_batches, load, train_batches
 from jetflow.data.sources import photos
 from jetflow.types import Batch, UsageError
@@ -162,13 +162,13 @@ def test_data_that_tfds_wrote_is_read(encoding, tmp_path):
 
 
 def test_tfds_reads_the_very_same_images(digits, data_dir):
-    builder = tfds.builder_from_directory(data_dir / "digits" / "1.0.0")
-    images = list(builder.as_data_source("test"))
+    written = tfds.builder_from_directory(data_dir / "digits" / "1.0.0")
+    images = list(written.as_data_source("test"))
     assert len(images) == len(digits) == 297
     for index, example in enumerate(images):
         np.testing.assert_array_equal(example["image"], digits.source[index]["image"])
         assert example["label"] == digits.source[index]["label"]
-    assert builder.info.features["label"].num_classes == 10
+    assert written.info.features["label"].num_classes == 10
 
 
 def test_checksum_covers_pixels_labels_and_order(digits):
@@ -203,26 +203,20 @@ def test_prepares_once_with_a_line(tmp_path, monkeypatch, capfd, caplog):
     assert not caplog.records
 
 
-def test_explicit_data_dir_wins(digits, data_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    load("digits", "test", data_dir=data_dir)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("moment", ["_shards", "_write_metadata"])
 def test_another_process_may_finish_first(moment, tmp_path, monkeypatch, digits):
     """On a disk without locks."""
     monkeypatch.setattr(hosts, "locked", lambda *_, **__: contextlib.nullcontext(True))
-    original = getattr(prepare, moment)
+    original = getattr(builder, moment)
 
     def overtaken(*args):
-        monkeypatch.setattr(prepare, moment, original)
+        monkeypatch.setattr(builder, moment, original)
         load("digits", "train", data_dir=tmp_path)
         return original(*args)
 
-    monkeypatch.setattr(prepare, moment, overtaken)
+    monkeypatch.setattr(builder, moment, overtaken)
     assert load("digits", "test", data_dir=tmp_path).checksum() == digits.checksum()
-    assert getattr(prepare, moment) is original  # it did come to the race
+    assert getattr(builder, moment) is original  # it did come to the race
     assert not list(tmp_path.rglob("*incomplete*"))
 
 
@@ -334,11 +328,6 @@ def test_processes_share_every_batch(digits):
             assert_same(a, b)
 
 
-def test_a_batch_may_be_larger_than_the_data():
-    index = next(train_batches(toy(5), batch_size=20, seed=0)).index.reshape(4, 5)
-    assert (np.sort(index) == np.arange(5)).all()
-
-
 # The batches of an evaluation.
 
 
@@ -356,7 +345,3 @@ def test_evaluation_sees_each_example_once_in_order(readers):
     np.testing.assert_array_equal(joined.label, np.where(positions < 0, -1, 3 * positions))
     np.testing.assert_array_equal(joined.image[:, 1, 1, 0], positions + 1)
     assert [x.dtype for x in joined] == [np.uint8, np.int32, np.int32]
-
-
-def test_no_padding_where_none_is_needed():
-    assert [list(b.index) for b in eval_batches(toy(4), batch_size=2)] == [[0, 1], [2, 3]]

@@ -66,16 +66,9 @@ def windows_change_nothing(window: int, name: str, **fields) -> None:
     assert max(sweeps) <= 15
 
 
-@pytest.mark.parametrize(
-    ("window", "name"),
-    [(2, "shift"), (5, "log-scale, annealed"), (15, "none"), (40, "both")],
-)
+@pytest.mark.parametrize(("window", "name"), [(5, "log-scale, annealed"), (40, "both")])
 def test_windows_change_nothing(window, name, float64):
     windows_change_nothing(window, name)
-
-
-def test_windows_change_nothing_of_a_learned_prior(float64):
-    windows_change_nothing(6, "none", volume_preserving=True)
 
 
 def test_a_tolerance_saves_sweeps_and_bounds_the_error(float64):
@@ -94,12 +87,11 @@ def test_a_tolerance_saves_sweeps_and_bounds_the_error(float64):
 
 def test_the_default_tolerance_is_below_a_thousandth_of_a_grey_level():
     """Where tokens depend weakly on each other, so that a window settles many at once."""
-    for name in ("none", "both"):
-        fields = {"dtype": "float32", "strength": 0.03}
-        sequential = inverse(None, GUIDANCES[name], **fields)[0]
-        x, _, sweeps, _ = inverse(decodings(setting()[0], "jacobi"), GUIDANCES[name], **fields)
-        np.testing.assert_allclose(x, sequential, rtol=0, atol=1e-4 * 128)  # 1e-4 in [-1, 1]
-        assert max(sweeps) <= 8
+    fields = {"guidance": GUIDANCES["both"], "dtype": "float32", "strength": 0.03}
+    sequential = inverse(None, **fields)[0]
+    x, _, sweeps, _ = inverse(decodings(setting()[0], "jacobi"), **fields)
+    np.testing.assert_allclose(x, sequential, rtol=0, atol=1e-4 * 128)  # 1e-4 in [-1, 1]
+    assert max(sweeps) <= 8
 
 
 @pytest.mark.parametrize(
@@ -119,7 +111,7 @@ def test_the_fastest_window_is_found(seconds, best):
     assert min(times, key=times.__getitem__) == best
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 3])
 def test_few_tokens(tokens):
     assert min(calibration.seconds_by_window(float, tokens)) == 1
     flow = flow_laws.tarflow((2 * tokens, 2, 1), dtype="float32", num_blocks=1)
@@ -129,13 +121,6 @@ def test_few_tokens(tokens):
         for how in (None, decodings(flow, "jacobi"))
     ]
     np.testing.assert_allclose(*images, atol=1e-3)
-
-
-def test_float32_is_exact_to_rounding():
-    sequential = inverse(None, dtype="float32")[0]
-    for window in (4, 15):
-        x = inverse((Decoding(window),) * 2, dtype="float32")[0]
-        np.testing.assert_allclose(x, sequential, rtol=0, atol=2e-3)
 
 
 def test_broken_images_come_to_an_end():
@@ -155,7 +140,8 @@ def decode_with_infinite_end(how):
     block = flow.blocks[0]
     assert not block.backward
     inputs = ({"params": variables["params"]["blocks_0"]}, z.at[:, -2].set(jnp.inf), LABELS, None)
-    return jit(functools.partial(block.clone(name=None).apply, method="inverse"))(*inputs, how)[0]
+    inverse = functools.partial(block.clone(name=None).apply, method="inverse_blocks")
+    return jit(inverse)(*inputs, how).x
 
 
 def test_wild_guesses_do_not_reach_back():
@@ -163,12 +149,6 @@ def test_wild_guesses_do_not_reach_back():
     assert jnp.isfinite(expected[:, :-2]).all()
     actual = decode_with_infinite_end(Decoding(15))
     np.testing.assert_allclose(actual[:, :-2], expected[:, :-2], atol=1e-3)
-
-
-def test_bug_is_caught_guesses_as_they_come(monkeypatch):
-    monkeypatch.setattr(autoregressive, "_guess", lambda x: x)
-    with pytest.raises(AssertionError):
-        test_wild_guesses_do_not_reach_back()
 
 
 def test_the_cache_may_be_narrow():
@@ -202,7 +182,7 @@ def test_guided_tokens_need_no_other_device():
     process = subprocess.run(
         [sys.executable, "-c", GUIDED_ON_EIGHT_DEVICES],
         env=tiny_runs.environment(JAX_NUM_CPU_DEVICES="8", PYTHONPATH=os.pathsep.join(sys.path)),
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     cached, jacobi = process.stdout.splitlines()
@@ -224,6 +204,7 @@ def test_samples_by_method(method):
 # Planted bugs.
 
 
+@pytest.mark.slow
 def test_bug_is_caught_one_token_too_many(monkeypatch, float64):
     """A token whose predecessor has just changed counts as right."""
     real = autoregressive._change
@@ -232,20 +213,6 @@ def test_bug_is_caught_one_token_too_many(monkeypatch, float64):
     )
     with pytest.raises(AssertionError):
         windows_change_nothing(5, "none")
-
-
-def test_bug_is_caught_annealing_by_the_place_in_the_window(monkeypatch, float64):
-    real = autoregressive._guide
-
-    def guide(prediction, strength, guided):
-        if prediction.shape[1] == 1:  # token by token stays as it is
-            return real(prediction, strength, guided)
-        place = jnp.arange(prediction.shape[1])[:, None]
-        return real(prediction, 2.0 * (place + 1) / 15, guided)
-
-    monkeypatch.setattr(autoregressive, "_guide", guide)
-    with pytest.raises(AssertionError):
-        windows_change_nothing(5, "log-scale, annealed")
 
 
 def test_decodings_are_checked():

@@ -14,11 +14,11 @@ from chex import assert_trees_all_equal
 from flow_laws import random_variables
 from tiny_runs import FLOWS, STEPS, assert_same, read_state, remains
 
-from jetflow import manifest
+from jetflow import checksums
 from jetflow.checkpoint import Checkpoints
 from jetflow.data.dataset import Dataset
 from jetflow.files import write_json
-from jetflow.flows import coupling, splits
+from jetflow.flows import coupling
 from jetflow.model import load_model
 from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import SPEED, Reporter
@@ -37,8 +37,8 @@ def places(grid):
 
 def seen_places(pattern, grid):
     """Row, column and half of the tokens that a coupling's net sees, by the coupling itself."""
-    order = splits.token_pattern(pattern, grid)
-    split = splits.Splits(jnp.array(order), jnp.arange(6), jnp.array(True))
+    order = coupling.token_pattern(pattern, grid)
+    split = coupling.Splits(jnp.array(order), jnp.arange(6), jnp.array(True))
     tokens = [np.concatenate([[*place, 0], [*place, 1]]) for place in places(grid)]
     first, _ = coupling.divide(jnp.array(tokens, jnp.float32)[None], split)
     return np.asarray(first[0])
@@ -57,7 +57,7 @@ def inside(places, old):
 @pytest.mark.parametrize(("old", "new"), [((4, 4), (8, 8)), ((8, 6), (4, 12)), ((6, 8), (10, 14))])
 def test_linear_fields_are_resampled_exactly(old, new):
     cases = {pattern: functools.partial(between_spatial_splits, pattern)
-             for pattern in splits.SPATIAL_CYCLE} | {None: between_grids}  # fmt: skip
+             for pattern in coupling.SPATIAL_CYCLE} | {None: between_grids}  # fmt: skip
     for pattern, between in cases.items():
         of = functools.partial(seen_places, pattern) if pattern else places
         weights = between(old, new)
@@ -179,7 +179,7 @@ def test_position_embeddings_of_a_jet_follow_their_places(tmp_path):
     old = leave(run, tmp_path)
 
     def tables(grid):
-        patterns = splits.layer_patterns(12, ("channels", "spatial"))
+        patterns = coupling.layer_patterns(12, ("channels", "spatial"))
         return [seen_places(p, grid) if p else places(grid) for p in patterns]
 
     net = old.ema["blocks_0"]["layers"]["net"]
@@ -196,7 +196,7 @@ def test_position_embeddings_of_a_jet_follow_their_places(tmp_path):
     same_patterns = "fresh: the same patterns, 4x4 -> 8x6"
     assert fates(table)["constants/blocks_0/token_order"] == same_patterns
     assert f", {12 * 48 * 32:,} resampled, 0 fresh, 0 dropped" in table
-    expected = splits.splits(12, ("channels", "spatial"), (8, 6), 4).token_order
+    expected = coupling.splits(12, ("channels", "spatial"), (8, 6), 4).token_order
     np.testing.assert_array_equal(splits_of(new)["token_order"], expected)
 
 
@@ -217,7 +217,7 @@ def test_position_embeddings_of_a_tarflow_follow_their_places(shape, tmp_path):
 
 
 def embeddings(params):
-    flat = manifest.flatten(params)
+    flat = checksums.flatten(params)
     return {path: array for path, array in flat.items() if path.endswith("class_embedding")}
 
 
@@ -254,10 +254,10 @@ def test_class_embeddings(name, old, new, fate, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "fields", "message"),
     [
-        ((8, 8, 1), {"flow__width": 64}, "config.flow.width is 32 in that run and 64 in this one, "
-         "params/blocks_0/layers/net/layers/mlp_in/bias is 5x1x128 in that run and 5x1x256 in"),
-        ((8, 8, 1), {"flow__num_heads": 4}, "config.flow.num_heads is 2 in that run and 4 in this"),
-        ((8, 8, 3), {}, "the number of colour channels is 1 in that run and 3 in this one, "),
+        ((8, 8, 1), {"flow__width": 64}, "config.flow.width is 32 there and 64 here, "
+         "params/blocks_0/layers/net/layers/mlp_in/bias is 5x1x128 there and 5x1x256 here"),
+        ((8, 8, 1), {"flow__num_heads": 4}, "config.flow.num_heads is 2 there and 4 here; set"),
+        ((8, 8, 3), {}, "the number of colour channels is 1 there and 3 here, params/"),
     ],
 )  # fmt: skip
 def test_other_differences_are_refused(shape, fields, message, tmp_path):
@@ -335,7 +335,7 @@ def test_all_meshes_start_alike(name, tmp_path):
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     arguments = tiny_runs.arguments(name, tmp_path / "eight", **fields, **mesh)
     process = tiny_runs.start(arguments, JAX_NUM_CPU_DEVICES="8")
-    _, printed = process.communicate(timeout=600)
+    _, printed = process.communicate(timeout=900)
     assert process.returncode == 0, printed
     assert "on 8 x cpu (data 2 and fsdp 2 and tensor 2)" in printed
     several, one = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("eight", "one"))
@@ -356,5 +356,5 @@ def test_a_config_of_an_older_run_still_loads(trained, tmp_path):
     assert load_model(tmp_path).step == STEPS
     new, _ = begin("jet", tmp_path, (8, 8, 1), 10, **ON_DIGITS)
     _, before = read_state(tmp_path)
-    for path, array in manifest.flatten(new.params).items():
+    for path, array in checksums.flatten(new.params).items():
         np.testing.assert_array_equal(array, before[f"ema/{path}"])

@@ -17,7 +17,7 @@ FLOORS = (
     ("types", "options"),
     ("nn", "flows"),
     ("likelihood", "noise"),
-    ("files", "hosts", "sharding", "optim", "pth"),
+    ("configs", "files", "hosts", "sharding", "mesh", "optim", "pth"),
     ("data", "sampling", "pictures", "archive"),
     ("checksums", "checkpoint", "workdir", "training.step"),
     ("evals",),

@@ -1,8 +1,10 @@
 """The laws of `flow_laws` hold for every flow; `test_planted_bugs` shows that they can fail."""
 
 import dataclasses
+import functools
 import math
 
+import chex
 import flow_laws
 import jax
 import jax.numpy as jnp
@@ -19,11 +21,16 @@ from jetflow.types import Flow, UsageError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+# Whose parts are among those of the other flows.
+SLOW = ["jet, every spatial split", "jet, odd number of rows", "tarflow, blocks of different depth"]
+all_flows = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FLOWS]
+)
 TARFLOWS = ["tarflow, 3 blocks, colour", "tarflow, classes", "tarflow, volume preserving"]
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", FLOWS)
+@all_flows
 def test_law(name, law):
     law(case(name))
 
@@ -39,13 +46,38 @@ def test_law_of_labels(name, law):
     law(case(name))
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@all_flows
 def test_shapes_and_protocol(name):
     flow, (z, logdet) = case(name).flow, case(name).there
     assert isinstance(flow, Flow)
-    assert z.shape == (3, *flow.latent_shape)
-    assert logdet.shape == (3,)
-    assert z.dtype == logdet.dtype == jnp.float64
+    chex.assert_shape([z, logdet], [(3, *flow.latent_shape), (3,)])
+    chex.assert_type([z, logdet], jnp.float64)
+
+
+@pytest.mark.parametrize("name", ["jet, classes", "tarflow, classes"])
+def test_of_each_block(name):
+    """Its log-determinant, scale and tokens; the first block of sampling is the last of encoding.
+
+    Nothing is paid for them where they are not asked for.
+    """
+    one = case(name)
+    flow, variables, x, label = one.flow, one.variables, one.x, one.label
+    there = jit(functools.partial(flow.apply, method="forward_blocks"))(variables, x, label)
+    chex.assert_trees_all_close(there[:2], one.there)
+    close(there.block_logdets.sum(0) + flow.pixel_logdet, there.logdet)
+    close(there.block_scales[-1], np.sqrt(np.mean(np.asarray(there.z) ** 2)))
+    back_again = functools.partial(flow.apply, method="inverse_blocks")
+    back = jit(back_again)(variables, there.z, label)
+    chex.assert_trees_all_close(back[:2], one.back)
+    chex.assert_shape(back.tokens, (2, 3, *flow.latent_shape))
+    close(flow.as_image(back.tokens[-1]), back.x)
+    assert back.sweeps.tolist() == ([1, 1] if "jet" in name else [3, 3])
+    sizes = [
+        jax.jit(function).lower(variables, there.z, label).compile().memory_analysis()
+        for function in (functools.partial(flow.apply, method="inverse"),
+                         lambda *args: back_again(*args)[:2])
+    ]  # fmt: skip
+    assert sizes[0].temp_size_in_bytes == sizes[1].temp_size_in_bytes
 
 
 # What holds for one of the two flows.
@@ -68,7 +100,7 @@ def test_a_coupling_changes_one_half_of_the_tokens():
     one = case("jet, every spatial split")
     flow, variables, tokens = one.flow, one.variables, one.rescaled[0]
     one_layer = dataclasses.replace(flow.blocks[0], num_couplings=1)
-    forward = jit(lambda *args: one_layer.apply(*args, None, method="forward")[0])
+    forward = jit(lambda *args: one_layer.apply(*args, None, method="forward_blocks")[0])
     row, column = np.indices((2, 2))
     changed = [row + column, row + column + 1, column, column + 1, row, row + 1]
     for layer, pattern in enumerate(changed):

@@ -16,7 +16,6 @@ from flow_laws import jit
 from scipy.special import erf
 
 from jetflow.flows import autoregressive
-from jetflow.nn import transformer
 from jetflow.types import Guidance
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -134,64 +133,13 @@ def test_samples_are_those_of_the_reference(name):
 
 
 @pytest.mark.usefixtures("fresh_traces")
-@pytest.mark.parametrize("name", ["both", "annealed"])
-def test_the_cache_grows_as_it_is_filled(name, monkeypatch):
+def test_the_cache_grows_as_it_is_filled(monkeypatch):
     """One token in the first stage, and one in the next."""
     monkeypatch.setattr(autoregressive, "SEGMENT", 1)
     assert [part.stop - part.start for part in autoregressive._segments(3)] == [1, 1, 1]
-    samples_are_those_of_the_reference(name)
-    monkeypatch.setattr(autoregressive, "enlarged", emptied(autoregressive.enlarged))
+    samples_are_those_of_the_reference("annealed")
+    real = autoregressive.enlarged
+    emptied = lambda *args: jax.tree.map(jnp.zeros_like, real(*args))  # noqa: E731
+    monkeypatch.setattr(autoregressive, "enlarged", emptied)
     with pytest.raises(AssertionError):
-        samples_are_those_of_the_reference(name)
-
-
-def test_every_setting_matters():
-    images = [expected(name)[0] for name in CASES if name != "unconditional"]
-    for i, image in enumerate(images):
-        for other in images[:i]:
-            assert np.abs(image - other).max() > 0.1
-
-
-# Planted bugs. Each takes the real function and returns a wrong one.
-
-
-def temperature_inverted(real):
-    return lambda *args: real(*args[:3], 1 / args[3])
-
-
-def temperature_on_both_passes(real):
-    return lambda *args: real(*args[:3], jnp.full_like(args[3], 0.6))
-
-
-def from_the_unconditional(real):
-    """u + g·(c − u), as in diffusion models."""
-    return lambda prediction, strength, guided: real(prediction, strength - 1, guided)
-
-
-def guides_what_it_should_not(real):
-    return lambda prediction, strength, guided: real(prediction, strength, True)
-
-
-def emptied(real):
-    return lambda cache, tokens: jax.tree.map(jnp.zeros_like, real(cache, tokens))
-
-
-def annealed_from_zero(real):
-    return lambda prediction, strength, guided: real(prediction, strength - 1.5 / 3, guided)
-
-
-@pytest.mark.usefixtures("fresh_traces")
-@pytest.mark.parametrize(
-    ("name", "owner", "function", "bug"),
-    [
-        ("annealed", transformer, "attend_cached", temperature_inverted),
-        ("annealed", transformer, "attend_cached", temperature_on_both_passes),
-        ("both", autoregressive, "_guide", from_the_unconditional),
-        ("a", autoregressive, "_guide", guides_what_it_should_not),
-        ("annealed", autoregressive, "_guide", annealed_from_zero),
-    ],
-)
-def test_bug_is_caught(name, owner, function, bug, monkeypatch):
-    monkeypatch.setattr(owner, function, bug(getattr(owner, function)))
-    with pytest.raises(AssertionError):
-        samples_are_those_of_the_reference(name)
+        samples_are_those_of_the_reference("annealed")

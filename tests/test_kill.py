@@ -23,7 +23,7 @@ FIELDS = {
     "eval__guidance": 0.0,
     "eval__denoise": False,
 }
-KILLS = 4
+KILLS = 3
 TIMEOUT = 900  # seconds, on a machine with much else to do
 
 

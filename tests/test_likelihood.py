@@ -46,12 +46,6 @@ def test_bits_per_dim_by_hand():
     np.testing.assert_allclose(bits, [0.25] * 3, rtol=1e-12)
 
 
-def test_prior_variance_is_that_of_the_collection_or_one():
-    assert likelihood.prior_variance({"params": {}}) == 1.0
-    variance = jnp.asarray(VARIANCE)
-    assert likelihood.prior_variance({"prior": {"variance": variance}}) is variance
-
-
 def test_importance_weighting_averages_densities():
     """Not their logarithms; in one draw, and in draws that agree, there is no difference."""
     bits, size = RNG.uniform(3, 4, (5, 3)), 12
@@ -60,12 +54,8 @@ def test_importance_weighting_averages_densities():
     np.testing.assert_allclose(found, -np.log2(densities.mean(0)) / size, rtol=1e-12)
     assert (found < bits.mean(0) - 1e-3).all()
     np.testing.assert_allclose(likelihood.importance_weighted(bits[:1], size), bits[0], rtol=1e-12)
-
-
-def test_importance_weighting_of_densities_too_small_for_numbers():
-    bits = np.array([[8.0], [8.1]])
-    found = likelihood.importance_weighted(bits, 10**6)
-    np.testing.assert_allclose(found, 8 + 1e-6, rtol=1e-12)
+    tiny = likelihood.importance_weighted(np.array([[8.0], [8.1]]), 10**6)  # 2^-8,000,000
+    np.testing.assert_allclose(tiny, 8 + 1e-6, rtol=1e-12)
 
 
 def test_bits_per_dim_under_jit():
@@ -92,7 +82,8 @@ TWO_PIXELS = {
 }
 
 
-def density_integrates_to_one(kind: str) -> None:
+@pytest.mark.parametrize("kind", TWO_PIXELS)
+def test_density_integrates_to_one(kind):
     flow = TWO_PIXELS[kind]()
     variables = flow_laws.random_variables(flow)
     if flow.learned_prior:
@@ -107,29 +98,3 @@ def density_integrates_to_one(kind: str) -> None:
 
     cell = (side[1] - side[0]) ** 2
     np.testing.assert_allclose(density(x).sum() * cell, 1, rtol=1e-3)
-
-
-@pytest.mark.parametrize("kind", TWO_PIXELS)
-def test_density_integrates_to_one(kind):
-    density_integrates_to_one(kind)
-
-
-def plus_logdet(z, logdet, variance):
-    return likelihood.prior_nll(z, variance) + logdet
-
-
-def without_normalisation_of_the_variance(z, variance):
-    return 0.5 * (z**2 / variance + math.log(2 * math.pi)).sum((1, 2))
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "wrong"),
-    [
-        ("jet", "nll", plus_logdet),
-        ("volume preserving", "prior_nll", without_normalisation_of_the_variance),
-    ],
-)
-def test_bug_is_caught(kind, name, wrong, monkeypatch):
-    monkeypatch.setattr(likelihood, name, wrong)
-    with pytest.raises(AssertionError):
-        density_integrates_to_one(kind)

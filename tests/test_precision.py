@@ -3,15 +3,14 @@
 import functools
 import math
 
+import chex
 import flow_laws
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flow_laws import jit
 
 from jetflow import likelihood
-from jetflow.flows import affine
 from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.sampling.ancestral import AS_WRITTEN
@@ -40,15 +39,15 @@ def run_once(kind: str, dtype: str):
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_a_bfloat16_net_leaves_values_and_logdets_in_float32(kind):
-    assert [value.dtype for value in run_once(kind, "bfloat16")] == [jnp.float32] * 4
-
-
-@pytest.mark.parametrize("kind", BUILDERS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_bfloat16_net_can_be_inverted_as_well_as_a_float32_one(kind, dtype):
-    """The net's rounding errors cancel, as both directions make the same ones. In pixels."""
-    *_, error, logdet_error = run_once(kind, dtype)
+    """The net's rounding errors cancel, as both directions make the same ones. In pixels.
+
+    Values and log-determinants are in float32.
+    """
+    values = run_once(kind, dtype)
+    chex.assert_type(values, jnp.float32)
+    *_, error, logdet_error = values
     assert jnp.abs(error).max() < 1e-3
     assert jnp.abs(logdet_error).max() < 1e-3
 
@@ -62,14 +61,7 @@ def test_a_bfloat16_net_is_close_to_a_float32_one(kind):
     assert 0 < jnp.abs(rounded_logdet - logdet).max() < 0.2
 
 
-def test_bug_is_caught_affine_step_in_the_dtype_of_the_net(monkeypatch):
-    narrow = lambda *arrays: [array.astype(jnp.bfloat16) for array in arrays]  # noqa: E731
-    monkeypatch.setattr(affine, "widen", narrow)
-    with pytest.raises(AssertionError):
-        *_, error, _ = run("jet", "bfloat16")
-        assert jnp.abs(error).max() < 1e-3
-
-
+@pytest.mark.slow
 def test_bug_is_caught_forward_that_rounds_otherwise(monkeypatch):
     """Position and label rounded before they are added up, unlike in the inverse."""
 
@@ -89,7 +81,7 @@ def test_bug_is_caught_forward_that_rounds_otherwise(monkeypatch):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("kind", ["tarflow", pytest.param("jet", marks=pytest.mark.slow)])
 def test_remat_keeps_less_and_changes_no_value_and_no_gradient(kind):
     fields = {"num_blocks": 1} if kind == "tarflow" else {}
     variables = flow_laws.random_variables(BUILDERS[kind](**fields))
@@ -107,16 +99,11 @@ def test_remat_keeps_less_and_changes_no_value_and_no_gradient(kind):
         kept_size[policy] = sum(leaf.size for leaf in jax.tree.leaves(kept))
     assert kept_size["none"] > kept_size["dots"] > kept_size["full"]
     for policy in ("dots", "full"):
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13),
-            found[policy],
-            found["none"],
-        )
+        chex.assert_trees_all_close(found[policy], found["none"], rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", BUILDERS)
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(("kind", "remat"), [("jet", "none"), ("tarflow", "full")])
 def test_a_program_of_all_layers_has_no_loop_and_the_same_values_and_gradients(kind, remat):
     fields = {"num_blocks": 1, "layers_per_block": 5} if kind == "tarflow" else {}
     variables = flow_laws.random_variables(BUILDERS[kind](**fields))
@@ -133,11 +120,7 @@ def test_a_program_of_all_layers_has_no_loop_and_the_same_values_and_gradients(k
         loops[scan] = compiled.as_text().count(" while(")
         found[scan] = compiled(variables["params"])
     assert loops[True] > 0 == loops[False]
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13),
-        found[False],
-        found[True],
-    )
+    chex.assert_trees_all_close(found[False], found[True], rtol=1e-11, atol=1e-13)
 
 
 # One program.
@@ -146,7 +129,6 @@ def test_a_program_of_all_layers_has_no_loop_and_the_same_values_and_gradients(k
 @pytest.mark.parametrize(
     ("kind", "method", "few", "many"),
     [
-        ("jet", "forward", {"num_couplings": 2}, {"num_couplings": 9}),
         ("jet", "inverse", {"num_couplings": 2}, {"num_couplings": 9}),
         ("tarflow", "forward", {"layers_per_block": 1}, {"layers_per_block": 7}),
     ],
@@ -162,12 +144,3 @@ def test_the_program_does_not_grow_with_depth(kind, method, few, many):
         return len(str(jax.make_jaxpr(function)(variables, value)).splitlines())
 
     assert math.isclose(size(few), size(many), rel_tol=0.02)
-
-
-def test_other_values_are_not_compiled_again():
-    flow = flow_laws.tarflow(num_classes=3, dtype="float32")
-    variables = flow_laws.random_variables(flow, jnp.float32)
-    forward = jit(functools.partial(flow.apply, method="forward"))
-    for label in (0, 2, -1):
-        forward(variables, flow_laws.random_images(flow, seed=label + 1), jnp.full(3, label))
-    assert forward._cache_size() == 1

@@ -130,6 +130,18 @@ def test_written_tensors_are_read_back(tmp_path):
         assert (tensor.double().numpy() == tensors[name].astype(np.float64)).all()
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_torch_writes_is_read(protocol, is_zip, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).state_dict()
+    state |= {"view": torch.arange(6.0).reshape(2, 3).T, "half": torch.arange(4).half()[1:]}
+    format = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": is_zip}
+    torch.save(state, tmp_path / "a.pth", **format)
+    tensors = {name: tensor.numpy() for name, tensor in state.items()}
+    assert_equal(read_pth(tmp_path / "a.pth"), tensors)
+
+
 def test_both_byte_orders(tmp_path):
     """A machine of either order reads files of both."""
     content, values = {"a": stored()}, np.arange(1, 5, dtype=np.float32)

@@ -1,29 +1,36 @@
-"""`jetflow evaluate` with samples: statistics, references, and the metrics that compare them."""
+"""Samples against real images: statistics, references, and the metrics that compare them."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import small_network
 import tiny_runs
 
-from jetflow import cli
+from jetflow import cli, load_model
 from jetflow.data import dataset as pipeline
 from jetflow.evals import features, inception, reference
+from jetflow.evals.evaluation import evaluate
 from jetflow.evals.features import Statistics, images_of
+from jetflow.evals.settings import DISTANCES, EvaluateOptions
 from jetflow.model import Model
+from jetflow.options import Options, option
 from jetflow.types import UsageError
 
 STEP = tiny_runs.STEPS
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def small():
     """The small network for the FID's own."""
-    small_network.install(monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        small_network.install(patch)
+        yield
 
 
 # Statistics.
@@ -83,82 +90,62 @@ def test_only_whole_statistics_of_the_same_settings_are_taken_up(content, tmp_pa
 # References.
 
 
-def adm_file(path, **arrays):
-    np.savez(path, **arrays)
-    return path
-
-
-def moments(size, seed=0):
-    rows = np.random.default_rng(seed).standard_normal((10, size))
+def moments(size):
+    rows = np.random.default_rng(0).standard_normal((10, size))
     return rows.mean(0), np.cov(rows.T)
 
 
-def published():
-    return inception.Network(small_network.network().arrays, sha256=inception.PUBLISHED * 8)
-
-
-def read(path, *, images=False, network=None):
+def read(path, *, images=False, name=inception.PUBLISHED):
     def measure(chunks, count):
         assert [len(chunk) for chunk in chunks] == [8, 8, 7] and count == 23
         return small_network.collected(8)
 
-    network = network or small_network.network()
+    network = small_network.network(name)
     return reference.read(path, network, measure, chunk=8, images=images)
 
 
 def test_reference_is_read_as_written(tmp_path):
-    statistics = small_network.collected(8)
-    path = tmp_path / "some" / "reference.npz"
-    reference.write(path, statistics, small_network.network(), {"name": "digits"})
-    found = read(path, images=True)
-    np.testing.assert_array_equal(found.part("pooled").mean, statistics.gaussian("pooled").mean)
-    np.testing.assert_array_equal(
-        found.part("spatial").covariance, statistics.gaussian("spatial").covariance
-    )
-    np.testing.assert_array_equal(found.part("features"), statistics.arrays["features"])
-    assert found.facts["data"] == {"name": "digits"} and found.facts["images"] == 23
-    assert len(found.facts["checksum"]) == 16
+    statistics, path = small_network.collected(8), tmp_path / "some" / "reference.npz"
+    reference.write(path, statistics, small_network.network("a"), {"name": "digits"})
+    parts, facts = read(path, images=True, name="a")
+    for name in ("pooled", "spatial"):
+        for actual, expected in zip(parts[name], statistics.gaussian(name), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(parts["features"], statistics.arrays["features"])
+    assert facts["data"] == {"name": "digits"} and facts["images"] == 23
+    assert len(facts["checksum"]) == 16
     with pytest.raises(UsageError, match=r"made with weights_sha256 aaaa.* has bbbb"):
-        read(path, network=small_network.network("b"))
+        read(path, name="b")
 
 
-def test_adm_file_of_moments_alone(tmp_path):
-    (mu, sigma), (mu_s, sigma_s) = moments(48), moments(24)
-    path = adm_file(tmp_path / "a.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    found = read(path, network=published())
+def test_file_of_adm(tmp_path):
+    """Moments, of more images than the file has, stay; single features are of its images."""
+    mu, sigma = moments(48)
+    path, images = tmp_path / "a.npz", small_network.images()
+    np.savez(path, mu=mu, sigma=sigma)
+    found = read(path)
     np.testing.assert_array_equal(found.part("pooled").covariance, sigma)
-    np.testing.assert_array_equal(found.part("spatial").mean, mu_s)
-    with pytest.raises(UsageError, match="has no features"):
-        found.part("features")
-    path = adm_file(tmp_path / "b.npz", mu=mu, sigma=sigma)  # as of pytorch-fid
-    found = read(path, network=published())
-    with pytest.raises(UsageError, match="has no mu_s and sigma_s"):
-        found.part("spatial")
+    for part, message in (("spatial", "has no mu_s and sigma_s"), ("features", "has no features")):
+        with pytest.raises(UsageError, match=message):
+            found.part(part)
     with pytest.raises(UsageError, match="was made with published_weights True"):
-        read(path)
-
-
-def test_adm_file_of_images_alone(tmp_path):
-    path = adm_file(tmp_path / "a.npz", arr_0=small_network.images())
+        read(path, name="a")
+    np.savez(path, mu=mu, sigma=sigma, arr_0=images)
+    found = read(path, images=True)
+    np.testing.assert_array_equal(found.part("pooled").mean, mu)
+    assert len(found.part("features")) == small_network.KEPT and found.facts["images"] is None
+    assert "features" not in read(path).parts  # which nobody asked for
+    np.savez(path, arr_0=images)
     found, expected = read(path), small_network.collected(8)
     np.testing.assert_array_equal(found.part("pooled").mean, expected.gaussian("pooled").mean)
     np.testing.assert_array_equal(found.part("features"), expected.arrays["features"])
     assert found.facts["images"] == 23 and found.facts["data"] is None
 
 
-def test_adm_file_of_moments_and_some_images(tmp_path):
-    """The moments, of more images than there are in it, stay; single features are of the images."""
-    mu, sigma = moments(48)
-    path = adm_file(tmp_path / "a.npz", mu=mu, sigma=sigma, arr_0=small_network.images())
-    found = read(path, images=True, network=published())
-    np.testing.assert_array_equal(found.part("pooled").mean, mu)
-    assert len(found.part("features")) == small_network.KEPT
-    assert "features" not in read(path, network=published()).parts  # which nobody asked for
-
-
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
+        (None, "cannot be read"),
         ({"a": np.zeros(3)}, "has neither mu and sigma nor images"),
         ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, r"has mu \[3\] .* expected 48 features"),
         ({"arr_0": np.zeros((2, 8, 8, 1))}, r"holds float64 \[2, 8, 8, 1\]; expected uint8"),
@@ -166,15 +153,10 @@ def test_adm_file_of_moments_and_some_images(tmp_path):
     ],
 )
 def test_files_that_are_no_reference(arrays, message, tmp_path):
+    if arrays is not None:
+        np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(UsageError, match=message):
-        read(adm_file(tmp_path / "a.npz", **arrays))
-
-
-def test_no_file_at_all(tmp_path):
-    (tmp_path / "a.npz").write_text("text")
-    for name in ("a.npz", "b.npz"):
-        with pytest.raises(UsageError, match=f"{name} cannot be read"):
-            read(tmp_path / name)
+        read(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -186,49 +168,42 @@ def test_images_come_in_chunks(save, tmp_path):
     np.testing.assert_array_equal(np.concatenate(chunks), small_network.images())
 
 
-# The command.
-
-ALL = ["fid", "sfid", "kid", "precision", "recall", "density", "coverage"]
-METRICS = "fid,sfid,kid,precision_recall,density_coverage"
+# Evaluations.
 
 
-@pytest.fixture
-def evaluate(trained, tmp_path, capsys):
-    """A function: evaluates a copy of a trained flow; gives what is said, and new results."""
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def model(trained, tmp_path_factory):
+    """A flow with a reference of some of its data, where the default one would be."""
+    folder = tmp_path_factory.mktemp("quality") / "run"
     shutil.copytree(trained("tarflow"), folder)
-    shutil.rmtree(folder / "evals")
-
-    def run(*flags, status=0):
-        before = {path.name for path in folder.glob("evals/*.json")}
-        arguments = ["evaluate", "--workdir", folder, "--batch_size", 16, *flags]
-        assert cli.main(list(map(str, arguments))) == status
-        said = capsys.readouterr()
-        paths = [path for path in folder.glob("evals/*.json") if path.name not in before]
-        results = {path.name: json.loads(path.read_text()) for path in paths}
-        return (said.err if status else said.out), results
-
-    run.folder = folder
-    return run
+    model = load_model(folder)
+    assert measure(model, make_reference=True, reference_split="train[:40]", metrics=None) == {}
+    made = folder / "evals" / "reference-digits-train%5B%3A40%5D.npz"
+    made.rename(folder / "evals" / "reference-digits-train.npz")
+    return model
 
 
-@pytest.fixture
-def with_reference(evaluate):
-    said, results = evaluate("--make_reference", "--reference_split", "train[:40]")
-    assert not results
-    made = evaluate.folder / "evals" / "reference-digits-train%5B%3A40%5D.npz"
-    assert said == f"reference written to {made}\n"
-    made.rename(evaluate.folder / "evals" / "reference-digits-train.npz")  # the default
-    return evaluate
+def measure(model, *, metrics=("fid",), **fields):
+    options = EvaluateOptions(metrics=metrics, batch_size=16, **fields)
+    return {result["metric"]: result for result in evaluate(model, options)}
 
 
-def test_all_metrics(with_reference):
-    said, results = with_reference("--metrics", METRICS, "--num_samples", 30)
-    assert sorted(results) == sorted(
-        f"{m}-{STEP:08d}-inception=aaaaaaaa,num_samples=30.json" for m in ALL
-    )
+def test_command(model, capsys):
+    arguments = ["--batch_size", "16", "--num_samples", "30", "--metrics", ",".join(DISTANCES)]
+    assert cli.main(["evaluate", "--workdir", str(model.workdir), *arguments]) == 0
+    said = capsys.readouterr().out
+    names = ["fid", "sfid", "kid", "precision", "recall", "density", "coverage"]
+    by_name = {
+        name: json.loads(
+            (
+                model.workdir / f"evals/{name}-{STEP:08d}-inception=aaaaaaaa,num_samples=30.json"
+            ).read_text()
+        )
+        for name in names
+    }
     data = pipeline.load("digits", "train[:40]")
-    for result in results.values():
+    for name, result in by_name.items():
+        assert result["metric"] == name and result["value"] is not None
         assert result["network"] == {
             "weights_sha256": "a" * 64, "published_weights": False, "resize": inception.RESIZE
         }  # fmt: skip
@@ -237,8 +212,6 @@ def test_all_metrics(with_reference):
         assert result["reference"]["data"]["checksum"] == data.checksum()
         assert result["reference"]["images"] == 40
         assert (result["step"], result["weights"]) == (STEP, "ema")
-        assert result["value"] is not None
-    by_name = {result["metric"]: result for result in results.values()}
     assert by_name["fid"]["value"] > by_name["sfid"]["value"] > 0  # of some of the features
     assert by_name["precision"]["k"] == 3 and by_name["density"]["k"] == 5
     assert by_name["recall"]["features"] == {"samples": 30, "reference": 40}
@@ -249,48 +222,34 @@ def test_all_metrics(with_reference):
     assert said.count("weights aaaaaaaa, not the published ones: comparable only with itself") == 7
 
 
-def test_real_images_are_at_no_distance(with_reference, tmp_path):
+def test_real_images_are_at_no_distance(model, tmp_path):
+    path = tmp_path / "real.npz"
     batch = next(pipeline.eval_batches(pipeline.load("digits", "train[:40]"), batch_size=40))
-    np.savez(tmp_path / "real.npz", images=batch.image)
-    _, results = with_reference("--metrics", METRICS, "--samples", tmp_path / "real.npz")
-    values = {result["metric"]: result["value"] for result in results.values()}
+    np.savez(path, images=batch.image)
+    results = measure(model, metrics=DISTANCES, samples=path)
+    values = {name: result["value"] for name, result in results.items()}
     assert abs(values["fid"]) < 1e-6 and abs(values["sfid"]) < 1e-6
     assert values["precision"] == values["recall"] == values["coverage"] == 1
-    (name,) = {name.partition("-")[2] for name in results}
-    checksum = reference.checksum(tmp_path / "real.npz")
-    assert name == f"{STEP:08d}-inception=aaaaaaaa,samples={checksum}.json"
+    ending = f"inception=aaaaaaaa,samples={reference.checksum(path)}"
+    assert (model.workdir / f"evals/fid-{STEP:08d}-{ending}.json").exists()
 
 
-def test_samples_of_a_file(with_reference, tmp_path):
-    """Other ones than those drawn here, where labels take turns: there they come in rows."""
-    flags = ["--temperature", 0.5, "--seed", 3]
-    _, drawn_here = with_reference("--metrics", "fid", "--num_samples", 20, *flags)
-    npz = tmp_path / "samples.npz"
-    arguments = ["sample", "--workdir", with_reference.folder, "--num", 20, "--npz", npz, *flags]
+def test_samples_of_a_file_are_measured_like_drawn_ones(model, tmp_path):
+    fields, path = {"temperature": 0.5, "seed": 3}, tmp_path / "samples.npz"
+    drawn = measure(model, num_samples=20, **fields)["fid"]
+    arguments = ["sample", "--workdir", model.workdir, "--num", 20, "--npz", path]
+    arguments += [f"--{name}={value}" for name, value in fields.items()]
     assert cli.main([*map(str, arguments), "--out", str(tmp_path / "grid.png")]) == 0
-    _, from_file = with_reference("--metrics", "fid", "--samples", npz)
-    with np.load(npz) as file:
-        arrays = dict(file) | {"finite": np.arange(len(file["images"])) > 1}
-    np.savez(tmp_path / "broken.npz", **arrays)
-    said, _ = with_reference("--metrics", "fid", "--samples", tmp_path / "broken.npz")
-    assert "2 samples are not finite" in said
-    (one,), (other,) = drawn_here.values(), from_file.values()
-    assert other["value"] > 0
-    assert other["value"] != one["value"]
-    assert other["samples"]["images"] == 20 and "temperature" not in other["samples"]
+    with np.load(path) as file:
+        np.savez(path, images=file["images"], finite=np.arange(20) > 1)
+    from_file = measure(model, samples=path)["fid"]
+    assert from_file["value"] == pytest.approx(drawn["value"], rel=1e-6)
+    assert from_file["samples"]["not_finite"] == 2
+    assert from_file["samples"]["images"] == 20 and "temperature" not in from_file["samples"]
 
 
-def test_settings_have_names_of_their_own(with_reference):
-    names = set()
-    for flags in ([], ["--guidance", 1], ["--denoise"], ["--seed", 1]):
-        _, results = with_reference("--metrics", "fid", "--num_samples", 16, *flags)
-        names |= set(results)
-    assert len(names) == 4
-    assert f"fid-{STEP:08d}-guidance=1.0,inception=aaaaaaaa,num_samples=16.json" in names
-
-
-def test_killed_evaluation_goes_on(with_reference, monkeypatch):
-    flags = ["--metrics", METRICS, "--num_samples", 40]
+def test_killed_evaluation_goes_on(model, monkeypatch):
+    fields = {"metrics": DISTANCES, "num_samples": 40, "guidance": 0.5}
     monkeypatch.setattr(features, "SAVED_EVERY", 16)
     draw, starts, stops = Model.draw, [], [2, 2]
 
@@ -303,57 +262,51 @@ def test_killed_evaluation_goes_on(with_reference, monkeypatch):
             yield batch
 
     monkeypatch.setattr(Model, "draw", interrupted)
-    with_reference(*flags, status=130)
-    (partial,) = with_reference.folder.glob("evals/*.partial.npz")
-    with_reference(*flags, "--seed", 1, status=130)  # starts from none, and leaves its own
-    assert len(list(with_reference.folder.glob("evals/*.partial.npz"))) == 2
-    _, resumed = with_reference(*flags)
-    assert starts == [0, 0, 32] and not partial.exists()
-    for path in with_reference.folder.glob("evals/*.json"):
-        path.unlink()
-    _, whole = with_reference(*flags)
-    assert starts[-1] == 0 and resumed.keys() == whole.keys()
+    for seed in (0, 1):  # the other one starts from none, and leaves its own
+        with pytest.raises(KeyboardInterrupt):
+            measure(model, **fields, seed=seed)
+        assert len(list(model.workdir.glob("evals/*.partial.npz"))) == 1 + seed
+    resumed = measure(model, **fields)
+    assert len(list(model.workdir.glob("evals/*.partial.npz"))) == 1
+    whole = measure(model, **fields)
+    assert starts == [0, 0, 32, 0] and resumed.keys() == whole.keys()
     for name, result in whole.items():
         assert resumed[name]["value"] == pytest.approx(result["value"], rel=1e-9, abs=1e-9), name
 
 
-def test_images_that_are_not_finite_are_counted(with_reference):
-    flags = ["--metrics", "fid", "--num_samples", 16, "--temperature", 1e38]
-    said, results = with_reference(*flags)
-    (result,) = results.values()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Options):
+    """Outside of jetflow, where annotations are checked."""
+
+    strength: float = option(0.0)
+    file: Path | None = option(None)
+
+
+def test_settings_are_named_as_those_of_the_command_line():
+    changed = Settings(strength=1, file="a.npz").changed()
+    assert str(changed["strength"]) == "1.0" and changed["file"] == Path("a.npz")
+
+
+def test_images_that_are_not_finite_are_counted(model):
+    result = measure(model, num_samples=16, temperature=1e38)["fid"]
     assert result["samples"]["not_finite"] == 16
-    assert "16 samples are not finite" in said
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("fields", "message"),
     [
-        ([], "does not exist; make it with"),
-        (["--reference", "none.npz"], "reference none.npz does not exist; make it with"),
-        (["--make_reference", "--reference_split", "none"], "'none' is not a split"),
-        (["--make_reference", "--reference_data", "none"], "known data sets"),
+        ({"reference": Path("none.npz")}, "none.npz does not exist; make it with"),
+        ({"make_reference": True, "reference_split": "none"}, "'none' is not a split"),
+        ({"make_reference": True, "reference_data": "none"}, "known data sets"),
+        ({"samples": Path("none.npz")}, "none.npz cannot be read"),
+        ({"num_samples": 5}, "there are 5 features, too few for 5 neighbours"),
+        ({"num_features": 4}, "there are 4 features, too few for 5 neighbours"),
+        ({"reference_split": "train[:5]"}, "there are 5 features, too few for 5 neighbours"),
     ],
 )
-def test_bad_flags(flags, message, evaluate):
-    said, results = evaluate("--metrics", "fid", *flags, status=2)
-    assert message in said and len(said.splitlines()) == 1 and not results
-
-
-@pytest.mark.parametrize(
-    ("flags", "count"), [(["--num_samples", 5], 5), (["--num_features", 4], 4), ([], None)]
-)
-def test_too_few_features_are_noticed_before_samples_are_drawn(
-    flags, count, with_reference, monkeypatch
-):
+def test_what_is_missing_is_noticed_before_samples_are_drawn(fields, message, model, monkeypatch):
     monkeypatch.setattr(Model, "draw", lambda *_, **__: 1 / 0)
-    if count is None:  # those of the reference
-        count = 5
-        with_reference("--make_reference", "--reference_split", "train[:5]")
-        flags = ["--reference_split", "train[:5]"]
-    said, results = with_reference("--metrics", "fid,density_coverage", *flags, status=2)
-    assert f"there are {count} features, too few for 5 neighbours" in said and not results
-
-
-def test_bad_samples(with_reference, tmp_path):
-    said, _ = with_reference("--metrics", "fid", "--samples", tmp_path / "a.npz", status=2)
-    assert "samples" in said and "cannot be read" in said
+    if fields.get("reference_split") == "train[:5]":
+        measure(model, metrics=None, make_reference=True, **fields)
+    with pytest.raises(UsageError, match=message):
+        measure(model, metrics=("fid", "density_coverage"), **fields)

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from tiny_runs import assert_same, remains
 
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
-from jetflow.training.log import Reporter, read_metrics
+from jetflow.training.log import read_metrics
 
 TIMEOUT = 300  # seconds
 
@@ -109,23 +108,20 @@ def numbers(gate=None):
         yield number
 
 
-def test_ahead_keeps_the_order_and_stays_near():
+def test_ahead_keeps_the_order_stays_near_and_passes_errors_on():
     made = []
-    ahead = Ahead(numbers(), lambda number: made.append(number) or -number, depth=2)
+
+    def change(number):
+        made.append(number)
+        if number == 7:
+            raise OSError("the disk is gone")
+        return -number
+
+    ahead = Ahead(numbers(), change, depth=2)
     assert [next(ahead) for _ in range(5)] == [0, -1, -2, -3, -4]
-    ahead.close()
     assert made == list(range(len(made))) and len(made) <= 7
-
-
-def test_ahead_passes_errors_on():
-    def source():
-        yield 1
-        raise OSError("the disk is gone")
-
-    ahead = Ahead(source(), lambda number: number)
-    assert next(ahead) == 1
     with pytest.raises(OSError, match="the disk is gone"):
-        next(ahead)
+        list(zip(range(3), ahead, strict=False))
     ahead.close()
 
 
@@ -150,39 +146,23 @@ def test_waiting_is_what_comes_after_the_step():
 
 @pytest.mark.usefixtures("compilation_cache")
 def test_share_of_waiting_in_training(tmp_path, monkeypatch, capsys):
-    """High where batches take longer than steps, and said; low where they do not."""
-    read, progress = pipeline._read, Reporter.progress
+    """High where batches take longer than steps, and said."""
+    read = pipeline._read
 
     def slowly(dataset, rows, positions):
         time.sleep(0.2)
         return read(dataset, rows, positions)
 
-    def slow_progress(self, *args, **kwargs):
-        time.sleep(0.1)
-        progress(self, *args, **kwargs)
-
-    def shares(workdir):
-        fields = {"steps": 40, "log_every": 20, "eval_every": 0, "sample_every": 0}
-        fields |= {"checkpoint_every": 100}  # while it saves, what waits is read ahead
-        fields = {f"train__{name}": value for name, value in fields.items()}
-        assert tiny_runs.train("jet", workdir, **fields) == 0
-        lines = read_metrics(workdir / "metrics.jsonl")
-        return {
-            line["step"]: line["data_wait_share"] for line in lines if "data_wait_share" in line
-        }
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_read", slowly)
-        assert shares(tmp_path / "slow")[40] > 0.3
+    monkeypatch.setattr(pipeline, "_read", slowly)
+    fields = {"steps": 16, "log_every": 8, "eval_every": 0, "sample_every": 0}
+    fields |= {"checkpoint_every": 100}  # while it saves, what waits is read ahead
+    fields = {f"train__{name}": value for name, value in fields.items()}
+    assert tiny_runs.train("jet", tmp_path, **fields) == 0
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    [share] = [
+        each["data_wait_share"]
+        for each in lines
+        if each["step"] == 16 and "data_wait_share" in each
+    ]
+    assert share > 0.3
     assert "for data" in capsys.readouterr().err
-    monkeypatch.setattr(Reporter, "progress", slow_progress)
-    assert shares(tmp_path / "fast")[40] < 0.1
-
-
-def test_workers_are_no_part_of_a_run(trained, tmp_path, capsys):
-    """A finished run may be looked at again with another number of them."""
-    shutil.copytree(trained("jet"), tmp_path, dirs_exist_ok=True)
-    assert tiny_runs.train("jet", tmp_path, data__workers=1) == 0
-    assert "were done before" in capsys.readouterr().err
-    assert tiny_runs.train("jet", tmp_path, data__workers=-1) == 2
-    assert "config.data.workers is -1; expected 0 or more" in capsys.readouterr().err

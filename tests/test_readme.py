@@ -2,13 +2,17 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
+import numpy as np
+import small_network
+
 from jetflow import cli, configs, sweeps
-from jetflow.cli.commands.sweep import point
 from jetflow.cli.flags import parse
 from jetflow.flows.build import build
-from jetflow.tools.sweep.folder import Folder
+from jetflow.tools.sweep.runner import Runner
+from jetflow.tools.sweep.store import Store
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,9 +31,24 @@ def test_python_example():
     assert names["bits"].shape == (8,)
 
 
+def test_trained_flow_example(trained, tmp_path, monkeypatch):
+    """With a small network in the place of Inception."""
+    shutil.copytree(trained("tarflow"), tmp_path / "runs" / "digits")
+    monkeypatch.chdir(tmp_path)
+    small_network.install(monkeypatch)
+    _, example, *_ = blocks("python")
+    names = {}
+    exec(example, names)
+    assert names["sevens"].shape == (16, 8, 8, 1)
+    assert names["bits"].shape == (16,)
+    np.testing.assert_array_equal(names["again"], names["sevens"])
+    assert [record["metric"] for record in names["records"]] == ["bpd", "fid"]
+    assert all(record["value"] > 0 for record in names["records"])
+
+
 def test_config_example(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, example, _ = blocks("python")
+    (example,) = [block for block in blocks("python") if "get_config" in block]
     path = tmp_path / "own.py"
     path.write_text(example)
     config = configs.read(str(path))
@@ -43,7 +62,7 @@ def test_sweep_example(tmp_path):
     path.write_text(example.replace("../", f"{ROOT}/configs/"))
     sweep = sweeps.read(str(path))
     assert len(sweep.points) == 6
-    point.Runner(sweep, Folder(tmp_path), run=None, data_dir=None).check(on_this_machine=True)
+    Runner(sweep, Store(tmp_path)).check()
 
 
 def test_commands_parse(monkeypatch):

@@ -9,7 +9,8 @@ import tiny_runs
 from PIL import Image
 
 from jetflow import cli
-from jetflow.training.log import SPEED, read_metrics
+from jetflow.files import read_metrics
+from jetflow.training.log import SPEED
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilation_cache")]
 
@@ -61,8 +62,8 @@ def smoke(runs: Path, name: str, argument: str) -> Path:
 )
 def test_smoke(name, argument, runs, tmp_path, capsys):
     workdir = smoke(runs, name, argument)
-    said = capsys.readouterr().err
-    assert ("resumed at step 4 of 8" in said) == (workdir.name in RESUMED)
+    printed = capsys.readouterr().err
+    assert ("resumed at step 4 of 8" in printed) == (workdir.name in RESUMED)
     shape = tuple(json.loads((workdir / "config.json").read_text())["resolved"]["image_shape"])
     out = tmp_path / "grid.png"
     assert cli.main(["sample", "--workdir", str(workdir), "--num", "4", "--out", str(out)]) == 0

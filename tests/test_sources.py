@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 import jetflow
 from jetflow.data import archives as members
-from jetflow.data import images, prepare, sources
+from jetflow.data import builder, images, sources
 from jetflow.data.archives import ImageMember, TarMember
 from jetflow.data.dataset import Dataset, eval_batches, load
 from jetflow.data.images import Unreadable
@@ -61,7 +61,7 @@ def unreadable(tmp_path):
     """A function: the name and reason of each file that a data set left out."""
 
     def unreadable(name: str) -> list[list[str]]:
-        file = tmp_path / "data" / name / "1.0.0" / prepare.UNREADABLE
+        file = tmp_path / "data" / name / "1.0.0" / builder.UNREADABLE
         return [line.split("\t") for line in file.read_text().splitlines()]
 
     return unreadable
@@ -70,9 +70,9 @@ def unreadable(tmp_path):
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_tfds_reads_the_same_and_the_checksum_is_of_the_pixels(make, name, tmp_path):
     batches, sets = make(name)
-    builder = tfds.builder_from_directory(tmp_path / "data" / name / "1.0.0")
+    written = tfds.builder_from_directory(tmp_path / "data" / name / "1.0.0")
     for split, dataset in sets.items():
-        whole = list(builder.as_data_source(split))
+        whole = list(written.as_data_source(split))
         np.testing.assert_array_equal([each["image"] for each in whole], batches[split].image)
         if dataset.num_classes:
             assert [each["label"] for each in whole] == batches[split].label.tolist()
@@ -184,7 +184,7 @@ def test_imagenet1k(make, unreadable):
 def test_imagenet21k_is_held_out_by_hash_and_the_same_from_each_layout(
     monkeypatch, tmp_path, unreadable, capsys
 ):
-    monkeypatch.setattr(prepare, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(builder, "SHARD_BYTES", 10_000)
     checksums = set()
     for layout in ("winter21_whole", "winter21_whole.tar", "winter21_whole.tar.gz"):
         manual = tmp_path / layout.replace(".", "_")

@@ -16,7 +16,8 @@ import numpy as np
 
 from jetflow import cli, configs
 from jetflow.checkpoint import Checkpoints
-from jetflow.training.log import SPEED, read_metrics
+from jetflow.files import read_metrics
+from jetflow.training.log import SPEED
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12

@@ -7,12 +7,8 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from typing import Any
-
-from absl import flags as absl_flags
 
 from jetflow import hosts
-from jetflow.cli import configs
 from jetflow.cli.flags import Command, help_text, parse
 from jetflow.tools.plan.devices import silence_libtpu
 from jetflow.types import UsageError
@@ -42,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     silence_libtpu()
     try:
-        if (old := _transitional(argv)) is not None:
-            return _run_old(old, argv)
         command, argv = find(argv)
         if HELP & set(argv):
             print(f"{SUMMARIES[argv[0].split()[0]]}\n\n{help_text(command)}")
@@ -90,30 +84,3 @@ def _overview() -> str:
         ["jetflow trains, samples and evaluates transformer normalizing flows.", "", *lines, "",
          "jetflow COMMAND --help lists the flags of a command."]
     )  # fmt: skip
-
-
-def _transitional(argv: Sequence[str]) -> Any:
-    """A command that is not yet an options class and a function; None for one that is."""
-    name = argv[0]
-    if argv[:2] == ["bench", "sample"]:
-        return importlib.import_module("jetflow.cli.commands.bench")
-    if importlib.util.find_spec(f"jetflow.cli.{name}") is None and name in SUMMARIES:
-        return importlib.import_module(f"jetflow.cli.commands.{name}")
-    return None
-
-
-def _run_old(command: Any, argv: list[str]) -> int:
-    values = absl_flags.FlagValues()
-    command.define(values, argv)
-    if HELP & set(argv):
-        print(f"{SUMMARIES[argv[0]]}\n\n  {command.USAGE}")
-        names = sorted({values[name].name for name in values})
-        print("\n".join(f"  --{name}: {values[name].help}" for name in names))
-        return 0
-    rest = configs.parse(values, argv)
-    if unexpected := rest[len(command.ARGUMENTS) :]:
-        raise UsageError(f"unexpected argument {unexpected[0]!r}; see `jetflow {argv[0]} --help`")
-    if missing := command.ARGUMENTS[len(rest) :]:
-        raise UsageError(f"{missing[0]} is missing; expected {command.USAGE}")
-    with hosts.joined(saves_at_signals=argv[0] == "train"):
-        return command.run(values, *rest)

@@ -1,12 +1,16 @@
-"""`jetflow bench`: how fast training and reading are on this machine."""
+"""`jetflow bench`: how fast sampling, training and reading are on this machine."""
 
 import dataclasses
 import json
+from pathlib import Path
 
 from jetflow.cli.flags import Command
+from jetflow.mesh import mesh_option, read_mesh
+from jetflow.model import load_model
 from jetflow.options import Options, option
+from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW
 from jetflow.tools import bench
-from jetflow.types import Config
+from jetflow.types import Config, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,58 @@ class DataOptions(BenchOptions):
         (0, 2), "worker processes; 0 for threads of this one", least=0
     )
     batch_size: int | None = option(None, "default: config.train.batch_size", least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleOptions(Options):
+    """Of a trained flow, or of a config's with random weights."""
+
+    config: Config = option(None)
+    workdir: Path | None = option(None, "the folder of a run, for its trained flow")
+    step: int | None = option(None, "of the checkpoint; default: the newest")
+    mesh: tuple[str, ...] = mesh_option()
+    batch_sizes: tuple[int, ...] = option((8, 64), "images made at a time", least=1)
+    methods: tuple[str, ...] = option(
+        METHODS, "how a TarFlow is inverted", choices=(*METHODS, "auto")
+    )
+    guidance: float = option(0.0, "strength of guidance", least=0.0)
+    attention_temperature: float = option(1.0, "of guidance's unconditional pass")
+    window: int = option(WINDOW, "of jacobi: tokens a sweep", least=1)
+    tolerance: float = option(TOLERANCE, "of jacobi and auto, as in `jetflow sample`", least=0.0)
+    cache_dtype: str | None = option(
+        None, "of cached keys and values; default: the net's", choices=("float32", "bfloat16")
+    )
+    repeats: int = option(5, "timed batches, after one that compiles", least=1)
+    json: bool = option(False, "print JSON, a line a measurement")
+
+
+def sample(options: SampleOptions) -> None:
+    mesh = read_mesh(options.mesh)
+    if (options.config is None) == (options.workdir is None):
+        raise UsageError("give --workdir runs/NAME of a trained flow, or --config configs/NAME.py")
+    if options.workdir is None:
+        model, source = bench.untrained(options.config, mesh), "random weights of --config"
+    else:
+        model, source = load_model(options.workdir, options.step, mesh), options.workdir
+    names = ("guidance", "attention_temperature", "window", "tolerance", "cache_dtype")
+    speeds = bench.bench_sample(
+        model, batch_sizes=options.batch_sizes, methods=options.methods, repeats=options.repeats,
+        **options.changed(*names),
+    )  # fmt: skip
+    for number, speed in enumerate(speeds):
+        if options.json:
+            print(json.dumps(dataclasses.asdict(speed)), flush=True)
+            continue
+        if not number:
+            print(f"sampling from step {model.step} of {source} on {speed.device}")
+            print("method    batch  images/s  ms/image      MB  sweeps (tokens a sweep)")
+        blocks = zip(speed.sweeps, speed.windows, speed.token_by_token, strict=True)
+        sweeps = ", ".join(f"{count} ({min(window, most)})" for count, window, most in blocks)
+        print(
+            f"{speed.method:8}  {speed.batch_size:5}  {speed.images_per_second:8.2f}  "
+            f"{speed.ms_per_image:8.1f}  {speed.peak_bytes / 1e6:6,.0f}  {sweeps}",
+            flush=True,
+        )
 
 
 def train(options: TrainOptions) -> None:
@@ -80,6 +136,11 @@ def data(options: DataOptions) -> None:
 
 
 COMMANDS = {
+    "sample": Command(
+        "jetflow bench sample --workdir runs/tar32 --batch_sizes 8,64 --methods cached,jacobi",
+        SampleOptions,
+        sample,
+    ),
     "train": Command(
         "jetflow bench train --config configs/photos_tarflow.py --config.train.batch_size=32",
         TrainOptions,

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 
 from jetflow.cli.flags import Command
-from jetflow.cli.mesh import mesh_option, read_mesh
 from jetflow.evals.evaluation import results
 from jetflow.evals.quality import Quality
 from jetflow.evals.records import describe
 from jetflow.evals.settings import EvaluateOptions
+from jetflow.mesh import mesh_option, read_mesh
 from jetflow.model import load_model
 from jetflow.options import option
 

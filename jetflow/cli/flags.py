@@ -2,7 +2,8 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,12 +56,12 @@ def parse(command: Command, argv: Sequence[str]) -> Options:
     options = {
         name: _parsed(command, name, text) for name, text in texts.items() if text is not None
     }
+    if changes and "config" not in options:
+        raise UsageError(f"--config.{next(iter(changes))} changes a config; give --config FILE.py")
     for name, field in fields.items():
         if name not in options and field.default is dataclasses.MISSING:
             example = field.metadata["example"]
             raise UsageError(f"--{name} is missing; expected --{name} {example}")
-    if changes and "config" not in options:
-        raise UsageError(f"--config.{next(iter(changes))} changes a config; give --config FILE.py")
     for name, text in changes.items():
         configs.change(options["config"], name, text)
     try:
@@ -94,8 +95,9 @@ def _define(command: Command) -> flags.FlagValues:
         values.set_gnu_getopt(True)  # flags may follow what is given by its place
     for name, field in _fields(command).items():
         if name not in command.arguments:
-            is_switch = kind_of(command.options, name)[0] is bool
-            define = flags.DEFINE_bool if is_switch else flags.DEFINE_string
+            kind = kind_of(command.options, name)[0]
+            special = {bool: flags.DEFINE_bool, Mapping: flags.DEFINE_multi_string}
+            define = special.get(kind, flags.DEFINE_string)
             define(name, None, field.metadata["help"], flag_values=values)
     return values
 
@@ -123,6 +125,10 @@ def _parsed(command: Command, name: str, text: Any) -> Any:
         return configs.read(text)
     if kind is bool:
         return text
+    if kind is Mapping:  # a flag that may be given again
+        if wrong := [part for part in text if not re.match("[^=]+=", part)]:
+            raise UsageError(f"--{name} has {wrong[0]!r}; expected NAME=VALUE")
+        return dict(part.split("=", 1) for part in text)
     convert = (lambda part: Path(part).expanduser()) if kind is Path else kind
     try:
         if is_tuple:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jetflow.cli.flags import Command
 from jetflow.data import dataset
-from jetflow.data.prepare import UNREADABLE
+from jetflow.data.builder import UNREADABLE
 from jetflow.options import Options, option
 
 

@@ -11,17 +11,17 @@ from jaxtyping import Bool, Int, UInt8
 from jetflow import hosts, pictures
 from jetflow.archive import Archive, Collected, collect
 from jetflow.cli.flags import Command
-from jetflow.cli.mesh import mesh_option, read_mesh
 from jetflow.data import dataset as pipeline
 from jetflow.files import check_writable
 from jetflow.flows.stack import check_labels
+from jetflow.mesh import mesh_option, read_mesh
 from jetflow.model import Model, load_model
 from jetflow.noise import LARGEST_SEED, Purpose, key_for
 from jetflow.options import option
 from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, not_finite
 from jetflow.sampling.guidance import check_guided
-from jetflow.sampling.options import SamplingOptions
+from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.types import UsageError
 
 SHOWN = pictures.MOST_ROWS**2  # samples in the picture of many; each class has its share of them

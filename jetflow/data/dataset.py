@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import resource
 import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
-from jetflow.data import processes, reading, records, sources
-from jetflow.data.prepare import UNREADABLE, is_prepared, make
+from jetflow.data import processes, reading, shards, sources
+from jetflow.data.builder import UNREADABLE, is_prepared, make
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 VERSION = "1.0.0"
@@ -72,7 +73,7 @@ class Dataset:
             for image, label, index in zip(*batch, strict=True):
                 if index >= 0:
                     label = int(label) if self.num_classes else None
-                    records.update_checksum(digest, image.tobytes(), label)
+                    shards.update_checksum(digest, image.tobytes(), label)
         return digest.hexdigest()[:16]
 
     def facts(self) -> dict[str, Any]:
@@ -121,7 +122,7 @@ class Records:
         return list(map(self._decode, self.stored.__getitems__(indices) if indices else []))
 
     def _decode(self, record: bytes) -> dict[str, Any]:
-        stored, label = records.decode(record)
+        stored, label = shards.decode(record)
         image = {"image": self._features["image"].decode_example_np(stored)}
         return image if label is None else {**image, "label": label}
 
@@ -151,6 +152,9 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
             )
         print(f"preparing data set {name} in {folder} (once)", file=sys.stderr, flush=True)
         make(source, folder, manual_dir, workers=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Every shard stays open, and the whole of ImageNet has thousands of them.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
     builder: Any = tfds.builder_from_directory(folder)  # TFDS's decorators hide its signatures
     try:
         stored = builder.as_data_source(

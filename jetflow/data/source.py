@@ -37,17 +37,6 @@ class Member(Protocol):
     def read(self) -> Iterator[Image]: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """Images that a function makes, without any archive."""
-
-    make: Callable[[], Iterator[Image]]
-    size: int = 0
-
-    def read(self) -> Iterator[Image]:
-        return self.make()
-
-
 class Contents(NamedTuple):
     """What the archives hold: the names of the classes, and the members of each split in order."""
 
@@ -173,6 +162,31 @@ class Source:
         homepage = f" (from {self.homepage})" if self.homepage else ""
         wanted = "; ".join(map(str, self.archives))
         return f"expected in {folder}: {wanted}{homepage}; found there: {present}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """The images of a split that a function makes, without any archive."""
+
+    images: Callable[[str], Iterator[Image]]
+    split: str
+    size: int = 0
+
+    def read(self) -> Iterator[Image]:
+        return self.images(self.split)
+
+
+def made(
+    images: Callable[[str], Iterator[Image]],
+    splits: Mapping[str, int],
+    classes: Sequence[str] = (),
+    **fields,
+) -> Source:
+    """A data set of which `images` makes each split."""
+    contents = Contents(classes, {split: [_Made(images, split)] for split in splits})
+    return Source(
+        contents=lambda paths, notes: contents, splits=splits, num_classes=len(classes), **fields
+    )
 
 
 def at_sizes(name: str, sizes: Sequence[int], **fields) -> tuple[Source, ...]:

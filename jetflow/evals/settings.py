@@ -8,7 +8,7 @@ from jetflow.data.dataset import Dataset, load
 from jetflow.evals import inception
 from jetflow.noise import LARGEST_SEED
 from jetflow.options import option
-from jetflow.sampling.options import SamplingOptions
+from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.types import TrainedFlow, UsageError
 
 LIKELIHOODS = ("bpd", "noised_bpd", "bpd_gap", "noised_bpd_gap", "accuracy")  # of real images

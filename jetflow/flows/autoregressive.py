@@ -77,9 +77,6 @@ class AutoregressiveBlock(nn.Module):
             bias_init=bias_init(width),
         )
 
-    def forward(self, x, label):
-        return self.forward_blocks(x, label)[:2]
-
     def forward_blocks(
         self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None
     ) -> BlockOutputs:
@@ -89,9 +86,6 @@ class AutoregressiveBlock(nn.Module):
         z, logdet = affine.normalise(x, log_scale, shift)
         scale = affine.root_mean_square(z)
         return BlockOutputs(self._in_order(z), logdet, logdet[None], scale[None])
-
-    def inverse(self, z, label, guidance, decoding=None):
-        return self.inverse_blocks(z, label, guidance, decoding)[:2]
 
     def inverse_blocks(
         self,

@@ -194,9 +194,6 @@ class Couplings(nn.Module):
         halves = self.num_couplings * math.prod(self.grid) * self.features / 2
         return halves * math.log(self.layers.scale_factor)
 
-    def forward(self, x, label):
-        return self.forward_blocks(x, label)[:2]
-
     def forward_blocks(
         self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None
     ) -> BlockOutputs:
@@ -207,9 +204,6 @@ class Couplings(nn.Module):
 
         (z, logdet), statistics = self._scan(body, x, reverse=False)
         return BlockOutputs(z, logdet, *statistics)
-
-    def inverse(self, z, label, guidance, decoding=None):
-        return self.inverse_blocks(z, label, guidance, decoding)[:2]
 
     def inverse_blocks(
         self,

@@ -19,9 +19,10 @@ from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import decodings
 from jetflow.sampling.guidance import check_guidance
+from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
 from jetflow.training.step import Trainer, TrainState, create_state
-from jetflow.types import Batch, Config, Guidance, UsageError
+from jetflow.types import Batch, Config, Flow, UsageError
 from jetflow.workdir import flat
 
 
@@ -35,6 +36,7 @@ class Run:
         mesh: of all devices.
         train_data, test_data: the splits that are trained on, and held out.
         total_steps: the length of the training.
+        create: makes the state before the first step.
         abstract_state: shapes and shardings of the training state.
     """
 
@@ -44,6 +46,7 @@ class Run:
     train_data: pipeline.Dataset
     test_data: pipeline.Dataset
     total_steps: int
+    create: Callable[[], TrainState]
     abstract_state: TrainState
 
     @property
@@ -76,13 +79,13 @@ class Run:
 
     def sampler(self, variables: Any) -> Sampler:
         """Draws samples as `config.eval` asks."""
-        section, flow = self.config.eval, self.trainer.flow
+        options, flow = SamplingOptions.of(self.config.eval.to_dict()), self.trainer.flow
         return Sampler(
             flow,
             variables,
-            guidance=guidance_of(section),
-            temperature=section.temperature,
-            denoise=self.trainer.noise.std if section.denoise else 0.0,
+            guidance=options.prescribed_guidance(),
+            temperature=options.temperature,
+            denoise=options.denoised_std(self.trainer.noise),
             decoding=decodings(flow),
             mesh=self.mesh,
         )
@@ -114,11 +117,10 @@ class Run:
         Raises:
             UsageError: if `config.init_from` is no run whose weights this flow can start from.
         """
-        create = _creation(self.config, self.trainer)
         if not self.config.init_from:
-            return jax.jit(create, out_shardings=self._shardings)(), ""
+            return jax.jit(self.create, out_shardings=self._shardings)(), ""
         flow = self.trainer.flow
-        return finetune.first_state(self.config, flow, create, self.mesh, self._shardings)
+        return finetune.first_state(self.config, flow, self.create, self.mesh, self._shardings)
 
     @property
     def _shardings(self) -> TrainState:
@@ -153,12 +155,7 @@ def set_up(
     _check_labels(config, train_data)
     classes = train_data.num_classes if config.data.labels else 0
     flow = build(config.flow, image_shape=train_data.image_shape, num_classes=classes)
-    check_guidance(flow, guidance_of(config.eval))
-    if config.eval.denoise and noise.kind != "gaussian":
-        raise UsageError(
-            f"config.eval.denoise needs gaussian noise, but config.noise.kind is {noise.kind!r}; "
-            "set one of them"
-        )
+    _check_samples(config.eval, flow, noise)
     total_steps = count_steps(train, len(train_data))
     tx, schedule = optim.adam(total_steps=total_steps, **config.optim)
     trainer = Trainer(
@@ -171,13 +168,11 @@ def set_up(
         ema_decay=train.ema_decay,
         multipliers=config.optim.multipliers,
     )
-    abstract = jax.eval_shape(_creation(config, trainer))
-    abstract = jax.tree.map(
-        lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
-        abstract,
-        sharding.state_shardings(mesh, abstract, config.mesh.rules),
-    )
-    return Run(config, trainer, mesh, train_data, test_data, total_steps, abstract)
+    create = functools.partial(create_state, flow, tx, seed=train.seed, use_ema=train.ema_decay > 0)
+    abstract = jax.eval_shape(create)
+    shardings = sharding.state_shardings(mesh, abstract, config.mesh.rules)
+    abstract = sharding.placed(abstract, shardings)
+    return Run(config, trainer, mesh, train_data, test_data, total_steps, create, abstract)
 
 
 def count_steps(train: Config, examples: int) -> int:
@@ -195,21 +190,13 @@ def count_steps(train: Config, examples: int) -> int:
     return math.ceil(images[unit] / train.batch_size)
 
 
-def guidance_of(section: Config) -> Guidance:
-    """The guidance that `config.eval` asks for."""
-    return Guidance(
-        scale=section.guidance,
-        what=section.guide_what,
-        temperature=section.attention_temperature,
-        annealed=section.annealed,
-    )
-
-
-def _creation(config: Config, trainer: Trainer) -> Callable[[], TrainState]:
-    use_ema = config.train.ema_decay > 0
-    return functools.partial(
-        create_state, trainer.flow, trainer.tx, seed=config.train.seed, use_ema=use_ema
-    )
+def _check_samples(section: Config, flow: Flow, noise: Noise) -> None:
+    try:
+        options = SamplingOptions.of(section.to_dict())
+        check_guidance(flow, options.prescribed_guidance())
+        options.denoised_std(noise)
+    except UsageError as error:
+        raise UsageError(f"config.eval.{error}") from error
 
 
 def _check_labels(config: Config, data: pipeline.Dataset) -> None:
@@ -227,11 +214,12 @@ def _check_labels(config: Config, data: pipeline.Dataset) -> None:
 # (a range in words, whether a value is in it) -> the fields that must be
 _RANGES: dict[tuple[str, Callable[[float], bool]], str] = {
     ("1 or more", lambda value: value >= 1):
-        "train.log_every train.checkpoint_every train.keep_checkpoints eval.draws eval.samples "
+        "train.batch_size train.accumulation train.log_every train.checkpoint_every "
+        "train.keep_checkpoints eval.batch_size eval.draws eval.samples "
         "flow.width flow.num_couplings flow.block_depth flow.num_blocks",
     ("0 or more", lambda value: value >= 0):
         "data.workers train.eval_every train.keep_every train.sample_every optim.min_lr "
-        "optim.weight_decay optim.clip_norm eval.guidance eval.temperature",
+        "optim.weight_decay optim.clip_norm",
     (f"0 to {LARGEST_SEED}", lambda value: 0 <= value <= LARGEST_SEED): "train.seed",
     ("a finite number above 0", lambda value: value > 0): "optim.lr optim.eps flow.pixel_scale",
     ("a finite number above 1", lambda value: value > 1): "flow.scale_factor",

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jetflow import manifest, sharding
+from jetflow import checksums, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
 from jetflow.flows import coupling
@@ -40,20 +40,28 @@ OF_TOKENS = {
 SAME_CLASSES = {"imagenet32_new": "imagenet64_new", "afhq_v2": "afhq"}
 COMPUTATION = ("dtype", "remat", "scan")  # fields of a flow that its parameters do not depend on
 
+Shape = tuple[int, ...]
+
+
+class Fate(NamedTuple):
+    """What becomes of an array: one of `FATES`, its shapes in both flows, and why."""
+
+    fate: str
+    old: Shape | None
+    new: Shape | None
+    why: str = ""
+
+    @property
+    def size(self) -> int:
+        return math.prod((self.old if self.new is None else self.new) or ())
+
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A flow on one side of a transfer.
-
-    Attributes:
-        flow: the model.
-        section: its `config.flow`, plain values.
-        data: the name of the data set that it is trained on; "" if unknown.
-    """
+    """A flow on one side of a transfer, and the config of its training, plain values."""
 
     flow: Flow
-    section: Mapping[str, Any]
-    data: str
+    config: Mapping[str, Any]
 
     @functools.cached_property
     def abstract(self) -> dict[str, Any]:
@@ -61,46 +69,33 @@ class Side:
         return abstract_variables(self.flow)
 
     @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, Shape]:
         """Path → shape: "params/blocks_0/position"."""
-        return {path: array.shape for path, array in manifest.flatten(self.abstract).items()}
+        return {path: array.shape for path, array in checksums.flatten(self.abstract).items()}
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
         height, width, _ = self.flow.image_shape
-        return height // self.section["patch_size"], width // self.section["patch_size"]
+        patch = self.config["flow"]["patch_size"]
+        return height // patch, width // patch
 
     @property
     def classes(self) -> str:
         """Whose classes the flow has: "imagenet1k/64" has those of "imagenet1k/128"."""
-        name = re.sub(r"/\d+$", "", self.data)
+        name = re.sub(r"/\d+$", "", self.config["data"]["name"])
         return SAME_CLASSES.get(name, name)
 
     @property
     def fields(self) -> dict[str, Any]:
         """All that both flows must have in common, by name, each value in one spelling."""
-        section = with_defaults(self.section)
+        section = with_defaults(self.config["flow"])
         if depths := section.get("layers_per_block"):
             depths = [depths] if isinstance(depths, int) else list(depths)
             section["layers_per_block"] = depths * (section["num_blocks"] // len(depths))
         fields = {f"config.flow.{k}": v for k, v in section.items() if k not in COMPUTATION}
         fields["the number of colour channels"] = self.flow.image_shape[2]
         return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Fate:
-    """What becomes of an array: one of `FATES`, its shapes in both flows, and why."""
-
-    fate: str
-    old: tuple[int, ...] | None
-    new: tuple[int, ...] | None
-    why: str = ""
-
-    @property
-    def size(self) -> int:
-        return math.prod((self.old if self.new is None else self.new) or ())
 
 
 def first_state(
@@ -118,12 +113,11 @@ def first_state(
     try:
         if weights not in WEIGHTS:
             raise UsageError(f"config.init_weights is {weights!r}; expected one of {WEIGHTS}")
-        settings, old_flow, best = workdirs.read_flow(workdir, dtype="float32")
+        old_config, old_flow, best = workdirs.read_flow(workdir, dtype="float32")
         if weights == "ema" and best != "ema":
             raise UsageError("it has no averaged weights; set config.init_weights to 'auto'")
         weights = best if weights == "auto" else weights
-        source = Side(old_flow, settings["flow"], settings["data"]["name"])
-        target = Side(flow, config.flow.to_dict(), config.data.name)
+        source, target = Side(old_flow, old_config), Side(flow, config.to_dict())
         plan = make_plan(source, target)
         variables, step = _restore(source, workdir, weights, mesh, config.mesh.rules)
         resampled = any(fate.fate == "resampled" for fate in plan.values())
@@ -132,17 +126,17 @@ def first_state(
         raise UsageError(f"config.init_from is {workdir}: {error}") from error
 
     def initial(variables: Mapping[str, Any]) -> TrainState:
-        state, old = create(), manifest.flatten(dict(variables))
+        state, old = create(), checksums.flatten(dict(variables))
+
+        def chosen(path: str, array: Array) -> Array:
+            fate = plan[path].fate
+            if fate == "fresh":
+                return array
+            return _resampled(old[path], tokens) if fate == "resampled" else old[path]
+
         fresh = {"params": state.params, **state.collections}
-        chosen = [
-            {
-                "loaded": lambda path, _: old[path],
-                "resampled": lambda path, _: _resampled(old[path], tokens),
-                "fresh": lambda _, array: array,
-            }[plan[path].fate](path, array)
-            for path, array in manifest.flatten(fresh).items()
-        ]
-        collections = jax.tree.unflatten(jax.tree.structure(fresh), chosen)
+        leaves = [chosen(path, array) for path, array in checksums.flatten(fresh).items()]
+        collections = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
         params = collections.pop("params")
         ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
         return state.replace(params=params, collections=collections, ema=ema)
@@ -161,21 +155,20 @@ def make_plan(source: Side, target: Side) -> dict[str, Fate]:
     """
     paths = sorted({**target.shapes, **source.shapes}, key=lambda path: path[:7] != "params/")
     plan = {path: _fate(path, source, target) for path in paths}
-    unmatched = [path for path, fate in plan.items() if fate is None]
     old, new = source.fields, target.fields
-    mismatches = [
-        f"{name} is {old.get(name)} in that run and {new.get(name)} in this one"
+    differing = {
+        name: (old.get(name), new.get(name))
         for name in {**old, **new}
         if old.get(name) != new.get(name)
-    ] + [
-        f"{path} is {_text(source.shapes.get(path))} in that run and "
-        f"{_text(target.shapes.get(path))} in this one"
-        for path in unmatched[:3]
-    ]
-    if mismatches:
-        more = f", and {len(unmatched) - 3} more arrays" if len(unmatched) > 3 else ""
+    }
+    differing |= {
+        path: (_text(source.shapes.get(path)), _text(target.shapes.get(path)))
+        for path, fate in plan.items()
+        if fate is None
+    }
+    if differing:
         raise UsageError(
-            f"it holds another flow: {', '.join(mismatches)}{more}; set the flow of that run: only "
+            f"it holds another flow: {workdirs.shown(differing)}; set the flow of that run: only "
             "the height and width of the images, and the classes, may differ"
         )
     return {path: fate for path, fate in plan.items() if fate is not None}
@@ -194,8 +187,8 @@ def _fate(path: str, source: Side, target: Side) -> Fate | None:
     fate, axis = OF_TOKENS[name]
     expected = list(old)
     expected[axis] = math.prod(target.grid)
-    why = f"{_text(source.grid)} -> {_text(target.grid)}"
-    why = why if fate == "resampled" else f"the same patterns, {why}"
+    patterns = "" if fate == "resampled" else "the same patterns, "
+    why = f"{patterns}{_text(source.grid)} -> {_text(target.grid)}"
     return Fate(fate, old, new, why) if new == tuple(expected) else None
 
 
@@ -219,15 +212,13 @@ def _restore(
 ) -> tuple[dict[str, Any], int]:
     """The source's variables and their step: parameters laid out as in training, the rest whole."""
     collections = dict(source.abstract)
-    params = collections.pop("params")
-    abstract = {weights: params, "collections": collections}
-    shardings = {
-        weights: sharding.state_shardings(mesh, {"params": params}, rules)["params"],
-        "collections": jax.tree.map(lambda _: sharding.replicated(mesh), collections),
+    params = {"params": collections.pop("params")}
+    shardings = sharding.state_shardings(mesh, params, rules)
+    whole = jax.tree.map(lambda _: sharding.replicated(mesh), collections)
+    wanted = {
+        weights: sharding.placed(params, shardings)["params"],
+        "collections": sharding.placed(collections, whole),
     }
-    wanted = jax.tree.map(
-        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), abstract, shardings
-    )
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         restored, step = checkpoints.restore(wanted)
     return {"params": restored[weights], **restored["collections"]}, step
@@ -242,9 +233,10 @@ def _token_weights(
         UsageError: if the splits of a Jet have patterns that are not known for another grid.
     """
     old, new = source.grid, target.grid
-    if source.section["kind"] != "jet":
+    if source.config["flow"]["kind"] != "jet":
         return [between_grids(old, new)]
-    couplings, kinds = source.section["num_couplings"], tuple(source.section["kinds"])
+    section = source.config["flow"]
+    couplings, kinds = section["num_couplings"], tuple(section["kinds"])
     expected = coupling.splits(couplings, kinds, old, source.flow.latent_shape[1]).token_order
     if not np.array_equal(variables["constants"]["blocks_0"]["token_order"], expected):
         raise UsageError(

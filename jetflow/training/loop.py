@@ -71,10 +71,8 @@ def train(
         Diverged: the loss, its gradient or the parameters are no longer finite.
         Stopped: a signal asked for it; everything is saved.
     """
-    run, workdir = (
-        set_up(config, functools.partial(pipeline.load, data_dir=data_dir)),
-        Path(workdir),
-    )
+    workdir = Path(workdir)
+    run = set_up(config, functools.partial(pipeline.load, data_dir=data_dir))
     section = run.config.train
     checkpoints = Checkpoints(
         workdir / "checkpoints",
@@ -91,10 +89,8 @@ def train(
         workdirs.note_environment(workdir, start, total_steps=run.total_steps)
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
             if before < run.total_steps:
-                origin = (
-                    f"extended from {before} to {run.total_steps} steps: from step {start} on, the "
-                    "learning rate follows the schedule of the new length"
-                )
+                origin = f"extended from {before} to {run.total_steps} steps: from step {start} on,"
+                origin += " the learning rate follows the schedule of the new length"
             Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, origin)
 
 
@@ -138,8 +134,11 @@ class Session:
             self._look(state, start, resumed=True)  # for what an interruption cut off
             if start < total:
                 batches = self.run.batches(start)  # which are read while the step compiles
-                train_step = self._compile(state)
+                self.reporter.say("compiling the training step")
                 with self.reporter.pause():
+                    abstract = self.run.abstract_batch(self.run.config.train.batch_size)
+                    train_step = self.run.lower_step(state, abstract).compile()
+                    self.poll()
                     batch = next(batches)
             for step in range(start + 1, total + 1):
                 # It runs on the device while the last one is logged and the next batch comes.
@@ -154,8 +153,7 @@ class Session:
                     self._save(state, step)
                 self.poll()
         except Stopped:
-            self._save(state, step)
-            self.checkpoints.wait()
+            self._save(state, step, wait=True)
             self.reporter.say(
                 f"stopped at step {step} of {total}, all saved in {self.workdir}: "
                 "run the same command again to go on"
@@ -164,17 +162,8 @@ class Session:
         finally:
             if batches:
                 batches.close()
-        self._save(state, step)
-        self.checkpoints.wait()
+        self._save(state, step, wait=True)
         self._conclude()
-
-    def _compile(self, state: TrainState) -> Callable:
-        self.reporter.say("compiling the training step")
-        batch = self.run.abstract_batch(self.run.config.train.batch_size)
-        with self.reporter.pause():
-            compiled = self.run.lower_step(state, batch).compile()
-        self.poll()
-        return compiled
 
     def _flush(self) -> None:
         """Write the metrics of the last step: never more than two are under way."""
@@ -263,41 +252,43 @@ class Session:
     def _picture(self, step: int) -> Path:
         return self.workdir / "samples" / f"step_{step:08d}.png"
 
-    def _save(self, state: TrainState, step: int) -> None:
+    def _save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
         """Start saving the state; the metrics up to it are on disk before."""
         self._flush()
         with self.reporter.pause():
             try:
                 self.checkpoints.save(step, state, self.run.resolved_config)
+                if wait:
+                    self.checkpoints.wait()
             except NotFinite as error:
                 raise self._diverged(f"step {step}: {error}") from error
 
     def _diverged(self, cause: str) -> Diverged:
         self.checkpoints.wait()
         last = self.checkpoints.latest()
+        saved = "no checkpoint is" if last is None else f"the checkpoint of step {last} is the last"
         return Diverged(
-            f"{cause}, so the training ended; "
-            + ("no checkpoint is finite" if last is None else f"step {last} is the last finite one")
-            + " in the workdir; lower config.optim.lr, or set config.optim.clip_norm, in another"
-            " --workdir"
+            f"{cause}, so the training ended; {saved} finite in {self.workdir}; lower "
+            "config.optim.lr, or set config.optim.clip_norm, in another --workdir"
         )
 
     def _headline(self, state: TrainState, start: int) -> str:
-        run, size = self.run, self.run.config.train.batch_size
+        run, total = self.run, self.run.total_steps
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
-        source = run.config.init_from
-        if start >= run.total_steps:
-            plan = f"all {run.total_steps} steps were done before"
-        elif start:
-            plan = f"resumed at step {start} of {run.total_steps}, of {size} images each"
-        else:
-            plan = f"{run.total_steps} steps of {size} images each"
-            plan += f", from {source}" if source else ""
+        held = sharding.bytes_per_device(state) / 1e6
+        source = f", from {run.config.init_from}" if run.config.init_from else ""
+        each = f"of {run.config.train.batch_size} images each"
+        plan = (
+            f"resumed at step {start} of {total}, {each}"
+            if start
+            else f"{total} steps {each}{source}"
+        )
         return (
             f"{run.config.flow.kind} with {count:,} parameters on {sharding.describe(run.mesh)}; "
-            f"the state takes {sharding.bytes_per_device(state) / 1e6:,.1f} MB a device\n"
+            f"the state takes {held:,.1f} MB a device\n"
             f"train on {run.train_data.describe()}\n"
-            f"test on {run.test_data.describe()}\n{plan}"
+            f"test on {run.test_data.describe()}\n"
+            + (f"all {total} steps were done before" if start >= total else plan)
         )
 
     def _conclude(self) -> None:

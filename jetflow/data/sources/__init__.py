@@ -7,7 +7,7 @@ from jetflow.data.sources import (
     afhq,
     cifar10,
     digits,
-    folder,
+    image_folder,
     imagenet,
     imagenet_small,
     photos,
@@ -29,7 +29,7 @@ def find(name: str) -> Source:
         UsageError: there is none of this name.
     """
     if name.split("/")[0] == "folder":
-        return folder.folder(name)
+        return image_folder.find(name)
     if name not in SOURCES:
         nearest = difflib.get_close_matches(name, SOURCES, n=1)
         raise UsageError(

@@ -6,13 +6,11 @@ people wrote the last part of the file, so the images are shuffled by
 `numpy.random.default_rng(0).permutation(1797)`. The same person may have written in both splits.
 """
 
-import functools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 
-from jetflow.data.source import Contents, Image, Made, Source
+from jetflow.data.source import Image, made
 
 COUNTS = {"train": 1500, "test": 297}
 
@@ -27,18 +25,5 @@ def _images(split: str) -> Iterator[Image]:
         yield Image(f"row {row}", pixels[row], int(labels[row]))
 
 
-def _contents(paths: Sequence[Path], notes: Path) -> Contents:
-    splits = {split: [Made(functools.partial(_images, split))] for split in COUNTS}
-    return Contents([str(digit) for digit in range(10)], splits)
-
-
-SOURCES = (
-    Source(
-        name="digits",
-        image_shape=(8, 8, 1),
-        contents=_contents,
-        about=__doc__,
-        splits=COUNTS,
-        num_classes=10,
-    ),
-)
+CLASSES = tuple("0123456789")
+SOURCES = (made(_images, COUNTS, CLASSES, name="digits", image_shape=(8, 8, 1), about=__doc__),)

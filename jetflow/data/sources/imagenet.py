@@ -21,42 +21,32 @@ from jetflow.data.archives import TarMember, is_gzip, tar_files
 from jetflow.data.source import Archive, Contents, at_sizes
 from jetflow.data.sources.imagenet_small import flat_tar
 from jetflow.files import write_atomically
-from jetflow.types import UsageError
+from jetflow.types import NO_LABEL, UsageError
 
 
 def _inner_tars(
     path: Path, on_read: Callable[[int], object] = lambda position: None
-) -> list[tuple[str, int, int]]:
-    """(name, size, offset) of each tar in a tar."""
+) -> list[TarMember]:
+    """The tars in a tar, without their labels."""
     return [
-        (PurePosixPath(member.name).name, member.size, member.offset_data)
+        TarMember(path, PurePosixPath(member.name).name, member.size, NO_LABEL, member.offset_data)
         for member in tar_files(path, on_read)
         if member.name.endswith(".tar")
     ]
 
 
-def _class_members(
-    path: Path, tars: Sequence[tuple[str, int, int]]
-) -> tuple[list[str], list[TarMember]]:
-    """The classes in alphabetical order, and their tars in the order of the archive.
-
-    Args:
-        path: the tar that holds them, or their folder.
-        tars: (name, size, offset) of each.
-    """
-    classes = sorted(name.removesuffix(".tar") for name, _, _ in tars)
+def _labelled(path: Path, tars: Sequence[TarMember]) -> tuple[list[str], list[TarMember]]:
+    """The classes in alphabetical order, and their tars in the order of the archive."""
+    classes = sorted(tar.name.removesuffix(".tar") for tar in tars)
     if not classes or len(set(classes)) < len(classes):
         raise UsageError(f"{path} holds no tars of classes, n01440764.tar say, or one twice")
     number = {f"{name}.tar": label for label, name in enumerate(classes)}
-    return classes, [
-        TarMember(path / name if path.is_dir() else path, name, size, number[name], offset)
-        for name, size, offset in tars
-    ]
+    return classes, [dataclasses.replace(tar, label=number[tar.name]) for tar in tars]
 
 
 def _contents_1k(paths: Sequence[Path], notes: Path) -> Contents:
     train_path, validation_path, devkit = paths
-    classes, train = _class_members(train_path, _inner_tars(train_path))
+    classes, train = _labelled(train_path, _inner_tars(train_path))
     labels = _validation_labels(devkit, classes)
     validation = [
         # "ILSVRC2012_val_00000001.JPEG" has the first label
@@ -91,26 +81,28 @@ def _validation_labels(devkit: Path, classes: Sequence[str]) -> list[int]:
 def _contents_21k(paths: Sequence[Path], notes: Path) -> Contents:
     [path] = paths
     if path.is_dir():
-        tars = [(tar.name, tar.stat().st_size, 0) for tar in sorted(path.glob("*.tar"))]
+        files = sorted(path.glob("*.tar"))
+        tars = [TarMember(file, file.name, file.stat().st_size, NO_LABEL) for file in files]
     elif is_gzip(path):
         tars = _tars_of_compressed(path, notes / "tars.json")
     else:
         tars = _inner_tars(path)
-    classes, train = _class_members(path, tars)
+    classes, train = _labelled(path, tars)
     return Contents(classes, {"train": train, "validation": []})
 
 
-def _tars_of_compressed(path: Path, note: Path) -> list[tuple[str, int, int]]:
+def _tars_of_compressed(path: Path, note: Path) -> list[TarMember]:
     """Noted for the next start: it takes a pass over the whole archive."""
     state = path.stat()
     archive = [path.name, state.st_size, state.st_mtime_ns]
     if note.exists() and (known := json.loads(note.read_text()))["archive"] == archive:
-        return [tuple(tar) for tar in known["tars"]]
+        return [TarMember(path, *tar) for tar in known["tars"]]
     title = f"{path.name} is compressed: first pass"
     with tqdm(total=state.st_size, desc=title, unit="B", unit_scale=True) as bar:
         tars = _inner_tars(path, lambda position: bar.update(position - bar.n))
     with write_atomically(note) as file:
-        file.write(json.dumps({"archive": archive, "tars": tars}).encode())
+        fields = [(tar.name, tar.size, tar.label, tar.offset) for tar in tars]
+        file.write(json.dumps({"archive": archive, "tars": fields}).encode())
     return tars
 
 

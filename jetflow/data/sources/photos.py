@@ -8,12 +8,11 @@ https://www.flickr.com/photos/vultilion/6056698931/.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 
-from jetflow.data.source import Contents, Image, Made, Source
+from jetflow.data.source import Image, made
 
 PICTURES = ("china", "flower")
 COUNTS = {"train": 32_768, "test": 512}
@@ -36,7 +35,7 @@ def corners(split: str, size: int) -> Iterator[tuple[int, int, int]]:
         yield number % 2, int(top), int(left)
 
 
-def _images(split: str, size: int, name: str) -> Iterator[Image]:
+def _images(size: int, name: str, split: str) -> Iterator[Image]:
     from sklearn.datasets import load_sample_images  # slow to import, needed only here, once
 
     pictures = load_sample_images().images  # uint8 [427, 640, 3] each, in the order of PICTURES
@@ -45,17 +44,13 @@ def _images(split: str, size: int, name: str) -> Iterator[Image]:
         yield Image(f"crop {number}", picture[top : top + size, left : left + size])
 
 
-def _contents(size: int, name: str, paths: Sequence[Path], notes: Path) -> Contents:
-    return Contents((), {s: [Made(functools.partial(_images, s, size, name))] for s in COUNTS})
-
-
 SOURCES = tuple(
-    Source(
+    made(
+        functools.partial(_images, size, picture),
+        COUNTS,
         name=f"photos/{picture}{size}",
         image_shape=(size, size, 3),
-        contents=functools.partial(_contents, size, picture),
         about=__doc__,
-        splits=COUNTS,
     )
     for picture in ("", *PICTURES)
     for size in (8, 16, 32, 64)

@@ -5,12 +5,11 @@ the split, i and the size alone.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 
-from jetflow.data.source import Contents, Image, Made, Source
+from jetflow.data.source import Image, made
 
 COUNTS = {"train": 256, "test": 64}
 CLASSES = (
@@ -18,15 +17,11 @@ CLASSES = (
 )  # fmt: skip
 
 
-def _images(split: str, size: int) -> Iterator[Image]:
+def _images(size: int, split: str) -> Iterator[Image]:
     for number in range(COUNTS[split]):
         rng = np.random.default_rng([list(COUNTS).index(split), number, size])
         label = number % len(CLASSES)
         yield Image(f"shape {number}", draw(CLASSES[label], size, rng), label)
-
-
-def _contents(size: int, paths: Sequence[Path], notes: Path) -> Contents:
-    return Contents(CLASSES, {s: [Made(functools.partial(_images, s, size))] for s in COUNTS})
 
 
 def draw(shape: str, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -61,13 +56,13 @@ def _masks(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
 
 
 SOURCES = tuple(
-    Source(
+    made(
+        functools.partial(_images, size),
+        COUNTS,
+        CLASSES,
         name=f"shapes/{size}",
         image_shape=(size, size, 3),
-        contents=functools.partial(_contents, size),
         about=__doc__,
-        splits=COUNTS,
-        num_classes=len(CLASSES),
     )
     for size in (32, 64, 128, 256)
 )

@@ -32,60 +32,36 @@ PEAK_FLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How fast shuffled training batches reach this host's memory, decoded.
+    """How fast shuffled training batches reach this host's memory, decoded."""
 
-    Attributes:
-        data, split: name of the data set, and its part.
-        workers, batch_size: reading processes, 0 for threads; and images at a time.
-        images_per_second: of this host: the median of the rounds, after one that warms up.
-        images_per_second_range: the least and the most.
-        images_per_core_second: images by processor time of all processes.
-        megabytes_per_second: of pixels.
-        first_batch_seconds: from the start of the workers to the first batch.
-        cores: that this process may use.
-    """
-
-    data: str
+    data: str  # name of the data set
     split: str
-    workers: int
+    workers: int  # reading processes, 0 for threads
     batch_size: int
-    images_per_second: float
+    images_per_second: float  # the median of the rounds, after one that warms up
     images_per_second_range: tuple[float, float]
-    images_per_core_second: float
-    megabytes_per_second: float
-    first_batch_seconds: float
-    cores: int
+    images_per_core_second: float  # images by processor time of all processes
+    megabytes_per_second: float  # of pixels
+    first_batch_seconds: float  # from the start of the workers
+    cores: int  # that this process may use
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How fast the training step of a config is.
+    """How fast the training step of a config is."""
 
-    Attributes:
-        device: the mesh, in words.
-        batch_size: images a step, over all devices.
-        step_seconds: with one batch that stays on the devices: the median of the rounds, after one
-            that warms up; step_seconds_range: the least and the most.
-        steps_per_second, images_per_second: by that median.
-        step_seconds_with_data, images_per_second_with_data: with the real batches, as in training.
-        data_wait_share: the share of that time in which the devices waited for data.
-        model_flops: of a step on each device, by formula, without recomputation.
-        utilisation: model_flops over the device's bfloat16 peak; None where that is unknown.
-        peak_bytes: memory of the program on each device, with state and batch.
-    """
-
-    device: str
-    batch_size: int
-    step_seconds: float
+    device: str  # the mesh, in words
+    batch_size: int  # over all devices
+    step_seconds: float  # with a batch that stays on the devices: the median of the rounds
     step_seconds_range: tuple[float, float]
-    steps_per_second: float
+    steps_per_second: float  # by that median
     images_per_second: float
-    step_seconds_with_data: float
+    step_seconds_with_data: float  # with the real batches, as in training
     images_per_second_with_data: float
-    data_wait_share: float
-    model_flops: float
-    utilisation: float | None
-    peak_bytes: int
+    data_wait_share: float  # of that time: the devices waited for data
+    model_flops: float  # of a step on each device, by formula, without recomputation
+    utilisation: float | None  # model_flops over the device's bfloat16 peak, where that is known
+    peak_bytes: int  # memory of the program on each device, with state and batch
 
 
 def bench_data(

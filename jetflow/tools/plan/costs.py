@@ -39,34 +39,21 @@ _SENT: dict[str, Callable[[int], float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """The exchanges of one kind in a program.
+    """The exchanges of one kind in a program."""
 
-    Attributes:
-        kind: as XLA names it, "all-reduce", or with the suffix "between slices".
-        count: number of executions.
-        bytes: sent by each device in all of them, around a ring.
-    """
-
-    kind: str
-    count: int
-    bytes: float
+    kind: str  # as XLA names it, "all-reduce", or with the suffix "between slices"
+    count: int  # of executions
+    bytes: float  # sent by each device in all of them, around a ring
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one execution costs on each device.
+    """What one execution costs on each device."""
 
-    Attributes:
-        flops: of matrix products and convolutions: two per multiplication with addition.
-        hbm_bytes: read from and written to the device's main memory, without padding.
-        collectives: exchanges with other devices.
-        unknown_loops: loops of unknown length, counted as if their body ran once.
-    """
-
-    flops: float
-    hbm_bytes: float
+    flops: float  # of matrix products and convolutions: two per multiplication with addition
+    hbm_bytes: float  # read from and written to main memory, without padding
     collectives: tuple[Collective, ...]
-    unknown_loops: int
+    unknown_loops: int  # loops of unknown length, counted as if their body ran once
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

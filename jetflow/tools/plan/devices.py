@@ -26,27 +26,16 @@ _WITHOUT_TPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A JAX device of a generation: a chip, or half of one of tpu7x.
+    """A JAX device of a generation: a chip, or half of one of tpu7x."""
 
-    Attributes:
-        kind: JAX's `device_kind`, by libtpu 0.0.42.
-        hbm_bytes: memory for a program.
-        flops: peak of bfloat16 matrix products, a second.
-        hbm_bandwidth: bytes a second, to and from that memory.
-        ici_bandwidth: bytes a second sent within the slice, over all links.
-        dcn_bandwidth: bytes a second sent to another slice: the share of the host's network.
-        topologies: shapes of a slice, in chips.
-        options: of libtpu, for the way that JAX uses the cores.
-    """
-
-    kind: str
-    hbm_bytes: int
-    flops: float
-    hbm_bandwidth: float
-    ici_bandwidth: float
-    dcn_bandwidth: float
-    topologies: tuple[str, ...]
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kind: str  # JAX's `device_kind`, by libtpu 0.0.42
+    hbm_bytes: int  # memory for a program
+    flops: float  # peak of bfloat16 matrix products, a second
+    hbm_bandwidth: float  # bytes a second to and from that memory
+    ici_bandwidth: float  # bytes a second sent within the slice, over all links
+    dcn_bandwidth: float  # bytes a second sent to another slice: the share of the host's network
+    topologies: tuple[str, ...]  # shapes of a slice, in chips
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of libtpu
 
 
 _PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

@@ -15,16 +15,11 @@ _CALLERS = ("while", "fusion", "call", "conditional", "async-start")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array, `bf16[64,256]{1,0:T(8,128)S(1)}` in HLO's notation.
-
-    Attributes:
-        size: in bytes.
-        hbm_bytes: the same in main memory, 0 in another memory space (`S(1)` above).
-    """
+    """An array, `bf16[64,256]{1,0:T(8,128)S(1)}` in HLO's notation."""
 
     shape: tuple[int, ...]
-    size: float
-    hbm_bytes: float
+    size: float  # in bytes
+    hbm_bytes: float  # the same in main memory, 0 in another memory space (`S(1)` above)
 
 
 @dataclasses.dataclass(frozen=True)

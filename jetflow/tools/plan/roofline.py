@@ -26,79 +26,51 @@ PROGRAMS = ("train", "sample", "eval")
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device.
+    """Bytes on each device; `other` and `temporaries` are None where the compiler gave up."""
 
-    Attributes:
-        params, optimizer, ema: parts of the training state; other programs hold the weights alone.
-        other: the batch, the flow's constants, and the program itself.
-        temporaries: activations, gradients and buffers; None where the compiler gave up, as `other`
-            is.
-        total: at the moment of largest use, as the compiler counts it, with padding.
-        capacity: the most that a program may take.
-        spare: negative where the program does not fit.
-    """
-
-    params: int
+    params: int  # or the weights, in programs without a training state
     optimizer: int
     ema: int
-    other: int | None
-    temporaries: int | None
-    total: int
-    capacity: int
-    spare: int
+    other: int | None  # the batch, the flow's constants, and the program itself
+    temporaries: int | None  # activations, gradients and buffers
+    total: int  # at the moment of largest use, as the compiler counts it, with padding
+    capacity: int  # the most that a program may take
+    spare: int  # negative where the program does not fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """The least time of a step by the roofline.
 
-    Attributes:
-        seconds_by_resource: compute (matrix products at bfloat16's peak), hbm (bytes to and from
-            memory), ici (exchanges within a slice, over all links), dcn (those between slices).
-        bound_by: the scarcest resource.
-        step_seconds: by that resource.
-        images_per_second, days: at most, and of all steps at least.
+    The resources are compute (matrix products at bfloat16's peak), hbm (bytes to and from memory),
+    ici (exchanges within a slice, over all links) and dcn (exchanges between slices).
     """
 
     seconds_by_resource: dict[str, float]
-    bound_by: str
-    step_seconds: float
-    images_per_second: float
-    days: float
+    bound_by: str  # the scarcest resource
+    step_seconds: float  # by that resource
+    images_per_second: float  # at most
+    days: float  # of all steps, at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a program needs on a topology.
+    """What a program needs on a topology; without cost and estimate where it does not fit."""
 
-    Attributes:
-        program: one of `PROGRAMS`.
-        topology, slices: "v5e:4x4", and the number of such slices.
-        devices, mesh: their number and layout.
-        batch_size, remat: of the program.
-        parameters: of the flow.
-        memory: on each device.
-        model_flops: of a step on each device, by formula, without recomputation.
-        steps: of the training; otherwise of an evaluation, or of as many samples.
-        sequential: tokens that a step decodes one after another.
-        fits: whether the program compiles within the memory.
-        cost, estimate: of the compiled program; None where it does not fit.
-    """
-
-    program: str
-    topology: str
-    slices: int
+    program: str  # one of `PROGRAMS`
+    topology: str  # such as "v5e:4x4"
+    slices: int  # of that topology
     devices: int
     mesh: dict[str, int]
     batch_size: int
     remat: str
-    parameters: int
+    parameters: int  # of the flow
     memory: Memory
-    model_flops: float
-    steps: int
-    sequential: int
+    model_flops: float  # of a step on each device, by formula, without recomputation
+    steps: int  # of the training; otherwise of an evaluation, or of as many samples
+    sequential: int  # tokens that a step decodes one after another
     fits: bool
-    cost: costs.Cost | None
+    cost: costs.Cost | None  # of the compiled program
     estimate: Estimate | None
 
 
@@ -225,28 +197,31 @@ def _compile(
 ) -> tuple[Memory, costs.Cost | None]:
     """The memory of a program, and its cost where it fits."""
     state = run.abstract_state
-    held = (
-        (state.params, state.opt_state, state.ema) if program == "train" else (state.variables(),)
-    )
-    parts = [*map(sharding.bytes_per_device, held), 0, 0][:3]
+    held = [state.params, state.opt_state, state.ema]
+    if program != "train":
+        held = [state.variables(), (), ()]
+    params, optimizer, ema = map(sharding.bytes_per_device, held)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         total = _bytes_needed(str(error))
-        return Memory(*parts, None, None, total, tpu.hbm_bytes, tpu.hbm_bytes - total), None
+        spare = tpu.hbm_bytes - total
+        return Memory(params, optimizer, ema, None, None, total, tpu.hbm_bytes, spare), None
     analysis: Any = compiled.memory_analysis()
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     temporaries = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes - outputs
     total = costs.peak_bytes(compiled)
     memory = Memory(
-        *parts,
-        other=total - temporaries - sum(parts),
+        params,
+        optimizer,
+        ema,
+        other=total - temporaries - params - optimizer - ema,
         temporaries=temporaries,
         total=total,
         capacity=tpu.hbm_bytes,
         spare=tpu.hbm_bytes - total,
     )
-    return memory, costs.cost(compiled.as_text(), run.mesh.size, slices)
+    return memory, costs.cost(compiled.as_text() or "", run.mesh.size, slices)
 
 
 def _estimate(cost: costs.Cost, tpu: tpus.Tpu, batch_size: int, steps: int) -> Estimate:

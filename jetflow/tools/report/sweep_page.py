@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jetflow.sweeps import short_names
 from jetflow.tools.report.run_page import described, side_by_side
-from jetflow.tools.sweep.folder import Folder
+from jetflow.tools.sweep.store import Store
 from jetflow.workdir import read_config
 
 HIGHER_IS_BETTER = {"accuracy", "sample_accuracy", "precision", "recall", "density", "coverage"}
@@ -25,17 +25,18 @@ class Axis(NamedTuple):
     """A swept setting, or several that change together; `values` by label, in the sweep's order."""
 
     settings: tuple[str, ...]
-    name: str
-    values: dict[str, Any]
+    name: str = ""
+    values: dict[str, Any] = {}  # noqa: RUF012
 
     def label(self, point: Point) -> str:
         """The label of the point's value."""
-        return _label(point, self.settings)
+        choices = point["choices"]
+        return ", ".join(choices[n]["label"] if n in choices else LACKING for n in self.settings)
 
 
 def sweep_page(path: Path) -> dict[str, Any]:
     """The values of the page of a sweep, also of one that has not ended."""
-    content, records = Folder(path).content(), Folder(path).records()
+    content, records = Store(path).content(), Store(path).records()
     known = {record["number"]: record for record in records}
     unmeasured = {"name": "", "status": "not measured yet"}
     each = [
@@ -43,33 +44,40 @@ def sweep_page(path: Path) -> dict[str, Any]:
         | {"number": number, "choices": choices}
         for number, choices in enumerate(content["points"])
     ]
-    repeats = content.get("repeats", ())
+    repeats = content["repeats"]
     points = merged(each, repeats) if repeats else each
-    axes, metrics = axes_of(points), _metrics(points)
-    varying = [m for m in metrics if len({_value(p, m) for p in points} - {None}) > 1] or metrics
-    plotted = itertools.product(varying, [axis for axis in axes if _is_plotted(axis)])
-    results = [result for record in records for result in record.get("results", [])]
+    axes, metrics = axes_of(points), metrics_of(points)
+    varying = [m for m in metrics if len({p["metrics"].get(m) for p in points} - {None}) > 1]
+    varying = varying or metrics
+    plotted = [axis for axis in axes if len(axis.values) >= FEWEST_VALUES
+               and all(isinstance(one, int | float) for one in axis.values.values())]  # fmt: skip
+    environments: dict[str, list[int]] = {}
+    for record in records:
+        environments.setdefault(json.dumps(record["environment"]), []).append(record["number"])
     configs = (read_config(path / one["workdir"]) for one in records if "workdir" in one)
-    config = next(filter(None, configs), None)
-    best = _best(points, metrics[0]) if metrics else None
     return dict(
         content,
         kind="sweep",
         title=content["title"].rstrip("."),
-        measured=sum(point["status"] == "done" for point in each),
-        failures=[(r["name"], r["error"]) for r in records if r["status"] == "failed"],
-        best=best and (_value(best, metrics[0]), [(axis.name, axis.label(best)) for axis in axes]),
-        table=table(points, axes, metrics),
-        each=table(each, axes_of(each), metrics) if repeats else None,
-        plots=[_plot(points, axes, metric, axis) for metric, axis in plotted],
-        maps=[_map(points, axes, metric, path / "points") for metric in varying if axes],
-        seconds=sum(record["seconds"] for record in records),
-        environments=_environments(records),
-        data=_data(each),
-        higher_is_better=HIGHER_IS_BETTER,
         recipe=content["config"],
         main=metrics[0] if metrics else "",
-        **described(config, results),
+        axes=[axis.name for axis in axes],
+        measured=sum(point["status"] == "done" for point in each),
+        failures=[(r["name"], r["error"]) for r in records if r["status"] == "failed"],
+        table=table(points, axes, metrics),
+        each=table(each, axes_of(each), metrics) if repeats else None,
+        plots=[_plot(points, axes, *pair) for pair in itertools.product(varying, plotted)],
+        maps=[_map(points, axes, metric, path / "points") for metric in varying if axes],
+        seconds=sum(record["seconds"] for record in records),
+        environments=side_by_side(
+            {f"{len(n)} points from {n[0]} on": json.loads(e) for e, n in environments.items()}
+        ),
+        data=_data(each),
+        higher_is_better=HIGHER_IS_BETTER,
+        **described(
+            next(filter(None, configs), None),
+            [result for record in records for result in record.get("results", [])],
+        ),
     )
 
 
@@ -85,8 +93,8 @@ def merged(points: Sequence[Point], repeats: Sequence[str]) -> list[Point]:
 def _mean(number: int, group: list[Point]) -> Point:
     done = [point for point in group if point["status"] == "done"]
     values = {
-        name: [value for point in done if (value := _value(point, name)) is not None]
-        for name in _metrics(done)
+        name: [value for point in done if (value := point["metrics"].get(name)) is not None]
+        for name in metrics_of(done)
     }
     return (done or group)[0] | {
         "number": number,
@@ -101,67 +109,83 @@ def axes_of(points: Sequence[Point]) -> list[Axis]:
     names = list(dict.fromkeys(name for point in points for name in point["choices"]))
     groups: dict[Any, list[str]] = {}
     for name in names:
-        labels = [_label(point, [name]) for point in points]
+        labels = [Axis((name,)).label(point) for point in points]
         if len(set(labels)) > 1:
             division = [(labels.index(label), label == LACKING) for label in labels]
             groups.setdefault(tuple(division), []).append(name)
-    short = short_names(names)
-    return [
-        Axis(tuple(group), ", ".join(short[name] for name in group), {
-            _label(point, group): point["choices"][group[0]]["value"]
-            for point in points if group[0] in point["choices"]
-        })
-        for group in groups.values()
-    ]  # fmt: skip
+    short, axes = short_names(names), []
+    for group in groups.values():
+        having = [point for point in points if group[0] in point["choices"]]
+        axis = Axis(tuple(group), ", ".join(short[name] for name in group))
+        values = {axis.label(point): point["choices"][group[0]]["value"] for point in having}
+        axes.append(axis._replace(values=values))
+    return axes
+
+
+def metrics_of(points: Sequence[Point]) -> list[str]:
+    """The metrics that points have, in their order."""
+    return list(dict.fromkeys(name for point in points for name in point["metrics"]))
+
+
+def ordered(points: Sequence[Point], metric: str) -> list[Point]:
+    """Points from the best value on; those without one last."""
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    valued = [point for point in points if point["metrics"].get(metric) is not None]
+    rest = [point for point in points if point["metrics"].get(metric) is None]
+    return sorted(valued, key=lambda point: sign * point["metrics"][metric]) + rest
+
+
+def grouped(points: Sequence[Point], axes: Sequence[Axis]) -> dict[str, list[Point]]:
+    """The points by their labels on some axes."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        labels = [f"{axis.name} {axis.label(point)}" for axis in axes]
+        name = axes[0].label(point) if len(axes) == 1 else ", ".join(labels)
+        groups.setdefault(name, []).append(point)
+    return groups
 
 
 def table(points: Sequence[Point], axes: Sequence[Axis], metrics: Sequence[str]) -> dict[str, Any]:
     """The points, best first by the first metric; those without a value last."""
-    ordered = _ordered(points, metrics[0]) if metrics else points
-    columns: dict[str, list[Any]] = {"point": [str(point["number"]) for point in ordered]}
+    points = ordered(points, metrics[0]) if metrics else points
+    columns: dict[str, list[Any]] = {"point": [str(point["number"]) for point in points]}
     for metric in metrics:
         arrow = "↑" if metric in HIGHER_IS_BETTER else "↓"
-        columns[f"{metric} {arrow}"] = [_value(point, metric) for point in ordered]
-        if any(spreads := [point["errors"].get(metric) for point in ordered]):
+        columns[f"{metric} {arrow}"] = [point["metrics"].get(metric) for point in points]
+        if any(spreads := [point["errors"].get(metric) for point in points]):
             columns[f"± of {metric}"] = spreads
-    swept = {setting for axis in axes for setting in axis.settings}
-    columns |= {axis.name: [axis.label(point) for point in ordered] for axis in axes}
-    for fact in {"parameters", "step"} - swept:
-        values = [point.get(fact) for point in ordered]
-        if len(set(values) - {None}) > 1:
-            columns[fact] = values
-    columns["status"] = [point["status"] for point in ordered]
-    best = 0 if metrics and _value(ordered[0], metrics[0]) is not None else None
+    columns |= {axis.name: [axis.label(point) for point in points] for axis in axes}
+    for fact in {"parameters", "step"} - {name for axis in axes for name in axis.settings}:
+        if len({point.get(fact) for point in points} - {None}) > 1:
+            columns[fact] = [point.get(fact) for point in points]
+    columns["status"] = [point["status"] for point in points]
+    best = 0 if metrics and points[0]["metrics"].get(metrics[0]) is not None else None
     return dict(header=[*columns], rows=[*zip(*columns.values(), strict=True)], best=best)
 
 
 def _data(points: Sequence[Point]) -> list[list[Any]]:
     """Every setting and metric of every point, in the order of the sweep, under a header."""
-    names = list(dict.fromkeys(name for point in points for name in point["choices"]))
-    metrics = _metrics(points)
-    facts = [fact for fact in ("parameters", "step", "status", "error") if fact not in names]
-    header = ["point", *names, *metrics, *(f"{m}_standard_error" for m in metrics), *facts]
-    return [header] + [
-        [point["number"]]
-        + [point["choices"].get(name, {}).get("label") for name in names]
-        + [point[field].get(metric) for field in ("metrics", "errors") for metric in metrics]
-        + [point.get(fact) for fact in facts]
+    rows = [
+        {"point": point["number"]}
+        | {name: one["label"] for name, one in point["choices"].items()}
+        | point["metrics"]
+        | {f"{name}_standard_error": value for name, value in point["errors"].items()}
+        | {name: point.get(name) for name in ("parameters", "step", "status", "error")}
         for point in points
     ]
+    header = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    return [header, *([row.get(name) for name in header] for row in rows)]
 
 
 def _plot(points: list[Point], axes: list[Axis], metric: str, axis: Axis) -> dict[str, Any]:
     """A metric over an axis: a line for each setting of the others, or the best of them."""
-    groups = _grouped(points, [other for other in axes if other is not axis])
+    groups = grouped(points, [other for other in axes if other is not axis])
     many = len(groups) > MOST_LINES
     lines = {}
     for name, group in ({"best": points} if many else groups).items():
-        bests = {label: _best(some, metric) for label, some in _grouped(group, [axis]).items()}
-        lines[name] = sorted(
-            (axis.values[label], _value(best, metric))
-            for label, best in bests.items()
-            if best and label in axis.values
-        )
+        bests = {n: ordered(some, metric)[0] for n, some in grouped(group, [axis]).items()}
+        pairs = [(axis.values.get(n), best["metrics"].get(metric)) for n, best in bests.items()]
+        lines[name] = sorted(pair for pair in pairs if None not in pair)
     return dict(metric=metric, axis=axis.name, lines=lines, many=many)
 
 
@@ -172,68 +196,12 @@ def _map(points: list[Point], axes: list[Axis], metric: str, pictures: Path) -> 
     columns = dict.fromkeys([*wide.values, *map(wide.label, points)])
     rows = [
         (name, [{wide.label(point): point for point in group}.get(c) for c in columns])
-        for name, group in _grouped(points, rest).items()
+        for name, group in grouped(points, rest).items()
     ]
-    best = _best(points, metric)
-    values = [value for point in points if (value := _value(point, metric)) is not None]
-    names = ", ".join(axis.name for axis in rest)
+    values = [point["metrics"].get(metric) for point in ordered(points, metric)]
+    values = [value for value in values if value is not None]
+    names = f"{', '.join(axis.name for axis in rest)} ↓ " if rest else ""
     return dict(
-        metric=metric,
-        header=[f"{names} ↓ {wide.name} →" if rest else f"{wide.name} →", *columns],
-        rows=rows,
-        best=best and _value(best, metric),
-        low=min(values, default=0),
-        high=max(values, default=0),
+        metric=metric, header=[f"{names}{wide.name} →", *columns], rows=rows, ranked=values,
         pictures={path.stem: path for path in pictures.glob("*.png")},
-    )
-
-
-def _environments(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The environments of the points, each under the points that were measured in it."""
-    known: dict[str, list[int]] = {}
-    for record in records:
-        known.setdefault(json.dumps(record["environment"]), []).append(record["number"])
-    return side_by_side(
-        {f"{len(n)} points from {n[0]} on": json.loads(t) for t, n in known.items()}
-    )
-
-
-def _is_plotted(axis: Axis) -> bool:
-    numbers = [v for v in axis.values.values() if isinstance(v, int | float)]
-    return FEWEST_VALUES <= len(numbers) == len(axis.values)
-
-
-def _grouped(points: Sequence[Point], axes: Sequence[Axis]) -> dict[str, list[Point]]:
-    """The points by their labels on some axes."""
-    groups: dict[str, list[Point]] = {}
-    for point in points:
-        named = [f"{axis.name} {axis.label(point)}" for axis in axes]
-        label = ", ".join(named) if len(axes) > 1 else "".join(axis.label(point) for axis in axes)
-        groups.setdefault(label, []).append(point)
-    return groups
-
-
-def _ordered(points: Sequence[Point], metric: str) -> list[Point]:
-    """Points from the best value on; those without one last."""
-    sign = -1 if metric in HIGHER_IS_BETTER else 1
-    values = [(_value(point, metric), point) for point in points]
-    rank = lambda one: (one[0] is None, sign * (one[0] or 0))  # noqa: E731
-    return [point for _, point in sorted(values, key=rank)]
-
-
-def _best(points: Sequence[Point], metric: str) -> Point | None:
-    """The point with the best value; None if none has a value."""
-    return next((p for p in _ordered(points, metric) if _value(p, metric) is not None), None)
-
-
-def _metrics(points: Sequence[Point]) -> list[str]:
-    return list(dict.fromkeys(name for point in points for name in point["metrics"]))
-
-
-def _value(point: Point, metric: str) -> int | float | None:
-    return point["metrics"].get(metric)
-
-
-def _label(point: Point, settings: Sequence[str]) -> str:
-    choices = point["choices"]
-    return ", ".join(choices[name]["label"] if name in choices else LACKING for name in settings)
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`--mesh`: how the devices are laid out, for the commands that load a trained flow."""
+"""The option `mesh`: how the devices are laid out for a trained flow."""
 
 from typing import Any
 

@@ -24,7 +24,7 @@ HELD_OUT = 20
 _SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 
 
-def folder(name: str) -> Source:
+def find(name: str) -> Source:
     """The data set "folder/NAME/SIZE".
 
     Raises:

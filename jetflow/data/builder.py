@@ -18,16 +18,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.data import processes, records
+from jetflow.data import processes
 from jetflow.data.archives import DAMAGE, TarMember, is_gzip
-from jetflow.data.records import Shard
+from jetflow.data.shards import Shard, decode, one_line, read_shard, update_checksum, write_shard
 from jetflow.data.source import Contents, Member, Source
 from jetflow.types import UsageError
 
@@ -37,11 +36,7 @@ UNREADABLE = "unreadable.tsv"  # name and reason of each image that was left out
 SHARD_BYTES, SHARD_MEMBERS = 512 * 2**20, 4096
 
 
-class Written(NamedTuple):
-    """The images of each split in each shard, and a checksum of each split."""
-
-    counts: list[dict[str, int]]
-    checksums: dict[str, str]
+Counts = dict[str, int]  # images of each split, in one shard
 
 
 def make(source: Source, folder: Path, manual_dir: Path, workers: int) -> None:
@@ -92,7 +87,7 @@ def _make(source: Source, folder: Path, manual_dir: Path, workers: int) -> None:
         contents = source.contents(paths, notes)
         shards = _shards(source, contents, partial)
         _forget_other_shards(partial, paths, [repr(shard.members) for shard in shards], manual_dir)
-        written = _write(source, bool(contents.classes), shards, workers)
+        all_counts, checksums = _write(source, bool(contents.classes), shards, workers)
     except DAMAGE as error:
         raise UsageError(
             f"an archive of {source.name} in {manual_dir} is damaged, or not what its name says "
@@ -100,12 +95,13 @@ def _make(source: Source, folder: Path, manual_dir: Path, workers: int) -> None:
         ) from error
     left_out = "".join(shard.note.read_text("utf-8") for shard in shards)
     for split in ("train", *(split for split in source.splits if contents.splits.get(split))):
-        if not any(counts.get(split) for counts in written.counts):
+        if not any(counts.get(split) for counts in all_counts):
             lines = left_out.splitlines()
             first = f"; left out were {len(lines):,} files, first {lines[0]!r}" if lines else ""
             raise UsageError(f"{manual_dir} has not one readable image for split {split}{first}")
     (partial / UNREADABLE).write_text(left_out, "utf-8")
-    _write_metadata(source, contents, written, left_out.count("\n"), partial)
+    metadata = {"checksums": checksums, "unreadable": left_out.count("\n")}
+    _write_metadata(source, contents, all_counts, metadata, partial)
     partial.rename(folder)
     shutil.rmtree(folder / notes.name)
 
@@ -166,10 +162,12 @@ def _forget_other_shards(
     note.write_text(digest)
 
 
-def _write(source: Source, is_labelled: bool, shards: Sequence[Shard], workers: int) -> Written:
-    """Write every shard that is not there yet."""
+def _write(
+    source: Source, is_labelled: bool, shards: Sequence[Shard], workers: int
+) -> tuple[list[Counts], dict[str, str]]:
+    """Write every shard that is not there yet; what each holds, and the splits' checksums."""
     digests = {split: hashlib.sha256() for shard in shards for split in shard.files}
-    write = functools.partial(records.write_shard, source=source, is_labelled=is_labelled)
+    write = functools.partial(write_shard, source=source, is_labelled=is_labelled)
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log
     total = sum(shard.size for shard in shards)
     all_counts, images, left_out = [], 0, 0
@@ -180,16 +178,13 @@ def _write(source: Source, is_labelled: bool, shards: Sequence[Shard], workers: 
         for shard, counts in zip(shards, _in_order(write, shards, workers), strict=True):
             all_counts.append(counts)
             for split, file in shard.files.items():
-                for record in records.read_shard(file):
-                    records.update_checksum(digests[split], *records.decode(record))
+                for record in read_shard(file):
+                    update_checksum(digests[split], *decode(record))
             images += sum(counts.values())
             left_out += shard.note.read_text("utf-8").count("\n")
             bar.set_postfix_str(f"{images:,} images, {left_out:,} unreadable", refresh=False)
             bar.update(shard.size)
-    return Written(all_counts, {split: each.hexdigest()[:16] for split, each in digests.items()})
-
-
-Counts = dict[str, int]
+    return all_counts, {split: each.hexdigest()[:16] for split, each in digests.items()}
 
 
 def _in_order(
@@ -254,11 +249,11 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _write_metadata(
-    source: Source, contents: Contents, written: Written, unreadable: int, folder: Path
+    source: Source, contents: Contents, all_counts: Sequence[Counts], metadata: dict, folder: Path
 ) -> None:
     """What TFDS needs to read the shards."""
     image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
-    classes = [records.one_line(name) for name in contents.classes]
+    classes = [one_line(name) for name in contents.classes]
     label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
     name, _, config = source.name.partition("/")
     identity = tfds.core.DatasetIdentity(
@@ -274,15 +269,13 @@ def _write_metadata(
         features=tfds.features.FeaturesDict({"image": image, **label}),
         supervised_keys=("image", "label") if label else None,
         homepage=source.homepage,
-        metadata=tfds.core.MetadataDict(
-            resize=source.resize_method, checksums=written.checksums, unreadable=unreadable
-        ),
+        metadata=tfds.core.MetadataDict(resize=source.resize_method, **metadata),
         disable_shuffling=True,  # the order of the archive is the order on disk
     )
     info.set_file_format("array_record")
     lengths = {
-        split: [counts[split] for counts in written.counts if split in counts]
-        for split in written.checksums
+        split: [counts[split] for counts in all_counts if split in counts]
+        for split in metadata["checksums"]
     }
     infos = [
         tfds.core.SplitInfo(

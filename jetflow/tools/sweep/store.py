@@ -1,0 +1,96 @@
+"""The folder of a sweep: its content, the records of its points, and locks."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jetflow import hosts
+from jetflow.files import read_json, write_json
+from jetflow.sweeps import Point
+from jetflow.types import UsageError
+from jetflow.workdir import CONFIG, SWEEP, differences, shown
+
+# Not compared when a sweep goes on; points are compared apart, as new ones may come last.
+FREE = ("title", "description", "repeats", "points", "recipe.mesh", "recipe.data.workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The folder: `sweep.json`, and each point's record and picture in `points/`."""
+
+    path: Path
+
+    def begin(self, content: dict[str, Any]) -> None:
+        """Make it the folder of this sweep, or go on with it.
+
+        Raises:
+            UsageError: if it holds another sweep, or cannot be written.
+        """
+        old = self.content() if (self.path / SWEEP).exists() else content
+        if old["run"] != content["run"]:
+            begun = f"with --run {old['run']}" if old["run"] else "without --run"
+            raise UsageError(
+                f"the sweep in {self.path} was begun {begun}; go on so, or give another --workdir"
+            )
+        differing = differences(old, content, [f"sweep.{name}" for name in FREE], "sweep")
+        texts = [shown(differing)] if differing else []
+        if content["points"][: len(old["points"])] != old["points"]:
+            texts.append("its points are others, or in another order (new ones go last)")
+        if texts:
+            raise UsageError(
+                f"{self.path} holds another sweep: {'; '.join(texts)}; give another --workdir, or "
+                "delete that one"
+            )
+        write_json(self.path / SWEEP, content)
+
+    def content(self) -> dict[str, Any]:
+        """The content of the sweep.
+
+        Raises:
+            UsageError: if the folder holds none.
+        """
+        if not (self.path / SWEEP).exists():
+            raise UsageError(f"no sweep in {self.path}; start one with `jetflow sweep`")
+        return read_json(self.path / SWEEP)
+
+    def step(self, run: str | None) -> int | None:
+        """The checkpoint of the run that the points are measured at, once that is known."""
+        content = self.content() if (self.path / SWEEP).exists() else {"run": None}
+        return content["fixed"].get("step") if run and content["run"] == run else None
+
+    def record_path(self, point: Point) -> Path:
+        return self.path / "points" / f"{point.name}.json"
+
+    def is_done(self, point: Point) -> bool:
+        """Whether it was measured; a failed point is to be tried again."""
+        path = self.record_path(point)
+        return path.exists() and read_json(path)["status"] == "done"
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all points that were measured or failed, by their numbers."""
+        records = [read_json(path) for path in (self.path / "points").glob("*.json")]
+        return sorted(records, key=lambda record: record["number"])
+
+    @contextlib.contextmanager
+    def locked(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Whether this process has a lock of the sweep, as `hosts.locked` gives it.
+
+        Raises:
+            UsageError: if the folder is that of a run, or cannot be written.
+        """
+        if not hosts.is_first():
+            yield hosts.agreed(False)
+            return
+        if (self.path / CONFIG).exists():
+            raise UsageError(f"{self.path} holds a run; give the sweep a --workdir of its own")
+        with contextlib.ExitStack() as stack:
+            try:
+                (self.path / "locks").mkdir(parents=True, exist_ok=True)
+                mine = stack.enter_context(hosts.locked(self.path / "locks" / name, wait=wait))
+            except OSError as error:
+                raise UsageError(
+                    f"--workdir {self.path} cannot be written ({error}); give a folder that can"
+                ) from error
+            yield hosts.agreed(mine)
