@@ -49,13 +49,19 @@ def option(
 class Options:
     """Checks its fields: type, choices and range.
 
+    A whole number in the place of a float is made one, and a text a path where a path is expected.
+
     Raises:
         UsageError: on the first field that is wrong, with its name and what is expected.
     """
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check(field, kind_of(type(self), field.name)[0], getattr(self, field.name))
+            kind, value = kind_of(type(self), field.name)[0], getattr(self, field.name)
+            if (kind is float and type(value) is int) or (kind is Path and isinstance(value, str)):
+                value = kind(value)
+                object.__setattr__(self, field.name, value)
+            _check(field, kind, value)
 
     def changed(self, *names: str) -> dict[str, Any]:
         """The values of some fields, by default of all, that are not as by default."""

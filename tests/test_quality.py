@@ -1,9 +1,11 @@
 """Samples against real images: statistics, references, and the metrics that compare them."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from jetflow.evals.evaluation import evaluate
 from jetflow.evals.features import Statistics, images_of
 from jetflow.evals.settings import DISTANCES, EvaluateOptions
 from jetflow.model import Model
+from jetflow.options import Options, option
 from jetflow.types import UsageError
 
 STEP = tiny_runs.STEPS
@@ -271,6 +274,19 @@ def test_killed_evaluation_goes_on(model, monkeypatch):
         assert resumed[name]["value"] == pytest.approx(result["value"], rel=1e-9, abs=1e-9), name
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Options):
+    """Outside of jetflow, where annotations are checked."""
+
+    strength: float = option(0.0)
+    file: Path | None = option(None)
+
+
+def test_settings_are_named_as_those_of_the_command_line():
+    changed = Settings(strength=1, file="a.npz").changed()
+    assert str(changed["strength"]) == "1.0" and changed["file"] == Path("a.npz")
+
+
 def test_images_that_are_not_finite_are_counted(model):
     result = measure(model, num_samples=16, temperature=1e38)["fid"]
     assert result["samples"]["not_finite"] == 16
@@ -279,21 +295,18 @@ def test_images_that_are_not_finite_are_counted(model):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"reference": "none.npz"}, "none.npz does not exist; make it with"),
+        ({"reference": Path("none.npz")}, "none.npz does not exist; make it with"),
         ({"make_reference": True, "reference_split": "none"}, "'none' is not a split"),
         ({"make_reference": True, "reference_data": "none"}, "known data sets"),
-        ({"samples": "none.npz"}, "none.npz cannot be read"),
+        ({"samples": Path("none.npz")}, "none.npz cannot be read"),
         ({"num_samples": 5}, "there are 5 features, too few for 5 neighbours"),
         ({"num_features": 4}, "there are 4 features, too few for 5 neighbours"),
         ({"reference_split": "train[:5]"}, "there are 5 features, too few for 5 neighbours"),
     ],
 )
-def test_what_is_missing_is_noticed_before_samples_are_drawn(
-    fields, message, model, monkeypatch, tmp_path
-):
+def test_what_is_missing_is_noticed_before_samples_are_drawn(fields, message, model, monkeypatch):
     monkeypatch.setattr(Model, "draw", lambda *_, **__: 1 / 0)
-    paths = {name: tmp_path / fields[name] for name in {"reference", "samples"} & set(fields)}
     if fields.get("reference_split") == "train[:5]":
         measure(model, metrics=None, make_reference=True, **fields)
     with pytest.raises(UsageError, match=message):
-        measure(model, metrics=("fid", "density_coverage"), **fields | paths)
+        measure(model, metrics=("fid", "density_coverage"), **fields)
