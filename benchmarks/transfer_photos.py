@@ -1,6 +1,5 @@
 """Held-out bits per dimension of finetuned runs and of runs from scratch, as a picture and a table.
 
-    pip install -e '.[plot]'
     python benchmarks/transfer_photos.py --out docs/transfer.png \\
         --finetuned runs/finetuned{0,1,2} --scratch runs/scratch{0,1,2}
 """

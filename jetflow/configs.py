@@ -34,19 +34,9 @@ def read(name: str) -> Config:
         UsageError: if the file is missing or fails (with the line), or its config lacks a section.
     """
     path, colon, argument = name.partition(":")
-    if not Path(path).is_file():
-        raise UsageError(f"--config {path!r} is no file; expected one such as configs/NAME.py")
     folders = [str(Path(path).resolve().parent.parent), os.getcwd()]
     sys.path[:] = [*folders, *(folder for folder in sys.path if folder not in folders)]
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        config = get_config(*([argument] if colon else [])) if get_config else None
-    except Exception as error:  # whatever the file raises
-        raise UsageError(_failure(error, path)) from error
-    if get_config is None:
-        raise UsageError(
-            f"--config {path} has no function get_config; see configs/digits_tarflow.py"
-        )
+    config = call("config", path, "get_config", *([argument] if colon else []))
     if not isinstance(config, ConfigDict):
         raise UsageError(f"--config {path} has a get_config that returns no config")
     if missing := [part for part in (*SECTIONS, *FIELDS) if part not in config]:
@@ -56,6 +46,23 @@ def read(name: str) -> Config:
             f"{', '.join((*SECTIONS, *FIELDS))}"
         )
     return config
+
+
+def call(flag: str, path: str, function: str, *arguments: str) -> Any:
+    """The result of a function of a Python file that a flag names.
+
+    Raises:
+        UsageError: if the file is missing, lacks the function, or fails (with the line).
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"--{flag} {path!r} is no file; expected one such as configs/NAME.py")
+    try:
+        defined = runpy.run_path(path)
+        if function in defined:
+            return defined[function](*arguments)
+    except Exception as error:  # whatever the file raises
+        raise UsageError(_failure(error, path, f"--{flag} {path}")) from error
+    raise UsageError(f"--{flag} {path} has no function {function}; configs/ has examples")
 
 
 def change(config: Config, name: str, value: Any) -> None:
@@ -90,12 +97,12 @@ def _parsed(text: str, kind: type) -> Any:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
-def _failure(error: Exception, path: str) -> str:
-    """What went wrong in a config file, and in which line."""
+def _failure(error: Exception, path: str, file: str) -> str:
+    """What went wrong in a file, and in which line."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     line = lines[-1] if lines else getattr(error, "lineno", None)  # which a SyntaxError has
-    where = f"--config {path}" + (f", line {line}" if line else "")
+    where = file + (f", line {line}" if line else "")
     if isinstance(error, ModuleNotFoundError) and error.name == "configs":
         return (
             f"{where}: `configs` was not found; run from a clone of jetflow, or put the file in "

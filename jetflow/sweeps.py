@@ -4,13 +4,12 @@ A sweep is a Python file with a function `get_sweep`. A setting is a field of th
 `config.optim.lr`, or an option of evaluation and sampling, such as `guidance` or `step`.
 """
 
+import ast
 import collections
 import dataclasses
 import hashlib
 import itertools
 import json
-import runpy
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from jetflow.configs import call
 from jetflow.types import UsageError
 
 LONGEST_NAME = 120  # characters; many file systems take no more than 255 bytes
@@ -185,7 +185,7 @@ class Sweep:
             raise UsageError(f"point is {point}; expected 0 to {len(self.points) - 1}")
         return self.points[index::count] if point is None else [self.points[point]]
 
-    def content(self, run: str | None, recipe: dict[str, Any] | None) -> dict[str, Any]:
+    def content(self, run: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
         """The record of the sweep in its folder.
 
         Args:
@@ -198,7 +198,7 @@ class Sweep:
             for choices in content.pop("grid").points
         ]
         content |= {"config": self.config and Path(self.config).name}
-        content |= {"run": run, "recipe": recipe or {}}
+        content |= {"run": run, "recipe": recipe}
         return json.loads(json.dumps(content, default=str))
 
 
@@ -222,30 +222,12 @@ def read(path: str | Path) -> Sweep:
     Raises:
         UsageError: if there is no such file, it fails (with the line), or makes no sweep.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"--sweep {path} is no file; expected one such as configs/sweeps/NAME.py")
-    try:
-        content = runpy.run_path(str(file))
-        sweep = content["get_sweep"]() if "get_sweep" in content else None
-    except UsageError as error:
-        raise UsageError(f"--sweep {path}: {error}") from error
-    except Exception as error:  # whatever a sweep's file raises
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
-        where = f", line {lines[-1]}" if lines else ""
-        raise UsageError(f"--sweep {path}{where}: {type(error).__name__}: {error}") from error
+    sweep, file = call("sweep", str(path), "get_sweep"), Path(path).resolve()
     if not isinstance(sweep, Sweep):
-        raise UsageError(
-            f"--sweep {path}: expected a function get_sweep() that returns a Sweep, as in "
-            "configs/sweeps"
-        )
-    title, _, description = (content["__doc__"] or file.stem).strip().partition("\n")
-    config = sweep.config
-    if config is not None:
-        config, colon, argument = config.partition(":")
-        config = f"{file.resolve().parent.joinpath(config).resolve()}{colon}{argument}"
-    description = " ".join(description.split())
+        raise UsageError(f"--sweep {path} has a get_sweep that returns no Sweep")
+    title, *lines = (ast.get_docstring(ast.parse(file.read_text())) or file.stem).split("\n")
+    config = sweep.config and str((file.parent / sweep.config).resolve())
+    description = " ".join(" ".join(lines).split())
     return dataclasses.replace(sweep, config=config, title=title, description=description)
 
 

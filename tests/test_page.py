@@ -101,7 +101,7 @@ def test_no_page(name, message, run, tmp_path, capsys):
 
 def write_sweep(folder, sweep, metrics, **content):
     """A sweep's folder whose first points have these metrics; None for a point that failed."""
-    write_json(folder / "sweep.json", sweep.content(None, None) | content)
+    write_json(folder / "sweep.json", sweep.content(None, {}) | content)
     for point, values in zip(sweep.points, metrics, strict=False):
         record = {"number": point.number, "name": point.name, "seconds": 2.0, "errors": {}}
         record |= {"environment": environment(), "metrics": values or {}, "status": "done"}
@@ -199,7 +199,7 @@ def test_settings_that_change_together_are_one_axis():
         product(axis("x", [x]), axis("y", [2 * x]), axis("config.y", [True, False]))
         for x in (3, 1, 2)
     ))  # fmt: skip
-    points = [dict(choices=point) for point in Sweep(grid, ("bpd",)).content(None, None)["points"]]
+    points = [dict(choices=point) for point in Sweep(grid, ("bpd",)).content(None, {})["points"]]
     first, second = axes_of(points)
     assert (first.settings, first.name) == (("x", "y"), "x, y")
     assert first.values == {"3, 6": 3, "1, 2": 1, "2, 4": 2}

@@ -12,6 +12,7 @@ from jetflow import cli, configs, sweeps
 from jetflow.cli.flags import parse
 from jetflow.flows.build import build
 from jetflow.tools.sweep.runner import Runner
+from jetflow.tools.sweep.store import Store
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,7 +62,7 @@ def test_sweep_example(tmp_path):
     path.write_text(example.replace("../", f"{ROOT}/configs/"))
     sweep = sweeps.read(str(path))
     assert len(sweep.points) == 6
-    Runner(sweep, tmp_path).check()
+    Runner(sweep, Store(tmp_path)).check()
 
 
 def test_commands_parse(monkeypatch):

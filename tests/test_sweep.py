@@ -75,7 +75,7 @@ def test_names_are_short_and_differ():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_sweeps_can_run(path, tmp_path):
     sweep = sweeps.read(path)
-    runner.Runner(sweep, tmp_path).check()
+    runner.Runner(sweep, Store(tmp_path)).check()
     assert len(sweep.points) >= 4 and len(sweep.title) > 20 and sweep.description
 
 
@@ -101,7 +101,7 @@ BAD_FILES = {
     "missing": (None, "is no file"),
     "syntax": (("def get_sweep()", "def get_sweep("), "SyntaxError"),
     "error": (("return Sweep", "return 1 / 0, Sweep"), "line 10: ZeroDivisionError"),
-    "nothing": (("return Sweep", "Sweep"), "that returns a Sweep"),
+    "nothing": (("return Sweep", "Sweep"), "get_sweep that returns no Sweep"),
     "repeats": (("pictures=4", "repeats=('step',)"), "repeats has step"),
     "unknown option": (('"seed"', '"sead"'), "did you mean seed?"),
     "the sweep's own": (('"seed"', '"make_reference"'), "make_reference is no option"),
@@ -283,7 +283,7 @@ def test_all_points_measure_one_checkpoint(sweep, tmp_path, capsys):
 
 def test_a_failure_ends_processes_that_are_joined(sweep, monkeypatch):
     """Others may wait for the one that failed; `hosts.joined` ends them."""
-    measuring = runner.Runner(sweeps.read(sweep.path), sweep.workdir, sweep.run)
+    measuring = runner.Runner(sweeps.read(sweep.path), Store(sweep.workdir), sweep.run)
     monkeypatch.setattr(measuring, "_measure", lambda _: [][0])
     monkeypatch.setattr(runner.hosts, "agreed", lambda value: value)
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -14,6 +14,7 @@ from jetflow.sweeps import is_of_training, read
 from jetflow.tools.report.document import columns
 from jetflow.tools.report.sweep_page import sweep_page
 from jetflow.tools.sweep import runner
+from jetflow.tools.sweep.store import Store
 from jetflow.types import UsageError
 
 FAILED = 1  # an exit status: the same command tries the points that failed again
@@ -55,7 +56,7 @@ def run(options: SweepOptions) -> int:
     sweep = read(options.sweep).with_fixed(arguments["fix"])
     points = sweep.chosen(arguments["shard"], options.point)
     if arguments.pop("print"):
-        runner.Runner(sweep, options.workdir, options.run, options.data_dir).check()
+        runner.Runner(sweep, Store(options.workdir), options.run).check()
         for point in points:
             print(shlex.join(_command(options, point.number)))
         return 0

@@ -72,7 +72,8 @@ def sweep(
         Stopped: a signal stopped a training; everything is saved.
     """
     sweep = (sweep if isinstance(sweep, Sweep) else read(sweep)).with_fixed(fix or {})
-    runner = Runner(sweep, Path(workdir), run, data_dir)
+    paths = [None if path is None else Path(path).resolve() for path in (run, data_dir)]
+    runner = Runner(sweep, Store(Path(workdir)), *paths)
     points = sweep.chosen(shard, point)
     runner.begin()
     for each in points:
@@ -81,35 +82,30 @@ def sweep(
     return runner.store.records()
 
 
+@dataclasses.dataclass
 class Runner:
-    """Measures points.
+    """Measures points, of a trained run or of trainings in the sweep's folder.
 
     A model is loaded once for all points in a row that measure it, and programs are compiled once
     for settings that are numbers to them, such as guidance and temperature.
     """
 
-    def __init__(
-        self,
-        sweep: Sweep,
-        workdir: Path,
-        run: str | os.PathLike | None = None,
-        data_dir: str | os.PathLike | None = None,
-    ):
-        self.store, self._sweep = Store(workdir), sweep
-        self._run = None if run is None else Path(run).resolve()
-        self._data_dir = None if data_dir is None else Path(data_dir)
-        self._failures: dict[str, Exception | None] = {}  # of trainings, None for those that ended
-        self._loaded: tuple[Any, Model] | None = None
-        self._likelihoods: dict[Any, list[dict[str, Any]]] = {}
+    sweep: Sweep
+    store: Store
+    run: Path | None = None
+    data_dir: Path | None = None
+    _failures: dict[str, Exception | None] = dataclasses.field(default_factory=dict)  # of trainings
+    _loaded: tuple[Any, Model] | None = None
+    _likelihoods: dict[Any, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def check(self) -> None:
         """Raise a UsageError where a setting of a point is unknown or of the wrong type."""
-        if self._run:
-            read_flow(self._run)  # which raises if there is none
-        for point in self._sweep.points:
+        if self.run:
+            read_flow(self.run)  # which raises if there is none
+        for point in self.sweep.points:
             try:
                 self._options(point)
-                if not self._run:
+                if not self.run:
                     self._config(point)
             except UsageError as error:
                 raise UsageError(f"point {point.name}: {error}") from error
@@ -121,16 +117,15 @@ class Runner:
         sweep began: a run that is trained on mixes no two.
         """
         self.check()
-        meshes = [read_mesh(self._options(point).mesh) for point in self._sweep.points]
-        run, recipe = self._run and str(self._run), None if self._run else self._config().to_dict()
-        if recipe:
-            recipe.pop("defaults", None)
+        meshes = [read_mesh(self._options(point).mesh) for point in self.sweep.points]
+        run, recipe = self.run and str(self.run), {} if self.run else self._config().to_dict()
+        recipe.pop("defaults", None)
         with self.store.locked(SWEEP, wait=True):
             step = hosts.agreed(self.store.step(run) or -1)
-            if self._run and any("step" not in self._sweep.settings(p) for p in self._sweep.points):
-                model = self._load(self._run, step if step > 0 else None, meshes[0])
-                self._sweep = self._sweep.with_fixed({"step": model.step})
-            self.store.begin(self._sweep.content(run, recipe))
+            if self.run and any("step" not in self.sweep.settings(p) for p in self.sweep.points):
+                model = self._load(self.run, step if step > 0 else None, meshes[0])
+                self.sweep = self.sweep.with_fixed({"step": model.step})
+            self.store.begin(self.sweep.content(run, recipe))
 
     def visit(self, point: Point) -> None:
         """Measure a point and write its record, unless it is done or another process is at it.
@@ -141,7 +136,7 @@ class Runner:
         with self.store.locked(point.name, wait=False) as mine:
             if not mine or hosts.agreed(self.store.is_done(point)):
                 return
-            note(f"point {point.name}, one of {len(self._sweep.points)}")
+            note(f"point {point.name}, one of {len(self.sweep.points)}")
             start, record = time.perf_counter(), {"number": point.number, "name": point.name}
             try:
                 record |= {"status": "done", **self._measure(point)}
@@ -159,14 +154,14 @@ class Runner:
             write_json(self.store.record_path(point), record)
 
     def _measure(self, point: Point) -> dict[str, Any]:
-        options, metrics = self._options(point), self._sweep.metrics
-        workdir = self._run or self._trained(point)
+        options, metrics = self._options(point), self.sweep.metrics
+        workdir = self.run or self._trained(point)
         model = self._load(workdir, options.step, read_mesh(options.mesh))
         results = [*self._of_images(options, model), *self._of_samples(options, model)]
         place = {part: i for i, metric in enumerate(metrics) for part in metric.split("_")}
         place |= {metric: i for i, metric in enumerate(metrics)}
         results.sort(key=lambda result: place[result["metric"]])
-        if num := self._sweep.pictures:
+        if num := self.sweep.pictures:
             label = pictures.labels_in_turn(num, model.flow.num_classes)
             drawn = model.draw(options, num=num, label=label, seed=options.seed, batch_size=num)
             images = np.concatenate([some.images(model.noise.kind) for some in drawn])
@@ -177,7 +172,7 @@ class Runner:
             "metrics": {result["metric"]: result["value"] for result in results},
             "errors": {result["metric"]: result.get("standard_error") for result in results},
             "results": results,
-            "workdir": str(self._run or f"runs/{point.run_name}"),
+            "workdir": str(self.run or f"runs/{point.run_name}"),
             "step": model.step,
             "parameters": sum(sizes),
         }
@@ -192,7 +187,7 @@ class Runner:
             self._failures[name] = None
             try:
                 with self.store.locked(f"run,{name}", wait=True):
-                    train(self._config(point), workdir, data_dir=self._data_dir)
+                    train(self._config(point), workdir, data_dir=self.data_dir)
             except Exception as error:
                 self._failures[name] = error
         if (failure := self._failures[name]) is not None:
@@ -208,7 +203,7 @@ class Runner:
 
     def _of_images(self, options: PointOptions, model: Model) -> list[dict[str, Any]]:
         """The metrics that need no samples, measured once for all points that draw them alike."""
-        metrics = tuple(name for name in self._sweep.metrics if name in LIKELIHOODS)
+        metrics = tuple(name for name in self.sweep.metrics if name in LIKELIHOODS)
         key = model.workdir, model.step, options.split, options.draws, options.seed
         if metrics and key not in self._likelihoods:
             options = dataclasses.replace(options, metrics=metrics)
@@ -221,7 +216,7 @@ class Runner:
         It is one for all points that compare with as many features, by one network, of the same
         data.
         """
-        metrics = tuple(name for name in self._sweep.metrics if name not in LIKELIHOODS)
+        metrics = tuple(name for name in self.sweep.metrics if name not in LIKELIHOODS)
         if options.reference is None and set(metrics) & set(DISTANCES):
             data = model.config["data"]
             settings = {
@@ -239,10 +234,10 @@ class Runner:
 
     def _config(self, point: Point | None = None) -> Config:
         """The config of a point's training; without a point that of the sweep."""
-        if self._sweep.config is None:
+        if self.sweep.config is None:
             raise UsageError("the sweep has no config to train; give the run to measure by --run")
-        config = configs.read(self._sweep.config)
-        settings = self._sweep.settings(point) if point else {}
+        config = configs.read(self.sweep.config)
+        settings = self.sweep.settings(point) if point else {}
         for name in filter(is_of_training, settings):
             configs.change(config, name.removeprefix("config."), settings[name])
         return config
@@ -254,11 +249,11 @@ class Runner:
             UsageError: if one is unknown, is of the wrong type, or is not to be given.
         """
         known = [field.name for field in dataclasses.fields(PointOptions) if field.name not in OWN]
-        options: dict[str, Any] = {"metrics": self._sweep.metrics, "data_dir": self._data_dir}
-        for name, value in self._sweep.settings(point).items():
-            if is_of_training(name) and self._run:
+        options: dict[str, Any] = {"metrics": self.sweep.metrics, "data_dir": self.data_dir}
+        for name, value in self.sweep.settings(point).items():
+            if is_of_training(name) and self.run:
                 raise UsageError(
-                    f"{name} is a setting of the training, which --run {self._run} has behind it; "
+                    f"{name} is a setting of the training, which --run {self.run} has behind it; "
                     "leave out one of them"
                 )
             if is_of_training(name):
