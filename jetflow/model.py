@@ -136,7 +136,9 @@ class Model:
 
         Warns if some of the images are not finite.
         """
-        options = self._options(defaults, fields)
+        if defaults not in (None, "run"):
+            raise UsageError(f'defaults is {defaults!r}; expected "run" or None')
+        options = SamplingOptions.of(self.config["eval"] if defaults else {}, **fields)
         label = labels_in_turn(num, self.flow.num_classes) if label is None else label
         batches = self.draw(options, num=num, label=label, seed=seed, batch_size=batch_size)
         drawn = collect(batches, self.noise.kind, num=num, keep=num)
@@ -205,11 +207,6 @@ class Model:
             UsageError: on what this flow, its data or the reference do not have.
         """
         return evaluation.evaluate(self, EvaluateOptions(metrics=tuple(metrics), **fields))
-
-    def _options(self, defaults: str | None, fields: dict[str, Any]) -> SamplingOptions:
-        if defaults not in (None, "run"):
-            raise UsageError(f'defaults is {defaults!r}; expected "run" or None')
-        return SamplingOptions.of(self.config["eval"] if defaults else {}, **fields)
 
 
 def _pixels(images: Num[AnyArray, "B H W C"]) -> UInt8[AnyArray, "B H W C"]:

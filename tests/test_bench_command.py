@@ -77,7 +77,7 @@ def test_train_waits_for_slow_data(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "expected jetflow bench followed by one of train, data"),
+        (["trian"], "expected jetflow bench followed by one of sample, train, data"),
         (["data"], "--config is missing"),
         (["train", "--workers", "2"], "--workers is no flag of jetflow bench train"),
         (["data", "--config=configs/digits_tarflow.py", "--workers", "two"],

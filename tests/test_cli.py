@@ -85,7 +85,7 @@ REFUSED = [
     ("evaluate --workdir JET --split validation", "'validation' is not a split"),
     ("evaluate --workdir JET --mesh fsdp:4", "mesh has 'fsdp:4'; expected AXIS=SIZE"),
     ("sweep --workdir x", "--sweep is missing"),
-    ("sweep --sweep nothing.py --workdir x", "nothing.py is no file"),
+    ("sweep --sweep nothing.py --workdir x", "'nothing.py' is no file"),
     ("report nothing", "nothing is no folder"),
     (f"plan --config {CONFIG} --topology v9:2x2", "v9"),
     ("bench sampling", "expected jetflow bench followed by one of"),
