@@ -150,4 +150,6 @@ def collect(
             sweeps = tuple(map(max, drawn.sweeps, sweeps or drawn.sweeps))
             residual = max(residual, drawn.residual)
             bar.update(len(batch))
+    if not finite:  # going on, where nothing is left and another process has the archive
+        return Collected(np.zeros((0, 0, 0, 1), np.uint8), np.zeros(0, bool), (), 0.0)
     return Collected(np.concatenate(images)[:keep], np.concatenate(finite), sweeps, residual)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,14 +55,20 @@ def fastest(
     before = [entry["windows"] for entry in known if entry["conditions"] == conditions]
     windows = hosts.agreed(list(before[0]) if before else [])
     if not windows:
+        _note(f"measuring how each block decodes fastest, for {path}")
         windows, seconds = calibrate(sampler, base, batch_size)
         entry = {"conditions": conditions, "windows": windows, "seconds": seconds}
         try:
             write_json(path, [*known, entry])
         except OSError as error:  # somebody else's run, or one on a disk that is read-only
             logging.warning("the measurement is not kept (%s)", error)
-        logging.info("windows of the blocks: %s", ", ".join(map(str, windows)))
+        _note(f"windows of the blocks: {', '.join(map(str, windows))}")
     return tuple(dataclasses.replace(base, window=window) for window in windows)
+
+
+def _note(text: str) -> None:
+    if hosts.is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -93,8 +100,8 @@ def calibrate(
     z = sampler.place(sampler.latents(jax.random.key(0), index))
     measured = []
     numbers = reversed(range(len(flow.blocks)))
-    total = len(flow.blocks)
-    for number in tqdm(numbers, "measuring", total, unit=" blocks", disable=None, leave=False):
+    total, hidden = len(flow.blocks), None if hosts.is_first() else True
+    for number in tqdm(numbers, "measuring", total, unit=" blocks", disable=hidden, leave=False):
         decode = functools.partial(
             _decode_block, flow.blocks[number], {"params": params[f"blocks_{number}"]}, z, label,
             sampler.guidance,

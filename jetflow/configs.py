@@ -71,7 +71,8 @@ def change(config: Config, name: str, value: Any) -> None:
     Raises:
         UsageError: if there is no such field, or the value is of another type.
     """
-    section, present = config, config
+    part, section = "", config
+    present: Any = config
     for part in name.split("."):
         known = list(present) if isinstance(present, ConfigDict) else []
         if part not in known:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num, UInt8
 
@@ -217,7 +217,7 @@ def _pixels(images: Num[AnyArray, "B H W C"]) -> UInt8[AnyArray, "B H W C"]:
     """
     if images.dtype == np.uint8:
         return images
-    if isinstance(images, jax.core.Tracer):
+    if isinstance(images, Tracer):
         raise UsageError(f"images are {images.dtype} inside jax.jit; convert them to uint8 before")
     values = np.asarray(images)
     if np.issubdtype(values.dtype, np.floating) and values.min() >= 0 and values.max() <= 1:

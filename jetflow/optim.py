@@ -22,7 +22,9 @@ def warmup_cosine(lr: float, min_lr: float, warmup_steps: int, total_steps: int)
     ramp = optax.linear_schedule(min_lr, lr, max(warmup_steps, 1))
     cosine = optax.cosine_decay_schedule(lr - min_lr, max(total_steps - warmup_steps, 1))
     return lambda step: jnp.where(
-        step < warmup_steps, ramp(step), min_lr + cosine(jnp.maximum(step - warmup_steps, 0))
+        jnp.less(step, warmup_steps),
+        ramp(step),
+        min_lr + cosine(jnp.maximum(step - warmup_steps, 0)),
     )
 
 

@@ -170,12 +170,23 @@ class TrainedFlow(Protocol):
         noise: the `Noise` of its training.
     """
 
-    workdir: Any  # a path
-    config: dict[str, Any]
-    flow: Flow
-    variables: Any
-    step: int
-    mesh: Mesh
+    @property
+    def workdir(self) -> Any: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def flow(self) -> Flow: ...
+
+    @property
+    def variables(self) -> Any: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def mesh(self) -> Mesh: ...
 
     @property
     def weights(self) -> str: ...

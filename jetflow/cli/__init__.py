@@ -38,9 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     silence_libtpu()
     try:
+        if HELP & set(argv[1:2]) and argv[0] in SUMMARIES:
+            commands = _commands(argv[0])
+            print(SUMMARIES[argv[0]], *map(help_text, commands.values()), sep="\n\n")
+            return 0
         command, argv = find(argv)
         if HELP & set(argv):
-            print(f"{SUMMARIES[argv[0].split()[0]]}\n\n{help_text(command)}")
+            print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
             return 0
         options = parse(command, argv)
         with hosts.joined(saves_at_signals=argv[0] == "train"):
@@ -62,19 +66,24 @@ def find(argv: Sequence[str]) -> tuple[Command, list[str]]:
     name, arguments = argv[0], list(argv[1:])
     if name not in SUMMARIES:
         raise UsageError(f"{name!r} is no command; expected one of {', '.join(SUMMARIES)}")
-    module = importlib.import_module(f"jetflow.cli.{name}")
-    if not hasattr(module, "COMMANDS"):
-        return module.COMMAND, [name, *arguments]
-    for words, command in module.COMMANDS.items():  # such as "train", or "--reverse tarflow"
-        if set(words.split()) <= set(arguments):
-            rest = [word for word in arguments if word not in words.split()]
-            return command, [f"{name} {words}", *rest]
-    if HELP & set(arguments):
-        return next(iter(module.COMMANDS.values())), [name, *arguments]
+    commands = _commands(name)
+    if "" in commands:
+        return commands[""], [name, *arguments]
+    for words, command in commands.items():  # such as "train", or "--reverse tarflow"
+        *switches, word = words.split()
+        rest = [each for each in arguments if each not in switches]
+        if set(switches) <= set(arguments) and rest[:1] == [word]:
+            return command, [f"{name} {words}", *rest[1:]]
     raise UsageError(
         f"{' '.join(argv[:2])!r} is no command; expected jetflow {name} followed by one of "
-        + ", ".join(module.COMMANDS)
+        + ", ".join(commands)
     )
+
+
+def _commands(name: str) -> dict[str, Command]:
+    """The commands in a command's file, by their second word."""
+    module = importlib.import_module(f"jetflow.cli.{name}")
+    return getattr(module, "COMMANDS", None) or {"": module.COMMAND}
 
 
 def _overview() -> str:

@@ -37,7 +37,12 @@ def _reverse(options: ReverseOptions) -> None:
         raise UsageError(f"{options.out} exists; give another --out")
     check_writable("out", options.out)
     model = load_model(options.source)
-    to_tarflow(options.out, model.flow, model.variables)
+    try:
+        to_tarflow(options.out, model.flow, model.variables)
+    except OSError as error:
+        raise UsageError(
+            f"--out {options.out} cannot be written ({error}); give another"
+        ) from error
     print(f"step {model.step} of {options.source}: {options.out}")
 
 

@@ -116,6 +116,8 @@ def _draw(options: SampleOptions, model: Model, num: int) -> None:
     if num > start:
         _report(sampler, drawn)
         print(f"{(num - start) / (time.perf_counter() - clock):,.2f} images/s, with compilation")
+    if not hosts.is_first():
+        return  # without the archive, and so without the images before a kill
     _complain(drawn.finite)
     grid = pictures.samples_grid(drawn.images, None if label is None else label[:SHOWN])
     pictures.save_png(options.out, grid)
@@ -129,6 +131,7 @@ def _archive(options: SampleOptions, model: Model, num: int) -> Archive:
     """The .npz, begun or taken up again, with all that its images depend on."""
     settings = {"workdir": str(model.workdir.resolve()), "step": model.step}
     settings |= {"label": options.label, "seed": options.seed} | options.used(model.noise)
+    assert options.npz is not None
     return Archive(options.npz, num=num, image_shape=model.flow.image_shape, settings=settings)
 
 

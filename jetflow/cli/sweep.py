@@ -65,8 +65,9 @@ def run(options: SweepOptions) -> int:
     except hosts.Stopped as stopped:
         runner.note("the sweep stopped: run the same command again to go on")
         return 128 + stopped.signal
-    print(columns(**sweep_page(options.workdir)["table"]))
-    print(f"the page: {options.workdir}/report.html")
+    if hosts.is_first():
+        print(columns(**sweep_page(options.workdir)["table"]))
+        print(f"the page: {options.workdir}/report.html")
     status = {record["number"]: record["status"] for record in records}
     if elsewhere := sum(point.number not in status for point in points):
         runner.note(f"other processes are at {elsewhere} points: "

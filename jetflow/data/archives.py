@@ -207,7 +207,7 @@ def batches(
             f"expected files like {wanted} with the numbers {list(numbers)} in "
             f"{' and '.join(map(str, paths))}, found {present}; bring the archives again"
         )
-    return [BatchMember(*member, image_size, first_label) for _, *member in members]
+    return [BatchMember(*member[1:], image_size, first_label) for member in members]
 
 
 def _files(path: Path) -> dict[str, tuple[int, Callable[[], Any]]]:

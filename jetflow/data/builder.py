@@ -12,15 +12,18 @@ import gzip
 import hashlib
 import multiprocessing
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from tqdm import tqdm
 
 from jetflow import hosts
@@ -57,9 +60,23 @@ def make(source: Source, folder: Path, manual_dir: Path, workers: int) -> None:
         if folder.exists():
             raise FileExistsError("the directory exists, but holds no complete data set: delete it")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with hosts.locked(folder.with_name(f"{folder.name}.lock"), wait=True):
+        lock = folder.with_name(f"{folder.name}.lock")
+        with contextlib.ExitStack() as stack:
+            if not stack.enter_context(hosts.locked(lock, wait=False)):
+                print(
+                    f"another process prepares {source.name}; waiting", file=sys.stderr, flush=True
+                )
+                stack.enter_context(hosts.locked(lock, wait=True))
             if not is_prepared(folder):
-                _make(source, folder, manual_dir, workers)
+                # What needs no archive has nothing to go on with, and so a folder for each process:
+                # on a disk without locks several may be here.
+                own = "" if source.archives else f".{secrets.token_hex(4)}"
+                partial = folder.with_name(f"{folder.name}.partial{own}")
+                try:
+                    _make(source, folder, partial, manual_dir, workers)
+                finally:
+                    if own:
+                        shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if not is_prepared(folder):  # else on a disk without locks, another process was first
             raise UsageError(
@@ -73,8 +90,7 @@ def is_prepared(folder: Path) -> bool:
     return (folder / "dataset_info.json").exists()
 
 
-def _make(source: Source, folder: Path, manual_dir: Path, workers: int) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")
+def _make(source: Source, folder: Path, partial: Path, manual_dir: Path, workers: int) -> None:
     notes = partial / "notes"
     notes.mkdir(parents=True, exist_ok=True)
     paths = [path for archive in source.archives if (path := archive.find(manual_dir))]
@@ -141,7 +157,7 @@ def _groups(members: Sequence[Member]) -> Iterator[tuple[Member, ...]]:
 def _template(source: Source, folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
     name = source.name.split("/")[0]
     return tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
+        data_dir=epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
     )
 
 
@@ -156,7 +172,8 @@ def _forget_other_shards(
     is_other = note.exists() and note.read_text() != digest
     if is_other:
         print(f"{folder} was begun with other archives; starting anew", file=sys.stderr)
-    for pattern in ("*.incomplete", "notes/*.tar", *["*.array_record-*"] * is_other):
+    old = ("[0-9]*.array_record", "*.json", "*.unfinished")  # pieces of version 0.1
+    for pattern in ("*.incomplete", "notes/*.tar", *old, *["*.array_record-*"] * is_other):
         for path in folder.glob(pattern):
             path.unlink()
     note.write_text(digest)
@@ -219,7 +236,8 @@ def _copied(shards: Iterable[Shard]) -> Iterator[Shard]:
         if isinstance(first, TarMember) and is_gzip(first.path) and not shard.counts():
             stream = stream or gzip.open(first.path)  # noqa: SIM115 (read to the end)
             target = shard.note.with_suffix(".tar")
-            members = (member.copied(stream, target) for member in shard.members)
+            tars = cast(tuple[TarMember, ...], shard.members)
+            members = (member.copied(stream, target) for member in tars)
             shard = shard._replace(members=tuple(members))
         yield shard
 

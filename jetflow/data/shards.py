@@ -16,7 +16,7 @@ from jetflow.data.source import Member, Source, name_hash
 from jetflow.files import write_atomically
 
 _OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in any order
-_Example: Any = tf_example_pb2.Example  # made at import: no type checker sees it
+_Example: Any = vars(tf_example_pb2)["Example"]  # made at import: no type checker sees it
 
 
 class Shard(NamedTuple):

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from jetflow.data import images
 from jetflow.types import NO_LABEL, UsageError
@@ -124,7 +125,9 @@ class Source:
                 name=name,
                 shard_lengths=[count],
                 num_bytes=0,
-                filename_template=tfds.core.ShardedFileTemplate("", "{SPLIT}", split=name),
+                filename_template=tfds.core.ShardedFileTemplate(
+                    epath.Path(), "{SPLIT}", split=name
+                ),
             )
             for name, count in self.splits.items()
         ]

@@ -43,7 +43,9 @@ class Statistics:
         chosen = np.sort(np.random.default_rng(0).permutation(total)[:keep])
         self._slot = np.full(total, -1)
         self._slot[chosen] = np.arange(len(chosen))
-        self.arrays = {name: np.zeros(1, np.int64) for name in ("done", "not_finite")}
+        self.arrays: dict[str, Any] = {
+            name: np.zeros(1, np.int64) for name in ("done", "not_finite")
+        }
         self.arrays["features"] = np.zeros((len(chosen), SIZES["pooled"]), np.float32)
         for name, size in SIZES.items():
             self.arrays[f"{name}_sum"] = np.zeros(size)
@@ -183,7 +185,7 @@ def images_of(path: Path, field: str, chunk: int) -> tuple[int, Iterator[np.ndar
         names = {"images.npy", "arr_0.npy"} & set(archive.namelist())
         if len(names) != 1:
             raise ValueError("it has neither images nor arr_0")
-        file = archive.open(*names)
+        file = archive.open(names.pop())
         np.lib.format.read_magic(file)
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     except (OSError, ValueError, zipfile.BadZipFile) as error:

@@ -163,6 +163,7 @@ class Quality:
     def make_reference(self) -> Path:
         """Write the reference file that the options ask for."""
         options, path = self.options, self._reference_path()
+        sharding.check_batch("batch_size", options.batch_size, self.model.mesh)
         check_writable("reference", path)
         if options.reference_data:
             data = load(options.reference_data, self._reference_split(), data_dir=options.data_dir)

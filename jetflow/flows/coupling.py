@@ -199,7 +199,8 @@ class Couplings(nn.Module):
     ) -> BlockOutputs:
         def body(layer: Coupling, carry, order):
             x, total = carry
-            y, logdet = layer.forward(x, *order, label)
+            split, places = order
+            y, logdet = layer.forward(x, split, places, label)
             return (y, total + logdet), (logdet, affine.root_mean_square(y))
 
         (z, logdet), statistics = self._scan(body, x, reverse=False)
@@ -217,7 +218,8 @@ class Couplings(nn.Module):
 
         def body(layer: Coupling, carry, order):
             y, total = carry
-            x, logdet = layer.inverse(y, *order, label)
+            split, places = order
+            x, logdet = layer.inverse(y, split, places, label)
             return (x, total + logdet), x
 
         (x, logdet), tokens = self._scan(body, z, reverse=True)

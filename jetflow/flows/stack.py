@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows.pixels import Pixels
@@ -118,7 +118,7 @@ def check_labels(flow: Flow, label, num: int) -> Int[Array, "N"] | None:
         return None
     if not flow.num_classes:
         raise UsageError("label given, but this flow was trained without labels; leave it out")
-    is_traced = isinstance(label, jax.core.Tracer)
+    is_traced = isinstance(label, Tracer)
     labels = label if is_traced else np.asarray(label)
     if labels.shape not in ((), (num,)) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise UsageError(

@@ -79,18 +79,21 @@ def train(
         keep=section.keep_checkpoints,
         keep_every=section.keep_every or None,
     )
-    with StopSignal() as stop, checkpoints, workdirs.claimed(workdir) as claim:
+    # The claim is the last to go: a save in progress ends before another process may clean up.
+    with StopSignal() as stop, workdirs.claimed(workdir) as claim, checkpoints:
         # What cannot start must leave nothing behind: the first state comes before `begin`.
         begins = hosts.agreed(checkpoints.latest() is None)
         fresh, origin = run.fresh_state() if begins else (None, "")
-        before = _length(workdir, run.total_steps) if extend else run.total_steps
+        # The first process's answer, and a barrier: `begin` rewrites what is read here.
+        before = hosts.agreed(_length(workdir, run.total_steps)) if extend else run.total_steps
         claim.begin(run.resolved_config, extend=extend)
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
         workdirs.note_environment(workdir, start, total_steps=run.total_steps)
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
             if before < run.total_steps:
-                origin = f"extended from {before} to {run.total_steps} steps: from step {start} on,"
-                origin += " the learning rate follows the schedule of the new length"
+                text = f"extended from {before} to {run.total_steps} steps: from step {start} on, "
+                text += "the learning rate follows the schedule of the new length"
+                origin = f"{origin}\n{text}" if origin else text
             Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, origin)
 
 
@@ -199,8 +202,7 @@ class Session:
             if not hosts.agreed(resumed and written and self.reporter.has(step, f"test_{name}")):
                 self._flush()
                 self._evaluate(state, step, noise)
-        exists = hosts.agreed(resumed and self._picture(step).exists())
-        if due(section.sample_every) and not exists:
+        if due(section.sample_every) and not hosts.agreed(resumed and self._picture(step).exists()):
             self._flush()
             self._sample(state, step)
 

@@ -111,8 +111,9 @@ def to_published(table: Table, variables: Variables) -> Tensors:
 
 
 def _assemble(
-    table: Table, tensors: Tensors, row: Row, layers: Sequence[Sequence[str]]
+    table: Table, tensors: Tensors, row: Row | None, layers: Sequence[Sequence[str]]
 ) -> np.ndarray:
+    assert row is not None
     try:
         arrays = [row.read(*(tensors[name] for name in names)) for names in layers]
         return np.stack(arrays, table.layer_axis) if "{layer}" in row.names[0] else arrays[0]

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from jetflow import hosts
-from jetflow.files import write_atomically
+from jetflow.files import check_writable, write_atomically
 from jetflow.tools.report import plots
 from jetflow.tools.report.run_page import run_page
 from jetflow.tools.report.sweep_page import sweep_page
@@ -40,6 +40,7 @@ def report(
     """
     if format not in FORMATS:
         raise UsageError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
+    check_writable("out", None if out is None else Path(out))
     content = render(read_page(Path(folder)), format)
     if out is None and format != "html":
         return content

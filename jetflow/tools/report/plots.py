@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Point: TypeAlias = tuple[int | float, int | float]
 
@@ -38,7 +38,8 @@ def svg(name: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log: bo
 
     count = len(lines)
     many = count > len(COLOURS)  # then the shades of a scale, and only its ends in the legend
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+    style: Any = STYLE | {"svg.hashsalt": name}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(5, 3.1), layout="constrained")
         axes = figure.add_subplot(xlabel=x, ylabel=y, yscale="log" if log else "linear")
         for index, (label, line) in enumerate(lines.items()):

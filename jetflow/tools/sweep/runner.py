@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jetflow import configs, hosts, pictures
+from jetflow import configs, hosts, pictures, sharding
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.files import write_json
@@ -71,14 +71,15 @@ def sweep(
         UsageError: before anything is measured, if a point cannot work.
         Stopped: a signal stopped a training; everything is saved.
     """
-    sweep = (sweep if isinstance(sweep, Sweep) else read(sweep)).with_fixed(fix or {})
-    paths = [None if path is None else Path(path).resolve() for path in (run, data_dir)]
-    runner = Runner(sweep, Store(Path(workdir)), *paths)
+    sweep = (sweep if isinstance(sweep, Sweep) else read(os.fspath(sweep))).with_fixed(fix or {})
+    run, data_dir = (None if path is None else Path(path).resolve() for path in (run, data_dir))
+    runner = Runner(sweep, Store(Path(workdir)), run, data_dir)
     points = sweep.chosen(shard, point)
     runner.begin()
     for each in points:
         runner.visit(each)
-    report(workdir)
+    if hosts.is_first():
+        report(workdir)
     return runner.store.records()
 
 
@@ -117,7 +118,11 @@ class Runner:
         sweep began: a run that is trained on mixes no two.
         """
         self.check()
-        meshes = [read_mesh(self._options(point).mesh) for point in self.sweep.points]
+        meshes = []
+        for point in self.sweep.points:
+            options = self._options(point)
+            meshes.append(read_mesh(options.mesh))
+            sharding.check_batch(f"point {point.name}: batch_size", options.batch_size, meshes[-1])
         run, recipe = self.run and str(self.run), {} if self.run else self._config().to_dict()
         recipe.pop("defaults", None)
         with self.store.locked(SWEEP, wait=True):

@@ -57,8 +57,10 @@ class Store:
 
     def step(self, run: str | None) -> int | None:
         """The checkpoint of the run that the points are measured at, once that is known."""
-        content = self.content() if (self.path / SWEEP).exists() else {"run": None}
-        return content["fixed"].get("step") if run and content["run"] == run else None
+        if run is None or not (self.path / SWEEP).exists():
+            return None
+        content = self.content()
+        return content["fixed"].get("step") if content["run"] == run else None
 
     def record_path(self, point: Point) -> Path:
         return self.path / "points" / f"{point.name}.json"
