@@ -57,7 +57,8 @@ class Options:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            kind, value = kind_of(type(self), field.name)[0], getattr(self, field.name)
+            kind: Any = kind_of(type(self), field.name)[0]
+            value = getattr(self, field.name)
             if (kind is float and type(value) is int) or (kind is Path and isinstance(value, str)):
                 value = kind(value)
                 object.__setattr__(self, field.name, value)
