@@ -59,9 +59,11 @@ class Options:
         for field in dataclasses.fields(self):
             kind: Any = kind_of(type(self), field.name)[0]
             value = getattr(self, field.name)
-            if (kind is float and type(value) is int) or (kind is Path and isinstance(value, str)):
-                value = kind(value)
-                object.__setattr__(self, field.name, value)
+            if kind is float and type(value) is int:
+                value = float(value)
+            elif kind is Path and isinstance(value, str):
+                value = Path(value)
+            object.__setattr__(self, field.name, value)
             _check(field, kind, value)
 
     def changed(self, *names: str) -> dict[str, Any]:
