@@ -17,7 +17,7 @@ from tiny_runs import FLOWS, STEPS, assert_same, read_state, remains
 from jetflow import checksums
 from jetflow.checkpoint import Checkpoints
 from jetflow.data.dataset import Dataset
-from jetflow.files import write_json
+from jetflow.files import read_metrics, write_json
 from jetflow.flows import coupling
 from jetflow.model import load_model
 from jetflow.training.experiment import Run, set_up
