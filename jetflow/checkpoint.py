@@ -7,12 +7,15 @@ its type, shape and checksum, sealed by a digest. No tree types are stored: code
 of the optimizer can restore the params.
 """
 
+import contextlib
 import gc
+import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Callable
-from logging import ERROR, getLogger
+from collections.abc import Callable, Iterator
+from logging import LogRecord, getLogger
 from typing import Any, TypeVar
 
 import jax
@@ -67,9 +70,8 @@ class Checkpoints:
             int, dict
         ] = {}  # step -> its arrays, as this object wrote or verified them
         self._damaged: set[int] = set()
-        # Keeps Orbax's reports of its progress and its options off the terminal.
-        self._quiet = lambda line: "/orbax/" not in line.pathname or line.levelno >= ERROR
-        logging.get_absl_logger().addFilter(self._quiet)
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet_orbax())
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -77,15 +79,49 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         try:
             if self._manager is not None:
-                self._manager.close()
+                with self._saving():
+                    self._manager.close()
         finally:
             self._manager = None
-            logging.get_absl_logger().removeFilter(self._quiet)
+            self._quiet.close()
 
     def wait(self) -> None:
-        """Wait until the save in progress is on disk; raise if it failed."""
+        """Wait until the save in progress is on disk.
+
+        Raises:
+            UsageError: it failed; the checkpoints before it are as they were.
+        """
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._saving():
+                self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raise as `wait` does if the save has failed, but do not wait for it.
+
+        Several processes find out at the next save, at which they wait for each other.
+        """
+        if self._manager and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """One line in place of the many ways in which Orbax and TensorStore say that a disk fails."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # of another process
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            code = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", str(error))
+            cause = os.strerror(int(code[1] or code[2])) if code else _explain(error)
+        else:
+            return
+        self._manager = None
+        gc.collect()
+        saved = f"step {max(self.steps())} is saved" if self.steps() else "nothing is saved yet"
+        raise UsageError(
+            f"a checkpoint cannot be written to {self.directory} ({cause}); {saved}: make room, or "
+            "mend the disk, and the same command goes on from there"
+        )
 
     def steps(self) -> list[int]:
         """The steps on disk, oldest first; a save that was cut short is not among them."""
@@ -95,6 +131,13 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step on disk (its arrays unverified), or None."""
         return max(self.steps(), default=None)
+
+    def config(self) -> dict[str, Any] | None:
+        """The config in the newest sound record; None where there is none."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(Exception):  # as in `_everywhere`
+                return _read_record(self.directory / str(step) / "record")["config"]
+        return None
 
     def save(self, step: int, state: Any, config: dict) -> None:
         """Copy `state` to the host and write it in the background.
@@ -109,19 +152,24 @@ class Checkpoints:
         Args:
             step: the name of the checkpoint.
             state: a dataclass or dict of fields, each any pytree of `jax.Array`s.
-            config: of the run, for people who read the record; anything that JSON can hold.
+            config: of the run, which `config` gives back; anything that JSON can hold.
 
         Raises:
             NotFinite: there are parameters, or averages of them, that are not finite.
+            UsageError: it cannot be written, or the one before could not.
         """
         arrays = checksums.flatten(state)
         if not _are_finite([arrays[path] for path in arrays if path.split("/")[0] in WEIGHTS]):
             raise NotFinite("the parameters are not finite")
         content = {"config": config, "arrays": checksums.describe(arrays)}
         record = checksums.seal(json.loads(json.dumps(content)))
-        if self._manager is None:
-            self._manager = _make_manager(self.directory, self._policy)
         self.wait()
+        with self._saving():
+            self._replace(step, arrays, record)
+        self._sound[step] = record["arrays"]
+
+    def _replace(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
+        self._manager = self._manager or _make_manager(self.directory, self._policy)
         for damaged in self._damaged.intersection(self._manager.all_steps()):
             self._manager.delete(damaged)
         self._damaged.clear()
@@ -132,7 +180,6 @@ class Checkpoints:
         items = {"state": ocp.args.PyTreeSave(arrays), "record": ocp.args.JsonSave(record)}
         # Without force, Orbax skips a step older than the newest one in silence.
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self._sound[step] = record["arrays"]
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, int]:
         """Read the newest sound checkpoint, or the one of `step`.
@@ -211,7 +258,7 @@ def _are_finite(arrays: list[Shaped[AnyArray, "..."]]) -> Bool[Array, ""]:
 
 
 def _read_record(directory: epath.Path) -> dict:
-    record = dict(ocp.JsonCheckpointHandler().restore(directory))
+    record = json.loads((directory / "metadata").read_text())
     if record != checksums.seal({"config": record["config"], "arrays": record["arrays"]}):
         raise Damage("its record does not match the record's digest")
     return record
@@ -259,22 +306,17 @@ def _everywhere(read: Callable[[], T]) -> T:
     """`read()` on this process; if it fails on any process, raises Damage on all of them.
 
     Orbax, TensorStore and JSON raise many types for a damaged file, so any exception counts,
-    except that memory ran out. Orbax reads all arrays at once and raises the first failure;
-    asyncio would print the others, pages of them, when it collects their tasks: so collect now.
+    except that memory ran out.
     """
-    asyncio_logger, hook = getLogger("asyncio"), sys.unraisablehook
     result, cause = None, None
-    asyncio_logger.disabled, sys.unraisablehook = True, lambda _: None
     try:
         result = read()
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
         cause = _explain(error)
-    finally:
-        if result is None:
-            gc.collect()
-        asyncio_logger.disabled, sys.unraisablehook = False, hook
+    if cause:
+        gc.collect()
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]
         if failed.size and cause is None:
@@ -282,6 +324,35 @@ def _everywhere(read: Callable[[], T]) -> T:
     if cause:
         raise Damage(cause)
     return result  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keep Orbax's log off the terminal: its progress, and the errors that it raises besides.
+
+    It reads and writes all arrays at once, and raises the first failure. Of the others TensorStore
+    tells a loop that is closed, and asyncio prints pages when it collects their tasks: `gc.collect`
+    while this lasts.
+    """
+    loggers, before = (logging.get_absl_logger(), getLogger("asyncio")), sys.unraisablehook
+
+    def is_ours(line: LogRecord) -> bool:
+        return "/orbax/" not in line.pathname and "/asyncio/" not in line.pathname
+
+    def hook(unraisable: Any) -> None:
+        is_late = "Event loop is closed" in str(unraisable.exc_value)
+        if not (is_late or inspect.iscoroutine(unraisable.object)):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    for logger in loggers:
+        logger.addFilter(is_ours)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for logger in loggers:
+            logger.removeFilter(is_ours)
 
 
 def _explain(error: BaseException) -> str:

@@ -1,19 +1,60 @@
 """The files of a run: written whole, also by several processes at once, and read at one door."""
 
 import contextlib
+import errno
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
+
+from absl import logging
 
 from jetflow import hosts
 from jetflow.types import UsageError
 
-T = TypeVar("T", bound=dict | list)
-
 METRICS = "metrics.jsonl"
+
+LARGEST = 2**63  # of a number, which others read too
+
+# A shape says what a JSON file holds: a type, several, [the shape of each], or {key: shape}, where
+# "key?" may be absent and `str` stands for all other keys. A float is a finite number.
+NUMBER = (float, type(None))  # None for one that is not finite
+LINE_OF_METRICS = {"step": int, str: NUMBER}
+
+# What a disk refuses, and what a person can do about it.
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and the same command goes on"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "give a path that you may write"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "move it, or give another path"),
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EIO: "the disk fails: give a path on another one",
+}
+
+
+@contextlib.contextmanager
+def disk_errors_explained() -> Iterator[None]:
+    """A UsageError, with the path and the remedy, in place of an OSError of a disk or a path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        path, remedy = error.filename or "the disk", REMEDIES[error.errno]
+        raise UsageError(f"{path} cannot be used ({error.strerror}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def naming(path: Path, *aliases: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, or an alias of it, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, *map(str, aliases)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -21,16 +62,21 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """A file that replaces `path` at the end; if the context fails, nothing changes.
 
     Missing folders are made. Each of several writers has a temporary file; the last one wins.
+
+    Raises:
+        OSError: with the path, if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # `tempfile` would make a file that other users cannot read.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # such as a name that is too long
+                temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -42,24 +88,98 @@ def write_json(path: Path, content: Any) -> None:
         file.write(text.encode())
 
 
-def read_json(path: Path, kind: type[T] = dict) -> T:
-    """The content of a JSON file, a dict or a list; a UsageError where it is anything else."""
+def read_json(path: Path, shape: Any = dict) -> Any:
+    """The content of a JSON file of a shape.
+
+    Raises:
+        UsageError: if it cannot be read, or holds anything else.
+    """
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, kind):
-            raise ValueError(f"a {type(content).__name__}, expected a {kind.__name__}")
-    except (OSError, ValueError) as error:  # JSON and UTF-8 errors are ValueErrors
-        raise UsageError(f"{path} is not readable JSON ({error}); restore it") from error
-    return content
+        return parse(path.read_bytes(), shape)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); restore it") from error
+
+
+def read_or_set_aside(path: Path, shape: Any, default: Any) -> Any:
+    """The content of a JSON file that can be done without.
+
+    One that cannot be read is renamed, with a warning, and counts as absent.
+    """
+    try:
+        return read_json(path, shape) if path.exists() else default
+    except UsageError as error:
+        set_aside(path, str(error))
+        return default
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Rename a damaged file, with a warning, so that another one can take its place."""
+    if hosts.is_first():
+        aside = path.with_name(f"{path.name}.{secrets.token_hex(2)}.damaged")
+        logging.warning("%s; it is set aside as %s", why, aside)
+        with contextlib.suppress(OSError):  # on a disk that is read-only it stays
+            os.replace(path, aside)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, [] without one; a line that a kill cut short is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
+    """The lines of a metrics.jsonl, [] without one; what cannot be read is left out."""
+    return scan_metrics(path)[0]
+
+
+def scan_metrics(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The lines of a metrics.jsonl, and what is wrong with the file, "" if nothing is.
+
+    A last line that a kill cut short is not wrong.
+    """
+    lines, wrong = [], []
+    try:
+        content = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    except OSError as error:
+        return [], f"{path} cannot be read ({error})"
+    for number, line in enumerate(content, 1):
+        try:
+            lines.append(parse(line, LINE_OF_METRICS))
+        except ValueError as error:
+            wrong += [f"line {number}: {error}"] if number < len(content) else []
+    more = f", and {len(wrong) - 1} lines more" if len(wrong) > 1 else ""
+    return lines, f"{path} cannot be read in {wrong[0]}{more}" if wrong else ""
+
+
+def parse(text: bytes, shape: Any) -> Any:
+    """JSON of a shape; a ValueError says what is wrong."""
+    try:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()  # raises for halves of characters
+        wrong = misfit(content, shape)
+    except RecursionError:
+        wrong = "it is nested too deep"
+    if wrong:
+        raise ValueError(wrong)
+    return content
+
+
+def misfit(value: Any, shape: Any, name: str = "") -> str:
+    """What does not fit a shape: "flow.width is 'a'; expected int"; "" if all does."""
+    prefix = name and f"{name}."
+    if isinstance(shape, list) and isinstance(value, list):
+        parts = [misfit(one, shape[0], f"{prefix}{index}") for index, one in enumerate(value)]
+        return next(filter(None, parts), "")
+    if isinstance(shape, dict) and isinstance(value, dict):
+        keys = {key.removesuffix("?"): key for key in shape if key is not str}
+        absent = [key for key in keys if key in shape and key not in value]
+        others = shape.get(str)
+        parts = [f"{prefix}{absent[0]} is missing"] if absent else []
+        for key, one in value.items():
+            inner = shape[keys[key]] if key in keys else others
+            parts += [misfit(one, inner, f"{prefix}{key}")] if inner else []
+        return next(filter(None, parts), "")
+    kinds = shape if isinstance(shape, tuple) else (shape,)
+    if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < LARGEST):
+        pass
+    elif type(value) in kinds or (type(value) is int and float in kinds):
+        return ""
+    expected = " or ".join(getattr(kind, "__name__", type(kind).__name__) for kind in kinds)
+    return f"{name or 'it'} is {value!r:.60}; expected {expected}".replace("NoneType", "null")
 
 
 def check_writable(option: str, path: Path | None) -> None:

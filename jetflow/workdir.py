@@ -15,7 +15,9 @@ import jax
 
 from jetflow import hosts
 from jetflow.checkpoint import Checkpoints
-from jetflow.files import METRICS, read_json, read_metrics, write_json
+from jetflow.files import (
+    METRICS, NUMBER, read_json, read_metrics, read_or_set_aside, write_json,
+)  # fmt: skip
 from jetflow.flows.build import build
 from jetflow.types import Flow, UsageError
 
@@ -27,6 +29,29 @@ FORMAT = 1  # of config.json; version 0.1 wrote none
 LONGEST_SUFFIX = 120  # letters, of the at most 255 bytes of a file's name
 MOST_SHOWN = 4  # fields that differ
 PACKAGES = ("jetflow", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+# What the files of a run hold, beside all else; see `files.misfit`.
+SHAPE = {
+    "format?": int,
+    "flow": {"kind": str},
+    "data": {"name": str, "train_split": str, "test_split": str},
+    "noise": dict,
+    "train": {"ema_decay": float},
+    "eval": {"draws": int},
+    "resolved": {"image_shape": [int], "num_classes": int, "total_steps": int},
+}
+ENVIRONMENTS = [{"from_step": int}]
+EVALUATION = {
+    "metric": str,
+    "step": int,
+    "value": NUMBER,
+    "standard_error?": NUMBER,
+    "weights?": str,
+    "data?": dict,
+    "train_data?": dict,
+    "reference?": {"data?": (dict, type(None))},
+    "network?": {"weights_sha256": str, "published_weights": bool},
+}
 
 # The fields that may change when a run goes on, and those that may besides if it is extended.
 FREE = (
@@ -51,7 +76,7 @@ def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, st
         overrides: fields of `config.flow` to change.
 
     Raises:
-        UsageError: there is no run, or its config is incomplete.
+        UsageError: there is no run, or `read_config` refuses its config.
     """
     config = read_config(workdir)
     if config is None:
@@ -59,23 +84,43 @@ def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, st
             f"no run in {workdir} (it has no {CONFIG}); "
             f"start one with `jetflow train --config … --workdir {workdir}`"
         )
+    resolved, weights = config["resolved"], "ema" if config["train"]["ema_decay"] else "params"
+    sizes = {"num_classes": resolved["num_classes"], "image_shape": (*resolved["image_shape"],)}
     try:
-        resolved, section, decay = config["resolved"], config["flow"], config["train"]["ema_decay"]
-        sizes = {"num_classes": resolved["num_classes"], "image_shape": (*resolved["image_shape"],)}
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{workdir / CONFIG} is incomplete ({error!r}); restore it") from error
-    return config, build(section | overrides, **sizes), "ema" if decay else "params"
+        return config, build(config["flow"] | overrides, **sizes), weights
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UsageError(f"{workdir / CONFIG} describes no flow ({error}); restore it") from error
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-    """The resolved config of the run in `workdir`, or None if there is no run."""
+    """The resolved config of the run in `workdir`, or None if there is no run.
+
+    The checkpoints hold it too, sealed. That copy decides: it is what the weights were made with.
+
+    Raises:
+        UsageError: config.json cannot be read, or differs from the sealed copy in a field that a
+            run keeps.
+    """
     path = workdir / CONFIG
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        sealed = checkpoints.config()
     if not path.exists():
-        return None
-    config = read_json(path)
+        return sealed
+    try:
+        config = read_json(path, SHAPE)
+    except UsageError as error:
+        remedy = ", or delete it: the newest checkpoint has a copy" if sealed else ""
+        raise UsageError(f"{error}{remedy}") from error
     if (format := config.pop("format", 0)) > FORMAT:
         raise UsageError(f"{path} has format {format}, newer than {FORMAT}; update jetflow")
-    return config
+    if sealed is None:
+        return config
+    if differing := differences(sealed, config, FREE + LENGTH):
+        raise UsageError(
+            f"{path} differs from the copy that is sealed in the checkpoint: {shown(differing)}; "
+            "set it back, or delete the file: the copy then counts"
+        )
+    return sealed
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
@@ -111,8 +156,7 @@ class Claim:
                     f"{self.workdir} holds a run with another config: {shown(differing)}; "
                     + _remedy(self.workdir, set(differing))
                 )
-        if existing != config:
-            write_config(self.workdir, config)
+        write_config(self.workdir, config)
         self.begun = True
 
     def _has_steps(self) -> bool:
@@ -139,7 +183,8 @@ def claimed(workdir: Path) -> Iterator[Claim]:
     several processes the first one holds it.
 
     Raises:
-        UsageError: a process trains here, a sweep lives here, or the folder cannot be written.
+        UsageError: a process trains here, or a sweep lives here.
+        OSError: the folder cannot be written.
     """
     claim = Claim(workdir)
     if not hosts.is_first():
@@ -150,13 +195,8 @@ def claimed(workdir: Path) -> Iterator[Claim]:
     lock = workdir / LOCK
     made = [path for path in (lock, workdir, *workdir.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            mine = stack.enter_context(hosts.locked(lock, wait=False))
-        except OSError as error:
-            raise UsageError(
-                f"--workdir {workdir} cannot be written ({error}); give a folder that can"
-            ) from error
+        workdir.mkdir(parents=True, exist_ok=True)
+        mine = stack.enter_context(hosts.locked(lock, wait=False))
         if not mine or not lock.exists():  # one that could not start has just removed it
             raise UsageError(
                 f"another process trains in {workdir}; wait for its end, or give another --workdir"
@@ -211,16 +251,16 @@ def note_environment(workdir: Path, step: int, *, total_steps: int) -> None:
     Args:
         total_steps: the length of the run; part of what may change from some step on.
     """
-    current = environment() | {"total_steps": total_steps}
-    known = read_environments(workdir)
+    current, path = environment() | {"total_steps": total_steps}, workdir / ENVIRONMENT
+    known = read_or_set_aside(path, ENVIRONMENTS, [])
     if not known or {**known[-1], "from_step": None} != {"from_step": None, **current}:
-        write_json(workdir / ENVIRONMENT, [*known, {"from_step": step, **current}])
+        write_json(path, [*known, {"from_step": step, **current}])
 
 
 def read_environments(workdir: Path) -> list[dict[str, Any]]:
     """The environments of a run, in the order of its steps; [] where none was noted."""
     path = workdir / ENVIRONMENT
-    return read_json(path, list) if path.exists() else []
+    return read_json(path, ENVIRONMENTS) if path.exists() else []
 
 
 def differences(

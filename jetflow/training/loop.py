@@ -154,6 +154,7 @@ class Session:
                 self._look(state, step)
                 if step % self.run.config.train.checkpoint_every == 0:
                     self._save(state, step)
+                self.checkpoints.check()
                 self.poll()
         except Stopped:
             self._save(state, step, wait=True)
