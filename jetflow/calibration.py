@@ -12,15 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
 from jetflow import hosts, sharding
-from jetflow.files import read_json, write_json
+from jetflow.files import if_possible, read_or_set_aside, write_json
 from jetflow.flows.stack import Stack
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.sampling.decoding import WINDOW
-from jetflow.types import Decoding, UsageError
+from jetflow.types import Decoding
 
 REPEATS = 3
 SMALLEST_WINDOW = 8  # of those that are tried
@@ -51,17 +50,16 @@ def fastest(
         "cache_dtype": base.cache_dtype,
         "guidance": None if sampler.guidance is None else dataclasses.asdict(sampler.guidance),
     }
-    known = _read(path)
+    known = read_or_set_aside(path, [{"conditions": dict, "windows": [int]}], [])
     before = [entry["windows"] for entry in known if entry["conditions"] == conditions]
+    before = [some for some in before if len(some) == sampler.flow.decoded_blocks and min(some) > 0]
     windows = hosts.agreed(list(before[0]) if before else [])
     if not windows:
         _note(f"measuring how each block decodes fastest, for {path}")
         windows, seconds = calibrate(sampler, base, batch_size)
         entry = {"conditions": conditions, "windows": windows, "seconds": seconds}
-        try:
+        with if_possible("the measurement"):
             write_json(path, [*known, entry])
-        except OSError as error:  # somebody else's run, or one on a disk that is read-only
-            logging.warning("the measurement is not kept (%s)", error)
         _note(f"windows of the blocks: {', '.join(map(str, windows))}")
     return tuple(dataclasses.replace(base, window=window) for window in windows)
 
@@ -69,18 +67,6 @@ def fastest(
 def _note(text: str) -> None:
     if hosts.is_first():
         print(text, file=sys.stderr, flush=True)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The calibrations so far; a damaged file counts as none, since they can be measured again."""
-    try:
-        known = read_json(path, list) if path.exists() else []
-        if all({"conditions", "windows"} <= entry.keys() for entry in known):
-            return known
-    except (UsageError, AttributeError):
-        pass
-    logging.warning("%s is damaged, and will be written anew", path)
-    return []
 
 
 def calibrate(

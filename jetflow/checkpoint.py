@@ -12,7 +12,6 @@ import gc
 import inspect
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from logging import LogRecord, getLogger
@@ -29,10 +28,12 @@ from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jetflow import checksums, hosts
+from jetflow.files import naming
 from jetflow.types import AnyArray, UsageError
 
 T = TypeVar("T")
 
+_QUIET_FOR_GOOD: list[contextlib.ExitStack] = []
 WEIGHTS = ("params", "ema")  # the fields of a state that must be finite
 
 
@@ -79,8 +80,7 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         try:
             if self._manager is not None:
-                with self._saving():
-                    self._manager.close()
+                self._guarded(self._manager.close)
         finally:
             self._manager = None
             self._quiet.close()
@@ -89,11 +89,10 @@ class Checkpoints:
         """Wait until the save in progress is on disk.
 
         Raises:
-            UsageError: it failed; the checkpoints before it are as they were.
+            OSError: it failed; the checkpoints before it are as they were.
         """
         if self._manager is not None:
-            with self._saving():
-                self._manager.wait_until_finished()
+            self._guarded(self._manager.wait_until_finished)
 
     def check(self) -> None:
         """Raise as `wait` does if the save has failed, but do not wait for it.
@@ -103,25 +102,15 @@ class Checkpoints:
         if self._manager and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
             self.wait()
 
-    @contextlib.contextmanager
-    def _saving(self) -> Iterator[None]:
-        """One line in place of the many ways in which Orbax and TensorStore say that a disk fails."""
+    def _guarded(self, save: Callable[[], Any]) -> None:
+        """A save that fails is over; what Orbax's threads say of it, also later, is not heard."""
         try:
-            yield
-        except jax.errors.JaxRuntimeError:  # of another process
+            with naming(self.directory):
+                save()
+        except OSError:
+            self._manager = None  # it would raise again when it is closed
+            _QUIET_FOR_GOOD.append(self._quiet.pop_all())
             raise
-        except (OSError, ValueError, RuntimeError) as error:
-            code = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", str(error))
-            cause = os.strerror(int(code[1] or code[2])) if code else _explain(error)
-        else:
-            return
-        self._manager = None
-        gc.collect()
-        saved = f"step {max(self.steps())} is saved" if self.steps() else "nothing is saved yet"
-        raise UsageError(
-            f"a checkpoint cannot be written to {self.directory} ({cause}); {saved}: make room, or "
-            "mend the disk, and the same command goes on from there"
-        )
 
     def steps(self) -> list[int]:
         """The steps on disk, oldest first; a save that was cut short is not among them."""
@@ -156,7 +145,7 @@ class Checkpoints:
 
         Raises:
             NotFinite: there are parameters, or averages of them, that are not finite.
-            UsageError: it cannot be written, or the one before could not.
+            OSError: it cannot be written, or the one before could not.
         """
         arrays = checksums.flatten(state)
         if not _are_finite([arrays[path] for path in arrays if path.split("/")[0] in WEIGHTS]):
@@ -164,8 +153,7 @@ class Checkpoints:
         content = {"config": config, "arrays": checksums.describe(arrays)}
         record = checksums.seal(json.loads(json.dumps(content)))
         self.wait()
-        with self._saving():
-            self._replace(step, arrays, record)
+        self._guarded(lambda: self._replace(step, arrays, record))
         self._sound[step] = record["arrays"]
 
     def _replace(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:

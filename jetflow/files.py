@@ -6,7 +6,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,8 +25,9 @@ NUMBER = (float, type(None))  # None for one that is not finite
 LINE_OF_METRICS = {"step": int, str: NUMBER}
 
 # What a disk refuses, and what a person can do about it.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and the same command goes on"),
+    **dict.fromkeys(FULL, "make room, and the same command goes on"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "give a path that you may write"),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "move it, or give another path"),
     errno.ENAMETOOLONG: "give a shorter path",
@@ -48,13 +49,26 @@ def disk_errors_explained() -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(path: Path, *aliases: Path) -> Iterator[None]:
-    """An OSError that names no file, as that of a full disk, or an alias of it, names this one."""
+    """Errors of a disk as OSErrors of this file: those of a full one name none, or an alias of it,
+    and libraries in C++ raise what they like."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None or error.filename not in (None, *map(str, aliases)):
+    except UsageError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        codes = [code for code in REMEDIES if os.strerror(code) in str(error)]
+        if not codes or getattr(error, "filename", None) not in (None, *map(str, aliases)):
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(codes[0], os.strerror(codes[0]), str(path)) from error
+
+
+@contextlib.contextmanager
+def if_possible(what: str) -> Iterator[None]:
+    """Go on where the disk does not take what is written here, with a warning."""
+    try:
+        yield
+    except OSError as error:  # such as somebody else's folder, or a disk that is read-only
+        logging.warning("%s is not kept (%s)", what, error)
 
 
 @contextlib.contextmanager
@@ -100,6 +114,17 @@ def read_json(path: Path, shape: Any = dict) -> Any:
         raise UsageError(f"{path} cannot be read ({error}); restore it") from error
 
 
+def scan_json(paths: Iterable[Path], shape: Any) -> tuple[list[Any], list[str]]:
+    """The contents of those JSON files that can be read, and what is wrong with the others."""
+    contents, wrong = [], []
+    for path in paths:
+        try:
+            contents.append(read_json(path, shape))
+        except UsageError as error:
+            wrong.append(str(error))
+    return contents, wrong
+
+
 def read_or_set_aside(path: Path, shape: Any, default: Any) -> Any:
     """The content of a JSON file that can be done without.
 
@@ -126,8 +151,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return scan_metrics(path)[0]
 
 
-def scan_metrics(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The lines of a metrics.jsonl, and what is wrong with the file, "" if nothing is.
+def scan_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of a metrics.jsonl that can be read, and what is wrong with the file.
 
     A last line that a kill cut short is not wrong.
     """
@@ -135,14 +160,14 @@ def scan_metrics(path: Path) -> tuple[list[dict[str, Any]], str]:
     try:
         content = path.read_bytes().split(b"\n") if path.exists() else [b""]
     except OSError as error:
-        return [], f"{path} cannot be read ({error})"
+        return [], [f"{path} cannot be read ({error})"]
     for number, line in enumerate(content, 1):
         try:
             lines.append(parse(line, LINE_OF_METRICS))
         except ValueError as error:
             wrong += [f"line {number}: {error}"] if number < len(content) else []
-    more = f", and {len(wrong) - 1} lines more" if len(wrong) > 1 else ""
-    return lines, f"{path} cannot be read in {wrong[0]}{more}" if wrong else ""
+    more = f", and in {len(wrong) - 1} lines more" if len(wrong) > 1 else ""
+    return lines, [f"{path} cannot be read in {wrong[0]}{more}"] if wrong else []
 
 
 def parse(text: bytes, shape: Any) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,14 @@ import jax
 from jetflow import hosts
 from jetflow.checkpoint import Checkpoints
 from jetflow.files import (
-    METRICS, NUMBER, read_json, read_metrics, read_or_set_aside, write_json,
-)  # fmt: skip
+    METRICS,
+    NUMBER,
+    read_json,
+    read_metrics,
+    read_or_set_aside,
+    scan_json,
+    write_json,
+)
 from jetflow.flows.build import build
 from jetflow.types import Flow, UsageError
 
@@ -38,20 +45,30 @@ SHAPE = {
     "noise": dict,
     "train": {"ema_decay": float},
     "eval": {"draws": int},
-    "resolved": {"image_shape": [int], "num_classes": int, "total_steps": int},
+    "resolved": {"image_shape": [int], "num_classes": int, "total_steps": int, "defaults?": dict},
 }
 ENVIRONMENTS = [{"from_step": int}]
-EVALUATION = {
-    "metric": str,
-    "step": int,
-    "value": NUMBER,
-    "standard_error?": NUMBER,
-    "weights?": str,
+SOURCES = {
     "data?": dict,
     "train_data?": dict,
     "reference?": {"data?": (dict, type(None))},
     "network?": {"weights_sha256": str, "published_weights": bool},
 }
+EVALUATION = SOURCES | {
+    "metric": str,
+    "step": int,
+    "value": NUMBER,
+    "standard_error?": NUMBER,
+    "weights?": str,
+}
+LIKELIHOOD = {
+    **{name.removesuffix("?"): shape for name, shape in EVALUATION.items() if name not in SOURCES},
+    "draws": int,
+    "conditional": bool,
+    "noise": {"kind": str, "std": float},
+    "data": {"name": str, "version": str, "split": str, "examples": int, "resize": str,
+             "checksum": str},
+}  # fmt: skip
 
 # The fields that may change when a run goes on, and those that may besides if it is extended.
 FREE = (
@@ -194,9 +211,8 @@ def claimed(workdir: Path) -> Iterator[Claim]:
         raise UsageError(f"{workdir} holds a sweep; give another --workdir")
     lock = workdir / LOCK
     made = [path for path in (lock, workdir, *workdir.parents) if not path.exists()]
-    with contextlib.ExitStack() as stack:
-        workdir.mkdir(parents=True, exist_ok=True)
-        mine = stack.enter_context(hosts.locked(lock, wait=False))
+    workdir.mkdir(parents=True, exist_ok=True)
+    with hosts.locked(lock, wait=False) as mine:
         if not mine or not lock.exists():  # one that could not start has just removed it
             raise UsageError(
                 f"another process trains in {workdir}; wait for its end, or give another --workdir"
@@ -257,10 +273,10 @@ def note_environment(workdir: Path, step: int, *, total_steps: int) -> None:
         write_json(path, [*known, {"from_step": step, **current}])
 
 
-def read_environments(workdir: Path) -> list[dict[str, Any]]:
-    """The environments of a run, in the order of its steps; [] where none was noted."""
-    path = workdir / ENVIRONMENT
-    return read_json(path, ENVIRONMENTS) if path.exists() else []
+def scan_environments(workdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The environments of a run, in the order of its steps, and what is wrong with their file."""
+    known, wrong = scan_json(workdir.glob(ENVIRONMENT), ENVIRONMENTS)
+    return [*itertools.chain.from_iterable(known)], wrong
 
 
 def differences(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from jetflow import hosts
 from jetflow.cli.flags import Command, help_text, parse
+from jetflow.files import disk_errors_explained
 from jetflow.tools.plan.devices import silence_libtpu
 from jetflow.types import UsageError
 
@@ -46,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if HELP & set(argv):
             print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
             return 0
-        options = parse(command, argv)
-        with hosts.joined(saves_at_signals=argv[0] == "train"):
+        with disk_errors_explained():
+            options = parse(command, argv)
+        with hosts.joined(saves_at_signals=argv[0] == "train"), disk_errors_explained():
             return command.run(options) or 0
     except UsageError as error:
         print(f"jetflow: {error}", file=sys.stderr)

@@ -31,6 +31,7 @@ from jetflow.data import processes
 from jetflow.data.archives import DAMAGE, TarMember, is_gzip
 from jetflow.data.shards import Shard, decode, one_line, read_shard, update_checksum, write_shard
 from jetflow.data.source import Contents, Member, Source
+from jetflow.files import FULL, naming
 from jetflow.types import UsageError
 
 UNREADABLE = "unreadable.tsv"  # name and reason of each image that was left out
@@ -73,11 +74,14 @@ def make(source: Source, folder: Path, manual_dir: Path, workers: int) -> None:
                 own = "" if source.archives else f".{secrets.token_hex(4)}"
                 partial = folder.with_name(f"{folder.name}.partial{own}")
                 try:
-                    _make(source, folder, partial, manual_dir, workers)
+                    with naming(partial):
+                        _make(source, folder, partial, manual_dir, workers)
                 finally:
                     if own:
                         shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
+        if error.errno in FULL:
+            raise
         if not is_prepared(folder):  # else on a disk without locks, another process was first
             raise UsageError(
                 f"data set {source.name!r} was not found in {folder} and cannot be prepared there "

@@ -22,7 +22,7 @@ from jetflow import hosts, sharding
 from jetflow.evals import inception
 from jetflow.evals.batched import over_batches
 from jetflow.evals.distances import Gaussian
-from jetflow.files import write_atomically
+from jetflow.files import if_possible, write_atomically
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 SIZES = {"pooled": 2048, "spatial": 17 * 17 * 7}  # features of the FID, and of the sFID
@@ -80,7 +80,7 @@ class Statistics:
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write all that was added, on the first process; `settings` is what it depends on."""
         if hosts.is_first():
-            with write_atomically(path) as file:
+            with if_possible("what a kill would cost"), write_atomically(path) as file:
                 np.savez(file, settings=np.array(json.dumps(settings)), **self.arrays)
 
     def resume(self, path: Path, settings: Mapping[str, Any]) -> None:

@@ -166,5 +166,5 @@ def _drop_after(path: Path, step: int) -> set[tuple[int, str]]:
     with write_atomically(path) as file:
         file.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
         if wrong:
-            set_aside(path, wrong)
+            set_aside(path, wrong[0])
     return {(int(line["step"]), name) for line in kept for name in line}

@@ -18,7 +18,7 @@ from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.evals import records
-from jetflow.files import METRICS, read_json
+from jetflow.files import METRICS, read_json, read_or_set_aside
 from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.options import Options, option
@@ -199,8 +199,9 @@ class Session:
         noises = [noise] + ([bpd.UNIFORM] if last and noise.kind != "uniform" else [])
         for noise in noises if due(section.eval_every) else []:
             name = bpd.metric_name(noise)
-            written = hosts.is_first() and workdirs.result_path(self.workdir, name, step).exists()
-            if not hosts.agreed(resumed and written and self.reporter.has(step, f"test_{name}")):
+            path = workdirs.result_path(self.workdir, name, step)
+            written = resumed and read_or_set_aside(path, workdirs.LIKELIHOOD, None) is not None
+            if not hosts.agreed(written and self.reporter.has(step, f"test_{name}")):
                 self._flush()
                 self._evaluate(state, step, noise)
         if due(section.sample_every) and not hosts.agreed(resumed and self._picture(step).exists()):
@@ -224,7 +225,8 @@ class Session:
         weights = "params" if state.ema is None else "ema"
         result = bpd.record(likelihood, noise, data, step=step, weights=weights)
         workdirs.write_result(self.workdir, result)
-        self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
+        if not self.reporter.has(step, name := f"test_{bpd.metric_name(noise)}"):
+            self.reporter.write(step, {name: likelihood.mean})
         if not self._is_last(step) or noise.kind != "uniform":
             self.reporter.say(f"step {step}: held-out {records.describe(result)}")
 

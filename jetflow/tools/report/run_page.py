@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jetflow.files import METRICS, read_json, read_metrics
+from jetflow.files import METRICS, scan_json, scan_metrics
 from jetflow.pictures import MOST_ROWS
 from jetflow.training.step import abstract_variables
 from jetflow.types import UsageError
-from jetflow.workdir import flat, read_environments, read_flow
+from jetflow.workdir import EVALUATION, flat, read_flow, scan_environments
 
 POINTS = 250  # of a curve; a longer one is drawn as the means of so many stretches
 PICTURES = 8  # sample grids, from the first to the last
@@ -30,21 +30,24 @@ def run_page(workdir: Path) -> dict[str, Any]:
         UsageError: if there is no run.
     """
     config, flow, _ = read_flow(workdir)
-    metrics, results = read_metrics(workdir / METRICS), read_evaluations(workdir)
-    if not metrics and not results:
+    metrics, damaged = scan_metrics(workdir / METRICS)
+    results, wrong = scan_json(sorted((workdir / "evals").glob("*.json")), EVALUATION)
+    environments, also_wrong = scan_environments(workdir)
+    damaged += wrong + also_wrong
+    if not metrics and not results and not damaged:
         raise UsageError(f"the run in {workdir} has neither metrics nor evaluations yet; train it")
+    results.sort(key=lambda result: (-result["step"], result["metric"]))
     parameters = jax.tree.leaves(abstract_variables(flow)["params"])
     names = list(dict.fromkeys(name for line in metrics for name in line))
-    grids = sorted((workdir / "samples").glob("step_*.png"))
+    pictures = sorted((workdir / "samples").glob("step_*.png"))
+    grids = [path for path in pictures if path.stem[5:].isdecimal() and path.is_file()]
     chosen = (
         np.unique(np.linspace(0, len(grids) - 1, PICTURES).round().astype(int)) if grids else []
     )
-    environments = {
-        f"from step {one.pop('from_step'):,}": one for one in read_environments(workdir)
-    }
     return dict(
         kind="run",
         title=f"Run {workdir.resolve().name}",
+        damaged=damaged,
         parameters=sum(math.prod(leaf.shape) for leaf in parameters),
         step=max((line["step"] for line in metrics), default=None),
         evaluations=[_evaluation(result) for result in results],
@@ -54,7 +57,9 @@ def run_page(workdir: Path) -> dict[str, Any]:
         num_grids=len(grids),
         most_rows=MOST_ROWS,
         fields=[(name[1:], value) for name, value in flat(config, "").items()],
-        environments=side_by_side(environments),
+        environments=side_by_side(
+            {f"from step {one.pop('from_step'):,}": one for one in environments}
+        ),
         data=[names, *([line.get(name) for name in names] for line in metrics)],
         **described(config, results),
     )
@@ -83,14 +88,6 @@ def side_by_side(columns: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     names = dict.fromkeys(itertools.chain.from_iterable(columns.values()))
     rows = [(name, *(column.get(name) for column in columns.values())) for name in names]
     return dict(header=["", *columns], rows=rows) if columns else None
-
-
-def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
-    """The records of all evaluations, the last step first."""
-    paths = sorted((workdir / "evals").glob("*.json"))
-    results = [read_json(path) for path in paths]
-    results = [result for result in results if {"metric", "value", "step"} <= result.keys()]
-    return sorted(results, key=lambda result: (-result["step"], result["metric"]))
 
 
 def _evaluation(result: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jetflow import configs, hosts, pictures, sharding
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
-from jetflow.files import write_json
+from jetflow.files import disk_errors_explained, write_json
 from jetflow.mesh import mesh_option, read_mesh
 from jetflow.model import Model, load_model
 from jetflow.options import kind_of, option
@@ -144,7 +144,8 @@ class Runner:
             note(f"point {point.name}, one of {len(self.sweep.points)}")
             start, record = time.perf_counter(), {"number": point.number, "name": point.name}
             try:
-                record |= {"status": "done", **self._measure(point)}
+                with disk_errors_explained():
+                    record |= {"status": "done", **self._measure(point)}
             except hosts.Stopped:
                 raise
             except Exception as error:
