@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -48,7 +47,7 @@ def disk_errors_explained() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming(path: Path, *aliases: Path) -> Iterator[None]:
+def naming(path: os.PathLike, *aliases: Path) -> Iterator[None]:
     """Errors of a disk as OSErrors of this file: those of a full one name none, or an alias of it,
     and libraries in C++ raise what they like."""
     try:
@@ -184,27 +183,25 @@ def parse(text: bytes, shape: Any) -> Any:
 
 
 def misfit(value: Any, shape: Any, name: str = "") -> str:
-    """What does not fit a shape: "flow.width is 'a'; expected int"; "" if all does."""
+    """What does not fit a shape, such as "flow.kind is 3; expected str"; "" if all does."""
     prefix = name and f"{name}."
     if isinstance(shape, list) and isinstance(value, list):
-        parts = [misfit(one, shape[0], f"{prefix}{index}") for index, one in enumerate(value)]
-        return next(filter(None, parts), "")
-    if isinstance(shape, dict) and isinstance(value, dict):
-        keys = {key.removesuffix("?"): key for key in shape if key is not str}
-        absent = [key for key in keys if key in shape and key not in value]
-        others = shape.get(str)
-        parts = [f"{prefix}{absent[0]} is missing"] if absent else []
-        for key, one in value.items():
-            inner = shape[keys[key]] if key in keys else others
-            parts += [misfit(one, inner, f"{prefix}{key}")] if inner else []
-        return next(filter(None, parts), "")
-    kinds = shape if isinstance(shape, tuple) else (shape,)
-    if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < LARGEST):
-        pass
-    elif type(value) in kinds or (type(value) is int and float in kinds):
-        return ""
-    expected = " or ".join(getattr(kind, "__name__", type(kind).__name__) for kind in kinds)
-    return f"{name or 'it'} is {value!r:.60}; expected {expected}".replace("NoneType", "null")
+        shapes: dict[Any, Any] = dict.fromkeys(range(len(value)), shape[0])
+    elif isinstance(shape, dict) and isinstance(value, dict):
+        known = {key: one for key, one in shape.items() if key is not str}
+        for key in known:
+            if not key.endswith("?") and key not in value:
+                return f"{prefix}{key} is missing"
+        shapes = {key: known.get(key, known.get(f"{key}?", shape.get(str))) for key in value}
+    else:
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+        if fits and (not isinstance(value, int | float) or abs(value) < LARGEST):
+            return ""
+        expected = " or ".join(getattr(kind, "__name__", type(kind).__name__) for kind in kinds)
+        return f"{name or 'it'} is {value!r:.60}; expected {expected}".replace("NoneType", "null")
+    parts = (misfit(value[key], one, f"{prefix}{key}") for key, one in shapes.items() if one)
+    return next(filter(None, parts), "")
 
 
 def check_writable(option: str, path: Path | None) -> None:

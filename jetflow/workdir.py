@@ -105,8 +105,11 @@ def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, st
     sizes = {"num_classes": resolved["num_classes"], "image_shape": (*resolved["image_shape"],)}
     try:
         return config, build(config["flow"] | overrides, **sizes), weights
+    except UsageError:
+        raise
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"{workdir / CONFIG} describes no flow ({error}); restore it") from error
+        cause = " ".join(str(error).split())[:200]
+        raise UsageError(f"{workdir / CONFIG} describes no flow ({cause}); restore it") from error
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
