@@ -29,6 +29,7 @@ REMEDIES = {
     **dict.fromkeys(FULL, "make room, and the same command goes on"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "give a path that you may write"),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "move it, or give another path"),
+    errno.ENOENT: "bring it back, or give another path",
     errno.ENAMETOOLONG: "give a shorter path",
     errno.EIO: "the disk fails: give a path on another one",
 }

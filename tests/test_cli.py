@@ -66,7 +66,7 @@ REFUSED = [
     ("train --config.train.steps=3 --workdir x", "give --config FILE.py"),
     (f"train --config {CONFIG} --train 3 --workdir x", "fields of the config are --config.train."),
     (f"train --config {CONFIG} --workdir x y", "unexpected argument 'y'; see `jetflow train --he"),
-    (f"train --config {CONFIG} --workdir file/x", "--workdir file/x cannot be written"),
+    (f"train --config {CONFIG} --workdir file/x", "file/x cannot be used"),
     ("sample", "--workdir is missing"),
     ("sample --workdirr x", "did you mean --workdir?"),
     ("sample --workdir", "workdir"),
