@@ -6,6 +6,7 @@ from pathlib import Path
 from jetflow.cli.flags import Command
 from jetflow.data import dataset
 from jetflow.data.builder import UNREADABLE
+from jetflow.data.images import MAX_PIXELS
 from jetflow.options import Options, option
 
 
@@ -20,23 +21,26 @@ class PrepareOptions(Options):
     data_dir: Path | None = option(
         None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
     )
-    workers: int | None = option(None, "processes that decode images; default: all cores", least=1)
+    workers: int | None = option(None, "threads that decode images; default: all cores", least=1)
+    max_pixels: int = option(MAX_PIXELS, "an image that has more is left out", least=1)
+    leave_out: bool = option(
+        False, "go on without folders of images that belong to no split or class"
+    )
+    overwrite: bool = option(False, "prepare it anew although it is there")
 
 
 def run(options: PrepareOptions) -> None:
-    prepared = dataset.prepare(
-        options.dataset,
-        manual_dir=options.manual_dir,
-        data_dir=options.data_dir,
-        workers=options.workers,
-    )
+    fields = dataclasses.asdict(options)
+    prepared = dataset.prepare(fields.pop("dataset"), **fields)
     for split in prepared.splits.values():
         print(f"{split.describe()}, resize: {split.resize}, checksum {split.checksum()}")
     if prepared.differences:
         print(*prepared.differences, sep="\n")
-        print(f"If not, bring it again, delete {prepared.folder}, and run the same command.")
+        print("If not, bring it again, and run the same command with --overwrite.")
     if prepared.unreadable:
-        print(f"{prepared.unreadable:,} files were left out: {prepared.folder / UNREADABLE}")
+        print(*prepared.unreadable[:5], sep="\n")
+        number, file = len(prepared.unreadable), prepared.folder / UNREADABLE
+        print(f"{number:,} files were left out, the first of them above: {file}")
     print(f"prepared in {prepared.folder}")
 
 

@@ -1,25 +1,23 @@
-"""Archives to a TFDS data set of ArrayRecord shards, written by all cores.
+"""Archives to a TFDS data set of ArrayRecord shards.
 
-Each shard is written by one process beside its place and then renamed. Prepared again after a kill,
-a data set keeps the shards that are whole. Until all is done, its folder is called `….partial`.
-Order and bytes do not depend on the number of processes.
+Threads decode the images: Pillow does so outside of Python's lock. Each shard is written beside its
+place and then renamed. Prepared again after a kill, a data set keeps the shards that are whole.
+Until all is done, its folder is called `….partial`. Order and bytes do not depend on the number of
+threads.
 """
 
 import collections
 import contextlib
 import functools
-import gzip
 import hashlib
-import multiprocessing
 import os
 import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -27,99 +25,190 @@ from etils import epath
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.data import processes
-from jetflow.data.archives import DAMAGE, TarMember, is_gzip
-from jetflow.data.shards import Shard, decode, one_line, read_shard, update_checksum, write_shard
-from jetflow.data.source import Contents, Member, Source
+from jetflow.data.archives import DAMAGE
+from jetflow.data.images import MAX_PIXELS, Unreadable, large_files
+from jetflow.data.shards import (
+    Record,
+    Shard,
+    decode,
+    encode,
+    one_line,
+    read_shard,
+    update_checksum,
+)
+from jetflow.data.source import Contents, File, Image, Member, Source, name_hash, tree
+from jetflow.files import write_atomically
 from jetflow.types import UsageError
 
-UNREADABLE = "unreadable.tsv"  # name and reason of each image that was left out
+A = TypeVar("A")
+B = TypeVar("B")
 
-# What a kill may cost a process: some 5,000 photographs, which take half a minute to decode.
+UNREADABLE = "unreadable.tsv"  # name and reason of each image that was left out
+ORIGIN = "origin.tsv"  # name, bytes and time of each file of the archives
+
+# What a kill may cost: some 5,000 photographs.
 SHARD_BYTES, SHARD_MEMBERS = 512 * 2**20, 4096
 
-
 Counts = dict[str, int]  # images of each split, in one shard
-
-
-def make(source: Source, folder: Path, manual_dir: Path, workers: int) -> None:
-    """Prepare a data set in `folder`, or wait until another process has done so.
-
-    Args:
-        manual_dir: has the archives.
-        workers: processes that decode; a single one is this one.
-
-    Raises:
-        UsageError: archives are missing or damaged, `folder` cannot be written, or a process was
-            killed.
-    """
-    if missing := source.missing(manual_dir):
-        remedy = "put them there, or give another --manual_dir"
-        raise UsageError(f"data set {source.name!r} lacks archives: {missing}; {remedy}")
-    try:
-        if folder.exists():
-            raise FileExistsError("the directory exists, but holds no complete data set: delete it")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f"{folder.name}.lock")
-        with contextlib.ExitStack() as stack:
-            if not stack.enter_context(hosts.locked(lock, wait=False)):
-                print(
-                    f"another process prepares {source.name}; waiting", file=sys.stderr, flush=True
-                )
-                stack.enter_context(hosts.locked(lock, wait=True))
-            if not is_prepared(folder):
-                # What needs no archive has nothing to go on with, and so a folder for each process:
-                # on a disk without locks several may be here.
-                own = "" if source.archives else f".{secrets.token_hex(4)}"
-                partial = folder.with_name(f"{folder.name}.partial{own}")
-                try:
-                    _make(source, folder, partial, manual_dir, workers)
-                finally:
-                    if own:
-                        shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        if not is_prepared(folder):  # else on a disk without locks, another process was first
-            raise UsageError(
-                f"data set {source.name!r} was not found in {folder} and cannot be prepared there "
-                f"({error}); set --data_dir or TFDS_DATA_DIR to a writable directory, or to one "
-                "that holds it"
-            ) from error
 
 
 def is_prepared(folder: Path) -> bool:
     return (folder / "dataset_info.json").exists()
 
 
-def _make(source: Source, folder: Path, partial: Path, manual_dir: Path, workers: int) -> None:
-    notes = partial / "notes"
-    notes.mkdir(parents=True, exist_ok=True)
-    paths = [path for archive in source.archives if (path := archive.find(manual_dir))]
+def make(
+    source: Source,
+    folder: Path,
+    manual_dir: Path,
+    *,
+    threads: int,
+    max_pixels: int = MAX_PIXELS,
+    leave_out: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Prepare a data set in `folder`, unless that is done; waits for another process that does so.
+
+    Args:
+        manual_dir: has the archives.
+        threads: that decode.
+        max_pixels: an image that has more is left out.
+        leave_out: go on without folders of images that belong to no split or class.
+        overwrite: prepare it although it is there.
+
+    Raises:
+        UsageError: archives are missing or damaged, or others than those that it was prepared
+            from; or `folder` cannot be written.
+    """
+    paths = source.paths(manual_dir)
+    origin = _origin(paths)
+    if is_prepared(folder) and not overwrite:
+        _check_origin(source, folder, manual_dir, origin)
+        return
+    try:
+        if folder.exists() and not is_prepared(folder):
+            raise FileExistsError("the directory exists, but holds no complete data set: delete it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f"{folder.name}.lock"), source.name), large_files():
+            if overwrite or not is_prepared(folder):  # else another process was first
+                # What needs no archive has nothing to go on with, and so a folder for each process:
+                # on a disk without locks several may be here.
+                own = "" if source.archives else f".{secrets.token_hex(4)}"
+                partial = folder.with_name(f"{folder.name}.partial{own}")
+                try:
+                    _begin(partial, origin)
+                    pixels = functools.partial(source.pixels, max_pixels=max_pixels)
+                    _make(source, paths, partial, pixels, threads, leave_out)
+                    if overwrite:
+                        shutil.rmtree(folder, ignore_errors=True)
+                    partial.rename(folder)
+                finally:
+                    if own:
+                        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if overwrite or not is_prepared(folder):  # else, without locks, another process was first
+            raise UsageError(
+                f"data set {source.name!r} cannot be prepared in {folder} ({error}); make room "
+                "and make it writable, and run the same command again, which keeps what is "
+                "finished, or set --data_dir or TFDS_DATA_DIR to another directory"
+            ) from error
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, name: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(hosts.locked(lock, wait=False)):
+            print(f"another process prepares {name}; waiting", file=sys.stderr, flush=True)
+            stack.enter_context(hosts.locked(lock, wait=True))
+        yield
+
+
+def _origin(paths: Sequence[Path]) -> str:
+    """A line for each file of the archives: name, bytes and time."""
+    files = []
+    for path in paths:
+        state = path.stat()
+        inner = tree(path) if path.is_dir() else [File("", state.st_size, state.st_mtime_ns)]
+        files += [(one_line(str(path / file.name)), *file[1:]) for file in inner]
+    root = f"{paths[0].parent}/" if paths else ""  # which may be moved
+    lines = ("\t".join(map(str, (name.removeprefix(root), *rest))) for name, *rest in files)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _check_origin(source: Source, folder: Path, manual_dir: Path, origin: str) -> None:
+    record = folder / ORIGIN
+    before = record.read_text("utf-8") if record.exists() else origin
+    if changed := set(before.splitlines()) ^ set(origin.splitlines()):
+        names = sorted({line.split("\t")[0] for line in changed})
+        raise UsageError(
+            f"{source.name} was prepared in {folder} from other files than those in {manual_dir} "
+            f"now: {len(names):,} are new, gone or changed, {names[0]!r} for one; give --overwrite "
+            "to prepare it anew, or another --data_dir"
+        )
+
+
+def _begin(partial: Path, origin: str) -> None:
+    """Remove what an earlier start made of other archives, and what a kill left half done."""
+    record = partial / ORIGIN
+    if record.exists() and record.read_text("utf-8") != origin:
+        print(f"{partial} was begun with other archives; starting anew", file=sys.stderr)
+        shutil.rmtree(partial)
+    (partial / "notes").mkdir(parents=True, exist_ok=True)
+    for path in partial.glob("*.incomplete"):
+        path.unlink()
+    with write_atomically(record) as file:
+        file.write(origin.encode())
+
+
+def _make(
+    source: Source,
+    paths: Sequence[Path],
+    folder: Path,
+    pixels: Callable[[Image], np.ndarray],
+    threads: int,
+    leave_out: bool,
+) -> None:
     for archive, path in zip(source.archives, paths, strict=True):
         size = path.stat().st_size
         if path.name == archive.name and isinstance(archive.size, int) and size != archive.size:
             text = f"{path} has {size:,} bytes; the published file has {archive.size:,}"
             print(text, file=sys.stderr)
+    place = " and ".join(map(str, paths))
     try:
-        contents = source.contents(paths, notes)
-        shards = _shards(source, contents, partial)
-        _forget_other_shards(partial, paths, [repr(shard.members) for shard in shards], manual_dir)
-        all_counts, checksums = _write(source, bool(contents.classes), shards, workers)
+        contents = source.contents(paths, folder / "notes")
+        _check_left_out(contents, leave_out)
+        shards = _shards(source, contents, folder)
+        record = functools.partial(_record, source, bool(contents.classes), pixels)
+        all_counts, checksums = _write(source, record, shards, threads)
     except DAMAGE as error:
         raise UsageError(
-            f"an archive of {source.name} in {manual_dir} is damaged, or not what its name says "
+            f"an archive of {source.name} is damaged, or not what its name says: {place} "
             f"({error}); bring it again, and run the same command"
+        ) from error
+    except MemoryError as error:
+        raise UsageError(
+            "not enough memory to decode; run the same command again, which keeps what is "
+            "finished, with a lower --workers or --max_pixels"
         ) from error
     left_out = "".join(shard.note.read_text("utf-8") for shard in shards)
     for split in ("train", *(split for split in source.splits if contents.splits.get(split))):
         if not any(counts.get(split) for counts in all_counts):
             lines = left_out.splitlines()
             first = f"; left out were {len(lines):,} files, first {lines[0]!r}" if lines else ""
-            raise UsageError(f"{manual_dir} has not one readable image for split {split}{first}")
-    (partial / UNREADABLE).write_text(left_out, "utf-8")
-    metadata = {"checksums": checksums, "unreadable": left_out.count("\n")}
-    _write_metadata(source, contents, all_counts, metadata, partial)
-    partial.rename(folder)
-    shutil.rmtree(folder / notes.name)
+            raise UsageError(f"{place} has not one readable image for split {split}{first}")
+    (folder / UNREADABLE).write_text(left_out, "utf-8")
+    _write_metadata(
+        source, contents, all_counts, folder, origin=one_line(place), checksums=checksums
+    )
+    shutil.rmtree(folder / "notes")
+
+
+def _check_left_out(contents: Contents, leave_out: bool) -> None:
+    if contents.left_out:
+        folders = ", ".join(f"{path} ({n:,} images)" for path, n in contents.left_out.items())
+        text = f"of no split, or of no class in train: {folders}"
+        if not leave_out:
+            raise UsageError(f"{text}; move or rename them, or give --leave_out to go on without")
+        print(f"left out, as {text}", file=sys.stderr)
 
 
 def _shards(source: Source, contents: Contents, folder: Path) -> list[Shard]:
@@ -161,42 +250,41 @@ def _template(source: Source, folder: Path, split: str) -> tfds.core.ShardedFile
     )
 
 
-def _forget_other_shards(
-    folder: Path, paths: Sequence[Path], shards: Sequence[str], manual_dir: Path
-) -> None:
-    """Remove what an earlier start made of other archives, and what a kill left half done."""
-    states = [path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    text = repr((states, shards)).replace(os.fspath(manual_dir), "")  # which may be moved
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    note = folder / "notes" / "archives"
-    is_other = note.exists() and note.read_text() != digest
-    if is_other:
-        print(f"{folder} was begun with other archives; starting anew", file=sys.stderr)
-    old = ("[0-9]*.array_record", "*.json", "*.unfinished")  # pieces of version 0.1
-    for pattern in ("*.incomplete", "notes/*.tar", *old, *["*.array_record-*"] * is_other):
-        for path in folder.glob(pattern):
-            path.unlink()
-    note.write_text(digest)
+def _record(
+    source: Source, is_labelled: bool, pixels: Callable[[Image], np.ndarray], image: Image
+) -> Record:
+    try:
+        content = encode(pixels(image), image.label if is_labelled else None)
+    except Unreadable as reason:
+        return Record(False, b"", f"{one_line(image.name)}\t{one_line(str(reason))}")
+    name = image.name.split("/")[-1]
+    return Record(source.held_out > 0 and name_hash(name) % source.held_out == 0, content)
 
 
 def _write(
-    source: Source, is_labelled: bool, shards: Sequence[Shard], workers: int
+    source: Source, record: Callable[[Image], Record], shards: Sequence[Shard], threads: int
 ) -> tuple[list[Counts], dict[str, str]]:
     """Write every shard that is not there yet; what each holds, and the splits' checksums."""
     digests = {split: hashlib.sha256() for shard in shards for split in shard.files}
-    write = functools.partial(write_shard, source=source, is_labelled=is_labelled)
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log
     total = sum(shard.size for shard in shards)
     all_counts, images, left_out = [], 0, 0
-    with tqdm(
-        total=total, desc=source.name, unit="B", unit_scale=True, mininterval=interval,
-        disable=not source.archives,
-    ) as bar:  # fmt: skip
-        for shard, counts in zip(shards, _in_order(write, shards, workers), strict=True):
+    with (
+        tqdm(
+            total=total, desc=source.name, unit="B", unit_scale=True, mininterval=interval,
+            disable=not source.archives,
+        ) as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):  # fmt: skip
+        for shard in shards:
+            if not (counts := shard.counts()):
+                inside = (image for member in shard.members for image in member.images)
+                shard.write(_mapped(record, inside, pool, ahead=4 * threads))
+                counts = shard.counts() or {}
             all_counts.append(counts)
             for split, file in shard.files.items():
-                for record in read_shard(file):
-                    update_checksum(digests[split], *decode(record))
+                for content in read_shard(file):
+                    update_checksum(digests[split], *decode(content))
             images += sum(counts.values())
             left_out += shard.note.read_text("utf-8").count("\n")
             bar.set_postfix_str(f"{images:,} images, {left_out:,} unreadable", refresh=False)
@@ -204,106 +292,51 @@ def _write(
     return all_counts, {split: each.hexdigest()[:16] for split, each in digests.items()}
 
 
-def _in_order(
-    write: Callable[[Shard], Counts], shards: Iterable[Shard], workers: int
-) -> Iterator[Counts]:
-    """`write(shard)` of all shards, by several processes."""
-    if workers == 1:
-        yield from map(write, _copied(shards))
-        return
-    ahead: collections.deque[Future[Counts]] = collections.deque()
-    try:
-        with _pool(workers) as pool:
-            for shard in _copied(shards):
-                ahead.append(pool.submit(write, shard))
-                if len(ahead) > 2 * workers:  # enough that nobody waits, and that copies stay few
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-    except (BrokenProcessPool, MemoryError) as error:
-        end = "was killed, perhaps" if isinstance(error, BrokenProcessPool) else "stopped"
-        raise UsageError(
-            f"a process that decodes images {end} for want of memory; run the same command again, "
-            "with a lower --workers: what is finished is kept"
-        ) from error
-
-
-def _copied(shards: Iterable[Shard]) -> Iterator[Shard]:
-    """The shards; what they read of a compressed tar, which is read forwards, is copied first."""
-    stream = None
-    for shard in shards:
-        first = shard.members[0]
-        if isinstance(first, TarMember) and is_gzip(first.path) and not shard.counts():
-            stream = stream or gzip.open(first.path)  # noqa: SIM115 (read to the end)
-            target = shard.note.with_suffix(".tar")
-            tars = cast(tuple[TarMember, ...], shard.members)
-            members = (member.copied(stream, target) for member in tars)
-            shard = shard._replace(members=tuple(members))
-        yield shard
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that are started afresh, and end with this one however it ends."""
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # the parent has threads, of JAX say
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=processes.end_with_parent)
-
-    def start() -> None:
-        with processes.blocked_signals():
-            for _ in range(workers):
-                pool.submit(int)  # each starts a process
-
-    try:
-        with ThreadPoolExecutor(1) as thread:  # where Ctrl-C leaves no process half started
-            thread.submit(start).result()
-        yield pool
-    except BaseException:  # Ctrl-C too: without waiting for the shards that are begun
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # SIGTERM is blocked in them
-        pool.shutdown(cancel_futures=True)
-        raise
-    pool.shutdown()
+def _mapped(
+    function: Callable[[A], B], items: Iterable[A], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[B]:
+    """`function(item)` of all items, in order; so many are under way at once."""
+    coming: collections.deque[Future[B]] = collections.deque()
+    for item in items:
+        coming.append(pool.submit(function, item))
+        if len(coming) > ahead:
+            yield coming.popleft().result()
+    for future in coming:
+        yield future.result()
 
 
 def _write_metadata(
-    source: Source, contents: Contents, all_counts: Sequence[Counts], metadata: dict, folder: Path
+    source: Source, contents: Contents, all_counts: Sequence[Counts], folder: Path, **facts
 ) -> None:
-    """What TFDS needs to read the shards."""
+    """What TFDS needs to read the shards, and `load` to check them."""
     image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
     classes = [one_line(name) for name in contents.classes]
     label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
     name, _, config = source.name.partition("/")
-    identity = tfds.core.DatasetIdentity(
-        name,
-        tfds.core.Version(folder.name.split(".partial")[0]),
-        os.fspath(folder),
-        "",
-        config or None,
-    )
+    version = tfds.core.Version(folder.name.split(".partial")[0])
+    identity = tfds.core.DatasetIdentity(name, version, os.fspath(folder), "", config or None)
+    files = {file.name: file.stat().st_size for file in sorted(folder.glob("*.array_record-*"))}
     info = tfds.core.DatasetInfo(
         builder=identity,
         description=source.about,
         features=tfds.features.FeaturesDict({"image": image, **label}),
         supervised_keys=("image", "label") if label else None,
         homepage=source.homepage,
-        metadata=tfds.core.MetadataDict(resize=source.resize_method, **metadata),
+        metadata=tfds.core.MetadataDict(resize=source.resize_method, files=files, **facts),
         disable_shuffling=True,  # the order of the archive is the order on disk
     )
     info.set_file_format("array_record")
-    lengths = {
-        split: [counts[split] for counts in all_counts if split in counts]
-        for split in metadata["checksums"]
-    }
-    infos = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=lengths[split],
-            num_bytes=sum(file.stat().st_size for file in folder.glob(f"*-{split}.array_record*")),
-            filename_template=_template(source, folder, split),
-        )
-        for split in lengths
-        if sum(lengths[split])
-    ]
+    infos = []
+    for split in facts["checksums"]:
+        lengths = [counts[split] for counts in all_counts if split in counts]
+        sizes = [size for name, size in files.items() if f"-{split}.array_record" in name]
+        if sum(lengths):
+            template = _template(source, folder, split)
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split, shard_lengths=lengths, num_bytes=sum(sizes),
+                    filename_template=template,
+                )
+            )  # fmt: skip
     info.set_splits(tfds.core.SplitDict(infos))
     info.write_to_directory(folder)

@@ -1,16 +1,21 @@
 """Batches on their way to the devices: read by worker processes, and put there ahead of a step."""
 
 import collections
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar
 
 import grain
 import jax
 from absl import flags
 
-from jetflow.data import processes
 from jetflow.types import Batch
 
 S = TypeVar("S")
@@ -75,10 +80,10 @@ def read_by_workers(batches: grain.IterDataset, count: int) -> Generator[Batch, 
     options = grain.experimental.DatasetOptions(min_shm_size=_SMALLEST_SHARED)
     batches = grain.experimental.WithOptionsIterDataset(batches, options)
     workers = grain.MultiprocessingOptions(num_workers=count, per_worker_buffer_size=_BUFFER)
-    iterator = iter(batches.mp_prefetch(workers, worker_init_fn=_start))
+    iterator = iter(batches.mp_prefetch(workers, worker_init_fn=_end_with_parent))
     try:
         # The trainer answers Ctrl-C: it needs its workers until it has saved.
-        with processes.blocked_signals():
+        with _blocked_signals():
             first = next(iterator)  # which starts them
         yield first
         yield from iterator
@@ -86,7 +91,35 @@ def read_by_workers(batches: grain.IterDataset, count: int) -> Generator[Batch, 
         iterator.close()
 
 
-def _start(index: int, count: int) -> None:
-    """Runs in each worker."""
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Processes that this thread starts inside never get Ctrl-C and SIGTERM: their parent does.
+
+    A handler in the child would come too late, as it takes seconds to start.
+    """
+    resource_tracker.ensure_running()  # it would unblock them when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Called in a worker: a parent that was killed cannot ask it to stop."""
     del index, count
-    processes.end_with_parent()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

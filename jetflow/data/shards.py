@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,16 +11,29 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jetflow.data.images import Unreadable
-from jetflow.data.source import Member, Source, name_hash
+from jetflow.data.source import Member
 from jetflow.files import write_atomically
 
 _OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in any order
 _Example: Any = vars(tf_example_pb2)["Example"]  # made at import: no type checker sees it
 
 
+class Record(NamedTuple):
+    """An image on its way into a shard.
+
+    Attributes:
+        is_held_out: it goes into `validation`.
+        content: as `encode` makes it; empty for an image that is left out.
+        reason: why it is, on a line with its name.
+    """
+
+    is_held_out: bool
+    content: bytes
+    reason: str = ""
+
+
 class Shard(NamedTuple):
-    """Neighbouring members of a split, which one process decodes and writes.
+    """Neighbouring members of a split, which are written together.
 
     Attributes:
         split: of the images, but for those that the source holds out for `validation`.
@@ -41,46 +54,45 @@ class Shard(NamedTuple):
         """The number of images in each split; None if the shard is not written, or not whole."""
         if not all(file.exists() for file in (self.note, *self.files.values())):
             return None
-        counts = {}
         with contextlib.suppress(RuntimeError):
-            for split, file in self.files.items():
-                reader = ArrayRecordReader(os.fspath(file))
-                number = reader.num_records()
-                reader.close()  # which raises if the file is cut
-                counts[split] = number
-        return counts if len(counts) == len(self.files) else None
+            return {split: _count(file) for split, file in self.files.items()}
 
-
-def write_shard(shard: Shard, source: Source, is_labelled: bool) -> dict[str, int]:
-    """Decode the images of a shard and write them, unless that is done; gives their counts."""
-    if counts := shard.counts():
-        return counts
-    unreadable = []
-    partial = {
-        split: file.with_name(f"{file.name}.{os.getpid()}.incomplete")
-        for split, file in shard.files.items()
-    }
-    writers = {
-        split: ArrayRecordWriter(os.fspath(path), _OPTIONS) for split, path in partial.items()
-    }
-    for name, content, label in (image for member in shard.members for image in member.read()):
+    def write(self, records: Iterable[Record]) -> None:
+        """Raises an OSError if there is no room."""
+        partial = {
+            split: file.with_name(f"{file.name}.{os.getpid()}.incomplete")
+            for split, file in self.files.items()
+        }
+        left_out = []
         try:
-            pixels = source.pixels(content)
-        except Unreadable as reason:
-            unreadable.append(f"{one_line(name)}\t{one_line(str(reason))}\n")
-            continue
-        is_held_out = source.held_out and name_hash(name.split("/")[-1]) % source.held_out == 0
-        writer = writers["validation" if is_held_out else shard.split]
-        writer.write(encode(pixels, label if is_labelled else None))
-    for split, writer in writers.items():
-        writer.close()
-        partial[split].rename(shard.files[split])
-    with write_atomically(shard.note) as file:
-        file.write("".join(unreadable).encode())
-    shard.note.with_suffix(".tar").unlink(missing_ok=True)
-    counts = shard.counts()
-    assert counts
-    return counts
+            writers = {
+                split: ArrayRecordWriter(os.fspath(path), _OPTIONS)
+                for split, path in partial.items()
+            }
+            for record in records:
+                if record.content:
+                    writers["validation" if record.is_held_out else self.split].write(
+                        record.content
+                    )
+                else:
+                    left_out.append(f"{record.reason}\n")
+            for split, writer in writers.items():
+                writer.close()
+                partial[split].rename(self.files[split])
+        except RuntimeError as error:  # of the writers
+            raise OSError(str(error)) from error
+        finally:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
+        with write_atomically(self.note) as file:
+            file.write("".join(left_out).encode())
+
+
+def _count(path: Path) -> int:
+    reader = ArrayRecordReader(os.fspath(path))
+    number = reader.num_records()
+    reader.close()  # which raises if the file is cut
+    return number
 
 
 def encode(pixels: np.ndarray, label: int | None) -> bytes:

@@ -1,10 +1,12 @@
 """A data set before it is prepared: what it is, and what its archives hold."""
 
 import dataclasses
+import errno
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -12,6 +14,33 @@ from etils import epath
 
 from jetflow.data import images
 from jetflow.types import NO_LABEL, UsageError
+
+
+class Range(NamedTuple):
+    """Bytes of a file: `size` of them from `offset` on, or all."""
+
+    path: Path
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """Raises `Unreadable` if the file is not there, or not for us."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                return file.read(self.size)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ELOOP):
+                raise images.Unreadable(str(error.strerror)) from error
+            raise unread(self.path, error) from error
+
+
+def unread(name: str | Path, error: OSError) -> UsageError:
+    """A disk or a network failed: the next start may find it mended."""
+    return UsageError(
+        f"cannot read {name} ({error.strerror}); run the same command again when it can be read: "
+        "what is finished is kept"
+    )
 
 
 class Image(NamedTuple):
@@ -24,25 +53,64 @@ class Image(NamedTuple):
     """
 
     name: str
-    content: bytes | np.ndarray | images.Unreadable
+    content: bytes | Range | np.ndarray | images.Unreadable
     label: int = NO_LABEL
 
 
-@runtime_checkable
-class Member(Protocol):
-    """A file of an archive, which holds one image or many; it can be sent to another process."""
+class Member(NamedTuple):
+    """A part of an archive, which holds one image or many: `size` bytes, read at most once."""
 
-    @property
-    def size(self) -> int: ...  # bytes of the archive
+    size: int
+    images: Iterable[Image]
 
-    def read(self) -> Iterator[Image]: ...
+
+class File(NamedTuple):
+    """A file of a tree: its path below the root, its bytes, and when it was written (ns)."""
+
+    name: str
+    size: int
+    modified: int
+
+
+def tree(root: Path) -> list[File]:
+    """All files of a tree but hidden and special ones, links followed, in the order of their names.
+
+    Raises:
+        UsageError: a link leads back to a folder above it, or a folder cannot be read.
+    """
+
+    def below(folder: str, above: tuple[os.stat_result, ...]) -> Iterator[File]:
+        for base in sorted(os.listdir(root / folder)):
+            name = f"{folder}/{base}" if folder else base
+            path = root / name
+            if base.startswith("."):
+                continue
+            if path.is_dir():
+                if any(os.path.samestat(state := path.stat(), each) for each in above):
+                    raise UsageError(f"{path} leads back to a folder above it; remove that link")
+                yield from below(name, (*above, path.stat()))
+            elif path.is_file() or not path.exists():  # a link to nothing is listed as unreadable
+                state = path.stat() if path.exists() else path.lstat()
+                yield File(name, state.st_size, state.st_mtime_ns)
+
+    try:
+        return sorted(below("", (root.stat(),)))
+    except OSError as error:
+        raise unread(error.filename or root, error) from error
 
 
 class Contents(NamedTuple):
-    """What the archives hold: the names of the classes, and the members of each split in order."""
+    """What the archives hold.
+
+    Attributes:
+        classes: their names.
+        splits: the members of each, in order.
+        left_out: folders that belong to no split, or to no class, and how many images each has.
+    """
 
     classes: Sequence[str]
     splits: Mapping[str, Sequence[Member]]
+    left_out: Mapping[str, int] = {}
 
 
 class Archive(NamedTuple):
@@ -101,18 +169,19 @@ class Source:
     def resize_method(self) -> str:
         return images.resize_method(self.image_shape[0]) if self.resize is None else self.resize
 
-    def pixels(self, content: bytes | np.ndarray | images.Unreadable) -> np.ndarray:
-        """uint8 [H, W, C] of an image's content.
+    def pixels(self, image: Image, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
+        """uint8 [H, W, C] of an image.
 
         Raises:
-            Unreadable: it is no whole image, or not of the published size.
+            Unreadable: it is no whole image, or not of the published size, or larger than allowed.
         """
+        content = image.content.read() if isinstance(image.content, Range) else image.content
         if isinstance(content, images.Unreadable):
             raise content
         if isinstance(content, np.ndarray):
             return content
         fit = images.resize if self.resize is None else images.exactly
-        return fit(images.decode(content), self.image_shape[0])
+        return fit(images.decode(content, max_pixels), self.image_shape[0])
 
     def count(self, split: str) -> int:
         """The published number of images in a split, or in a part as TFDS writes it.
@@ -155,41 +224,41 @@ class Source:
             if not 0 <= published - prepared <= unreadable
         ]
 
-    def missing(self, folder: Path) -> str:
-        """The archives that are missing in a folder, for an error message; "" for none."""
-        if all(archive.find(folder) for archive in self.archives):
-            return ""
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder has all its archives."""
+        return all(archive.find(folder) for archive in self.archives)
+
+    def paths(self, folder: Path) -> list[Path]:
+        """Of its archives, in a folder.
+
+        Raises:
+            UsageError: some are missing.
+        """
+        if self.is_in(folder):
+            return [path for archive in self.archives if (path := archive.find(folder))]
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         names[8:] = [f"{len(names) - 8} more"] if len(names) > 8 else []
         present = ", ".join(names) or ("nothing" if folder.is_dir() else "no such folder")
         homepage = f" (from {self.homepage})" if self.homepage else ""
         wanted = "; ".join(map(str, self.archives))
-        return f"expected in {folder}: {wanted}{homepage}; found there: {present}"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """The images of a split that a function makes, without any archive."""
-
-    images: Callable[[str], Iterator[Image]]
-    split: str
-    size: int = 0
-
-    def read(self) -> Iterator[Image]:
-        return self.images(self.split)
+        raise UsageError(
+            f"data set {self.name!r} lacks archives: expected in {folder}: {wanted}{homepage}; "
+            f"found there: {present}; put them there, or give another --manual_dir"
+        )
 
 
 def made(
-    images: Callable[[str], Iterator[Image]],
+    images: Callable[[str], Iterable[Image]],
     splits: Mapping[str, int],
     classes: Sequence[str] = (),
     **fields,
 ) -> Source:
-    """A data set of which `images` makes each split."""
-    contents = Contents(classes, {split: [_Made(images, split)] for split in splits})
-    return Source(
-        contents=lambda paths, notes: contents, splits=splits, num_classes=len(classes), **fields
-    )
+    """A data set of which `images` makes each split, without any archive."""
+
+    def contents(paths: Sequence[Path], notes: Path) -> Contents:
+        return Contents(classes, {split: [Member(0, images(split))] for split in splits})
+
+    return Source(contents=contents, splits=splits, num_classes=len(classes), **fields)
 
 
 def at_sizes(name: str, sizes: Sequence[int], **fields) -> tuple[Source, ...]:

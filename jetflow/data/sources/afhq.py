@@ -9,19 +9,18 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from jetflow.data.archives import ImageMember
-from jetflow.data.source import Archive, Contents, at_sizes
+from jetflow.data.archives import zipped_image
+from jetflow.data.source import Archive, Contents, Member, at_sizes
 
 CLASSES = ("cat", "dog", "wild")
 _NAME = re.compile(r"(?:.*/)?(train|val|test)/(cat|dog|wild)/[^/.][^/]*")
 
 
 def _contents(paths: Sequence[Path], notes: Path) -> Contents:
-    splits: dict[str, list[ImageMember]] = {}
-    with zipfile.ZipFile(paths[0]) as archive:
-        sizes = {member.filename: member.compress_size for member in archive.infolist()}
-    for match in filter(None, map(_NAME.fullmatch, sorted(sizes))):
-        member = ImageMember(paths[0], match[0], sizes[match[0]], CLASSES.index(match[2]), None)
+    archive = zipfile.ZipFile(paths[0])
+    splits: dict[str, list[Member]] = {}
+    for match in filter(None, map(_NAME.fullmatch, sorted(archive.namelist()))):
+        member = zipped_image(archive, match[0], CLASSES.index(match[2]))
         splits.setdefault({"val": "validation"}.get(match[1], match[1]), []).append(member)
     return Contents(CLASSES, splits)
 

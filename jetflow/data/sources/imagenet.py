@@ -7,53 +7,79 @@ where it is a folder of tars. The whole has no official validation split: here i
 as a big-endian number, are a multiple of that.
 """
 
-import dataclasses
+import gzip
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from jetflow.data.archives import TarMember, is_gzip, tar_files
-from jetflow.data.source import Archive, Contents, at_sizes
-from jetflow.data.sources.imagenet_small import flat_tar
-from jetflow.files import write_atomically
-from jetflow.types import NO_LABEL, UsageError
+from jetflow.data.archives import tar_files, tar_of_class, tar_of_images
+from jetflow.data.source import Archive, Contents, Member, at_sizes
+from jetflow.files import read_json, write_atomically
+from jetflow.types import UsageError
 
 
-def _inner_tars(
-    path: Path, on_read: Callable[[int], object] = lambda position: None
-) -> list[TarMember]:
-    """The tars in a tar, without their labels."""
-    return [
-        TarMember(path, PurePosixPath(member.name).name, member.size, NO_LABEL, member.offset_data)
-        for member in tar_files(path, on_read)
-        if member.name.endswith(".tar")
-    ]
+class _Tar(NamedTuple):
+    """The tar of a class: its name, and where it lies in its archive."""
+
+    name: str
+    offset: int
+    size: int
 
 
-def _labelled(path: Path, tars: Sequence[TarMember]) -> tuple[list[str], list[TarMember]]:
-    """The classes in alphabetical order, and their tars in the order of the archive."""
+def _classes(path: Path, notes: Path) -> tuple[list[str], list[Member]]:
+    """The classes in alphabetical order, and their tars in the order of the archive or folder."""
+    archive = None if path.is_dir() else _opened(path)
+    if archive:
+        tars = _inner_tars(path, notes / f"{path.name}.json")
+    else:
+        tars = [_Tar(file.name, 0, file.stat().st_size) for file in sorted(path.glob("*.tar"))]
     classes = sorted(tar.name.removesuffix(".tar") for tar in tars)
     if not classes or len(set(classes)) < len(classes):
         raise UsageError(f"{path} holds no tars of classes, n01440764.tar say, or one twice")
     number = {f"{name}.tar": label for label, name in enumerate(classes)}
-    return classes, [dataclasses.replace(tar, label=number[tar.name]) for tar in tars]
+    return classes, [
+        tar_of_class(archive or path / tar.name, tar.offset, tar.size, tar.name, number[tar.name])
+        for tar in tars
+    ]
+
+
+def _opened(path: Path) -> BinaryIO | gzip.GzipFile:
+    file = open(path, "rb")  # noqa: SIM115 (the members read it)
+    is_gzip = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if is_gzip else file
+
+
+def _inner_tars(path: Path, note: Path) -> list[_Tar]:
+    """Noted for the next start: if the archive is compressed, it takes a pass over all of it."""
+    if note.exists():
+        return [_Tar(*each) for each in read_json(note, list)]
+    title = f"{path.name}: first pass"
+    with tqdm(total=path.stat().st_size, desc=title, unit="B", unit_scale=True) as bar:
+        tars = [
+            _Tar(PurePosixPath(member.name).name, member.offset_data, member.size)
+            for member in tar_files(path, lambda position: bar.update(position - bar.n))
+            if member.name.endswith(".tar")
+        ]
+    with write_atomically(note) as file:
+        file.write(json.dumps(tars).encode())
+    return tars
 
 
 def _contents_1k(paths: Sequence[Path], notes: Path) -> Contents:
     train_path, validation_path, devkit = paths
-    classes, train = _labelled(train_path, _inner_tars(train_path))
+    classes, train = _classes(train_path, notes)
     labels = _validation_labels(devkit, classes)
-    validation = [
-        # "ILSVRC2012_val_00000001.JPEG" has the first label
-        dataclasses.replace(member, label=labels[int(Path(member.name).stem.split("_")[-1]) - 1])
-        for member in flat_tar(validation_path)
-    ]
-    return Contents(classes, {"train": train, "validation": validation})
+
+    def label(name: str) -> int:  # "ILSVRC2012_val_00000001.JPEG" has the first one
+        return labels[int(Path(name).stem.split("_")[-1]) - 1]
+
+    return Contents(classes, {"train": train, "validation": tar_of_images(validation_path, label)})
 
 
 def _validation_labels(devkit: Path, classes: Sequence[str]) -> list[int]:
@@ -79,31 +105,8 @@ def _validation_labels(devkit: Path, classes: Sequence[str]) -> list[int]:
 
 
 def _contents_21k(paths: Sequence[Path], notes: Path) -> Contents:
-    [path] = paths
-    if path.is_dir():
-        files = sorted(path.glob("*.tar"))
-        tars = [TarMember(file, file.name, file.stat().st_size, NO_LABEL) for file in files]
-    elif is_gzip(path):
-        tars = _tars_of_compressed(path, notes / "tars.json")
-    else:
-        tars = _inner_tars(path)
-    classes, train = _labelled(path, tars)
+    classes, train = _classes(paths[0], notes)
     return Contents(classes, {"train": train, "validation": []})
-
-
-def _tars_of_compressed(path: Path, note: Path) -> list[TarMember]:
-    """Noted for the next start: it takes a pass over the whole archive."""
-    state = path.stat()
-    archive = [path.name, state.st_size, state.st_mtime_ns]
-    if note.exists() and (known := json.loads(note.read_text()))["archive"] == archive:
-        return [TarMember(path, *tar) for tar in known["tars"]]
-    title = f"{path.name} is compressed: first pass"
-    with tqdm(total=state.st_size, desc=title, unit="B", unit_scale=True) as bar:
-        tars = _inner_tars(path, lambda position: bar.update(position - bar.n))
-    with write_atomically(note) as file:
-        fields = [(tar.name, tar.size, tar.label, tar.offset) for tar in tars]
-        file.write(json.dumps({"archive": archive, "tars": fields}).encode())
-    return tars
 
 
 def _whole(name: str, archive: Archive, num_classes: int, **splits: int) -> tuple:
