@@ -209,10 +209,10 @@ def test_another_process_may_finish_first(moment, tmp_path, monkeypatch, digits)
     monkeypatch.setattr(hosts, "locked", lambda *_, **__: contextlib.nullcontext(True))
     original = getattr(builder, moment)
 
-    def overtaken(*args):
+    def overtaken(*args, **kwargs):
         monkeypatch.setattr(builder, moment, original)
         load("digits", "train", data_dir=tmp_path)
-        return original(*args)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(builder, moment, overtaken)
     assert load("digits", "test", data_dir=tmp_path).checksum() == digits.checksum()
@@ -254,7 +254,7 @@ def test_unusable_data_dir(tmp_path):
     file.touch()
     (tmp_path / "digits" / "1.0.0").mkdir(parents=True)
     for directory, reason in [(file, "Not a directory"), (tmp_path, "delete it")]:
-        with pytest.raises(UsageError, match=f"not found in {directory}.*{reason}.*TFDS_DATA_DIR"):
+        with pytest.raises(UsageError, match=f"in {directory}.*{reason}.*TFDS_DATA_DIR"):
             load("digits", "train", data_dir=directory)
 
 

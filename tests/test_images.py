@@ -67,7 +67,7 @@ def test_want_of_memory_is_no_fault_of_the_file(monkeypatch):
     def no_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr(images.ImageOps, "exif_transpose", no_memory)
+    monkeypatch.setattr(images, "_as_rgb", no_memory)
     with pytest.raises(MemoryError):
         decode(archives.jpeg(1))
 

@@ -1,7 +1,6 @@
 """What lies in archives, read there in order, without unpacking them."""
 
 import functools
-import gzip
 import io
 import pickle
 import re
@@ -11,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from jetflow.types import NO_LABEL, UsageError
 
 # What a damaged archive raises as a whole; a damaged image in it is an `Unreadable`.
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)
-Archive: TypeAlias = Path | BinaryIO | gzip.GzipFile
+Archive: TypeAlias = Path | io.BufferedIOBase
 _ERRORS: Any = tarfile  # has more of them than type checkers know
 
 

@@ -7,23 +7,27 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar
 
 import grain
 import jax
+import psutil
 from absl import flags
 
-from jetflow.types import Batch
+from jetflow.types import Batch, Interruption
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 DEPTH = 2  # one for the step that comes next, and one that is being made
+STOPPED_SECONDS = 30  # until a worker that was stopped is given up
 _BUFFER = 2  # batches that wait in each worker
-_SMALLEST_SHARED = 2**16  # bytes; smaller arrays are cheaper to send than to share
+# Bytes of the smallest array that goes through shared memory. What is sent then fits into a pipe at
+# once: of a worker that is killed, no message may come by halves, for which Grain would wait.
+_SMALLEST_SHARED = 2**10
 
 
 class Ahead(Generic[S, T]):
@@ -68,12 +72,22 @@ class Ahead(Generic[S, T]):
         return self._change(next(self._items))
 
 
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def read_by_workers(batches: grain.IterDataset, count: int) -> Generator[Batch, None, None]:
     """The same batches in the same order, each from one of `count` processes, by turns.
 
     Python starts them anew ("spawn"), so each imports the trainer's main module first: a script
     that uses workers needs its `if __name__ == "__main__":`. Closing or dropping the generator ends
     them.
+
+    Raises:
+        Interruption: a worker was killed, or stopped for some `STOPPED_SECONDS`.
     """
     if not flags.FLAGS.is_parsed():  # as by an `absl.app`: Grain looks at flags of its own
         flags.FLAGS.mark_as_parsed()
@@ -81,21 +95,38 @@ def read_by_workers(batches: grain.IterDataset, count: int) -> Generator[Batch, 
     batches = grain.experimental.WithOptionsIterDataset(batches, options)
     workers = grain.MultiprocessingOptions(num_workers=count, per_worker_buffer_size=_BUFFER)
     iterator = iter(batches.mp_prefetch(workers, worker_init_fn=_end_with_parent))
+    others, closed = set(multiprocessing.active_children()), threading.Event()
     try:
         # The trainer answers Ctrl-C: it needs its workers until it has saved.
         with _blocked_signals():
             first = next(iterator)  # which starts them
+        started = [each.pid for each in multiprocessing.active_children() if each not in others]
+        threading.Thread(target=_kill_stopped, args=(started, closed), daemon=True).start()
         yield first
         yield from iterator
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise Interruption(
+            "a process that reads data was killed, perhaps for want of memory, or stopped; run the "
+            "same command again to go on, with a lower config.data.workers if that recurs"
+        ) from error
     finally:
+        closed.set()
         iterator.close()
 
 
-def cores() -> int:
-    """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _kill_stopped(workers: Sequence[int], closed: threading.Event) -> None:
+    """Make an end of workers that are stopped for long; Grain would wait for them for ever."""
+    checks = dict.fromkeys(workers, 0)
+    while not closed.wait(STOPPED_SECONDS / 3):
+        for worker in checks:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(worker)
+                is_stopped = process.status() == psutil.STATUS_STOPPED
+                checks[worker] = checks[worker] + 1 if is_stopped else 0
+                if checks[worker] == 3:  # not only once: all of a terminal's processes were stopped
+                    process.kill()
 
 
 @contextlib.contextmanager

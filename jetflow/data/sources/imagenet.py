@@ -13,7 +13,7 @@ import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -48,7 +48,7 @@ def _classes(path: Path, notes: Path) -> tuple[list[str], list[Member]]:
     ]
 
 
-def _opened(path: Path) -> BinaryIO | gzip.GzipFile:
+def _opened(path: Path) -> io.BufferedIOBase:
     file = open(path, "rb")  # noqa: SIM115 (the members read it)
     is_gzip = file.read(2) == b"\x1f\x8b"
     file.seek(0)
