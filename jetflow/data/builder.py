@@ -38,7 +38,7 @@ from jetflow.data.shards import (
 )
 from jetflow.data.source import Contents, File, Image, Member, Source, name_hash, tree
 from jetflow.files import write_atomically
-from jetflow.types import UsageError
+from jetflow.types import NO_LABEL, UsageError
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -255,6 +255,8 @@ def _record(
 ) -> Record:
     try:
         content = encode(pixels(image), image.label if is_labelled else None)
+        if is_labelled and image.label == NO_LABEL:
+            raise Unreadable("a sound image, but of no class")
     except Unreadable as reason:
         return Record(False, b"", f"{one_line(image.name)}\t{one_line(str(reason))}")
     name = image.name.split("/")[-1]

@@ -11,7 +11,7 @@ import hashlib
 import os
 import resource
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,17 +107,17 @@ class Records:
     takes longer than to read them.
 
     Attributes:
+        name: of the data set.
         stored: TFDS's data source of the stored bytes.
         features: an image in any encoding, and perhaps a label.
-        damaged: says what to do about a file.
+        files: which examples are in which file, as TFDS has it.
     """
 
     def __init__(
-        self, stored: Any, features: tfds.features.FeaturesDict, damaged: Callable[[str], str]
+        self, name: str, stored: Any, features: tfds.features.FeaturesDict, files: Sequence[Any]
     ):
-        self._stored = stored
+        self._name, self._stored, self._files = name, stored, files
         self._features: Any = features
-        self._damaged = damaged
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -134,8 +134,12 @@ class Records:
         """
         try:
             records = self._stored.__getitems__(indices) if indices else []
-        except RuntimeError as error:  # of ArrayRecord
-            raise UsageError(self._damaged(str(error))) from error
+        except RuntimeError as error:  # of ArrayRecord, which does not always name the file
+            if len(indices) > 1:
+                return [self[index] for index in indices]
+            ends = np.cumsum([file.take for file in self._files])
+            file = self._files[np.searchsorted(ends, indices[0], side="right")].filename
+            raise _damaged(self._name, file, error) from error
         return list(map(self._decode, records))
 
     def _decode(self, record: bytes) -> dict[str, Any]:
@@ -194,7 +198,7 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         split=split,
         image_shape=features["image"].shape,
         num_classes=features["label"].num_classes if "label" in features else 0,
-        source=Records(stored, features, functools.partial(_damaged, name, folder)),
+        source=Records(name, stored, features, builder.info.splits[split].file_instructions),
         resize=metadata.get("resize", "none"),
         known_checksum=metadata.get("checksums", {}).get(split),
         origin=metadata.get("origin", ""),
@@ -205,18 +209,20 @@ def _opened(name: str, folder: Path) -> Any:  # TFDS's decorators hide its signa
     """TFDS's builder of prepared data whose files are there as a whole."""
     try:
         builder: Any = tfds.builder_from_directory(folder)
-        for file, size in (builder.info.metadata or {}).get("files", {}).items():
-            if (found := (folder / file).stat().st_size) != size:
-                raise ValueError(f"{file} has {found:,} bytes instead of {size:,}")
     except Exception as error:  # TFDS raises nearly any type for files that are no JSON
-        raise UsageError(_damaged(name, folder, str(error))) from error
+        raise _damaged(name, folder, error) from error
+    for file, size in (builder.info.metadata or {}).get("files", {}).items():
+        path = folder / file
+        if not path.exists() or path.stat().st_size != size:
+            raise _damaged(name, path, f"not there with {size:,} bytes")
     return builder
 
 
-def _damaged(name: str, folder: Path, error: str) -> str:
-    reason = " ".join(error.split())
-    remedy = f"prepare it anew with `jetflow prepare {name} --overwrite`, and its archives"
-    return f"data set {name!r} in {folder} is damaged ({reason}); {remedy}"
+def _damaged(name: str, path: str | Path, reason: Exception | str) -> UsageError:
+    return UsageError(
+        f"data set {name!r} is damaged: {path} ({' '.join(str(reason).split())}); prepare it anew "
+        f"with `jetflow prepare {name} --overwrite`, and its archives"
+    )
 
 
 class Prepared(NamedTuple):

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar
@@ -95,13 +95,12 @@ def read_by_workers(batches: grain.IterDataset, count: int) -> Generator[Batch, 
     batches = grain.experimental.WithOptionsIterDataset(batches, options)
     workers = grain.MultiprocessingOptions(num_workers=count, per_worker_buffer_size=_BUFFER)
     iterator = iter(batches.mp_prefetch(workers, worker_init_fn=_end_with_parent))
-    others, closed = set(multiprocessing.active_children()), threading.Event()
+    closed = threading.Event()
+    threading.Thread(target=_kill_stopped, args=(closed,), daemon=True).start()
     try:
         # The trainer answers Ctrl-C: it needs its workers until it has saved.
         with _blocked_signals():
             first = next(iterator)  # which starts them
-        started = [each.pid for each in multiprocessing.active_children() if each not in others]
-        threading.Thread(target=_kill_stopped, args=(started, closed), daemon=True).start()
         yield first
         yield from iterator
     except RuntimeError as error:
@@ -116,16 +115,17 @@ def read_by_workers(batches: grain.IterDataset, count: int) -> Generator[Batch, 
         iterator.close()
 
 
-def _kill_stopped(workers: Sequence[int], closed: threading.Event) -> None:
+def _kill_stopped(closed: threading.Event) -> None:
     """Make an end of workers that are stopped for long; Grain would wait for them for ever."""
-    checks = dict.fromkeys(workers, 0)
+    checks = collections.Counter[int]()
     while not closed.wait(STOPPED_SECONDS / 3):
-        for worker in checks:
+        workers = multiprocessing.active_children()
+        for pid in (each.pid for each in workers if each.name.startswith("grain")):
             with contextlib.suppress(psutil.Error):
-                process = psutil.Process(worker)
+                process = psutil.Process(pid)
                 is_stopped = process.status() == psutil.STATUS_STOPPED
-                checks[worker] = checks[worker] + 1 if is_stopped else 0
-                if checks[worker] == 3:  # not only once: all of a terminal's processes were stopped
+                checks[process.pid] = checks[process.pid] + 1 if is_stopped else 0
+                if checks[process.pid] == 3:  # not once: as when a terminal stops this one as well
                     process.kill()
 
 
