@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -48,8 +48,6 @@ ORIGIN = "origin.tsv"  # name, bytes and time of each file of the archives
 
 # What a kill may cost: some 5,000 photographs.
 SHARD_BYTES, SHARD_MEMBERS = 512 * 2**20, 4096
-
-Counts = dict[str, int]  # images of each split, in one shard
 
 
 def is_prepared(folder: Path) -> bool:
@@ -90,20 +88,12 @@ def make(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f"{folder.name}.lock"), source.name), large_files():
             if overwrite or not is_prepared(folder):  # else another process was first
-                # What needs no archive has nothing to go on with, and so a folder for each process:
-                # on a disk without locks several may be here.
-                own = "" if source.archives else f".{secrets.token_hex(4)}"
-                partial = folder.with_name(f"{folder.name}.partial{own}")
-                try:
-                    _begin(partial, origin)
-                    pixels = functools.partial(source.pixels, max_pixels=max_pixels)
-                    _make(source, paths, partial, pixels, threads, leave_out)
-                    if overwrite:
-                        shutil.rmtree(folder, ignore_errors=True)
-                    partial.rename(folder)
-                finally:
-                    if own:
-                        shutil.rmtree(partial, ignore_errors=True)
+                partial = _begin(source, folder, origin)
+                record = functools.partial(_record, source, max_pixels)
+                _make(source, paths, partial, record, threads, leave_out)
+                if overwrite:
+                    shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
     except OSError as error:
         if overwrite or not is_prepared(folder):  # else, without locks, another process was first
             raise UsageError(
@@ -124,14 +114,14 @@ def _locked(lock: Path, name: str) -> Iterator[None]:
 
 def _origin(paths: Sequence[Path]) -> str:
     """A line for each file of the archives: name, bytes and time."""
-    files = []
+    lines = []
     for path in paths:
         state = path.stat()
         inner = tree(path) if path.is_dir() else [File("", state.st_size, state.st_mtime_ns)]
-        files += [(one_line(str(path / file.name)), *file[1:]) for file in inner]
-    root = f"{paths[0].parent}/" if paths else ""  # which may be moved
-    lines = ("\t".join(map(str, (name.removeprefix(root), *rest))) for name, *rest in files)
-    return "".join(f"{line}\n" for line in lines)
+        lines += [
+            f"{one_line(f'{path.name}/{name}')}\t{size}\t{time}\n" for name, size, time in inner
+        ]
+    return "".join(lines)
 
 
 def _check_origin(source: Source, folder: Path, manual_dir: Path, origin: str) -> None:
@@ -146,24 +136,29 @@ def _check_origin(source: Source, folder: Path, manual_dir: Path, origin: str) -
         )
 
 
-def _begin(partial: Path, origin: str) -> None:
-    """Remove what an earlier start made of other archives, and what a kill left half done."""
+def _begin(source: Source, folder: Path, origin: str) -> Path:
+    """The folder for what is not finished, without what an earlier start made of other archives."""
+    # What needs no archive has nothing to go on with, and so a folder for each process: on a disk
+    # without locks several may be here.
+    own = "" if source.archives else f".{secrets.token_hex(4)}"
+    partial = folder.with_name(f"{folder.name}.partial{own}")
     record = partial / ORIGIN
     if record.exists() and record.read_text("utf-8") != origin:
         print(f"{partial} was begun with other archives; starting anew", file=sys.stderr)
         shutil.rmtree(partial)
-    (partial / "notes").mkdir(parents=True, exist_ok=True)
-    for path in partial.glob("*.incomplete"):
+    for path in partial.glob("*.incomplete"):  # of a kill
         path.unlink()
+    (partial / "notes").mkdir(parents=True, exist_ok=True)
     with write_atomically(record) as file:
         file.write(origin.encode())
+    return partial
 
 
 def _make(
     source: Source,
     paths: Sequence[Path],
     folder: Path,
-    pixels: Callable[[Image], np.ndarray],
+    record: Callable[..., Record],
     threads: int,
     leave_out: bool,
 ) -> None:
@@ -175,10 +170,14 @@ def _make(
     place = " and ".join(map(str, paths))
     try:
         contents = source.contents(paths, folder / "notes")
-        _check_left_out(contents, leave_out)
+        if contents.left_out:
+            folders = ", ".join(f"{name} ({n:,} images)" for name, n in contents.left_out.items())
+            text = f"of no split, or of no class in train, are {folders}"
+            if not leave_out:
+                raise UsageError(f"{text}; move or rename them, or give --leave_out")
+            print(text, file=sys.stderr)
         shards = _shards(source, contents, folder)
-        record = functools.partial(_record, source, bool(contents.classes), pixels)
-        all_counts, checksums = _write(source, record, shards, threads)
+        notes, checksums = _write(source, shards, record, bool(contents.classes), threads)
     except DAMAGE as error:
         raise UsageError(
             f"an archive of {source.name} is damaged, or not what its name says: {place} "
@@ -189,58 +188,40 @@ def _make(
             "not enough memory to decode; run the same command again, which keeps what is "
             "finished, with a lower --workers or --max_pixels"
         ) from error
-    left_out = "".join(shard.note.read_text("utf-8") for shard in shards)
+    left_out = [line for note in notes for line in note["left_out"]]
     for split in ("train", *(split for split in source.splits if contents.splits.get(split))):
-        if not any(counts.get(split) for counts in all_counts):
-            lines = left_out.splitlines()
-            first = f"; left out were {len(lines):,} files, first {lines[0]!r}" if lines else ""
-            raise UsageError(f"{place} has not one readable image for split {split}{first}")
-    (folder / UNREADABLE).write_text(left_out, "utf-8")
-    _write_metadata(
-        source, contents, all_counts, folder, origin=one_line(place), checksums=checksums
-    )
+        if not any(note["counts"].get(split) for note in notes):
+            first = f"; left out were {len(left_out):,} files, first {left_out[0]!r}"
+            raise UsageError(
+                f"{place} has not one readable image for split {split}{first * bool(left_out)}"
+            )
+    (folder / UNREADABLE).write_text("".join(f"{line}\n" for line in left_out), "utf-8")
+    _write_metadata(source, contents, notes, folder, origin=one_line(place), checksums=checksums)
     shutil.rmtree(folder / "notes")
 
 
-def _check_left_out(contents: Contents, leave_out: bool) -> None:
-    if contents.left_out:
-        folders = ", ".join(f"{path} ({n:,} images)" for path, n in contents.left_out.items())
-        text = f"of no split, or of no class in train: {folders}"
-        if not leave_out:
-            raise UsageError(f"{text}; move or rename them, or give --leave_out to go on without")
-        print(f"left out, as {text}", file=sys.stderr)
-
-
 def _shards(source: Source, contents: Contents, folder: Path) -> list[Shard]:
-    """All shards, in order, with their files in `folder`."""
+    """Of neighbours, in order: up to `SHARD_BYTES`, and up to `SHARD_MEMBERS` of them."""
     shards = []
     for split, members in contents.splits.items():
-        groups = list(_groups(members))
-        templates = {
-            each: _template(source, folder, each)
-            for each in (contents.splits if source.held_out else (split,))
-        }
+        groups: list[list[Member]] = []
+        size = 0
+        for member in members:
+            size += member.size
+            if not groups or size > SHARD_BYTES or len(groups[-1]) == SHARD_MEMBERS:
+                groups.append([])
+                size = member.size
+            groups[-1].append(member)
+        splits = list(contents.splits) if source.held_out else [split]
+        templates = {each: _template(source, folder, each) for each in splits}
         for number, group in enumerate(groups):
             files = {
                 each: Path(template.sharded_filepath(shard_index=number, num_shards=len(groups)))
                 for each, template in templates.items()
             }
-            shards.append(Shard(group, split, files, folder / "notes" / f"{split}-{number:06d}"))
+            note = folder / "notes" / f"{split}-{number:06d}.json"
+            shards.append(Shard(split, tuple(group), files, note))
     return shards
-
-
-def _groups(members: Sequence[Member]) -> Iterator[tuple[Member, ...]]:
-    """Neighbours together, up to `SHARD_BYTES` and up to `SHARD_MEMBERS` of them."""
-    group: list[Member] = []
-    size = 0
-    for member in members:
-        if group and (size + member.size > SHARD_BYTES or len(group) == SHARD_MEMBERS):
-            yield tuple(group)
-            group, size = [], 0
-        group.append(member)
-        size += member.size
-    if group:
-        yield tuple(group)
 
 
 def _template(source: Source, folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
@@ -250,27 +231,30 @@ def _template(source: Source, folder: Path, split: str) -> tfds.core.ShardedFile
     )
 
 
-def _record(
-    source: Source, is_labelled: bool, pixels: Callable[[Image], np.ndarray], image: Image
-) -> Record:
+def _record(source: Source, max_pixels: int, split: str, is_labelled: bool, image: Image) -> Record:
     try:
-        content = encode(pixels(image), image.label if is_labelled else None)
+        content = encode(source.pixels(image, max_pixels), image.label if is_labelled else None)
         if is_labelled and image.label == NO_LABEL:
             raise Unreadable("a sound image, but of no class")
     except Unreadable as reason:
-        return Record(False, b"", f"{one_line(image.name)}\t{one_line(str(reason))}")
+        return Record(split, b"", f"{one_line(image.name)}\t{one_line(str(reason))}")
     name = image.name.split("/")[-1]
-    return Record(source.held_out > 0 and name_hash(name) % source.held_out == 0, content)
+    is_held_out = source.held_out and name_hash(name) % source.held_out == 0
+    return Record("validation" if is_held_out else split, content)
 
 
 def _write(
-    source: Source, record: Callable[[Image], Record], shards: Sequence[Shard], threads: int
-) -> tuple[list[Counts], dict[str, str]]:
-    """Write every shard that is not there yet; what each holds, and the splits' checksums."""
+    source: Source,
+    shards: Sequence[Shard],
+    record: Callable[..., Record],
+    is_labelled: bool,
+    threads: int,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Write every shard that is not there yet; the notes of all, and the splits' checksums."""
     digests = {split: hashlib.sha256() for shard in shards for split in shard.files}
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log
     total = sum(shard.size for shard in shards)
-    all_counts, images, left_out = [], 0, 0
+    notes: list[dict[str, Any]] = []
     with (
         tqdm(
             total=total, desc=source.name, unit="B", unit_scale=True, mininterval=interval,
@@ -279,19 +263,19 @@ def _write(
         ThreadPoolExecutor(threads) as pool,
     ):  # fmt: skip
         for shard in shards:
-            if not (counts := shard.counts()):
+            if not shard.written():
                 inside = (image for member in shard.members for image in member.images)
-                shard.write(_mapped(record, inside, pool, ahead=4 * threads))
-                counts = shard.counts() or {}
-            all_counts.append(counts)
+                function = functools.partial(record, shard.split, is_labelled)
+                shard.write(_mapped(function, inside, pool, ahead=4 * threads))
+            notes.append(shard.written() or {})
             for split, file in shard.files.items():
                 for content in read_shard(file):
                     update_checksum(digests[split], *decode(content))
-            images += sum(counts.values())
-            left_out += shard.note.read_text("utf-8").count("\n")
+            images = sum(sum(note["counts"].values()) for note in notes)
+            left_out = sum(len(note["left_out"]) for note in notes)
             bar.set_postfix_str(f"{images:,} images, {left_out:,} unreadable", refresh=False)
             bar.update(shard.size)
-    return all_counts, {split: each.hexdigest()[:16] for split, each in digests.items()}
+    return notes, {split: each.hexdigest()[:16] for split, each in digests.items()}
 
 
 def _mapped(
@@ -308,7 +292,7 @@ def _mapped(
 
 
 def _write_metadata(
-    source: Source, contents: Contents, all_counts: Sequence[Counts], folder: Path, **facts
+    source: Source, contents: Contents, notes: Sequence[dict], folder: Path, **facts
 ) -> None:
     """What TFDS needs to read the shards, and `load` to check them."""
     image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
@@ -317,7 +301,7 @@ def _write_metadata(
     name, _, config = source.name.partition("/")
     version = tfds.core.Version(folder.name.split(".partial")[0])
     identity = tfds.core.DatasetIdentity(name, version, os.fspath(folder), "", config or None)
-    files = {file.name: file.stat().st_size for file in sorted(folder.glob("*.array_record-*"))}
+    files = {name: size for note in notes for name, size in note["bytes"].items()}
     info = tfds.core.DatasetInfo(
         builder=identity,
         description=source.about,
@@ -328,17 +312,19 @@ def _write_metadata(
         disable_shuffling=True,  # the order of the archive is the order on disk
     )
     info.set_file_format("array_record")
-    infos = []
-    for split in facts["checksums"]:
-        lengths = [counts[split] for counts in all_counts if split in counts]
-        sizes = [size for name, size in files.items() if f"-{split}.array_record" in name]
-        if sum(lengths):
-            template = _template(source, folder, split)
-            infos.append(
-                tfds.core.SplitInfo(
-                    name=split, shard_lengths=lengths, num_bytes=sum(sizes),
-                    filename_template=template,
-                )
-            )  # fmt: skip
+    counts = {
+        split: [note["counts"][split] for note in notes if split in note["counts"]]
+        for split in facts["checksums"]
+    }
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=lengths,
+            num_bytes=sum(size for name, size in files.items() if f"-{split}.array" in name),
+            filename_template=_template(source, folder, split),
+        )
+        for split, lengths in counts.items()
+        if sum(lengths)
+    ]
     info.set_splits(tfds.core.SplitDict(infos))
     info.write_to_directory(folder)

@@ -1,9 +1,9 @@
 """A shard of a data set: its images, decoded, as an ArrayRecord file of `tf.train.Example`s."""
 
-import contextlib
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,50 +12,48 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jetflow.data.source import Member
-from jetflow.files import write_atomically
+from jetflow.files import read_json, write_atomically
 
 _OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in any order
 _Example: Any = vars(tf_example_pb2)["Example"]  # made at import: no type checker sees it
 
 
 class Record(NamedTuple):
-    """An image on its way into a shard.
+    """An image on its way into a shard, or the line that says why it is left out."""
 
-    Attributes:
-        is_held_out: it goes into `validation`.
-        content: as `encode` makes it; empty for an image that is left out.
-        reason: why it is, on a line with its name.
-    """
-
-    is_held_out: bool
+    split: str
     content: bytes
-    reason: str = ""
+    left_out: str = ""
 
 
 class Shard(NamedTuple):
     """Neighbouring members of a split, which are written together.
 
     Attributes:
-        split: of the images, but for those that the source holds out for `validation`.
-        files: the ArrayRecord file of each split that may get some of them.
-        note: a file that is written last, with a line for each image that was left out.
+        split: of all images but those that the source holds out.
+        files: the ArrayRecord file of each split that may get some of their images.
+        note: a JSON file that is written last.
     """
 
-    members: tuple[Member, ...]
     split: str
-    files: dict[str, Path]
+    members: tuple[Member, ...]
+    files: Mapping[str, Path]
     note: Path
 
     @property
     def size(self) -> int:
         return sum(member.size for member in self.members)
 
-    def counts(self) -> dict[str, int] | None:
-        """The number of images in each split; None if the shard is not written, or not whole."""
-        if not all(file.exists() for file in (self.note, *self.files.values())):
-            return None
-        with contextlib.suppress(RuntimeError):
-            return {split: _count(file) for split, file in self.files.items()}
+    def written(self) -> dict[str, Any] | None:
+        """The "counts" of images by split, "bytes" by file, and lines of images "left_out".
+
+        None if the shard is not written, or not whole any more.
+        """
+        note = read_json(self.note) if self.note.exists() else None
+        return note if note and note["bytes"] == self._bytes() else None
+
+    def _bytes(self) -> dict[str, int]:
+        return {file.name: file.stat().st_size for file in self.files.values() if file.exists()}
 
     def write(self, records: Iterable[Record]) -> None:
         """Raises an OSError if there is no room."""
@@ -63,19 +61,18 @@ class Shard(NamedTuple):
             split: file.with_name(f"{file.name}.{os.getpid()}.incomplete")
             for split, file in self.files.items()
         }
-        left_out = []
+        counts, left_out = dict.fromkeys(partial, 0), []
         try:
             writers = {
                 split: ArrayRecordWriter(os.fspath(path), _OPTIONS)
                 for split, path in partial.items()
             }
             for record in records:
-                if record.content:
-                    writers["validation" if record.is_held_out else self.split].write(
-                        record.content
-                    )
+                if record.left_out:
+                    left_out.append(record.left_out)
                 else:
-                    left_out.append(f"{record.reason}\n")
+                    writers[record.split].write(record.content)
+                    counts[record.split] += 1
             for split, writer in writers.items():
                 writer.close()
                 partial[split].rename(self.files[split])
@@ -84,15 +81,9 @@ class Shard(NamedTuple):
         finally:
             for path in partial.values():
                 path.unlink(missing_ok=True)
+        note = {"counts": counts, "bytes": self._bytes(), "left_out": left_out}
         with write_atomically(self.note) as file:
-            file.write("".join(left_out).encode())
-
-
-def _count(path: Path) -> int:
-    reader = ArrayRecordReader(os.fspath(path))
-    number = reader.num_records()
-    reader.close()  # which raises if the file is cut
-    return number
+            file.write(json.dumps(note).encode())
 
 
 def encode(pixels: np.ndarray, label: int | None) -> bytes:

@@ -6,11 +6,11 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
 from jetflow.data import images
 from jetflow.types import NO_LABEL, UsageError
@@ -189,22 +189,13 @@ class Source:
         Raises:
             UsageError: there is no such split.
         """
-        infos = [
-            tfds.core.SplitInfo(
-                name=name,
-                shard_lengths=[count],
-                num_bytes=0,
-                filename_template=tfds.core.ShardedFileTemplate(
-                    epath.Path(), "{SPLIT}", split=name
-                ),
-            )
-            for name, count in self.splits.items()
-        ]
+        infos = {name: SimpleNamespace(num_examples=count) for name, count in self.splits.items()}
         try:
-            return tfds.core.SplitDict(infos)[split].num_examples
-        except (AssertionError, KeyError, ValueError) as error:
+            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+        except (AssertionError, ValueError) as error:
             counts = ", ".join(f"{name} ({count:,})" for name, count in self.splits.items())
             raise UsageError(f"{split!r} is no split of {self.name}; it has {counts}") from error
+        return sum(len(range(self.splits[each.splitname])[each.from_ : each.to]) for each in parts)
 
     def differences(self, counts: Mapping[str, int], unreadable: int = 0) -> list[str]:
         """A line for each split whose number of images is not the published one.

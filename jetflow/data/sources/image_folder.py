@@ -11,6 +11,7 @@ ones are in the order of their numbers.
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,35 +63,21 @@ def _contents(paths: Sequence[Path], notes: Path) -> Contents:
     prefixes = _prefixes(root, files)
     classes = _classes(root, [file.name for file in files], prefixes["train"])
     number = {name: label for label, name in enumerate(classes)}
-    splits: dict[str, list[File]] = {split: [] for split in prefixes}
-    others: dict[str, list[File]] = {}
+    splits: dict[str, list[Member]] = {split: [] for split in prefixes}
+    left_out = Counter[str]()
     for file in files:
         split = next((s for s, prefix in prefixes.items() if file.name.startswith(prefix)), "")
-        top = _top(file.name, prefixes.get(split, ""))
+        prefix = prefixes.get(split, "")
+        top = _top(file.name, prefix)
         if split and (split == "train" or not classes or top in number):
-            splits[split].append(file)
-        else:
-            others.setdefault(f"{prefixes.get(split, '')}{top}" or ".", []).append(file)
-    counts = {
-        str(root / folder): sum(_is_image(root / file.name) for file in some)
-        for folder, some in others.items()
-    }
-    splits = {split: some for split, some in splits.items() if some or split == "train"}
+            image = Image(file.name, Range(root / file.name), number.get(top, NO_LABEL))
+            splits[split].append(Member(file.size, [image]))
+        elif _is_image(root / file.name):
+            left_out[str(root / prefix / top)] += 1
+    splits = {split: members for split, members in splits.items() if members}
     if list(splits) == ["train"]:
         splits = _divided(splits["train"], prefixes["train"])
-
-    def member(file: File, prefix: str) -> Member:
-        label = number.get(_top(file.name, prefix), NO_LABEL)
-        return Member(file.size, [Image(file.name, Range(root / file.name), label)])
-
-    return Contents(
-        classes,
-        {
-            split: [member(file, prefixes.get(split, prefixes["train"])) for file in some]
-            for split, some in splits.items()
-        },
-        {folder: count for folder, count in counts.items() if count},
-    )
+    return Contents(classes, splits, left_out)
 
 
 def _top(name: str, prefix: str) -> str:
@@ -152,12 +139,13 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
-def _divided(files: Sequence[File], prefix: str) -> dict[str, list[File]]:
+def _divided(members: Sequence[Member], prefix: str) -> dict[str, list[Member]]:
     """Some of the images held out as `test`, at least one of two."""
-    hashes = [name_hash(file.name.removeprefix(prefix)) for file in files]
+    names = [image.name.removeprefix(prefix) for member in members for image in member.images]
+    hashes = list(map(name_hash, names))
     lowest = min(hashes) if hashes[1:] else None
-    splits: dict[str, list[File]] = {"train": [], "test": []}
-    for file, value in zip(files, hashes, strict=True):
+    splits: dict[str, list[Member]] = {"train": [], "test": []}
+    for member, value in zip(members, hashes, strict=True):
         is_held_out = value == lowest or value % HELD_OUT == 0
-        splits["test" if is_held_out else "train"].append(file)
+        splits["test" if is_held_out else "train"].append(member)
     return splits
