@@ -1,6 +1,8 @@
 """What lies in archives, read there in order, without unpacking them."""
 
+import errno
 import functools
+import gzip
 import io
 import pickle
 import re
@@ -10,18 +12,58 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from jetflow.data.images import Unreadable
-from jetflow.data.source import Image, Member, Range, unread
+from jetflow.data.source import Image, Member, tree, unread
 from jetflow.types import NO_LABEL, UsageError
 
 # What a damaged archive raises as a whole; a damaged image in it is an `Unreadable`.
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)
-Archive: TypeAlias = Path | io.BufferedIOBase
 _ERRORS: Any = tarfile  # has more of them than type checkers know
+
+
+class Entry(NamedTuple):
+    """A file in an archive.
+
+    Attributes:
+        name: below the folder or in the archive.
+        read: gives its bytes, or raises `Unreadable`; threads may call it.
+        offset: of its bytes in what a tar is when it is not compressed.
+    """
+
+    name: str
+    size: int
+    read: Callable[[], bytes]
+    offset: int = 0
+
+
+def entries(path: Path) -> Iterator[Entry]:
+    """The files of a folder, a zip or a tar, in its order."""
+    if path.is_dir():
+        for name, size, _ in tree(path):
+            yield Entry(name, size, functools.partial(read, path / name))
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        for each in archive.infolist():
+            yield Entry(each.filename, each.file_size, functools.partial(_unzipped, archive, each))
+    else:
+        title = f"{path.name}: first pass"
+        with (
+            open(path, "rb") as file,
+            tarfile.open(fileobj=file, tarinfo=_Header) as tar,
+            tqdm(total=path.stat().st_size, desc=title, unit="B", unit_scale=True, delay=5) as bar,
+        ):
+            while (member := tar.next()) is not None:
+                vars(tar)["members"].clear()  # or it keeps a million headers
+                bar.update(file.tell() - bar.n)
+                if member.isfile():
+                    offset, size = member.offset_data, member.size
+                    reading = functools.partial(read, path, offset, size)
+                    yield Entry(member.name, size, reading, offset)
 
 
 class _Header(tarfile.TarInfo):
@@ -35,47 +77,47 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from error
 
 
-def tar_files(
-    path: Path, on_read: Callable[[int], object] = lambda position: None
-) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, by their headers alone where it is not compressed.
-
-    Args:
-        path: of the tar.
-        on_read: told from time to time how far in the file on disk that is.
-    """
-    with open(path, "rb") as file, tarfile.open(fileobj=file, tarinfo=_Header) as tar:
-        while (member := tar.next()) is not None:
-            vars(tar)["members"].clear()  # or it keeps a million headers
-            on_read(file.tell())
-            if member.isfile():
-                yield member
+def opened(path: Path) -> io.BufferedIOBase:
+    """A file, uncompressed where it is a gzip."""
+    file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+    is_gzip = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if is_gzip else file
 
 
-def tar_of_images(path: Path, label: Callable[[str], int] = lambda name: NO_LABEL) -> list[Member]:
-    """The images of a tar, each a member; `label` gives that of a file's name."""
-    return [
-        Member(
-            member.size,
-            [
-                Image(
-                    f"{path.name}/{member.name}",
-                    Range(path, member.offset_data, member.size),
-                    label(member.name),
-                )
-            ],
-        )
-        for member in tar_files(path)
-    ]
+def read(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    """Bytes of a file, all by default; raises `Unreadable` if it is not there, or not for us."""
+    try:
+        with opened(path) if offset else open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ELOOP):
+            raise Unreadable(str(error.strerror)) from error
+        raise unread(path, error) from error
 
 
-def tar_of_class(archive: Archive, offset: int, size: int, name: str, label: int) -> Member:
+def _unzipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(member)
+    except DAMAGE as error:
+        raise Unreadable(f"damaged in the zip: {error}") from error
+
+
+def image(entry: Entry, name: str, label: int = NO_LABEL) -> Member:
+    """An image file."""
+    return Member(entry.size, [Image(name, entry.read, label)])
+
+
+def tar_of_class(
+    archive: Path | io.BufferedIOBase, offset: int, size: int, name: str, label: int
+) -> Member:
     """A tar of images of one class: `size` bytes of an archive, which is read forwards alone."""
     return Member(size, _inner_images(archive, offset, size, name, label))
 
 
 def _inner_images(
-    archive: Archive, offset: int, size: int, name: str, label: int
+    archive: Path | io.BufferedIOBase, offset: int, size: int, name: str, label: int
 ) -> Iterator[Image]:
     number, end = 0, offset + size
     try:
@@ -97,18 +139,6 @@ def _inner_images(
         raise unread(name, error) from error
 
 
-def zipped_image(archive: zipfile.ZipFile, name: str, label: int) -> Member:
-    return Member(archive.getinfo(name).compress_size, _unzipped(archive, name, label))
-
-
-def _unzipped(archive: zipfile.ZipFile, name: str, label: int) -> Iterator[Image]:
-    try:
-        content = archive.read(name)
-    except DAMAGE as error:
-        content = Unreadable(f"damaged in the zip: {error}")
-    yield Image(name, content, label)
-
-
 # Batches of small images: an .npz or a pickle with `labels`, and with `data`, uint8 rows of one
 # colour after another.
 
@@ -128,59 +158,39 @@ def batches(
     Raises:
         UsageError: a batch is missing, or a second one has its number.
     """
-    files = sorted(
-        ((int(match[1] or 0), name, size, opened) for path in paths
-         for name, (size, opened) in _files(path).items() if (match := re.fullmatch(wanted, name))),
-        key=lambda file: file[:2],
-    )  # fmt: skip
-    if (present := [number for number, *_ in files]) != list(numbers):
+    found = [
+        (int(match[1] or 0), entry)
+        for path in paths
+        for entry in entries(path)
+        if (match := re.fullmatch(wanted, PurePosixPath(entry.name).name))
+    ]
+    found.sort(key=lambda each: each[0])
+    if (present := [number for number, _ in found]) != list(numbers):
         raise UsageError(
             f"expected files like {wanted} with the numbers {list(numbers)} in "
             f"{' and '.join(map(str, paths))}, found {present}; bring the archives again"
         )
-    return [
-        Member(size, _rows(name, opened, (3, image_size, image_size), first_label))
-        for _, name, size, opened in files
-    ]
+    shape = (3, image_size, image_size)
+    return [Member(entry.size, _rows(entry, shape, first_label)) for _, entry in found]
 
 
-def _files(path: Path) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """Name → (size, function that opens it) of the files of a folder, a zip or a small tar."""
-    if path.is_dir():
-        inner = [file for file in path.rglob("*") if file.is_file()]
-        return {
-            file.name: (file.stat().st_size, functools.partial(open, file, "rb")) for file in inner
-        }
-    if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        found = {
-            each.filename: (each.file_size, functools.partial(archive.open, each))
-            for each in archive.infolist()
-        }
-    else:
-        tar = tarfile.open(path)  # noqa: SIM115 (what is returned reads it)
-        found = {each.name: (each.size, functools.partial(tar.extractfile, each)) for each in tar}
-    return {PurePosixPath(name).name: file for name, file in found.items()}
-
-
-def _rows(
-    name: str, opened: Callable[[], Any], shape: tuple[int, ...], first_label: int
-) -> Iterator[Image]:
-    with opened() as file:
-        batch = _unpacked(file)
+def _rows(entry: Entry, shape: tuple[int, ...], first_label: int) -> Iterator[Image]:
+    try:
+        batch = _unpacked(io.BytesIO(entry.read()))
+    except Unreadable as error:
+        raise pickle.UnpicklingError(f"{entry.name}: {error}") from error
     rows, labels = np.asarray(batch.get("data")), batch.get("labels", ())
     if rows.shape != (len(labels), np.prod(shape)) or rows.dtype != np.uint8:
         raise pickle.UnpicklingError(
-            f"{name} has {rows.dtype} {rows.shape} and {len(labels)} labels; expected a row of "
-            f"{np.prod(shape):,} uint8 for each"
+            f"{entry.name} has {rows.dtype} {rows.shape} and {len(labels)} labels; expected a row "
+            f"of {np.prod(shape):,} uint8 for each"
         )
     for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
         pixels = row.reshape(shape).transpose(1, 2, 0)
-        yield Image(f"{name} row {number}", pixels, int(label) - first_label)
+        yield Image(f"{entry.name} row {number}", pixels, int(label) - first_label)
 
 
-def _unpacked(file: Any) -> Mapping[str, Any]:
-    content = io.BytesIO(file.read())
+def _unpacked(content: io.BytesIO) -> Mapping[str, Any]:
     try:
         if content.getbuffer()[:4] == b"PK\x03\x04":
             with np.load(content) as npz:

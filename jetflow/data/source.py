@@ -1,7 +1,6 @@
 """A data set before it is prepared: what it is, and what its archives hold."""
 
 import dataclasses
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,25 +13,6 @@ import tensorflow_datasets as tfds
 
 from jetflow.data import images
 from jetflow.types import NO_LABEL, UsageError
-
-
-class Range(NamedTuple):
-    """Bytes of a file: `size` of them from `offset` on, or all."""
-
-    path: Path
-    offset: int = 0
-    size: int = -1
-
-    def read(self) -> bytes:
-        """Raises `Unreadable` if the file is not there, or not for us."""
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                return file.read(self.size)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ELOOP):
-                raise images.Unreadable(str(error.strerror)) from error
-            raise unread(self.path, error) from error
 
 
 def unread(name: str | Path, error: OSError) -> UsageError:
@@ -48,12 +28,13 @@ class Image(NamedTuple):
 
     Attributes:
         name: its place, for people: "n01440764.tar/n01440764_10026.JPEG".
-        content: an image file, or pixels, uint8 [H, W, C], or the reason why there is neither.
+        content: an image file, or a function that reads it in any thread, or pixels, uint8
+            [H, W, C], or the reason why there is neither.
         label: the number of its class, or `NO_LABEL`.
     """
 
     name: str
-    content: bytes | Range | np.ndarray | images.Unreadable
+    content: bytes | Callable[[], bytes] | np.ndarray | images.Unreadable
     label: int = NO_LABEL
 
 
@@ -175,12 +156,13 @@ class Source:
         Raises:
             Unreadable: it is no whole image, or not of the published size, or larger than allowed.
         """
-        content = image.content.read() if isinstance(image.content, Range) else image.content
+        content = image.content
         if isinstance(content, images.Unreadable):
             raise content
         if isinstance(content, np.ndarray):
             return content
         fit = images.resize if self.resize is None else images.exactly
+        content = content if isinstance(content, bytes) else content()
         return fit(images.decode(content, max_pixels), self.image_shape[0])
 
     def count(self, split: str) -> int:

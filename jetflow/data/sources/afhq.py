@@ -5,11 +5,10 @@ and resized anew.
 """
 
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from jetflow.data.archives import zipped_image
+from jetflow.data.archives import entries, image
 from jetflow.data.source import Archive, Contents, Member, at_sizes
 
 CLASSES = ("cat", "dog", "wild")
@@ -17,11 +16,11 @@ _NAME = re.compile(r"(?:.*/)?(train|val|test)/(cat|dog|wild)/[^/.][^/]*")
 
 
 def _contents(paths: Sequence[Path], notes: Path) -> Contents:
-    archive = zipfile.ZipFile(paths[0])
     splits: dict[str, list[Member]] = {}
-    for match in filter(None, map(_NAME.fullmatch, sorted(archive.namelist()))):
-        member = zipped_image(archive, match[0], CLASSES.index(match[2]))
-        splits.setdefault({"val": "validation"}.get(match[1], match[1]), []).append(member)
+    for entry in sorted(entries(paths[0])):
+        if match := _NAME.fullmatch(entry.name):
+            split = {"val": "validation"}.get(match[1], match[1])
+            splits.setdefault(split, []).append(image(entry, entry.name, CLASSES.index(match[2])))
     return Contents(CLASSES, splits)
 
 

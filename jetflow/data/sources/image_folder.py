@@ -17,19 +17,9 @@ from pathlib import Path
 
 from PIL import Image as pillow
 
+from jetflow.data.archives import Entry, entries, image
 from jetflow.data.images import Unreadable, decode
-from jetflow.data.source import (
-    Archive,
-    Contents,
-    File,
-    Image,
-    Member,
-    Range,
-    Source,
-    at_sizes,
-    name_hash,
-    tree,
-)
+from jetflow.data.source import Archive, Contents, Member, Source, at_sizes, name_hash
 from jetflow.types import NO_LABEL, UsageError
 
 SIZES = range(4, 1025)
@@ -59,9 +49,9 @@ def find(name: str) -> Source:
 
 
 def _contents(paths: Sequence[Path], notes: Path) -> Contents:
-    root, files = paths[0], tree(paths[0])
+    root, files = paths[0], list(entries(paths[0]))
     prefixes = _prefixes(root, files)
-    classes = _classes(root, [file.name for file in files], prefixes["train"])
+    classes = _classes(root, files, prefixes["train"])
     number = {name: label for label, name in enumerate(classes)}
     splits: dict[str, list[Member]] = {split: [] for split in prefixes}
     left_out = Counter[str]()
@@ -70,8 +60,7 @@ def _contents(paths: Sequence[Path], notes: Path) -> Contents:
         prefix = prefixes.get(split, "")
         top = _top(file.name, prefix)
         if split and (split == "train" or not classes or top in number):
-            image = Image(file.name, Range(root / file.name), number.get(top, NO_LABEL))
-            splits[split].append(Member(file.size, [image]))
+            splits[split].append(image(file, file.name, number.get(top, NO_LABEL)))
         elif _is_image(root / file.name):
             left_out[str(root / prefix / top)] += 1
     splits = {split: members for split, members in splits.items() if members}
@@ -86,7 +75,7 @@ def _top(name: str, prefix: str) -> str:
     return folder if slash else ""
 
 
-def _prefixes(root: Path, files: Sequence[File]) -> dict[str, str]:
+def _prefixes(root: Path, files: Sequence[Entry]) -> dict[str, str]:
     """What the names of each split's files begin with; "" of the only one, which has all."""
     tops = sorted({_top(file.name, "") for file in files})
     folders = {
@@ -107,18 +96,18 @@ def _prefixes(root: Path, files: Sequence[File]) -> dict[str, str]:
     return {split: f"{top}/" for split, top in chosen.items()}
 
 
-def _classes(root: Path, names: Sequence[str], prefix: str) -> list[str]:
+def _classes(root: Path, files: Sequence[Entry], prefix: str) -> list[str]:
     """The sub-folders that have images; none where images lie beside them."""
-    by_top: dict[str, list[Path]] = {}
-    for name in names:
-        if name.startswith(prefix):
-            by_top.setdefault(_top(name, prefix), []).append(root / name)
+    by_top: dict[str, list[Entry]] = {}
+    for file in files:
+        if file.name.startswith(prefix):
+            by_top.setdefault(_top(file.name, prefix), []).append(file)
     beside = by_top.pop("", [])
-    if by_top and (image := next(filter(_is_image, beside), None)):
-        text = f"{image} lies beside folders of images, so these are not taken for classes"
+    if by_top and (first := next((e for e in beside if _is_image(root / e.name)), None)):
+        text = f"{root / first.name} lies beside folders of images, so these are not classes"
         print(text, file=sys.stderr)
         return []
-    classes = sorted(top for top, paths in by_top.items() if any(map(_is_readable, paths)))
+    classes = sorted(top for top, some in by_top.items() if any(map(_is_readable, some)))
     return sorted(classes, key=int) if all(map(str.isdecimal, classes)) else classes
 
 
@@ -131,9 +120,9 @@ def _is_image(path: Path) -> bool:
         return False
 
 
-def _is_readable(path: Path) -> bool:
+def _is_readable(file: Entry) -> bool:
     try:
-        decode(Range(path).read())
+        decode(file.read())
     except Unreadable:
         return False
     return True

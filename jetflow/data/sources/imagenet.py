@@ -7,79 +7,48 @@ where it is a folder of tars. The whole has no official validation split: here i
 as a big-endian number, are a multiple of that.
 """
 
-import gzip
 import io
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
-from tqdm import tqdm
-
-from jetflow.data.archives import tar_files, tar_of_class, tar_of_images
+from jetflow.data.archives import entries, image, opened, tar_of_class
 from jetflow.data.source import Archive, Contents, Member, at_sizes
 from jetflow.files import read_json, write_atomically
 from jetflow.types import UsageError
 
 
-class _Tar(NamedTuple):
-    """The tar of a class: its name, and where it lies in its archive."""
-
-    name: str
-    offset: int
-    size: int
-
-
 def _classes(path: Path, notes: Path) -> tuple[list[str], list[Member]]:
     """The classes in alphabetical order, and their tars in the order of the archive or folder."""
-    archive = None if path.is_dir() else _opened(path)
-    if archive:
-        tars = _inner_tars(path, notes / f"{path.name}.json")
-    else:
-        tars = [_Tar(file.name, 0, file.stat().st_size) for file in sorted(path.glob("*.tar"))]
-    classes = sorted(tar.name.removesuffix(".tar") for tar in tars)
+    # Noted for the next start: if the archive is compressed, it takes a pass over all of it.
+    note = notes / f"{path.name}.json"
+    if not note.exists():
+        tars = [entry for entry in entries(path) if entry.name.endswith(".tar")]
+        fields = [(PurePosixPath(tar.name).name, tar.offset, tar.size) for tar in tars]
+        with write_atomically(note) as file:
+            file.write(json.dumps(fields).encode())
+    tars = read_json(note, list)
+    classes = sorted(name.removesuffix(".tar") for name, *_ in tars)
     if not classes or len(set(classes)) < len(classes):
         raise UsageError(f"{path} holds no tars of classes, n01440764.tar say, or one twice")
     number = {f"{name}.tar": label for label, name in enumerate(classes)}
+    archive = None if path.is_dir() else opened(path)
     return classes, [
-        tar_of_class(archive or path / tar.name, tar.offset, tar.size, tar.name, number[tar.name])
-        for tar in tars
+        tar_of_class(archive or path / name, offset, size, name, number[name])
+        for name, offset, size in tars
     ]
-
-
-def _opened(path: Path) -> io.BufferedIOBase:
-    file = open(path, "rb")  # noqa: SIM115 (the members read it)
-    is_gzip = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    return gzip.GzipFile(fileobj=file) if is_gzip else file
-
-
-def _inner_tars(path: Path, note: Path) -> list[_Tar]:
-    """Noted for the next start: if the archive is compressed, it takes a pass over all of it."""
-    if note.exists():
-        return [_Tar(*each) for each in read_json(note, list)]
-    title = f"{path.name}: first pass"
-    with tqdm(total=path.stat().st_size, desc=title, unit="B", unit_scale=True) as bar:
-        tars = [
-            _Tar(PurePosixPath(member.name).name, member.offset_data, member.size)
-            for member in tar_files(path, lambda position: bar.update(position - bar.n))
-            if member.name.endswith(".tar")
-        ]
-    with write_atomically(note) as file:
-        file.write(json.dumps(tars).encode())
-    return tars
 
 
 def _contents_1k(paths: Sequence[Path], notes: Path) -> Contents:
     train_path, validation_path, devkit = paths
     classes, train = _classes(train_path, notes)
     labels = _validation_labels(devkit, classes)
-
-    def label(name: str) -> int:  # "ILSVRC2012_val_00000001.JPEG" has the first one
-        return labels[int(Path(name).stem.split("_")[-1]) - 1]
-
-    return Contents(classes, {"train": train, "validation": tar_of_images(validation_path, label)})
+    validation = []
+    for entry in entries(validation_path):  # "ILSVRC2012_val_00000001.JPEG" has the first label
+        label = labels[int(PurePosixPath(entry.name).stem.split("_")[-1]) - 1]
+        validation.append(image(entry, f"{validation_path.name}/{entry.name}", label))
+    return Contents(classes, {"train": train, "validation": validation})
 
 
 def _validation_labels(devkit: Path, classes: Sequence[str]) -> list[int]:
@@ -87,12 +56,10 @@ def _validation_labels(devkit: Path, classes: Sequence[str]) -> list[int]:
     import scipy.io  # needed only here, once
 
     wanted = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
-    with tarfile.open(devkit) as tar:
-        members = {PurePosixPath(member.name).name: member for member in tar}
-        if missing := set(wanted) - set(members):
-            raise UsageError(f"{devkit} has no {min(missing)}; is it the devkit for tasks 1 and 2?")
-        files: Any = [tar.extractfile(members[name]) for name in wanted]
-        meta, truth = (file.read() for file in files)
+    files = {PurePosixPath(entry.name).name: entry.read for entry in entries(devkit)}
+    if missing := set(wanted) - set(files):
+        raise UsageError(f"{devkit} has no {min(missing)}; is it the devkit for tasks 1 and 2?")
+    meta, truth = (files[name]() for name in wanted)
     synsets: Any = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     names = {int(each["ILSVRC2012_ID"]): str(each["WNID"]) for each in synsets}
     labels = [names[int(number)] for number in truth.split()]

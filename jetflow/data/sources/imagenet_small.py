@@ -11,12 +11,15 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from jetflow.data.archives import batches, tar_of_images
+from jetflow.data.archives import batches, entries, image
 from jetflow.data.source import Archive, Contents, Source
 
 
 def _old_contents(paths: Sequence[Path], notes: Path) -> Contents:
-    return Contents((), dict(zip(("train", "validation"), map(tar_of_images, paths), strict=True)))
+    train, validation = (
+        [image(entry, f"{path.name}/{entry.name}") for entry in entries(path)] for path in paths
+    )
+    return Contents((), {"train": train, "validation": validation})
 
 
 def _old(size: int, train_bytes: int, validation_bytes: int) -> Source:
