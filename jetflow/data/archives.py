@@ -4,6 +4,7 @@ import errno
 import functools
 import gzip
 import io
+import os
 import pickle
 import re
 import tarfile
@@ -18,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jetflow.data.images import Unreadable
-from jetflow.data.source import Image, Member, tree, unread
+from jetflow.data.source import Image, Member, unread
 from jetflow.types import NO_LABEL, UsageError
 
 # What a damaged archive raises as a whole; a damaged image in it is an `Unreadable`.
@@ -33,19 +34,27 @@ class Entry(NamedTuple):
         name: below the folder or in the archive.
         read: gives its bytes, or raises `Unreadable`; threads may call it.
         offset: of its bytes in what a tar is when it is not compressed.
+        modified: when it was written, in a folder.
     """
 
     name: str
     size: int
     read: Callable[[], bytes]
     offset: int = 0
+    modified: int = 0  # ns
 
 
 def entries(path: Path) -> Iterator[Entry]:
-    """The files of a folder, a zip or a tar, in its order."""
+    """The files of a zip or a tar, in its order, or of a folder, in that of their names.
+
+    Raises:
+        UsageError: a link in a folder leads back to one above it, or one cannot be read.
+    """
     if path.is_dir():
-        for name, size, _ in tree(path):
-            yield Entry(name, size, functools.partial(read, path / name))
+        try:
+            yield from sorted(_tree(path, "", (path.stat(),)))
+        except OSError as error:
+            raise unread(error.filename or path, error) from error
     elif zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         for each in archive.infolist():
@@ -64,6 +73,23 @@ def entries(path: Path) -> Iterator[Entry]:
                     offset, size = member.offset_data, member.size
                     reading = functools.partial(read, path, offset, size)
                     yield Entry(member.name, size, reading, offset)
+
+
+def _tree(root: Path, folder: str, above: tuple[os.stat_result, ...]) -> Iterator[Entry]:
+    """All files but hidden and special ones, links followed."""
+    for base in os.listdir(root / folder):
+        name = f"{folder}/{base}" if folder else base
+        path = root / name
+        if base.startswith("."):
+            continue
+        if path.is_dir():
+            if any(os.path.samestat(path.stat(), each) for each in above):
+                raise UsageError(f"{path} leads back to a folder above it; remove that link")
+            yield from _tree(root, name, (*above, path.stat()))
+        elif path.is_file() or not path.exists():  # a link to nothing is listed as unreadable
+            state = path.stat() if path.exists() else path.lstat()
+            reading = functools.partial(read, path)
+            yield Entry(name, state.st_size, reading, modified=state.st_mtime_ns)
 
 
 class _Header(tarfile.TarInfo):

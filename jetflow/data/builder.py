@@ -10,7 +10,6 @@ import collections
 import contextlib
 import functools
 import hashlib
-import os
 import secrets
 import shutil
 import sys
@@ -19,24 +18,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import tensorflow_datasets as tfds
-from etils import epath
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.data.archives import DAMAGE
+from jetflow.data import shards as tfds_format
+from jetflow.data.archives import DAMAGE, entries
 from jetflow.data.images import MAX_PIXELS, Unreadable, large_files
-from jetflow.data.shards import (
-    Record,
-    Shard,
-    decode,
-    encode,
-    one_line,
-    read_shard,
-    update_checksum,
-)
-from jetflow.data.source import Contents, File, Image, Member, Source, name_hash, tree
+from jetflow.data.shards import Shard, one_line
+from jetflow.data.source import Contents, Image, Member, Source, name_hash
 from jetflow.files import write_atomically
 from jetflow.types import NO_LABEL, UsageError
 
@@ -66,16 +55,7 @@ def make(
 ) -> None:
     """Prepare a data set in `folder`, unless that is done; waits for another process that does so.
 
-    Args:
-        manual_dir: has the archives.
-        threads: that decode.
-        max_pixels: an image that has more is left out.
-        leave_out: go on without folders of images that belong to no split or class.
-        overwrite: prepare it although it is there.
-
-    Raises:
-        UsageError: archives are missing or damaged, or others than those that it was prepared
-            from; or `folder` cannot be written.
+    Arguments and errors as for `dataset.prepare`, with so many threads that decode.
     """
     paths = source.paths(manual_dir)
     origin = _origin(paths)
@@ -117,10 +97,11 @@ def _origin(paths: Sequence[Path]) -> str:
     lines = []
     for path in paths:
         state = path.stat()
-        inner = tree(path) if path.is_dir() else [File("", state.st_size, state.st_mtime_ns)]
-        lines += [
-            f"{one_line(f'{path.name}/{name}')}\t{size}\t{time}\n" for name, size, time in inner
-        ]
+        files = [("", state.st_size, state.st_mtime_ns)]
+        if path.is_dir():
+            files = [(file.name, file.size, file.modified) for file in entries(path)]
+        for name, size, modified in files:
+            lines.append(f"{one_line(f'{path.name}/{name}')}\t{size}\t{modified}\n")
     return "".join(lines)
 
 
@@ -158,7 +139,7 @@ def _make(
     source: Source,
     paths: Sequence[Path],
     folder: Path,
-    record: Callable[..., Record],
+    record: Callable[..., tuple[str, bytes | str]],
     threads: int,
     leave_out: bool,
 ) -> None:
@@ -196,7 +177,9 @@ def _make(
                 f"{place} has not one readable image for split {split}{first * bool(left_out)}"
             )
     (folder / UNREADABLE).write_text("".join(f"{line}\n" for line in left_out), "utf-8")
-    _write_metadata(source, contents, notes, folder, origin=one_line(place), checksums=checksums)
+    tfds_format.write_metadata(
+        source, contents, notes, folder, origin=one_line(place), checksums=checksums
+    )
     shutil.rmtree(folder / "notes")
 
 
@@ -213,7 +196,7 @@ def _shards(source: Source, contents: Contents, folder: Path) -> list[Shard]:
                 size = member.size
             groups[-1].append(member)
         splits = list(contents.splits) if source.held_out else [split]
-        templates = {each: _template(source, folder, each) for each in splits}
+        templates = {each: tfds_format.template(source, folder, each) for each in splits}
         for number, group in enumerate(groups):
             files = {
                 each: Path(template.sharded_filepath(shard_index=number, num_shards=len(groups)))
@@ -224,29 +207,26 @@ def _shards(source: Source, contents: Contents, folder: Path) -> list[Shard]:
     return shards
 
 
-def _template(source: Source, folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
-    name = source.name.split("/")[0]
-    return tfds.core.ShardedFileTemplate(
-        data_dir=epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
-    )
-
-
-def _record(source: Source, max_pixels: int, split: str, is_labelled: bool, image: Image) -> Record:
+def _record(
+    source: Source, max_pixels: int, split: str, is_labelled: bool, image: Image
+) -> tuple[str, bytes | str]:
     try:
-        content = encode(source.pixels(image, max_pixels), image.label if is_labelled else None)
+        content = tfds_format.encode(
+            source.pixels(image, max_pixels), image.label if is_labelled else None
+        )
         if is_labelled and image.label == NO_LABEL:
             raise Unreadable("a sound image, but of no class")
     except Unreadable as reason:
-        return Record(split, b"", f"{one_line(image.name)}\t{one_line(str(reason))}")
+        return split, f"{one_line(image.name)}\t{one_line(str(reason))}"
     name = image.name.split("/")[-1]
     is_held_out = source.held_out and name_hash(name) % source.held_out == 0
-    return Record("validation" if is_held_out else split, content)
+    return "validation" if is_held_out else split, content
 
 
 def _write(
     source: Source,
     shards: Sequence[Shard],
-    record: Callable[..., Record],
+    record: Callable[..., tuple[str, bytes | str]],
     is_labelled: bool,
     threads: int,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -269,8 +249,8 @@ def _write(
                 shard.write(_mapped(function, inside, pool, ahead=4 * threads))
             notes.append(shard.written() or {})
             for split, file in shard.files.items():
-                for content in read_shard(file):
-                    update_checksum(digests[split], *decode(content))
+                for content in tfds_format.read_shard(file):
+                    tfds_format.update_checksum(digests[split], *tfds_format.decode(content))
             images = sum(sum(note["counts"].values()) for note in notes)
             left_out = sum(len(note["left_out"]) for note in notes)
             bar.set_postfix_str(f"{images:,} images, {left_out:,} unreadable", refresh=False)
@@ -289,42 +269,3 @@ def _mapped(
             yield coming.popleft().result()
     for future in coming:
         yield future.result()
-
-
-def _write_metadata(
-    source: Source, contents: Contents, notes: Sequence[dict], folder: Path, **facts
-) -> None:
-    """What TFDS needs to read the shards, and `load` to check them."""
-    image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
-    classes = [one_line(name) for name in contents.classes]
-    label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
-    name, _, config = source.name.partition("/")
-    version = tfds.core.Version(folder.name.split(".partial")[0])
-    identity = tfds.core.DatasetIdentity(name, version, os.fspath(folder), "", config or None)
-    files = {name: size for note in notes for name, size in note["bytes"].items()}
-    info = tfds.core.DatasetInfo(
-        builder=identity,
-        description=source.about,
-        features=tfds.features.FeaturesDict({"image": image, **label}),
-        supervised_keys=("image", "label") if label else None,
-        homepage=source.homepage,
-        metadata=tfds.core.MetadataDict(resize=source.resize_method, files=files, **facts),
-        disable_shuffling=True,  # the order of the archive is the order on disk
-    )
-    info.set_file_format("array_record")
-    counts = {
-        split: [note["counts"][split] for note in notes if split in note["counts"]]
-        for split in facts["checksums"]
-    }
-    infos = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=lengths,
-            num_bytes=sum(size for name, size in files.items() if f"-{split}.array" in name),
-            filename_template=_template(source, folder, split),
-        )
-        for split, lengths in counts.items()
-        if sum(lengths)
-    ]
-    info.set_splits(tfds.core.SplitDict(infos))
-    info.write_to_directory(folder)

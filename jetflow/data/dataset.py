@@ -11,7 +11,7 @@ import hashlib
 import os
 import resource
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from jaxtyping import Int
 from jetflow.data import reading, shards, sources
 from jetflow.data.builder import UNREADABLE, is_prepared, make
 from jetflow.data.images import MAX_PIXELS
+from jetflow.data.prepared import Records, opened
 from jetflow.data.reading import cores
 from jetflow.types import NO_LABEL, Batch, UsageError
 
@@ -100,54 +101,6 @@ class Dataset:
         return f"{data}: {len(self):,} images of {shape}, {classes}{origin}"
 
 
-class Records:
-    """Random access to images and labels: what TFDS's own data source gives, in less time.
-
-    That one goes through all that a feature could be, for each image anew, which for small images
-    takes longer than to read them.
-
-    Attributes:
-        name: of the data set.
-        stored: TFDS's data source of the stored bytes.
-        features: an image in any encoding, and perhaps a label.
-        files: which examples are in which file, as TFDS has it.
-    """
-
-    def __init__(
-        self, name: str, stored: Any, features: tfds.features.FeaturesDict, files: Sequence[Any]
-    ):
-        self._name, self._stored, self._files = name, stored, files
-        self._features: Any = features
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 [H, W, C], "label"?: int} of an image."""
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Of several at once, whose bytes are read in parallel.
-
-        Raises:
-            UsageError: a file is damaged.
-        """
-        try:
-            records = self._stored.__getitems__(indices) if indices else []
-        except RuntimeError as error:  # of ArrayRecord, which does not always name the file
-            if len(indices) > 1:
-                return [self[index] for index in indices]
-            ends = np.cumsum([file.take for file in self._files])
-            file = self._files[np.searchsorted(ends, indices[0], side="right")].filename
-            raise _damaged(self._name, file, error) from error
-        return list(map(self._decode, records))
-
-    def _decode(self, record: bytes) -> dict[str, Any]:
-        stored, label = shards.decode(record)
-        image = {"image": self._features["image"].decode_example_np(stored)}
-        return image if label is None else {**image, "label": label}
-
-
 def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) -> Dataset:
     """A split of a data set, which is prepared first where that takes no archives.
 
@@ -177,7 +130,7 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Every shard stays open, and the whole of ImageNet has thousands of them.
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
-    builder = _opened(name, folder)
+    builder = opened(name, folder)
     try:
         stored = builder.as_data_source(
             split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
@@ -202,26 +155,6 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         resize=metadata.get("resize", "none"),
         known_checksum=metadata.get("checksums", {}).get(split),
         origin=metadata.get("origin", ""),
-    )
-
-
-def _opened(name: str, folder: Path) -> Any:  # TFDS's decorators hide its signatures
-    """TFDS's builder of prepared data whose files are there as a whole."""
-    try:
-        builder: Any = tfds.builder_from_directory(folder)
-    except Exception as error:  # TFDS raises nearly any type for files that are no JSON
-        raise _damaged(name, folder, error) from error
-    for file, size in (builder.info.metadata or {}).get("files", {}).items():
-        path = folder / file
-        if not path.exists() or path.stat().st_size != size:
-            raise _damaged(name, path, f"not there with {size:,} bytes")
-    return builder
-
-
-def _damaged(name: str, path: str | Path, reason: Exception | str) -> UsageError:
-    return UsageError(
-        f"data set {name!r} is damaged: {path} ({' '.join(str(reason).split())}); prepare it anew "
-        f"with `jetflow prepare {name} --overwrite`, and its archives"
     )
 
 
@@ -274,7 +207,7 @@ def prepare(
             leave_out=leave_out, overwrite=overwrite,
         )  # fmt: skip
     splits = {
-        split: load(name, split, data_dir=data_dir) for split in _opened(name, folder).info.splits
+        split: load(name, split, data_dir=data_dir) for split in opened(name, folder).info.splits
     }
     counts = {split: len(dataset) for split, dataset in splits.items()}
     file = folder / UNREADABLE

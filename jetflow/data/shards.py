@@ -1,29 +1,26 @@
-"""A shard of a data set: its images, decoded, as an ArrayRecord file of `tf.train.Example`s."""
+"""Prepared data as TFDS reads it: shards and metadata.
+
+A shard has the images of a part of a split, decoded: an ArrayRecord file of `tf.train.Example`s.
+"""
 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jetflow.data.source import Member
+from jetflow.data.source import Contents, Member, Source
 from jetflow.files import read_json, write_atomically
 
 _OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in any order
 _Example: Any = vars(tf_example_pb2)["Example"]  # made at import: no type checker sees it
-
-
-class Record(NamedTuple):
-    """An image on its way into a shard, or the line that says why it is left out."""
-
-    split: str
-    content: bytes
-    left_out: str = ""
 
 
 class Shard(NamedTuple):
@@ -55,8 +52,12 @@ class Shard(NamedTuple):
     def _bytes(self) -> dict[str, int]:
         return {file.name: file.stat().st_size for file in self.files.values() if file.exists()}
 
-    def write(self, records: Iterable[Record]) -> None:
-        """Raises an OSError if there is no room."""
+    def write(self, records: Iterable[tuple[str, bytes | str]]) -> None:
+        """Write it of (split, record), or (split, line) of an image that is left out.
+
+        Raises:
+            OSError: there is no room.
+        """
         partial = {
             split: file.with_name(f"{file.name}.{os.getpid()}.incomplete")
             for split, file in self.files.items()
@@ -67,12 +68,12 @@ class Shard(NamedTuple):
                 split: ArrayRecordWriter(os.fspath(path), _OPTIONS)
                 for split, path in partial.items()
             }
-            for record in records:
-                if record.left_out:
-                    left_out.append(record.left_out)
+            for split, record in records:
+                if isinstance(record, str):
+                    left_out.append(record)
                 else:
-                    writers[record.split].write(record.content)
-                    counts[record.split] += 1
+                    writers[split].write(record)
+                    counts[split] += 1
             for split, writer in writers.items():
                 writer.close()
                 partial[split].rename(self.files[split])
@@ -126,3 +127,50 @@ def one_line(name: str) -> str:
     """A name without tabs, line breaks and what is not UTF-8: these are escaped."""
     odd = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
     return odd.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
+
+
+def template(source: Source, folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
+    """How TFDS calls the files of a split."""
+    name = source.name.split("/")[0]
+    return tfds.core.ShardedFileTemplate(
+        data_dir=epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
+    )
+
+
+def write_metadata(
+    source: Source, contents: Contents, notes: Sequence[dict], folder: Path, **facts
+) -> None:
+    """What TFDS needs to read the shards, and `load` to check them."""
+    image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
+    classes = [one_line(name) for name in contents.classes]
+    label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
+    name, _, config = source.name.partition("/")
+    version = tfds.core.Version(folder.name.split(".partial")[0])
+    identity = tfds.core.DatasetIdentity(name, version, os.fspath(folder), "", config or None)
+    files = {name: size for note in notes for name, size in note["bytes"].items()}
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        description=source.about,
+        features=tfds.features.FeaturesDict({"image": image, **label}),
+        supervised_keys=("image", "label") if label else None,
+        homepage=source.homepage,
+        metadata=tfds.core.MetadataDict(resize=source.resize_method, files=files, **facts),
+        disable_shuffling=True,  # the order of the archive is the order on disk
+    )
+    info.set_file_format("array_record")
+    counts = {
+        split: [note["counts"][split] for note in notes if split in note["counts"]]
+        for split in facts["checksums"]
+    }
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=lengths,
+            num_bytes=sum(size for name, size in files.items() if f"-{split}.array" in name),
+            filename_template=template(source, folder, split),
+        )
+        for split, lengths in counts.items()
+        if sum(lengths)
+    ]
+    info.set_splits(tfds.core.SplitDict(infos))
+    info.write_to_directory(folder)

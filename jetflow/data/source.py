@@ -2,8 +2,7 @@
 
 import dataclasses
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -43,41 +42,6 @@ class Member(NamedTuple):
 
     size: int
     images: Iterable[Image]
-
-
-class File(NamedTuple):
-    """A file of a tree: its path below the root, its bytes, and when it was written (ns)."""
-
-    name: str
-    size: int
-    modified: int
-
-
-def tree(root: Path) -> list[File]:
-    """All files of a tree but hidden and special ones, links followed, in the order of their names.
-
-    Raises:
-        UsageError: a link leads back to a folder above it, or a folder cannot be read.
-    """
-
-    def below(folder: str, above: tuple[os.stat_result, ...]) -> Iterator[File]:
-        for base in sorted(os.listdir(root / folder)):
-            name = f"{folder}/{base}" if folder else base
-            path = root / name
-            if base.startswith("."):
-                continue
-            if path.is_dir():
-                if any(os.path.samestat(state := path.stat(), each) for each in above):
-                    raise UsageError(f"{path} leads back to a folder above it; remove that link")
-                yield from below(name, (*above, path.stat()))
-            elif path.is_file() or not path.exists():  # a link to nothing is listed as unreadable
-                state = path.stat() if path.exists() else path.lstat()
-                yield File(name, state.st_size, state.st_mtime_ns)
-
-    try:
-        return sorted(below("", (root.stat(),)))
-    except OSError as error:
-        raise unread(error.filename or root, error) from error
 
 
 class Contents(NamedTuple):
