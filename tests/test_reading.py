@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny_runs
-from launchers import wait_for
+from test_launch import wait_for
 from tiny_runs import assert_same, remains
 
 from jetflow import cli
