@@ -8,6 +8,7 @@ threads.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import secrets
@@ -15,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -43,53 +44,174 @@ def is_prepared(folder: Path) -> bool:
     return (folder / "dataset_info.json").exists()
 
 
-def make(
-    source: Source,
-    folder: Path,
-    manual_dir: Path,
-    *,
-    threads: int,
-    max_pixels: int = MAX_PIXELS,
-    leave_out: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Prepare a data set in `folder`, unless that is done; waits for another process that does so.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """A data set on its way from `manual_dir` to `folder`; the rest as in `dataset.prepare`."""
 
-    Arguments and errors as for `dataset.prepare`, with so many threads that decode.
-    """
-    paths = source.paths(manual_dir)
-    origin = _origin(paths)
-    if is_prepared(folder) and not overwrite:
-        _check_origin(source, folder, manual_dir, origin)
-        return
-    try:
-        if folder.exists() and not is_prepared(folder):
-            raise FileExistsError("the directory exists, but holds no complete data set: delete it")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{folder.name}.lock"), source.name), large_files():
-            if overwrite or not is_prepared(folder):  # else another process was first
-                partial = _begin(source, folder, origin)
-                record = functools.partial(_record, source, max_pixels)
-                _make(source, paths, partial, record, threads, leave_out)
-                if overwrite:
-                    shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-    except OSError as error:
-        if overwrite or not is_prepared(folder):  # else, without locks, another process was first
+    source: Source
+    folder: Path
+    manual_dir: Path
+    threads: int = 1
+    max_pixels: int = MAX_PIXELS
+    leave_out: bool = False
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Prepare it, unless that is done, by this process or by another one, which is awaited.
+
+        Raises:
+            UsageError: archives are missing or damaged, or others than those that it was prepared
+                from; or `folder` cannot be written.
+        """
+        paths = self.source.paths(self.manual_dir)
+        origin = _origin(paths)
+        if self._is_done():
+            self._check(origin)
+            return
+        try:
+            if self.folder.exists() and not is_prepared(self.folder):
+                raise FileExistsError("there is a directory without a complete data set: delete it")
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with self._locked(), large_files():
+                if not self._is_done():
+                    partial = self._begin(origin)
+                    self._make(paths, partial)
+                    if self.overwrite:
+                        shutil.rmtree(self.folder, ignore_errors=True)
+                    partial.rename(self.folder)
+        except OSError as error:
+            if not self._is_done():  # else, on a disk without locks, another process was first
+                raise UsageError(
+                    f"data set {self.source.name!r} cannot be prepared in {self.folder} ({error}); "
+                    "make room and make it writable, and run the same command again, which keeps "
+                    "what is finished, or set --data_dir or TFDS_DATA_DIR to another directory"
+                ) from error
+
+    def _is_done(self) -> bool:
+        return is_prepared(self.folder) and not self.overwrite
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = self.folder.with_name(f"{self.folder.name}.lock")
+        with contextlib.ExitStack() as stack:
+            if not stack.enter_context(hosts.locked(lock, wait=False)):
+                text = f"another process prepares {self.source.name}; waiting"
+                print(text, file=sys.stderr, flush=True)
+                stack.enter_context(hosts.locked(lock, wait=True))
+            yield
+
+    def _check(self, origin: str) -> None:
+        record = self.folder / ORIGIN
+        before = record.read_text("utf-8") if record.exists() else origin
+        if changed := set(before.splitlines()) ^ set(origin.splitlines()):
+            names = sorted({line.split("\t")[0] for line in changed})
             raise UsageError(
-                f"data set {source.name!r} cannot be prepared in {folder} ({error}); make room "
-                "and make it writable, and run the same command again, which keeps what is "
-                "finished, or set --data_dir or TFDS_DATA_DIR to another directory"
+                f"{self.source.name} was prepared in {self.folder} from other files than those in "
+                f"{self.manual_dir} now: {len(names):,} are new, gone or changed, {names[0]!r} for "
+                "one; give --overwrite to prepare it anew, or another --data_dir"
+            )
+
+    def _begin(self, origin: str) -> Path:
+        """The folder for what is not finished, without what came of other archives."""
+        # What needs no archive has nothing to go on with, and so a folder for each process: on a
+        # disk without locks several may be here.
+        own = "" if self.source.archives else f".{secrets.token_hex(4)}"
+        partial = self.folder.with_name(f"{self.folder.name}.partial{own}")
+        record = partial / ORIGIN
+        if record.exists() and record.read_text("utf-8") != origin:
+            print(f"{partial} was begun with other archives; starting anew", file=sys.stderr)
+            shutil.rmtree(partial)
+        for path in partial.glob("*.incomplete"):  # of a kill
+            path.unlink()
+        (partial / "notes").mkdir(parents=True, exist_ok=True)
+        with write_atomically(record) as file:
+            file.write(origin.encode())
+        return partial
+
+    def _make(self, paths: Sequence[Path], folder: Path) -> None:
+        for archive, path in zip(self.source.archives, paths, strict=True):
+            if difference := archive.difference(path):
+                print(difference, file=sys.stderr)
+        place = " and ".join(map(str, paths))
+        try:
+            contents = self.source.contents(paths, folder / "notes")
+            self._check_left_out(contents)
+            shards = _shards(self.source, contents, folder)
+            notes, checksums = self._write(shards, bool(contents.classes))
+        except DAMAGE as error:
+            raise UsageError(
+                f"an archive of {self.source.name} is damaged, or not what its name says: {place} "
+                f"({error}); bring it again, and run the same command"
             ) from error
+        except MemoryError as error:
+            raise UsageError(
+                "not enough memory to decode; run the same command again, which keeps what is "
+                "finished, with a lower --workers or --max_pixels"
+            ) from error
+        left_out = [line for note in notes for line in note["left_out"]]
+        for split in ("train", *filter(contents.splits.get, self.source.splits)):
+            if not any(note["counts"].get(split) for note in notes):
+                first = f"; left out were {len(left_out):,} files, first {left_out[0]!r}"
+                raise UsageError(
+                    f"{place} has not one readable image for split {split}{first * bool(left_out)}"
+                )
+        (folder / UNREADABLE).write_text("".join(f"{line}\n" for line in left_out), "utf-8")
+        facts = {"origin": one_line(place), "checksums": checksums}
+        tfds_format.write_metadata(self.source, contents, notes, folder, **facts)
+        shutil.rmtree(folder / "notes")
 
+    def _check_left_out(self, contents: Contents) -> None:
+        if contents.left_out:
+            folders = ", ".join(f"{name} ({n:,} images)" for name, n in contents.left_out.items())
+            text = f"of no split, or of no class in train, are {folders}"
+            if not self.leave_out:
+                raise UsageError(f"{text}; move or rename them, or give --leave_out")
+            print(text, file=sys.stderr)
 
-@contextlib.contextmanager
-def _locked(lock: Path, name: str) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if not stack.enter_context(hosts.locked(lock, wait=False)):
-            print(f"another process prepares {name}; waiting", file=sys.stderr, flush=True)
-            stack.enter_context(hosts.locked(lock, wait=True))
-        yield
+    def _write(
+        self, shards: Sequence[Shard], is_labelled: bool
+    ) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """Write every shard that is not there yet; the notes of all, and the splits' checksums."""
+        digests = {split: hashlib.sha256() for shard in shards for split in shard.files}
+        interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log
+        notes, images, left_out = [], 0, 0
+        with (
+            tqdm(
+                total=sum(shard.size for shard in shards), desc=self.source.name, unit="B",
+                unit_scale=True, mininterval=interval, disable=not self.source.archives,
+            ) as bar,
+            ThreadPoolExecutor(self.threads) as pool,
+        ):  # fmt: skip
+            for shard in shards:
+                if not shard.written():
+                    inside = (image for member in shard.members for image in member.images)
+                    record = functools.partial(self._record, shard.split, is_labelled)
+                    shard.write(_mapped(record, inside, pool, ahead=4 * self.threads))
+                note = shard.written() or {}
+                for split, file in shard.files.items():
+                    for content in tfds_format.read_shard(file):
+                        tfds_format.update_checksum(digests[split], *tfds_format.decode(content))
+                notes.append(note)
+                images, left_out = (
+                    images + sum(note["counts"].values()),
+                    left_out + len(note["left_out"]),
+                )
+                bar.set_postfix_str(f"{images:,} images, {left_out:,} unreadable", refresh=False)
+                bar.update(shard.size)
+        return notes, {split: each.hexdigest()[:16] for split, each in digests.items()}
+
+    def _record(self, split: str, is_labelled: bool, image: Image) -> tuple[str, bytes | str]:
+        """Its split and record, or the line that says why it is left out."""
+        try:
+            pixels = self.source.pixels(image, self.max_pixels)
+            if is_labelled and image.label == NO_LABEL:
+                raise Unreadable("a sound image, but of no class")
+        except Unreadable as reason:
+            return split, f"{one_line(image.name)}\t{one_line(str(reason))}"
+        hashed = name_hash(PurePosixPath(image.name).name)
+        is_held_out = self.source.held_out and hashed % self.source.held_out == 0
+        content = tfds_format.encode(pixels, image.label if is_labelled else None)
+        return "validation" if is_held_out else split, content
 
 
 def _origin(paths: Sequence[Path]) -> str:
@@ -101,86 +223,8 @@ def _origin(paths: Sequence[Path]) -> str:
         if path.is_dir():
             files = [(file.name, file.size, file.modified) for file in entries(path)]
         for name, size, modified in files:
-            lines.append(f"{one_line(f'{path.name}/{name}')}\t{size}\t{modified}\n")
+            lines.append(f"{one_line(str(PurePosixPath(path.name, name)))}\t{size}\t{modified}\n")
     return "".join(lines)
-
-
-def _check_origin(source: Source, folder: Path, manual_dir: Path, origin: str) -> None:
-    record = folder / ORIGIN
-    before = record.read_text("utf-8") if record.exists() else origin
-    if changed := set(before.splitlines()) ^ set(origin.splitlines()):
-        names = sorted({line.split("\t")[0] for line in changed})
-        raise UsageError(
-            f"{source.name} was prepared in {folder} from other files than those in {manual_dir} "
-            f"now: {len(names):,} are new, gone or changed, {names[0]!r} for one; give --overwrite "
-            "to prepare it anew, or another --data_dir"
-        )
-
-
-def _begin(source: Source, folder: Path, origin: str) -> Path:
-    """The folder for what is not finished, without what an earlier start made of other archives."""
-    # What needs no archive has nothing to go on with, and so a folder for each process: on a disk
-    # without locks several may be here.
-    own = "" if source.archives else f".{secrets.token_hex(4)}"
-    partial = folder.with_name(f"{folder.name}.partial{own}")
-    record = partial / ORIGIN
-    if record.exists() and record.read_text("utf-8") != origin:
-        print(f"{partial} was begun with other archives; starting anew", file=sys.stderr)
-        shutil.rmtree(partial)
-    for path in partial.glob("*.incomplete"):  # of a kill
-        path.unlink()
-    (partial / "notes").mkdir(parents=True, exist_ok=True)
-    with write_atomically(record) as file:
-        file.write(origin.encode())
-    return partial
-
-
-def _make(
-    source: Source,
-    paths: Sequence[Path],
-    folder: Path,
-    record: Callable[..., tuple[str, bytes | str]],
-    threads: int,
-    leave_out: bool,
-) -> None:
-    for archive, path in zip(source.archives, paths, strict=True):
-        size = path.stat().st_size
-        if path.name == archive.name and isinstance(archive.size, int) and size != archive.size:
-            text = f"{path} has {size:,} bytes; the published file has {archive.size:,}"
-            print(text, file=sys.stderr)
-    place = " and ".join(map(str, paths))
-    try:
-        contents = source.contents(paths, folder / "notes")
-        if contents.left_out:
-            folders = ", ".join(f"{name} ({n:,} images)" for name, n in contents.left_out.items())
-            text = f"of no split, or of no class in train, are {folders}"
-            if not leave_out:
-                raise UsageError(f"{text}; move or rename them, or give --leave_out")
-            print(text, file=sys.stderr)
-        shards = _shards(source, contents, folder)
-        notes, checksums = _write(source, shards, record, bool(contents.classes), threads)
-    except DAMAGE as error:
-        raise UsageError(
-            f"an archive of {source.name} is damaged, or not what its name says: {place} "
-            f"({error}); bring it again, and run the same command"
-        ) from error
-    except MemoryError as error:
-        raise UsageError(
-            "not enough memory to decode; run the same command again, which keeps what is "
-            "finished, with a lower --workers or --max_pixels"
-        ) from error
-    left_out = [line for note in notes for line in note["left_out"]]
-    for split in ("train", *(split for split in source.splits if contents.splits.get(split))):
-        if not any(note["counts"].get(split) for note in notes):
-            first = f"; left out were {len(left_out):,} files, first {left_out[0]!r}"
-            raise UsageError(
-                f"{place} has not one readable image for split {split}{first * bool(left_out)}"
-            )
-    (folder / UNREADABLE).write_text("".join(f"{line}\n" for line in left_out), "utf-8")
-    tfds_format.write_metadata(
-        source, contents, notes, folder, origin=one_line(place), checksums=checksums
-    )
-    shutil.rmtree(folder / "notes")
 
 
 def _shards(source: Source, contents: Contents, folder: Path) -> list[Shard]:
@@ -205,57 +249,6 @@ def _shards(source: Source, contents: Contents, folder: Path) -> list[Shard]:
             note = folder / "notes" / f"{split}-{number:06d}.json"
             shards.append(Shard(split, tuple(group), files, note))
     return shards
-
-
-def _record(
-    source: Source, max_pixels: int, split: str, is_labelled: bool, image: Image
-) -> tuple[str, bytes | str]:
-    try:
-        content = tfds_format.encode(
-            source.pixels(image, max_pixels), image.label if is_labelled else None
-        )
-        if is_labelled and image.label == NO_LABEL:
-            raise Unreadable("a sound image, but of no class")
-    except Unreadable as reason:
-        return split, f"{one_line(image.name)}\t{one_line(str(reason))}"
-    name = image.name.split("/")[-1]
-    is_held_out = source.held_out and name_hash(name) % source.held_out == 0
-    return "validation" if is_held_out else split, content
-
-
-def _write(
-    source: Source,
-    shards: Sequence[Shard],
-    record: Callable[..., tuple[str, bytes | str]],
-    is_labelled: bool,
-    threads: int,
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Write every shard that is not there yet; the notes of all, and the splits' checksums."""
-    digests = {split: hashlib.sha256() for shard in shards for split in shard.files}
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log
-    total = sum(shard.size for shard in shards)
-    notes: list[dict[str, Any]] = []
-    with (
-        tqdm(
-            total=total, desc=source.name, unit="B", unit_scale=True, mininterval=interval,
-            disable=not source.archives,
-        ) as bar,
-        ThreadPoolExecutor(threads) as pool,
-    ):  # fmt: skip
-        for shard in shards:
-            if not shard.written():
-                inside = (image for member in shard.members for image in member.images)
-                function = functools.partial(record, shard.split, is_labelled)
-                shard.write(_mapped(function, inside, pool, ahead=4 * threads))
-            notes.append(shard.written() or {})
-            for split, file in shard.files.items():
-                for content in tfds_format.read_shard(file):
-                    tfds_format.update_checksum(digests[split], *tfds_format.decode(content))
-            images = sum(sum(note["counts"].values()) for note in notes)
-            left_out = sum(len(note["left_out"]) for note in notes)
-            bar.set_postfix_str(f"{images:,} images, {left_out:,} unreadable", refresh=False)
-            bar.update(shard.size)
-    return notes, {split: each.hexdigest()[:16] for split, each in digests.items()}
 
 
 def _mapped(

@@ -21,13 +21,14 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int
 
 from jetflow.data import reading, shards, sources
-from jetflow.data.builder import UNREADABLE, is_prepared, make
+from jetflow.data.builder import UNREADABLE, Preparation, is_prepared
 from jetflow.data.images import MAX_PIXELS
 from jetflow.data.prepared import Records, opened
 from jetflow.data.reading import cores
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 VERSION = "1.0.0"
+MANUAL = Path("downloads", "manual")  # archives, in the folder of all data sets
 
 # Few threads: for small images Python's lock is the limit, and Grain's default of 16 threads reads
 # photos/16 a third slower than two do (15,000 images a second against 20,000, on two cores).
@@ -117,7 +118,7 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
     """
     source, folder = sources.find(name), _root(data_dir) / name / VERSION
     if not is_prepared(folder):
-        manual_dir = _manual_dir(_root(data_dir))
+        manual_dir = _root(data_dir) / MANUAL
         if source.archives:
             present = f"; its archives are in {manual_dir}" if source.is_in(manual_dir) else ""
             raise UsageError(
@@ -126,7 +127,7 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
                 + present
             )
         print(f"preparing data set {name} in {folder} (once)", file=sys.stderr, flush=True)
-        make(source, folder, manual_dir, threads=1)
+        Preparation(source=source, folder=folder, manual_dir=manual_dir).run()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Every shard stays open, and the whole of ImageNet has thousands of them.
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
@@ -200,12 +201,12 @@ def prepare(
             prepared from, no space or no rights.
     """
     source, folder = sources.find(name), _root(data_dir) / name / VERSION
-    archives = Path(manual_dir or _manual_dir(_root(data_dir))).expanduser().absolute()
+    archives = Path(manual_dir or _root(data_dir) / MANUAL).expanduser().absolute()
     if overwrite or not is_prepared(folder) or source.is_in(archives):
-        make(
-            source, folder, archives, threads=workers or cores(), max_pixels=max_pixels,
-            leave_out=leave_out, overwrite=overwrite,
-        )  # fmt: skip
+        Preparation(
+            source=source, folder=folder, manual_dir=archives, threads=workers or cores(),
+            max_pixels=max_pixels, leave_out=leave_out, overwrite=overwrite,
+        ).run()  # fmt: skip
     splits = {
         split: load(name, split, data_dir=data_dir) for split in opened(name, folder).info.splits
     }
@@ -219,10 +220,6 @@ def _root(data_dir: str | os.PathLike | None) -> Path:
     """The folder of all data sets: as given, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     # TFDS has the same default, but reads the environment only once, at import.
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-
-
-def _manual_dir(root: Path) -> Path:
-    return root / "downloads" / "manual"
 
 
 def train_batches(

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar
@@ -97,10 +97,15 @@ def read_by_workers(batches: grain.IterDataset, count: int) -> Generator[Batch, 
     iterator = iter(batches.mp_prefetch(workers, worker_init_fn=_end_with_parent))
     closed = threading.Event()
     threading.Thread(target=_kill_stopped, args=(closed,), daemon=True).start()
+    # The trainer answers Ctrl-C and SIGTERM: it needs its workers until it has saved. A handler in
+    # them would come too late, as they take seconds to start.
+    resource_tracker.ensure_running()  # it would unblock the signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
-        # The trainer answers Ctrl-C: it needs its workers until it has saved.
-        with _blocked_signals():
+        try:
             first = next(iterator)  # which starts them
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield first
         yield from iterator
     except RuntimeError as error:
@@ -127,20 +132,6 @@ def _kill_stopped(closed: threading.Event) -> None:
                 checks[process.pid] = checks[process.pid] + 1 if is_stopped else 0
                 if checks[process.pid] == 3:  # not once: as when a terminal stops this one as well
                     process.kill()
-
-
-@contextlib.contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Processes that this thread starts inside never get Ctrl-C and SIGTERM: their parent does.
-
-    A handler in the child would come too late, as it takes seconds to start.
-    """
-    resource_tracker.ensure_running()  # it would unblock them when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent(index: int, count: int) -> None:

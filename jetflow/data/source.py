@@ -80,6 +80,13 @@ class Archive(NamedTuple):
         paths = (folder / name for name in (self.name, *self.instead))
         return next((path for path in paths if path.exists()), None)
 
+    def difference(self, path: Path) -> str:
+        """A line if a file has another size than the published one."""
+        size = path.stat().st_size
+        if path.name != self.name or self.size in (size, str(self.size)):
+            return ""
+        return f"{path} has {size:,} bytes; the published file has {self.size:,}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
