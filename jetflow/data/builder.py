@@ -25,9 +25,11 @@ from jetflow import hosts
 from jetflow.data import shards as tfds_format
 from jetflow.data.archives import DAMAGE, entries
 from jetflow.data.images import MAX_PIXELS, Unreadable, large_files
+from jetflow.data.reading import cores
 from jetflow.data.shards import Shard, one_line
 from jetflow.data.source import Contents, Image, Member, Source, name_hash
 from jetflow.files import write_atomically
+from jetflow.options import Options, option
 from jetflow.types import NO_LABEL, UsageError
 
 A = TypeVar("A")
@@ -45,16 +47,31 @@ def is_prepared(folder: Path) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareOptions(Options):
+    """How a data set is prepared, and where."""
+
+    manual_dir: Path | None = option(
+        None, "the folder of the archives; default: downloads/manual in the data directory"
+    )
+    data_dir: Path | None = option(
+        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
+    )
+    workers: int | None = option(None, "threads that decode images; default: all cores", least=1)
+    max_pixels: int = option(MAX_PIXELS, "an image that has more is left out", least=1)
+    leave_out: bool = option(
+        False, "go on without folders of images that belong to no split or class"
+    )
+    overwrite: bool = option(False, "prepare it anew although it is there")
+
+
+@dataclasses.dataclass(frozen=True)
 class Preparation:
-    """A data set on its way from `manual_dir` to `folder`; the rest as in `dataset.prepare`."""
+    """A data set on its way from `manual_dir` to `folder`."""
 
     source: Source
     folder: Path
     manual_dir: Path
-    threads: int = 1
-    max_pixels: int = MAX_PIXELS
-    leave_out: bool = False
-    overwrite: bool = False
+    options: PrepareOptions = PrepareOptions(workers=1)
 
     def run(self) -> None:
         """Prepare it, unless that is done, by this process or by another one, which is awaited.
@@ -76,7 +93,7 @@ class Preparation:
                 if not self._is_done():
                     partial = self._begin(origin)
                     self._make(paths, partial)
-                    if self.overwrite:
+                    if self.options.overwrite:
                         shutil.rmtree(self.folder, ignore_errors=True)
                     partial.rename(self.folder)
         except OSError as error:
@@ -88,7 +105,7 @@ class Preparation:
                 ) from error
 
     def _is_done(self) -> bool:
-        return is_prepared(self.folder) and not self.overwrite
+        return is_prepared(self.folder) and not self.options.overwrite
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -164,7 +181,7 @@ class Preparation:
         if contents.left_out:
             folders = ", ".join(f"{name} ({n:,} images)" for name, n in contents.left_out.items())
             text = f"of no split, or of no class in train, are {folders}"
-            if not self.leave_out:
+            if not self.options.leave_out:
                 raise UsageError(f"{text}; move or rename them, or give --leave_out")
             print(text, file=sys.stderr)
 
@@ -173,6 +190,7 @@ class Preparation:
     ) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """Write every shard that is not there yet; the notes of all, and the splits' checksums."""
         digests = {split: hashlib.sha256() for shard in shards for split in shard.files}
+        threads = self.options.workers or cores()
         interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log
         notes, images, left_out = [], 0, 0
         with (
@@ -180,13 +198,13 @@ class Preparation:
                 total=sum(shard.size for shard in shards), desc=self.source.name, unit="B",
                 unit_scale=True, mininterval=interval, disable=not self.source.archives,
             ) as bar,
-            ThreadPoolExecutor(self.threads) as pool,
+            ThreadPoolExecutor(threads) as pool,
         ):  # fmt: skip
             for shard in shards:
                 if not shard.written():
                     inside = (image for member in shard.members for image in member.images)
                     record = functools.partial(self._record, shard.split, is_labelled)
-                    shard.write(_mapped(record, inside, pool, ahead=4 * self.threads))
+                    shard.write(_mapped(record, inside, pool, ahead=4 * threads))
                 note = shard.written() or {}
                 for split, file in shard.files.items():
                     for content in tfds_format.read_shard(file):
@@ -203,7 +221,7 @@ class Preparation:
     def _record(self, split: str, is_labelled: bool, image: Image) -> tuple[str, bytes | str]:
         """Its split and record, or the line that says why it is left out."""
         try:
-            pixels = self.source.pixels(image, self.max_pixels)
+            pixels = self.source.pixels(image, self.options.max_pixels)
             if is_labelled and image.label == NO_LABEL:
                 raise Unreadable("a sound image, but of no class")
         except Unreadable as reason:

@@ -21,10 +21,8 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int
 
 from jetflow.data import reading, shards, sources
-from jetflow.data.builder import UNREADABLE, Preparation, is_prepared
-from jetflow.data.images import MAX_PIXELS
+from jetflow.data.builder import UNREADABLE, Preparation, PrepareOptions, is_prepared
 from jetflow.data.prepared import Records, opened
-from jetflow.data.reading import cores
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 VERSION = "1.0.0"
@@ -127,7 +125,7 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
                 + present
             )
         print(f"preparing data set {name} in {folder} (once)", file=sys.stderr, flush=True)
-        Preparation(source=source, folder=folder, manual_dir=manual_dir).run()
+        Preparation(source, folder, manual_dir).run()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Every shard stays open, and the whole of ImageNet has thousands of them.
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
@@ -176,37 +174,22 @@ class Prepared(NamedTuple):
     differences: list[str]
 
 
-def prepare(
-    name: str,
-    *,
-    manual_dir: str | os.PathLike | None = None,
-    data_dir: str | os.PathLike | None = None,
-    workers: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-    leave_out: bool = False,
-    overwrite: bool = False,
-) -> Prepared:
+def prepare(name: str, **fields: Any) -> Prepared:
     """Prepare a data set, from archives where it needs some; goes on where a kill stopped it.
 
     Args:
-        manual_dir: the folder of the archives; default: downloads/manual in `data_dir`, as in TFDS.
-        data_dir: where the data is to lie; default as for `load`.
-        workers: threads that decode; default: one for each core.
-        max_pixels: an image that has more is left out.
-        leave_out: go on without folders of images that belong to no split or class.
-        overwrite: prepare it although it is there.
+        fields: of `PrepareOptions`, such as manual_dir="~/archives".
 
     Raises:
         UsageError: unknown name, archives that are missing, or others than those that the data was
             prepared from, no space or no rights.
     """
-    source, folder = sources.find(name), _root(data_dir) / name / VERSION
-    archives = Path(manual_dir or _root(data_dir) / MANUAL).expanduser().absolute()
-    if overwrite or not is_prepared(folder) or source.is_in(archives):
-        Preparation(
-            source=source, folder=folder, manual_dir=archives, threads=workers or cores(),
-            max_pixels=max_pixels, leave_out=leave_out, overwrite=overwrite,
-        ).run()  # fmt: skip
+    options = PrepareOptions(**fields)
+    data_dir = _root(options.data_dir)
+    source, folder = sources.find(name), data_dir / name / VERSION
+    manual_dir = (options.manual_dir or data_dir / MANUAL).expanduser().absolute()
+    if options.overwrite or not is_prepared(folder) or source.is_in(manual_dir):
+        Preparation(source, folder, manual_dir, options).run()
     splits = {
         split: load(name, split, data_dir=data_dir) for split in opened(name, folder).info.splits
     }

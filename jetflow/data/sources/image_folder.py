@@ -9,6 +9,7 @@ they are lowest. A class is a sub-folder of the training images that has a reada
 ones are in the order of their numbers.
 """
 
+import contextlib
 import re
 import sys
 from collections import Counter
@@ -97,18 +98,20 @@ def _prefixes(root: Path, files: Sequence[Entry]) -> dict[str, str]:
 
 
 def _classes(root: Path, files: Sequence[Entry], prefix: str) -> list[str]:
-    """The sub-folders that have images; none where images lie beside them."""
-    by_top: dict[str, list[Entry]] = {}
-    for file in files:
-        if file.name.startswith(prefix):
-            by_top.setdefault(_top(file.name, prefix), []).append(file)
-    beside = by_top.pop("", [])
-    if by_top and (first := next((e for e in beside if _is_image(root / e.name)), None)):
-        text = f"{root / first.name} lies beside folders of images, so these are not classes"
+    """The sub-folders that have a readable image; none where images lie beside them."""
+    inside = [(_top(file.name, prefix), file) for file in files if file.name.startswith(prefix)]
+    beside = [file for top, file in inside if not top] if any(top for top, _ in inside) else []
+    if first := next((file.name for file in beside if _is_image(root / file.name)), ""):
+        text = f"{root / first} lies beside folders of images, so these are not taken for classes"
         print(text, file=sys.stderr)
         return []
-    classes = sorted(top for top, some in by_top.items() if any(map(_is_readable, some)))
-    return sorted(classes, key=int) if all(map(str.isdecimal, classes)) else classes
+    classes = set[str]()
+    for top, file in inside:
+        if top and top not in classes:
+            with contextlib.suppress(Unreadable):
+                decode(file.read())
+                classes.add(top)
+    return sorted(classes, key=int if all(map(str.isdecimal, classes)) else str)
 
 
 def _is_image(path: Path) -> bool:
@@ -118,14 +121,6 @@ def _is_image(path: Path) -> bool:
             return True
     except Exception:  # Pillow raises nearly any type on a file that is none
         return False
-
-
-def _is_readable(file: Entry) -> bool:
-    try:
-        decode(file.read())
-    except Unreadable:
-        return False
-    return True
 
 
 def _divided(members: Sequence[Member], prefix: str) -> dict[str, list[Member]]:
