@@ -69,7 +69,7 @@ class Records:
             if len(indices) > 1:
                 return [self[index] for index in indices]
             ends = np.cumsum([file.take for file in self._files])
-            file = self._files[np.searchsorted(ends, indices[0], side="right")].filename
+            file = self._files[int(np.searchsorted(ends, indices[0], "right"))].filename
             raise _damaged(self._name, file, error) from error
         return list(map(self._decode, records))
 
