@@ -160,7 +160,12 @@ def test_download_that_fails(answer, message, offered):
     cache = offered(answer)
     with pytest.raises(UsageError, match=message) as caught:
         inception.load()
-    for part in (inception.URL, "--inception_weights", inception.NAME):
+    for part in (
+        inception.URL,
+        inception.NAME,
+        "inception_rule.py",
+        "--inception_weights rule.pth",
+    ):
         assert part in str(caught.value)
     assert not list(cache.iterdir())
 

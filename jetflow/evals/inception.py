@@ -31,6 +31,7 @@ URL = (
     "weights-inception-2015-12-05-6726825d.pth"
 )
 NAME = URL.rpartition("/")[2]
+RULE = "python tests/inception_rule.py rule.pth in a clone, then --inception_weights rule.pth"
 PUBLISHED = "6726825d"  # how the SHA-256 of the published file begins
 
 SIZE = 299  # pixels
@@ -103,6 +104,8 @@ def load(path: Path | None = None) -> Network:
         if not path.exists():
             _download(path)
     try:
+        if not path.is_file():
+            raise OSError("it is no file")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -132,7 +135,8 @@ def _download(path: Path) -> None:
     except OSError as error:  # of the disk or of the network
         raise UsageError(
             f"the weights of the FID's network cannot be downloaded ({error}); on a machine with "
-            f"internet, get {URL}, and give the file with --inception_weights PATH/{NAME}"
+            f"internet, get {URL}, and give the file with --inception_weights PATH/{NAME}; or try "
+            f"it offline with weights made by a rule: {RULE}"
         ) from error
 
 
