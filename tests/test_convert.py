@@ -191,8 +191,8 @@ def test_names_of_jet_that_do_not_match_are_listed(tmp_path):
             {"image_shape": (16, 16)},
             r"image_shape is \(16, 16\); expected \(height, width, channels",
         ),
-        ({"image_shape": (-16, -16, 3)}, "height is -16; expected a number above 0"),
-        ({"scale_factor": 0.0}, "scale_factor is 0.0; expected a number above 0"),
+        ({"image_shape": (-16, -16, 3)}, "image_shape is -16; expected 1 or more"),
+        ({"scale_factor": 0.0}, "scale_factor is 0.0; expected"),
     ],
 )
 def test_sizes_that_do_not_match_are_refused(fields, message):
@@ -359,7 +359,7 @@ def test_pixel_scale_follows_from_the_noise(flags, kind, scale, tmp_path):
         (["jet", "a", "--out=b", *BIG_VISION], "a is no checkpoint of big_vision"),
         (["tarflow", "a", "--out=b", *SIZES], "--noise_std is missing; expected --noise_std 0.05"),
         (["tarflow", "a", "--out=b", *SIZES, "--noise_std=0", "--pixel_scale=0"],
-         "pixel_scale is 0.0; expected a number above 0"),
+         "pixel_scale is 0.0; expected 1 or more"),
         (["jet", str(WORKDIR), "--out=b", *BIG_VISION, "--data=digit"], "data is 'digit'; known"),
         (["jet", str(WORKDIR), "--out=b", *BIG_VISION, "--data=photos/8"],
          "data photos/8 has images of (8, 8, 3), but the model is for (8, 8, 1); give a"),

@@ -50,7 +50,7 @@ def _report(kind: str, options: RunOptions, published: Published, noise_std: flo
     """Say what was made, and the commands that go on with it."""
     workdir = shlex.quote(str(options.out))
     count = sum(leaf.size for leaf in jax.tree.leaves(published.variables["params"]))
-    print(f"{kind} with {count:,} parameters, {published.num_classes} classes: {options.out}")
+    print(f"{kind} with {count:,} parameters, {published.flow.num_classes} classes: {options.out}")
     print(f"sample it:   jetflow sample --workdir {workdir}")
     if options.data:
         print(f"measure it:  jetflow evaluate --workdir {workdir}")
@@ -58,7 +58,7 @@ def _report(kind: str, options: RunOptions, published: Published, noise_std: flo
         print("measure it:  convert it again with --data NAME, which `jetflow evaluate` needs")
     settings = {f"flow.{name}": value for name, value in published.section.items()}
     settings |= {"noise.kind": "gaussian" if noise_std else "uniform", "noise.std": noise_std}
-    settings |= {"data.labels": published.num_classes > 0, "init_from": options.out}
+    settings |= {"data.labels": published.flow.num_classes > 0, "init_from": options.out}
     del settings["flow.kind"]
     words = [shlex.quote(f"--config.{name}={value}") for name, value in settings.items()]
     print(f"train it on: jetflow train --config A_{kind.upper()}.py --workdir … {' '.join(words)}")
