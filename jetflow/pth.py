@@ -26,10 +26,8 @@ from jetflow.types import UsageError
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LARGEST_PICKLE = 2**20  # bytes, of 8,000 tensors; the machine takes up to 200 times as many
 ROOM = 2**28  # bytes by which all tensors together may exceed the file, where they share elements
-MOST_AXES = 16
 SHOWN = 80  # letters of a name in a message
 REMEDY = "save the model's state_dict() alone"
-COPY_AGAIN = "copy or download it again"
 
 DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -65,22 +63,21 @@ class _Tensor:
     strides: Any
 
     def view(self) -> np.ndarray:
-        """The elements, where they lie in the storage."""
-        storage, shape, strides = self.storage, self.shape, self.strides
-        if type(storage) is not np.ndarray or not type(shape) is type(strides) is tuple:
-            raise UsageError(f"is damaged: a tensor has no storage or no shape; {COPY_AGAIN}")
-        if not len(shape) == len(strides) <= MOST_AXES:
-            raise UsageError(f"is damaged: a tensor has {len(shape)} axes; {COPY_AGAIN}")
-        numbers = (self.offset, *shape, *strides)
-        if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-            raise UsageError(f"is damaged: a tensor has the shape {shape}; {COPY_AGAIN}")
-        if 0 in shape:
-            return np.empty(shape, storage.dtype)
-        last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if self.offset + last >= len(storage):
-            raise UsageError(f"is damaged: a tensor reaches out of its storage; {COPY_AGAIN}")
-        steps = [stride * storage.itemsize for stride in strides]
-        return np.lib.stride_tricks.as_strided(storage[self.offset :], shape, steps)
+        """The elements, where they lie in the storage; numpy refuses what lies outside."""
+        numbers = (self.offset, *self.shape, *self.strides)
+        if type(self.storage) is not np.ndarray or not all(map(_is_count, numbers)):
+            raise _damaged("a tensor has no storage or no shape")
+        size = self.storage.itemsize
+        steps = [size * stride for stride in self.strides]
+        return np.ndarray(self.shape, self.storage.dtype, self.storage, self.offset * size, steps)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _damaged(what: str) -> UsageError:
+    return UsageError(f"is damaged: {what}; copy or download it again")
 
 
 def read_pth(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -125,9 +122,7 @@ def _read_zip(file: io.BufferedReader, size: int) -> dict[str, _Tensor]:
         def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
             entry = entries.get(f"{root}data/{key}")
             if entry is None or entry.file_size != count * dtype.itemsize:
-                raise UsageError(
-                    f"is damaged: storage {key!r} is missing or of another size; {COPY_AGAIN}"
-                )
+                raise _damaged(f"storage {key!r} is missing or of another size")
             values = np.frombuffer(archive.read(entry), dtype, count)
             return values if _order(order.decode()) == sys.byteorder else values.byteswap()
 
@@ -155,7 +150,7 @@ def _read_legacy(file: io.BufferedReader, size: int) -> dict[str, _Tensor]:
     for key in keys:
         count = int.from_bytes(file.read(8), "little", signed=True)
         if type(key) is not str or key not in arrays or count != len(arrays[key]):
-            raise UsageError(f"is damaged: a storage has {count} elements; {COPY_AGAIN}")
+            raise _damaged(f"a storage has {count} elements")
         dtype = arrays[key].dtype
         values = np.frombuffer(file.read(count * dtype.itemsize), dtype, count)
         arrays[key][:] = values if order == sys.byteorder else values.byteswap()
@@ -164,7 +159,7 @@ def _read_legacy(file: io.BufferedReader, size: int) -> dict[str, _Tensor]:
 
 def _order(name: str) -> str:
     if name not in ("little", "big"):
-        raise UsageError(f"has the byte order {name!r}; expected little or big; {COPY_AGAIN}")
+        raise _damaged(f"its byte order is {name!r}")
     return name
 
 
@@ -242,11 +237,11 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         if key not in self._storages:
             self._left -= max(0, count) * dtype.itemsize
             if count < 0 or self._left < 0:
-                raise UsageError(f"is damaged: storage {key!r} is cut short; {COPY_AGAIN}")
+                raise _damaged(f"storage {key!r} is cut short")
             self._storages[key] = self._storage(key, dtype, count)
         array = self._storages[key]
         if (array.dtype, len(array)) != (dtype, count):
-            raise UsageError(f"is damaged: storage {key!r} has two descriptions; {COPY_AGAIN}")
+            raise _damaged(f"storage {key!r} has two descriptions")
         return array
 
     def load_setitems(self) -> None:

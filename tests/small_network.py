@@ -26,7 +26,7 @@ def activations(arrays, images):
     x = jnp.broadcast_to(images, (*images.shape[:3], 3)).reshape(len(images), -1) / 255
     index = jnp.arange(x.shape[1])[:, None]
     pooled = jnp.tanh(x @ jnp.sin(index * jnp.arange(1.0, 49) * arrays["frequency"]))
-    return {"2048": pooled, "spatial": pooled[:, :24].reshape(-1, 2, 2, 6)}
+    return pooled, pooled[:, :24].reshape(-1, 2, 2, 6)
 
 
 def network(name="a"):

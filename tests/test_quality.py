@@ -40,11 +40,11 @@ def small():
 def test_each_image_counts_once(batch_size):
     """Whether the last batch is full, padded, or the only one."""
     arrays = small_network.network().arrays
-    direct = np.asarray(small_network.activations(arrays, small_network.images())["2048"])
+    direct = np.asarray(small_network.activations(arrays, small_network.images())[0])
     statistics = small_network.collected(batch_size)
     assert statistics.done == 23
     for name, size in (("pooled", 48), ("spatial", 24)):
-        mean, covariance = statistics.gaussian(name)
+        mean, covariance = statistics.parts()[name]
         assert mean.dtype == np.float64
         np.testing.assert_allclose(mean, direct[:, :size].mean(0), atol=1e-5)
         np.testing.assert_allclose(covariance, np.cov(direct[:, :size].T), atol=1e-5)
@@ -110,7 +110,7 @@ def test_reference_is_read_as_written(tmp_path):
     reference.write(path, statistics, small_network.network("a"), data)
     parts, facts = read(path, images=True, name="a")
     for name in ("pooled", "spatial"):
-        for actual, expected in zip(parts[name], statistics.gaussian(name), strict=True):
+        for actual, expected in zip(parts[name], statistics.parts()[name], strict=True):
             np.testing.assert_array_equal(actual, expected)
     np.testing.assert_array_equal(parts["features"], statistics.arrays["features"])
     assert facts["data"] == data and facts["images"] == 23
@@ -138,7 +138,7 @@ def test_file_of_adm(tmp_path):
     assert "features" not in read(path).parts  # which nobody asked for
     np.savez(path, arr_0=images)
     found, expected = read(path), small_network.collected(8)
-    np.testing.assert_array_equal(found.part("pooled").mean, expected.gaussian("pooled").mean)
+    np.testing.assert_array_equal(found.part("pooled").mean, expected.parts()["pooled"].mean)
     np.testing.assert_array_equal(found.part("features"), expected.arrays["features"])
     assert found.facts["images"] == 23 and found.facts["data"] is None
 

@@ -6,7 +6,7 @@ All in float64, in memory that does not grow with the number of images.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,31 @@ from jetflow.npz import Npz
 from jetflow.types import Batch, UsageError
 
 SIZES = {"pooled": 2048, "spatial": 17 * 17 * 7}  # features of the FID, and of the sFID
+MOMENTS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM names them
 SAVED_EVERY = 5000  # images
+
+
+class Features(NamedTuple):
+    """What is known of the features of some images.
+
+    Attributes:
+        parts: the gaussians "pooled", for the FID, and "spatial", for the sFID, and the "features"
+            of some images; those of them that there are.
+        facts: where the images come from, for the record.
+    """
+
+    parts: dict[str, Any]
+    facts: dict[str, Any]
+
+    def part(self, name: str) -> Any:
+        """Raises a UsageError if a file, of which they are, has neither this part nor images."""
+        if name not in self.parts:
+            raise UsageError(
+                f"reference {self.facts['file']} has no {' and '.join(MOMENTS.get(name, [name]))}, "
+                "and no images to make them of; give one that has, such as `jetflow evaluate "
+                "--make_reference` writes, or leave the metric out"
+            )
+        return self.parts[name]
 
 
 class Statistics:
@@ -94,11 +118,14 @@ class Statistics:
                 save()
         return self
 
-    def gaussian(self, name: str) -> Gaussian:
-        """Mean and covariance of "pooled" or "spatial", with N − 1; zero for a single image."""
-        mean = self.arrays[f"{name}_sum"] / self.done
-        scatter = self.arrays[f"{name}_outer"] - self.done * np.outer(mean, mean)
-        return Gaussian(mean, scatter / max(self.done - 1, 1))
+    def parts(self) -> dict[str, Any]:
+        """As `Features` have them; of a gaussian mean and covariance, with N − 1."""
+        parts: dict[str, Any] = {"features": self.arrays["features"]}
+        for name in SIZES:
+            mean = self.arrays[f"{name}_sum"] / self.done
+            scatter = self.arrays[f"{name}_outer"] - self.done * np.outer(mean, mean)
+            parts[name] = Gaussian(mean, scatter / max(self.done - 1, 1))  # zero of a single image
+        return parts
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write all that was added, on the first process; `settings` is what it depends on."""
@@ -130,5 +157,5 @@ def _agreed(array: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _features(arrays, images):
-    outputs = inception.activations(arrays, images)
-    return outputs["2048"], outputs["spatial"].reshape(len(images), -1)
+    pooled, spatial = inception.activations(arrays, images)
+    return pooled, spatial.reshape(len(images), -1)

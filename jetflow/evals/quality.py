@@ -15,13 +15,15 @@ from jetflow.archive import Images, read_images
 from jetflow.data.dataset import load
 from jetflow.evals import distances, inception, reference
 from jetflow.evals.batching import Batching
-from jetflow.evals.features import Statistics
+from jetflow.evals.features import Features, Statistics
 from jetflow.evals.records import record
 from jetflow.evals.settings import DISTANCES, NEIGHBOURS, EvaluateOptions, run_data, source
 from jetflow.files import check_writable
 from jetflow.npz import Npz
 from jetflow.pictures import labels_in_turn
 from jetflow.types import Batch, TrainedFlow, UsageError
+
+PARTS = {"fid": "pooled", "sfid": "spatial"}  # of `Features`; the other metrics: "features"
 
 
 def drawn_batches(
@@ -75,48 +77,33 @@ class Quality:
         options, compared = self.options, [name for name in metrics if name in DISTANCES]
         num = self.given.num if compared and options.samples else options.num_samples
         for metric in compared:
-            if metric not in NEIGHBOURS:
-                self.reference.part("spatial" if metric == "sfid" else "pooled")
-                continue
-            for count in (len(self.reference.part("features")), min(num, options.num_features)):
-                distances.check_count(count, NEIGHBOURS[metric])
+            real = self.reference.part(PARTS.get(metric, "features"))
+            for k in [NEIGHBOURS[metric]] if metric in NEIGHBOURS else []:
+                distances.check_count(min(len(real), num, options.num_features), k)
 
     def measure(self, metric: str) -> list[dict[str, Any]]:
         """The records of a metric: one, or of a pair of numbers two."""
-        statistics, samples = self.samples
-        if metric in ("fid", "sfid"):
-            name = "pooled" if metric == "fid" else "spatial"
-            real, made = self.reference.part(name), statistics.gaussian(name)
-            values, facts = {metric: distances.frechet_distance(made, real)}, {}
+        part, error, facts = PARTS.get(metric, "features"), None, {}
+        real, made = self.reference.part(part), self.samples.part(part)
+        if metric in PARTS:
+            values = {metric: distances.frechet_distance(made, real)}
+        elif metric == "kid":
+            kid = distances.kernel_distance(real, made, seed=self.options.seed)
+            values, error = {metric: kid.mean}, kid.standard_error
+            facts = {"subsets": kid.subsets, "subset_size": kid.size}
         else:
-            real, made = self.reference.part("features"), statistics.arrays["features"]
-            if metric == "kid":
-                kid = distances.kernel_distance(real, made, seed=self.options.seed)
-                values = {metric: kid.mean}
-                facts = {"subsets": kid.subsets, "subset_size": kid.size}
-            else:
-                values = getattr(distances, metric)(real, made, NEIGHBOURS[metric])
-                features = {"samples": len(made), "reference": len(real)}
-                facts = {"k": NEIGHBOURS[metric], "features": features}
-        return [
-            record(
-                name,
-                value,
-                kid.standard_error if metric == "kid" else None,
-                **facts,
-                network=self.network.facts(),
-                samples=samples | {"not_finite": int(statistics.arrays["not_finite"][0])},
-                reference=self.reference.facts,
-                **source(self.model),
-            )
-            for name, value in values.items()
-        ]
+            values = getattr(distances, metric)(real, made, NEIGHBOURS[metric])
+            features = {"samples": len(made), "reference": len(real)}
+            facts = {"k": NEIGHBOURS[metric], "features": features}
+        facts |= {"network": self.network.facts(), "samples": self.samples.facts}
+        facts |= {"reference": self.reference.facts, **source(self.model)}
+        return [record(name, value, error, **facts) for name, value in values.items()]
 
     def suffix(self) -> str:
         """What a result's name ends in: the settings that are not as by default."""
         options, settings = self.options, self.options.changed("num_features")
         if options.samples:
-            settings["samples"] = self.samples[1]["checksum"]
+            settings["samples"] = self.samples.facts["checksum"]
         else:
             settings |= options.changed_sampling()
         if options.changed("reference", "reference_data", "reference_split"):
@@ -126,21 +113,18 @@ class Quality:
         return workdir.suffix(settings, {})
 
     @functools.cached_property
-    def samples(self) -> tuple[Statistics, dict[str, Any]]:
-        """Statistics of the samples, and where these come from, for the record."""
+    def samples(self) -> Features:
         options = self.options
         if options.samples:
-            statistics = self._of_images(self.given, "samples")
-            statistics.arrays["not_finite"] += self.given.not_finite
+            statistics, broken = self._of_images(self.given, "samples"), self.given.not_finite
             digest = reference.checksum(options.samples)
             facts = {"images": self.given.num, "file": str(options.samples), "checksum": digest}
-            return statistics, facts
-        num, drawn = options.num_samples, options.sampling(self.model)
-        drawn["num_features"] = options.num_features
+            return Features(statistics.parts(), facts | {"not_finite": broken})
+        drawn = options.sampling(self.model) | {"num_features": options.num_features}
         settings = drawn | {"step": self.model.step, "weights_sha256": self.network.sha256}
         name = f"samples-{self.model.step:08d}{workdir.suffix(options.changed_sampling(), {})}"
         path = self.model.workdir / "evals" / f"{name}.partial.npz"
-        statistics = Statistics(num, options.num_features)
+        statistics = Statistics(options.num_samples, options.num_features)
         statistics.resume(path, settings)
         batches = drawn_batches(self.model, options, statistics)
         save = functools.partial(statistics.save, path, settings)
@@ -148,10 +132,12 @@ class Quality:
         if hosts.is_first():
             path.unlink(missing_ok=True)
         labels = "each equally often" if self.model.flow.num_classes else None
-        return statistics, {"images": num, "labels": labels, **drawn}
+        facts = {"images": options.num_samples, "labels": labels, **drawn}
+        facts["not_finite"] = int(statistics.arrays["not_finite"][0])
+        return Features(statistics.parts(), facts)
 
     @functools.cached_property
-    def reference(self) -> reference.Reference:
+    def reference(self) -> Features:
         path, options = self._reference_path(), self.options
         if not path.exists():
             folder = self.model.workdir / "evals"

@@ -4,13 +4,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jetflow.archive import Images, has_images, read_images
 from jetflow.evals.distances import Gaussian
-from jetflow.evals.features import SIZES, Statistics
+from jetflow.evals.features import MOMENTS, SIZES, Features, Statistics
 from jetflow.evals.inception import Network
 from jetflow.files import write_atomically
 from jetflow.npz import Npz
@@ -18,45 +18,21 @@ from jetflow.types import UsageError
 
 Measure = Callable[[Images], Statistics]
 
-MOMENTS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM names them
 DATA = {"name", "version", "split", "resize", "checksum"}  # of the facts about data
 EXPECTED = "an .npz of `jetflow evaluate --make_reference`, or of ADM's evaluator"
 
 
-class Reference(NamedTuple):
-    """Statistics of real images.
-
-    Attributes:
-        parts: the gaussians "pooled", for the FID, and "spatial", for the sFID, and the "features"
-            of some images; those of them that the file has.
-        facts: where they come from, for the record.
-    """
-
-    parts: dict[str, Any]
-    facts: dict[str, Any]
-
-    def part(self, name: str) -> Any:
-        """Raises a UsageError if the file has neither this part nor images."""
-        if name not in self.parts:
-            raise UsageError(
-                f"reference {self.facts['file']} has no {' and '.join(MOMENTS.get(name, [name]))}, "
-                "and no images to make them of; give one that has, such as `jetflow evaluate "
-                "--make_reference` writes, or leave the metric out"
-            )
-        return self.parts[name]
-
-
 def write(path: Path, statistics: Statistics, network: Network, data: dict[str, Any]) -> None:
     """A reference file: moments under ADM's names, some features, and where all comes from."""
-    arrays: dict[str, Any] = {"features": statistics.arrays["features"]}
+    arrays = statistics.parts()
     for name, keys in MOMENTS.items():
-        arrays |= zip(keys, statistics.gaussian(name), strict=True)
+        arrays |= zip(keys, arrays.pop(name), strict=True)
     facts = {"data": data, "images": statistics.done, "network": network.facts()}
     with write_atomically(path) as file:
         np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
 
 
-def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: bool) -> Reference:
+def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: bool) -> Features:
     """The reference of a file: of `write`, or of ADM's evaluator.
 
     Args:
@@ -90,12 +66,10 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
     has_moments = "pooled" in parts
     if not has_moments or (images and "features" not in parts and has_images(file)):
         given = read_images(file, chunk)
-        statistics = measure(given)
-        parts = {name: statistics.gaussian(name) for name in MOMENTS} | parts
-        parts["features"] = statistics.arrays["features"]
+        parts = measure(given).parts() | parts
         if not has_moments:  # else the moments are of more images than the file has
             facts["images"] = given.num
-    return Reference(parts, {"file": str(path), "checksum": checksum(path)} | facts)
+    return Features(parts, {"file": str(path), "checksum": checksum(path)} | facts)
 
 
 def _numbers(file: Npz, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
