@@ -129,10 +129,6 @@ class Images(NamedTuple):
     chunks: Iterator[UInt8[np.ndarray, "_ H W C"]]
 
 
-def has_images(file: Npz) -> bool:
-    return "images" in file or "arr_0" in file
-
-
 def read_images(file: Npz, chunk: int) -> Images:
     """The images of a file, "images" or ADM's "arr_0", which are never read as a whole.
 
@@ -141,7 +137,7 @@ def read_images(file: Npz, chunk: int) -> Images:
             memory.
     """
     name = "arr_0" if "arr_0" in file else "images"
-    num, *shape = file.head(name, "B", (None,) * 4).shape
+    num, *shape = file.shape(name, "B", (None,) * 4)
     if not num or 0 in shape or shape[-1] not in (1, 3):
         raise file.fault(f"{name} is {[num, *shape]}, not [N, H, W, 1 or 3]")
     if max(num * NUMBERS, chunk * math.prod(shape)) > ROOM:

@@ -8,7 +8,7 @@ import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,17 +24,6 @@ HEADERS = {
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others cannot be read in small parts
 
 Shape = tuple[int | None, ...]
-
-
-class Head(NamedTuple):
-    """What an array is: its shape and type, whether its columns lie one after another, the bytes
-    before its first value, and those of its values."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    is_fortran: bool
-    start: int
-    size: int
 
 
 class Npz:
@@ -74,24 +63,14 @@ class Npz:
         """The error for a file whose content is not as it should be."""
         return UsageError(f"{self._file} cannot be read ({reason}); expected {self._expected}")
 
-    def head(self, name: str, types: str = "", shape: Shape | None = None) -> Head:
-        """The description of an array, which its size in the file bears out.
+    def shape(self, name: str, types: str = "", shape: Shape | None = None) -> tuple[int, ...]:
+        """The shape of an array, which its size in the file bears out.
 
         Args:
             types: letters of those that it may have, see `numpy.dtype.char`; default: all.
             shape: that it must have, with None for any number; default: any.
         """
-        if name not in self:
-            raise self.fault(f"it has no {name}")
-        with self._reading(name), self._open(name) as file:
-            start = io.BytesIO(file.read(START))
-            version = np.lib.format.read_magic(start)
-            if version not in HEADERS:
-                raise ValueError(f"version {version} of the format")
-            found, is_fortran, dtype = HEADERS[version](start)
-            size, stored = dtype.itemsize * math.prod(found), self._entries[name].file_size
-            if dtype.hasobject or min(found, default=0) < 0 or start.tell() + size != stored:
-                raise ValueError(f"{stored:,} bytes for {dtype} {list(found)}")
+        found, _, dtype, _ = self._head(name)
         matches = shape is None or (
             len(found) == len(shape)
             and all(wanted in (None, n) for wanted, n in zip(shape, found, strict=True))
@@ -99,11 +78,12 @@ class Npz:
         if not matches or (types and dtype.char not in types):
             wanted = "" if shape is None else f" {list(shape)}".replace("None", "N")
             raise self.fault(f"{name} is {dtype} {list(found)}, not {np.dtype(types[0])}{wanted}")
-        return Head(found, dtype, is_fortran, start.tell(), size)
+        return found
 
     def array(self, name: str, types: str = "", shape: Shape | None = None) -> np.ndarray:
-        """An array, read whole; arguments as of `head`."""
-        self._left -= self.head(name, types, shape).size
+        """An array, read whole; arguments as of `shape`."""
+        self.shape(name, types, shape)
+        self._left -= self._entries[name].file_size
         if self._left < 0:
             raise self.fault(f"{name} takes far more bytes than the whole file")
         with self._reading(name), self._open(name) as file:
@@ -126,7 +106,7 @@ class Npz:
 
     def rows(self, name: str, count: int) -> Iterator[np.ndarray]:
         """An array in parts of at most so many rows."""
-        shape, dtype, is_fortran, start, _ = self.head(name)
+        shape, is_fortran, dtype, start = self._head(name)
         with self._reading(name), self._open(name) as file:
             if is_fortran:
                 raise ValueError("its rows do not lie one after another")
@@ -135,6 +115,21 @@ class Npz:
                 part = (min(count, shape[0] - first), *shape[1:])
                 content = file.read(dtype.itemsize * math.prod(part))
                 yield np.frombuffer(content, dtype).reshape(part)
+
+    def _head(self, name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+        """Shape, whether columns lie one after another, type, and the bytes before the values."""
+        if name not in self:
+            raise self.fault(f"it has no {name}")
+        with self._reading(name), self._open(name) as file:
+            start = io.BytesIO(file.read(START))
+            version = np.lib.format.read_magic(start)
+            if version not in HEADERS:
+                raise ValueError(f"version {version} of the format")
+            shape, is_fortran, dtype = HEADERS[version](start)
+            size, stored = dtype.itemsize * math.prod(shape), self._entries[name].file_size
+            if dtype.hasobject or min(shape, default=0) < 0 or start.tell() + size != stored:
+                raise ValueError(f"{stored:,} bytes for {dtype} {list(shape)}")
+        return shape, is_fortran, dtype, start.tell()
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[Any]:

@@ -15,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,15 +65,12 @@ class _Tensor:
     def view(self) -> np.ndarray:
         """The elements, where they lie in the storage; numpy refuses what lies outside."""
         numbers = (self.offset, *self.shape, *self.strides)
-        if type(self.storage) is not np.ndarray or not all(map(_is_count, numbers)):
+        has_sizes = all(type(n) is int and n >= 0 for n in numbers)
+        if type(self.storage) is not np.ndarray or not has_sizes:
             raise _damaged("a tensor has no storage or no shape")
         size = self.storage.itemsize
         steps = [size * stride for stride in self.strides]
         return np.ndarray(self.shape, self.storage.dtype, self.storage, self.offset * size, steps)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
 
 
 def _damaged(what: str) -> UsageError:
@@ -188,20 +185,13 @@ def _copies(tensors: Mapping[str, _Tensor], allowed: int) -> dict[str, np.ndarra
     return copies
 
 
-class _Opcodes(dict[int, Any]):
-    """Functions of opcodes."""
-
-    def __missing__(self, opcode: int) -> Any:
-        raise UsageError(f"needs opcode {bytes([opcode])!r}, which no state dict does; {REMEDY}")
-
-
 class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     """Makes plain values, lists, tuples, dicts and tensors; only texts and numbers are hashed."""
 
-    dispatch = _Opcodes({
+    dispatch: ClassVar[dict[int, Any]] = {
         code: pickle._Unpickler.dispatch[code]  # type: ignore[attr-defined]
         for code in (getattr(pickle, name)[0] for name in _OPCODES)
-    })  # fmt: skip
+    }  # any other is a KeyError
 
     stack: list[Any]
 

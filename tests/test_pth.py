@@ -235,7 +235,7 @@ REFUSED = {
     "long shapes": (long_shapes, "is damaged"),
     "many tensors": (many_tensors, "a int and no tensor"),
     # What no state dict does.
-    "object": (lambda: TYPE + b")\x81.", "needs opcode b'\\x81'"),
+    "object": (lambda: TYPE + b")\x81.", "KeyError"),
     "call of a type": (lambda: TYPE + b")R.", "no readable PyTorch file"),
     "append to a dict": (lambda: b"\x80\x02}K\x01a.", "no readable PyTorch file"),
     "altered function": (lambda: VIEW + b"}X\x01\x00\x00\x00aK\x01sb.", "alters a function"),

@@ -93,19 +93,12 @@ class _Likelihoods:
 
     def _gap(self, metric: str, test: Likelihood, train: Likelihood) -> dict[str, Any]:
         """Held-out bits minus those of equally many training images."""
-        return record(
-            metric,
-            test.mean - train.mean,
-            math.hypot(test.error_over_examples, train.error_over_examples),
-            held_out=finite(test.mean),
-            train=finite(train.mean),
-            draws=self.draws,
-            conditional=test.conditional,
-            noise={"kind": test.noise.kind, "std": test.noise.std},
-            data=test.data.facts(),
-            train_data=train.data.facts(),
-            **source(self.model),
-        )
+        error = math.hypot(test.error_over_examples, train.error_over_examples)
+        facts: dict[str, Any] = {"held_out": finite(test.mean), "train": finite(train.mean)}
+        facts |= {"draws": self.draws, "conditional": test.conditional}
+        facts |= {"noise": {"kind": test.noise.kind, "std": test.noise.std}}
+        facts |= {"data": test.data.facts(), "train_data": train.data.facts()}
+        return record(metric, test.mean - train.mean, error, **facts, **source(self.model))
 
     def _accuracy(self, metric: str) -> dict[str, Any]:
         """How often the label under which an image is most likely is its own."""
@@ -122,16 +115,10 @@ class _Likelihoods:
             facts = {"data": held_out.facts()}
         right = density.answers(batches, num)
         value = float(np.nansum(right) / num)
-        return record(
-            metric,
-            value,
-            math.sqrt(value * (1 - value) / num),  # as binomial
-            draws=self.draws,
-            not_finite=int(np.isnan(right).sum()),
-            noise={"kind": density.noise.kind, "std": density.noise.std},
-            **facts,
-            **source(model),
-        )
+        error = math.sqrt(value * (1 - value) / num)  # as binomial
+        facts |= {"draws": self.draws, "not_finite": int(np.isnan(right).sum())}
+        facts |= {"noise": {"kind": density.noise.kind, "std": density.noise.std}}
+        return record(metric, value, error, **facts, **source(model))
 
     def _density(self, noise: Noise) -> Density:
         batching = Batching(self.model.mesh, self.options.batch_size)

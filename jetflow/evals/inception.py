@@ -144,16 +144,15 @@ def _folded(path: Path, tensors: Mapping[str, np.ndarray]) -> Any:
         arrays = fold(dict(tensors))
         image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
         outputs = jax.eval_shape(activations, arrays, image)
-        fits = [array.shape[1:] for array in outputs] == SHAPES
+        if [array.shape[1:] for array in outputs] == SHAPES:
+            return arrays
     except KeyError as error:
-        fits, problem = False, f"it has no {error.args[0]}"
+        problem = f"it has no {error.args[0]}"
     except (TypeError, ValueError):  # shapes that do not fit each other
-        fits = False
-    if not fits:
-        raise UsageError(
-            f"{path} is not of the FID's Inception-v3: {problem}; expected {NAME}, from {URL}"
-        )
-    return arrays
+        pass
+    raise UsageError(
+        f"{path} is not of the FID's Inception-v3: {problem}; expected {NAME}, from {URL}"
+    )
 
 
 def fold(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:

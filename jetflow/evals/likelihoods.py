@@ -131,19 +131,12 @@ class Likelihood:
     def record(self, *, step: int, weights: str) -> dict[str, Any]:
         """The record of it, see `records.record`."""
         prior, pixels, *blocks = map(records.finite, self.parts)
-        return records.record(
-            metric_name(self.noise),
-            self.mean,
-            self.standard_error,
-            draws=len(self.bits),
-            importance_weighted=records.finite(self.importance_weighted),
-            conditional=self.conditional,
-            parts={"prior": prior, "pixels": pixels, "blocks": blocks},
-            noise={"kind": self.noise.kind, "std": self.noise.std},
-            data=self.data.facts(),
-            step=step,
-            weights=weights,
-        )
+        facts: dict[str, Any] = {"draws": len(self.bits), "conditional": self.conditional}
+        facts |= {"importance_weighted": records.finite(self.importance_weighted)}
+        facts |= {"parts": {"prior": prior, "pixels": pixels, "blocks": blocks}}
+        facts |= {"noise": {"kind": self.noise.kind, "std": self.noise.std}}
+        facts |= {"data": self.data.facts(), "step": step, "weights": weights}
+        return records.record(metric_name(self.noise), self.mean, self.standard_error, **facts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

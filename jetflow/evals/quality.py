@@ -12,7 +12,6 @@ from jaxtyping import UInt8
 
 from jetflow import hosts, sharding, workdir
 from jetflow.archive import Images, read_images
-from jetflow.data.dataset import load
 from jetflow.evals import distances, inception, reference
 from jetflow.evals.batching import Batching
 from jetflow.evals.features import Features, Statistics
@@ -88,9 +87,8 @@ class Quality:
         if metric in PARTS:
             values = {metric: distances.frechet_distance(made, real)}
         elif metric == "kid":
-            kid = distances.kernel_distance(real, made, seed=self.options.seed)
-            values, error = {metric: kid.mean}, kid.standard_error
-            facts = {"subsets": kid.subsets, "subset_size": kid.size}
+            mean, error, facts = distances.kernel_distance(real, made, seed=self.options.seed)
+            values = {metric: mean}
         else:
             values = getattr(distances, metric)(real, made, NEIGHBOURS[metric])
             features = {"samples": len(made), "reference": len(real)}
@@ -140,28 +138,24 @@ class Quality:
     def reference(self) -> Features:
         path, options = self._reference_path(), self.options
         if not path.exists():
-            folder = self.model.workdir / "evals"
-            others = ", ".join(sorted(map(str, folder.glob("reference-*"))))
+            others = sorted(map(str, (self.model.workdir / "evals").glob("reference-*")))
             raise UsageError(
                 f"reference {path} does not exist; make it with `jetflow evaluate --workdir "
                 f"{self.model.workdir} --make_reference`, or give another"
-                + (f", such as {others}" if others else "")
+                + (f", such as {', '.join(others)}" if others else "")
             )
         measure = functools.partial(self._of_images, name="reference")
-        needs_images = bool({*options.measured()} & {*NEIGHBOURS})
-        return reference.read(
-            path, self.network, measure, chunk=options.batch_size, images=needs_images
-        )
+        needed = bool({*options.measured()} & {*NEIGHBOURS})
+        chunk = options.batch_size
+        return reference.read(path, self.network, measure, chunk=chunk, images=needed)
 
     def make_reference(self) -> Path:
         """Write the reference file that the options ask for."""
         options, path = self.options, self._reference_path()
         sharding.check_batch("batch_size", options.batch_size, self.model.mesh)
         check_writable("reference", path)
-        if options.reference_data:
-            data = load(options.reference_data, self._reference_split(), data_dir=options.data_dir)
-        else:
-            data = run_data(self.model, self._reference_split(), options.data_dir)
+        split, name = self._reference_split(), options.reference_data
+        data = run_data(self.model, split, options.data_dir, name)
         statistics = Statistics(len(data), options.num_features).collect(
             self.network, self.batching, self.batching.of_data(data), "reference"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jetflow.archive import Images, has_images, read_images
+from jetflow.archive import Images, read_images
 from jetflow.evals.distances import Gaussian
 from jetflow.evals.features import MOMENTS, SIZES, Features, Statistics
 from jetflow.evals.inception import Network
@@ -64,7 +64,8 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
                 "leave out --inception_weights"
             )
     has_moments = "pooled" in parts
-    if not has_moments or (images and "features" not in parts and has_images(file)):
+    is_lacking = images and "features" not in parts
+    if not has_moments or (is_lacking and ("images" in file or "arr_0" in file)):
         given = read_images(file, chunk)
         parts = measure(given).parts() | parts
         if not has_moments:  # else the moments are of more images than the file has

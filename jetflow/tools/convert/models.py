@@ -17,7 +17,7 @@ from jetflow.flows.stack import Stack
 from jetflow.options import Options, option
 from jetflow.pth import read_pth, write_pth
 from jetflow.tools.convert import big_vision, tables
-from jetflow.tools.convert.mapping import Table, Tensors, Variables, from_published, to_published
+from jetflow.tools.convert.mapping import Tensors, Variables, from_published, to_published
 from jetflow.training.step import abstract_variables
 from jetflow.types import Flow, UsageError
 
@@ -130,7 +130,8 @@ def read_tarflow(path: str | os.PathLike, sizes: TarflowSizes) -> Published:
     image_shape = (sizes.image_size, sizes.image_size, sizes.channels)
     _check_patches(image_shape, sizes.patch_size, (tokens, features))
     flow = build(section, image_shape=image_shape, num_classes=num_classes)
-    return Published(section, flow, _variables(path, tables.TARFLOW, tensors, flow))
+    variables = from_published(path, tables.TARFLOW, tensors, abstract_variables(flow))
+    return Published(section, flow, variables)
 
 
 def read_jet(path: str | os.PathLike, sizes: JetSizes) -> Published:
@@ -159,9 +160,10 @@ def read_jet(path: str | os.PathLike, sizes: JetSizes) -> Published:
         "scale_factor": sizes.scale_factor,
     }
     flow = build(section, image_shape=image_shape)
-    published = Published(section, flow, _variables(path, tables.jet(heads, width), tensors, flow))
+    table = tables.jet(heads, width)
+    variables = from_published(path, table, tensors, abstract_variables(flow))
     _check_kinds(path, tensors, sizes.kinds)
-    return published
+    return Published(section, flow, variables)
 
 
 def to_tarflow(path: Path, flow: Flow, variables: Variables) -> None:
@@ -185,13 +187,6 @@ def to_tarflow(path: Path, flow: Flow, variables: Variables) -> None:
         tensors[f"blocks.{block}.attn_mask"] = np.tril(np.ones((tokens, tokens), np.float32))
     tensors.setdefault("var", np.ones(flow.latent_shape, np.float32))
     write_pth(path, tensors)
-
-
-def _variables(path: Any, table: Table, tensors: Tensors, flow: Stack) -> Variables:
-    try:
-        return from_published(table, tensors, abstract_variables(flow))
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
 
 
 def _check_kinds(path: Any, tensors: Tensors, kinds: Sequence[str]) -> None:

@@ -113,26 +113,16 @@ def _check_data(name: str, published: Published) -> None:
 
 def _config(published: Published, noise_std: float, data: str) -> dict[str, Any]:
     """The resolved config of the run."""
-    splits = sources.find(data).splits if data else ()
+    splits, flow = sources.find(data).splits if data else (), published.flow
+    test = next((split for split in splits if split != "train"), "test")
+    splits = {"train_split": "train", "test_split": test}
+    noise = {"kind": "gaussian" if noise_std else "uniform", "std": noise_std}
+    sizes = {"image_shape": flow.image_shape, "num_classes": flow.num_classes}
     return {
         "flow": published.section,
-        "data": {
-            "name": data,
-            "train_split": "train",
-            "test_split": next((split for split in splits if split != "train"), "test"),
-            "labels": published.flow.num_classes > 0,
-        },
-        "noise": {
-            "kind": "gaussian" if noise_std else "uniform",
-            "std": noise_std,
-            "label_drop": 0.0,
-            "flip": False,
-        },
+        "data": {"name": data, **splits, "labels": flow.num_classes > 0},
+        "noise": {**noise, "label_drop": 0.0, "flip": False},
         "train": {"ema_decay": 0.0},
         "eval": {"draws": 4},
-        "resolved": {
-            "image_shape": published.flow.image_shape,
-            "num_classes": published.flow.num_classes,
-            "total_steps": 0,
-        },
+        "resolved": {**sizes, "total_steps": 0},
     }
