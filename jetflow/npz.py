@@ -27,7 +27,7 @@ Shape = tuple[int | None, ...]
 
 
 class Npz:
-    """The arrays of an .npz by their names; "name in file" says whether there is one.
+    """The arrays of an .npz by their `names`; "name in file" says whether there is one.
 
     Args:
         path: the file.
@@ -51,13 +51,10 @@ class Npz:
             for name, entry in entries.items()
             if name.endswith(".npy")
         }
+        self.names = list(self._entries)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._entries)
 
     def fault(self, reason: str) -> UsageError:
         """The error for a file whose content is not as it should be."""
