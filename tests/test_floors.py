@@ -18,7 +18,7 @@ FLOORS = (
     ("types", "options"),
     ("nn", "flows"),
     ("likelihood", "noise"),
-    ("configs", "files", "hosts", "sharding", "mesh", "optim", "pth"),
+    ("configs", "files", "hosts", "sharding", "mesh", "optim", "pth", "npz"),
     ("data", "sampling", "pictures", "archive"),
     ("checksums", "checkpoint", "workdir", "training.step"),
     ("evals",),
