@@ -1,10 +1,11 @@
-"""Images written to an .npz as they come, in constant memory, so that a kill costs one batch."""
+"""Images in an .npz, written and read in parts: in constant memory; a kill costs one batch."""
 
 import json
+import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ from tqdm import tqdm
 
 from jetflow import hosts
 from jetflow.files import naming, read_or_set_aside, write_atomically, write_json
+from jetflow.npz import ROOM, Npz
 from jetflow.sampling.ancestral import Drawn
 from jetflow.types import UsageError
 
 PROGRESS = "progress.json"
+NUMBERS = 16  # bytes by image that a measurement of them needs for its order
 
 
 class Archive:
@@ -118,6 +121,38 @@ class Archive:
 
     def _save_progress(self) -> None:
         write_json(self._folder / PROGRESS, {"settings": self._settings, "done": self.done})
+
+
+class Images(NamedTuple):
+    """The images of a file.
+
+    Attributes:
+        num: how many they are.
+        not_finite: how many of them its `finite` marks as broken.
+        chunks: the images, so many at a time.
+    """
+
+    num: int
+    not_finite: int
+    chunks: Iterator[UInt8[np.ndarray, "_ H W C"]]
+
+
+def read_images(file: Npz, chunk: int) -> Images:
+    """The images of a file, "images" or ADM's "arr_0", which are never read as a whole.
+
+    Raises:
+        UsageError: if they are not uint8 with 1 or 3 channels, or `chunk` of them take too much
+            memory.
+    """
+    name = "arr_0" if "arr_0" in file else "images"
+    num, *shape = file.shape(name, "B", (None,) * 4)
+    if not num or 0 in shape or shape[-1] not in (1, 3):
+        raise file.fault(f"{name} is {[num, *shape]}, not [N, H, W, 1 or 3]")
+    if max(num * NUMBERS, chunk * math.prod(shape)) > ROOM:
+        raise file.fault(f"{num:,} images of {shape}, {chunk} at a time, need too much memory")
+    file.verify(name)
+    finite = file.array("finite", "?", (num,)) if "finite" in file else np.ones(num, bool)
+    return Images(num, int((~finite).sum()), file.rows(name, chunk))
 
 
 class Collected(NamedTuple):
