@@ -28,7 +28,7 @@ from jetflow.data.images import MAX_PIXELS, Unreadable, large_files
 from jetflow.data.reading import cores
 from jetflow.data.shards import Shard, one_line
 from jetflow.data.source import Contents, Image, Member, Source, name_hash
-from jetflow.files import naming, write_atomically
+from jetflow.files import write_atomically
 from jetflow.options import Options, option
 from jetflow.types import NO_LABEL, UsageError
 
@@ -89,7 +89,7 @@ class Preparation:
             if self.folder.exists() and not is_prepared(self.folder):
                 raise FileExistsError("there is a directory without a complete data set: delete it")
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with naming(self.folder), self._locked(), large_files():
+            with self._locked(), large_files():
                 if not self._is_done():
                     partial = self._begin(origin)
                     self._make(paths, partial)
