@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 import jetflow
 from jetflow.data import archives as reading
 from jetflow.data import builder, images, sources
-from jetflow.data.archives import entries, tar_of_class
+from jetflow.data.archives import entries, images_of_tar
 from jetflow.data.dataset import Dataset, eval_batches
 from jetflow.data.images import Unreadable
 from jetflow.types import Batch, UsageError
@@ -270,8 +270,8 @@ DAMAGED = {
 def test_of_a_damaged_tar_in_a_tar_the_rest_is_listed(tmp_path, kind):
     path = tmp_path / "outer.tar"  # the next bytes are those of another class
     archives.tar_of({"n1.tar": DAMAGED[kind], "n2.tar": WHOLE}, path)
-    member = tar_of_class(path, 512, len(DAMAGED[kind]), "n1.tar", 0)
-    contents = [image.content for image in member.images]
+    images = images_of_tar(path, 512, len(DAMAGED[kind]), "n1.tar", 0)
+    contents = [image.content for image in images]
     assert contents[:5] == list(FILES.values())[:5]
     [reason] = contents[5:]
     assert isinstance(reason, Unreadable) and "damaged behind its file number 5" in str(reason)
@@ -284,7 +284,7 @@ def test_of_a_damaged_tar_in_a_tar_the_rest_is_listed(tmp_path, kind):
 def test_a_whole_tar_is_read_whatever_follows_its_last_file(tmp_path, trailer):
     path = tmp_path / "whole.tar"
     path.write_bytes(WHOLE[: 10 * BLOCKS * 512] + bytes(trailer))
-    images = tar_of_class(path, 0, path.stat().st_size, path.name, 0).images
+    images = images_of_tar(path, 0, path.stat().st_size, path.name, 0)
     assert {image.name: image.content for image in images} == {
         f"whole.tar/{name}": content for name, content in FILES.items()
     }
