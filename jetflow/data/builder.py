@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import secrets
 import shutil
 import sys
@@ -204,7 +205,7 @@ class Preparation:
                 if not shards.written(note, files):
                     inside = (image for member in group for image in member.images)
                     record = functools.partial(self._record, split, bool(contents.classes))
-                    shards.write(note, files, _mapped(record, inside, pool, ahead=4 * threads))
+                    shards.write(note, files, _mapped(record, inside, pool, ahead=2 * threads))
                 facts = shards.written(note, files) or {}
                 for each, file in files.items():
                     for content in shards.read_shard(file):
@@ -237,8 +238,8 @@ class Preparation:
                 raise Unreadable("a sound image, but of no class")
         except Unreadable as reason:
             return split, f"{one_line(image.name)}\t{one_line(str(reason))}"
-        hashed = name_hash(PurePosixPath(image.name).name)
-        is_held_out = self.source.held_out and hashed % self.source.held_out == 0
+        share = self.source.held_out
+        is_held_out = share and name_hash(image.name.split("/")[-1]) % share == 0
         content = shards.encode(pixels, image.label if is_labelled else None)
         return "validation" if is_held_out else split, content
 
@@ -272,11 +273,11 @@ def _groups(members: Sequence[Member]) -> list[list[Member]]:
 def _mapped(
     function: Callable[[A], B], items: Iterable[A], pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[B]:
-    """`function(item)` of all items, in order; so many are under way at once."""
-    coming: collections.deque[Future[B]] = collections.deque()
-    for item in items:
-        coming.append(pool.submit(function, item))
+    """`function(item)` of all items, in order; so many chunks of them are under way at once."""
+    items, coming = iter(items), collections.deque[Future[list[B]]]()
+    while chunk := list(itertools.islice(items, 8)):
+        coming.append(pool.submit(lambda chunk: list(map(function, chunk)), chunk))
         if len(coming) > ahead:
-            yield coming.popleft().result()
+            yield from coming.popleft().result()
     for future in coming:
-        yield future.result()
+        yield from future.result()
