@@ -8,13 +8,14 @@ of the optimizer can restore the params.
 """
 
 import contextlib
-import gc
+import functools
 import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
-from logging import LogRecord, getLogger
+from collections.abc import Callable
+from logging import getLogger
 from typing import Any, TypeVar
 
 import jax
@@ -25,15 +26,15 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Shaped
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jetflow import checksums, hosts
+from jetflow.configs import differences, shown
 from jetflow.files import naming
 from jetflow.types import AnyArray, UsageError
 
 T = TypeVar("T")
 
-_QUIET_FOR_GOOD: list[contextlib.ExitStack] = []
 WEIGHTS = ("params", "ema")  # the fields of a state that must be finite
 
 
@@ -63,27 +64,20 @@ class Checkpoints:
     ):
         path = os.fspath(directory)
         self.directory = epath.Path(path if "://" in path else os.path.abspath(path))
-        newest = preservation_policy.LatestN(keep)
-        milestones = [preservation_policy.EveryNSteps(keep_every)] if keep_every else []
-        self._policy = preservation_policy.AnyPreservationPolicy([newest, *milestones])
+        kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+        self._policy = policies.AnyPreservationPolicy(kept)
         self._manager: ocp.CheckpointManager | None = None  # which would create the directory
-        self._sound: dict[
-            int, dict
-        ] = {}  # step -> its arrays, as this object wrote or verified them
+        self._sound: dict[int, dict] = {}  # step -> arrays, as this object wrote or verified them
         self._damaged: set[int] = set()
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(_quiet_orbax())
+        _hush_orbax()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
-        try:
-            if self._manager is not None:
-                self._guarded(self._manager.close)
-        finally:
+        if self._manager is not None:
+            self._guarded(self._manager.close)
             self._manager = None
-            self._quiet.close()
 
     def wait(self) -> None:
         """Wait until the save in progress is on disk.
@@ -103,13 +97,12 @@ class Checkpoints:
             self.wait()
 
     def _guarded(self, save: Callable[[], Any]) -> None:
-        """A save that fails is over; what Orbax's threads say of it, also later, is not heard."""
+        """A save that fails is over: Orbax would raise again when its manager is closed."""
         try:
             with naming(self.directory):
                 save()
-        except OSError:
-            self._manager = None  # it would raise again when it is closed
-            _QUIET_FOR_GOOD.append(self._quiet.pop_all())
+        except Exception:
+            self._manager = None
             raise
 
     def steps(self) -> list[int]:
@@ -157,7 +150,15 @@ class Checkpoints:
         self._sound[step] = record["arrays"]
 
     def _replace(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
-        self._manager = self._manager or _make_manager(self.directory, self._policy)
+        self._manager = self._manager or ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy,
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,
+                save_root_metadata=False,
+            ),
+        )
         for damaged in self._damaged.intersection(self._manager.all_steps()):
             self._manager.delete(damaged)
         self._damaged.clear()
@@ -220,7 +221,12 @@ class Checkpoints:
         fields = abstract_state if isinstance(abstract_state, dict) else vars(abstract_state)
         entries = record["arrays"].items()
         stored = {path: entry for path, entry in entries if path.split("/")[0] in fields}
-        _check_fit(stored, checksums.types(wanted), f"checkpoint {step} in {self.directory}")
+        kinds = {path: kind for path, (kind, _) in stored.items()}
+        if differing := differences(kinds, checksums.types(wanted)):
+            raise UsageError(
+                f"checkpoint {step} in {self.directory} does not fit this config: "
+                f"{shown(differing, '')}; use the config of that run, or another --workdir"
+            )
         arrays = _everywhere(lambda: _read_arrays(directory / "state", wanted))
         for path, entry in checksums.describe(arrays).items():
             if entry != stored[path]:
@@ -228,16 +234,6 @@ class Checkpoints:
         if len(arrays) == len(record["arrays"]):
             self._sound[step] = record["arrays"]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
-
-
-def _make_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
-        cleanup_tmp_directories=True,
-        lightweight_initialize=True,
-        save_root_metadata=False,
-    )
-    return ocp.CheckpointManager(directory, options=options)
 
 
 @jax.jit
@@ -252,22 +248,6 @@ def _read_record(directory: epath.Path) -> dict:
     return record
 
 
-def _check_fit(stored: dict[str, list[str]], wanted: dict[str, str], checkpoint: str) -> None:
-    """Raise a UsageError unless the checkpoint holds the wanted arrays, and only them."""
-    absent = ["absent"]
-    differing = [
-        f"{path} is {stored.get(path, absent)[0]} there and {wanted.get(path, 'absent')} here"
-        for path in {**wanted, **stored}
-        if stored.get(path, absent)[0] != wanted.get(path)
-    ]
-    if differing:
-        more = [f"and {len(differing) - 3} more"] if len(differing) > 3 else []
-        raise UsageError(
-            f"{checkpoint} does not fit this config: {'; '.join(differing[:3] + more)}; "
-            "use the config of that run, or another --workdir"
-        )
-
-
 def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
     """Restore the wanted paths onto their shardings; each process reads its own shards.
 
@@ -277,14 +257,12 @@ def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax
     if not wanted:
         return {}
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    restore_args = {
-        path: ocp.ArrayRestoreArgs(
-            sharding=getattr(leaf, "sharding", None) or default,
-            global_shape=leaf.shape,
-            dtype=leaf.dtype,
-        )
+    places = {path: getattr(leaf, "sharding", None) or default for path, leaf in wanted.items()}
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
         for path, leaf in wanted.items()
     }
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
     args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
     restored = ocp.PyTreeCheckpointHandler().restore(directory, args=args)
     return {path: restored[path] for path in wanted}
@@ -303,8 +281,6 @@ def _everywhere(read: Callable[[], T]) -> T:
         raise
     except Exception as error:
         cause = _explain(error)
-    if cause:
-        gc.collect()
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]
         if failed.size and cause is None:
@@ -314,18 +290,14 @@ def _everywhere(read: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Keep Orbax's log off the terminal: its progress, and the errors that it raises besides.
+@functools.cache  # once
+def _hush_orbax() -> None:
+    """Keep Orbax off the terminal: its progress, and the errors that it raises besides.
 
     It reads and writes all arrays at once, and raises the first failure. Of the others TensorStore
-    tells a loop that is closed, and asyncio prints pages when it collects their tasks: `gc.collect`
-    while this lasts.
+    tells a loop that is closed, and asyncio prints pages when it collects their tasks.
     """
-    loggers, before = (logging.get_absl_logger(), getLogger("asyncio")), sys.unraisablehook
-
-    def is_ours(line: LogRecord) -> bool:
-        return "/orbax/" not in line.pathname and "/asyncio/" not in line.pathname
+    before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
         is_late = "Event loop is closed" in str(unraisable.exc_value)
@@ -333,14 +305,8 @@ def _quiet_orbax() -> Iterator[None]:
             before(unraisable)
 
     sys.unraisablehook = hook
-    for logger in loggers:
-        logger.addFilter(is_ours)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        for logger in loggers:
-            logger.removeFilter(is_ours)
+    for logger in (logging.get_absl_logger(), getLogger("asyncio")):
+        logger.addFilter(lambda line: not re.search("/(orbax|asyncio)/", line.pathname))
 
 
 def _explain(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jetflow.types import Config, UsageError
 
 SECTIONS = ("flow", "data", "noise", "optim", "train", "mesh", "eval")
 FIELDS = ("init_from", "init_weights")  # that belong to no section
+MOST_SHOWN = 4  # fields that differ
 _BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 _EXPECTED = {
     bool: "true or false",
@@ -111,3 +113,38 @@ def _failure(error: Exception, path: str, file: str) -> str:
         )
     text = " ".join(str(error).replace("\\n", " ").split())
     return f"{where}: {type(error).__name__}: {text}"
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree of dicts by their names, such as "optim.lr"."""
+    leaves = {}
+    for key, node in tree.items():
+        name = f"{prefix}{key}"
+        leaves |= flat(node, f"{name}.") if isinstance(node, dict) else {name: node}
+    return leaves
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """The fields of two trees that differ, with both values, except `free` ones and those below.
+
+    What the data resolved to counts only where the old tree has it: version 0.1 recorded less.
+    """
+    old, new = flat(old), flat(new)
+    return {
+        name: (old.get(name, "absent"), new.get(name, "absent"))
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+        and not any(f"{name}.".startswith(f"{field}.") for field in free)
+        and (name in old or not name.startswith("resolved."))
+    }
+
+
+def shown(differing: dict[str, tuple[Any, Any]], prefix: str = "config.") -> str:
+    """Differences for a person: the first ones, and the number of the others."""
+    texts = [
+        f"{prefix}{name} is {old} there and {new} here" for name, (old, new) in differing.items()
+    ]
+    more = [f"and {len(texts) - MOST_SHOWN} more"] if len(texts) > MOST_SHOWN else []
+    return ", ".join(texts[:MOST_SHOWN] + more)

@@ -15,24 +15,18 @@ from jetflow import hosts
 from jetflow.types import UsageError
 
 METRICS = "metrics.jsonl"
-
 LARGEST = 2**63  # of a number, which others read too
 
 # A shape says what a JSON file holds: a type, several, [the shape of each], or {key: shape}, where
 # "key?" may be absent and `str` stands for all other keys. A float is a finite number.
-NUMBER = (float, type(None))  # None for one that is not finite
+NONE = type(None)
+NUMBER = (float, NONE)  # None for one that is not finite
 LINE_OF_METRICS = {"step": int, str: NUMBER}
 
-# What a disk refuses, and what a person can do about it.
-FULL = (errno.ENOSPC, errno.EDQUOT)
-REMEDIES = {
-    **dict.fromkeys(FULL, "make room, and the same command goes on"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "give a path that you may write"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "move it, or give another path"),
-    errno.ENOENT: "bring it back, or give another path",
-    errno.ENAMETOOLONG: "give a shorter path",
-    errno.EIO: "the disk fails: give a path on another one",
-}
+# What a disk refuses: for want of room, or for what else a person can mend.
+FULL = {errno.ENOSPC, errno.EDQUOT}
+REFUSALS = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+REFUSALS |= {errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO}
 
 
 @contextlib.contextmanager
@@ -41,9 +35,10 @@ def disk_errors_explained() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in REMEDIES:
+        if error.errno not in REFUSALS:
             raise
-        path, remedy = error.filename or "the disk", REMEDIES[error.errno]
+        is_full, path = error.errno in FULL, error.filename or "the disk"
+        remedy = "make room, and the same command goes on" if is_full else "give a path that can"
         raise UsageError(f"{path} cannot be used ({error.strerror}); {remedy}") from error
 
 
@@ -56,7 +51,7 @@ def naming(path: os.PathLike, *aliases: Path) -> Iterator[None]:
     except UsageError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        codes = [code for code in REMEDIES if os.strerror(code) in str(error)]
+        codes = [code for code in REFUSALS if os.strerror(code) in str(error)]
         if not codes or getattr(error, "filename", None) not in (None, *map(str, aliases)):
             raise
         raise OSError(codes[0], os.strerror(codes[0]), str(path)) from error
@@ -126,15 +121,11 @@ def scan_json(paths: Iterable[Path], shape: Any) -> tuple[list[Any], list[str]]:
 
 
 def read_or_set_aside(path: Path, shape: Any, default: Any) -> Any:
-    """The content of a JSON file that can be done without.
-
-    One that cannot be read is renamed, with a warning, and counts as absent.
-    """
-    try:
-        return read_json(path, shape) if path.exists() else default
-    except UsageError as error:
-        set_aside(path, str(error))
-        return default
+    """The content of a JSON file that can be done without: a damaged one counts as absent."""
+    contents, wrong = scan_json([path] if path.exists() else [], shape)
+    if wrong:
+        set_aside(path, wrong[0])
+    return contents[0] if contents else default
 
 
 def set_aside(path: Path, why: str) -> None:
@@ -160,14 +151,13 @@ def scan_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     try:
         content = path.read_bytes().split(b"\n") if path.exists() else [b""]
     except OSError as error:
-        return [], [f"{path} cannot be read ({error})"]
+        content, wrong = [b""], [str(error)]
     for number, line in enumerate(content, 1):
         try:
             lines.append(parse(line, LINE_OF_METRICS))
         except ValueError as error:
             wrong += [f"line {number}: {error}"] if number < len(content) else []
-    more = f", and in {len(wrong) - 1} lines more" if len(wrong) > 1 else ""
-    return lines, [f"{path} cannot be read in {wrong[0]}{more}"] if wrong else []
+    return lines, [f"{path} cannot be read ({wrong[0]}; {len(wrong)} in all)"] if wrong else []
 
 
 def parse(text: bytes, shape: Any) -> Any:

@@ -7,24 +7,16 @@ import importlib.metadata
 import itertools
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import jax
 
-from jetflow import hosts
+from jetflow import files, hosts
 from jetflow.checkpoint import Checkpoints
-from jetflow.files import (
-    METRICS,
-    NUMBER,
-    read_json,
-    read_metrics,
-    read_or_set_aside,
-    scan_json,
-    write_json,
-)
+from jetflow.configs import differences, shown
 from jetflow.flows.build import build
 from jetflow.types import Flow, UsageError
 
@@ -34,14 +26,13 @@ ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 FORMAT = 1  # of config.json; version 0.1 wrote none
 LONGEST_SUFFIX = 120  # letters, of the at most 255 bytes of a file's name
-MOST_SHOWN = 4  # fields that differ
 PACKAGES = ("jetflow", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # What the files of a run hold, beside all else; see `files.misfit`.
 SHAPE = {
     "format?": int,
     "flow": {"kind": str},
-    "data": {"name": str, "train_split": str, "test_split": str},
+    "data": dict.fromkeys(("name", "train_split", "test_split"), str),
     "noise": dict,
     "train": {"ema_decay": float},
     "eval": {"draws": int},
@@ -51,39 +42,31 @@ ENVIRONMENTS = [{"from_step": int}]
 SOURCES = {
     "data?": dict,
     "train_data?": dict,
-    "reference?": {"data?": (dict, type(None))},
+    "reference?": {"data?": (dict, files.NONE)},
     "network?": {"weights_sha256": str, "published_weights": bool},
 }
 EVALUATION = SOURCES | {
     "metric": str,
     "step": int,
-    "value": NUMBER,
-    "standard_error?": NUMBER,
-    "weights?": str,
+    "value": files.NUMBER,
+    "standard_error?": files.NUMBER,
 }
-LIKELIHOOD = {
-    **{name.removesuffix("?"): shape for name, shape in EVALUATION.items() if name not in SOURCES},
-    "draws": int,
-    "conditional": bool,
-    "noise": {"kind": str, "std": float},
-    "data": {"name": str, "version": str, "split": str, "examples": int, "resize": str,
-             "checksum": str},
-}  # fmt: skip
+LIKELIHOOD = EVALUATION | {"draws": int, "conditional": bool, "noise": {"kind": str, "std": float}}
+LIKELIHOOD |= {"standard_error": files.NUMBER, "data": {"examples": int, str: (str, int)}}
 
 # The fields that may change when a run goes on, and those that may besides if it is extended.
 FREE = (
-    "config.train.log_every",
-    "config.train.eval_every",
-    "config.train.sample_every",
-    "config.train.checkpoint_every",
-    "config.train.keep_checkpoints",
-    "config.train.keep_every",
-    "config.mesh",
-    "config.data.workers",
-    "config.resolved.defaults",
+    "train.log_every",
+    "train.eval_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "mesh",
+    "data.workers",
+    "resolved.defaults",
 )
-LENGTH = ("config.train.steps", "config.train.epochs", "config.train.images")
-LENGTH += ("config.resolved.total_steps",)
+LENGTH = ("train.steps", "train.epochs", "train.images", "resolved.total_steps")
 
 
 def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, str]:
@@ -127,7 +110,7 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return sealed
     try:
-        config = read_json(path, SHAPE)
+        config = files.read_json(path, SHAPE)
     except UsageError as error:
         remedy = ", or delete it: the newest checkpoint has a copy" if sealed else ""
         raise UsageError(f"{error}{remedy}") from error
@@ -145,7 +128,7 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
     """Make `workdir` the folder of a run with this resolved config."""
-    write_json(workdir / CONFIG, {"format": FORMAT, **config})
+    files.write_json(workdir / CONFIG, {"format": FORMAT, **config})
 
 
 @dataclasses.dataclass
@@ -181,13 +164,13 @@ class Claim:
 
     def _has_steps(self) -> bool:
         with Checkpoints(self.workdir / "checkpoints") as checkpoints:
-            return bool(checkpoints.steps() or read_metrics(self.workdir / METRICS))
+            return bool(checkpoints.steps() or files.read_metrics(self.workdir / files.METRICS))
 
 
 def _remedy(workdir: Path, names: set[str]) -> str:
-    if {"config.resolved.total_steps"} < names <= set(LENGTH):
+    if {"resolved.total_steps"} < names <= set(LENGTH):
         return "give that length, or --extend to train to the new one"
-    if all(name.startswith("config.resolved.") for name in names):
+    if all(name.startswith("resolved.") for name in names):
         return "its data set has changed: prepare the old one again, or give another --workdir"
     return (
         "give that config to go on with it, or another --workdir for a new run, which can "
@@ -249,7 +232,7 @@ def suffix(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
 def write_result(workdir: Path, result: dict[str, Any], suffix: str = "") -> Path:
     """Write the result of an evaluation, which has a metric and a step."""
     path = result_path(workdir, result["metric"], result["step"], suffix)
-    write_json(path, result)
+    files.write_json(path, result)
     return path
 
 
@@ -271,44 +254,12 @@ def note_environment(workdir: Path, step: int, *, total_steps: int) -> None:
         total_steps: the length of the run; part of what may change from some step on.
     """
     current, path = environment() | {"total_steps": total_steps}, workdir / ENVIRONMENT
-    known = read_or_set_aside(path, ENVIRONMENTS, [])
+    known = files.read_or_set_aside(path, ENVIRONMENTS, [])
     if not known or {**known[-1], "from_step": None} != {"from_step": None, **current}:
-        write_json(path, [*known, {"from_step": step, **current}])
+        files.write_json(path, [*known, {"from_step": step, **current}])
 
 
 def scan_environments(workdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The environments of a run, in the order of its steps, and what is wrong with their file."""
-    known, wrong = scan_json(workdir.glob(ENVIRONMENT), ENVIRONMENTS)
+    known, wrong = files.scan_json(workdir.glob(ENVIRONMENT), ENVIRONMENTS)
     return [*itertools.chain.from_iterable(known)], wrong
-
-
-def differences(
-    old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = FREE, root: str = "config"
-) -> dict[str, tuple[Any, Any]]:
-    """The fields of two trees that differ, with both values, except `free` ones and those below.
-
-    What the data resolved to counts only where the old tree has it: version 0.1 recorded less.
-    """
-    old, new = flat(old, root), flat(new, root)
-    return {
-        name: (old.get(name), new.get(name))
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-        and not any(f"{name}.".startswith(f"{field}.") for field in free)
-        and (name in old or not name.startswith(f"{root}.resolved."))
-    }
-
-
-def shown(differing: dict[str, tuple[Any, Any]]) -> str:
-    """Differences for a person: the first ones, and the number of the others."""
-    texts = [f"{name} is {old} there and {new} here" for name, (old, new) in differing.items()]
-    more = [f"and {len(texts) - MOST_SHOWN} more"] if len(texts) > MOST_SHOWN else []
-    return ", ".join(texts[:MOST_SHOWN] + more)
-
-
-def flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
-    """The leaves of a tree of dicts by their names, such as "config.optim.lr"."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    leaves = [flat(node, f"{prefix}.{key}") for key, node in tree.items()]
-    return {name: value for branch in leaves for name, value in branch.items()}

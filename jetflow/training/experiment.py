@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from jetflow import optim, sharding
+from jetflow.configs import differences
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.flows.build import build
@@ -21,7 +22,6 @@ from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
 from jetflow.training.step import Trainer, TrainState, create_state
 from jetflow.types import Batch, Config, Flow, UsageError
-from jetflow.workdir import flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,8 @@ class Run:
         }
         config = self.config.to_dict()
         if defaults := config.pop("defaults", None):  # of the fields that the config changes
-            fields = flat(config)
-            resolved["defaults"] = {
-                name.removeprefix("config."): value
-                for name, value in flat(defaults).items()
-                if fields.get(name) != value
-            }
+            differing = differences(defaults, config)
+            resolved["defaults"] = {name: default for name, (default, _) in differing.items()}
         return {**config, "resolved": resolved}
 
     def abstract_batch(self, size: int) -> Batch:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from jetflow import checksums, sharding
 from jetflow import workdir as workdirs
 from jetflow.checkpoint import Checkpoints
+from jetflow.configs import shown
 from jetflow.flows import coupling
 from jetflow.flows.build import with_defaults
 from jetflow.training.resample import between_grids, between_spatial_splits
@@ -168,7 +169,7 @@ def make_plan(source: Side, target: Side) -> dict[str, Fate]:
     }
     if differing:
         raise UsageError(
-            f"it holds another flow: {workdirs.shown(differing)}; set the flow of that run: only "
+            f"it holds another flow: {shown(differing, '')}; set the flow of that run: only "
             "the height and width of the images, and the classes, may differ"
         )
     return {path: fate for path, fate in plan.items() if fate is not None}

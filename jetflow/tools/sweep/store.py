@@ -7,37 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from jetflow import hosts
-from jetflow.files import NUMBER, read_json, read_or_set_aside, scan_json, write_json
+from jetflow.configs import differences, shown
+from jetflow.files import NONE, NUMBER, read_json, read_or_set_aside, scan_json, write_json
 from jetflow.sweeps import Point
 from jetflow.types import UsageError
-from jetflow.workdir import CONFIG, SOURCES, SWEEP, differences, shown
+from jetflow.workdir import CONFIG, SOURCES, SWEEP
 
 # Not compared when a sweep goes on; points are compared apart, as new ones may come last.
 FREE = ("title", "description", "repeats", "points", "recipe.mesh", "recipe.data.workers")
 
-CONTENT = {
-    "title": str,
-    "description": str,
-    "points": [{str: {"label": str}}],
-    "metrics": [str],
-    "repeats": [str],
-    "fixed": dict,
-    "config": (str, type(None)),
-    "run": (str, type(None)),
-}
-RECORD = {
-    "number": int,
-    "name": str,
-    "status": str,
-    "seconds": float,
-    "environment": dict,
-    "error?": str,
-    "workdir?": str,
-    "step?": int,
-    "metrics?": {str: NUMBER},
-    "errors?": {str: NUMBER},
-    "results?": [SOURCES],
-}
+TEXT = (str, NONE)
+CONTENT = {"title": str, "description": str, "fixed": dict, "config": TEXT, "run": TEXT}
+CONTENT |= {"metrics": [str], "repeats": [str], "points": [{str: {"label": str}}]}
+RECORD = {"number": int, "name": str, "status": str, "seconds": float, "environment": dict}
+RECORD |= {"error?": str, "workdir?": str, "results?": [SOURCES]}
+RECORD |= {"metrics?": {str: NUMBER}, "errors?": {str: NUMBER}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +42,8 @@ class Store:
             raise UsageError(
                 f"the sweep in {self.path} was begun {begun}; go on so, or give another --workdir"
             )
-        differing = differences(old, content, [f"sweep.{name}" for name in FREE], "sweep")
-        texts = [shown(differing)] if differing else []
+        differing = differences(old, content, FREE)
+        texts = [shown(differing, "sweep.")] if differing else []
         if content["points"][: len(old["points"])] != old["points"]:
             texts.append("its points are others, or in another order (new ones go last)")
         if texts:
