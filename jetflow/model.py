@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num, UInt8
 
-from jetflow import calibration, sharding
+from jetflow import calibration, hosts, sharding
 from jetflow.archive import collect
 from jetflow.checkpoint import Checkpoints
 from jetflow.evals import evaluation
@@ -29,7 +29,7 @@ from jetflow.sampling.decoding import decodings
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training.step import abstract_variables
 from jetflow.types import AnyArray, Decoding, Flow, UsageError
-from jetflow.workdir import read_flow
+from jetflow.workdir import flat, read_flow
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -247,6 +247,7 @@ def load_model(
     """
     workdir, mesh = Path(workdir), mesh or sharding.make_mesh()
     config, flow, weights = read_flow(workdir)
+    hosts.compare(flat(config))
     abstract = abstract_variables(flow)
     shardings = sharding.state_shardings(mesh, abstract, config.get("mesh", {}).get("rules", ()))
     abstract = sharding.placed(abstract, shardings)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jetflow import hosts
+from jetflow import hosts, signals
 from jetflow.cli.flags import Command, parse
 from jetflow.options import Options, option
 from jetflow.sweeps import is_of_training, read
@@ -62,7 +62,7 @@ def run(options: SweepOptions) -> int:
         return 0
     try:
         records = runner.sweep(**arguments)
-    except hosts.Stopped as stopped:
+    except signals.Stopped as stopped:
         runner.note("the sweep stopped: run the same command again to go on")
         return 128 + stopped.signal
     if hosts.is_first():

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
+from jetflow import hosts
 from jetflow.data import processes, reading, shards, sources
 from jetflow.data.builder import UNREADABLE, is_prepared, make
 from jetflow.types import NO_LABEL, Batch, UsageError
@@ -170,6 +171,9 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         ) from error
     features = builder.info.features
     metadata = builder.info.metadata or {}
+    sums = {info.name: info.num_examples for info in builder.info.splits.values()}
+    sums |= metadata.get("checksums", {})
+    hosts.compare({f"the checksum of {name} {part}": sum for part, sum in sums.items()})
     return Dataset(
         name=name,
         version=str(builder.version),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from jetflow import optim, sharding
+from jetflow import hosts, optim, sharding
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.flows.build import build
@@ -141,6 +141,7 @@ def set_up(
     Raises:
         UsageError: on the first thing that cannot work, with the field's name and a remedy.
     """
+    hosts.compare(flat(config.to_dict()))
     _check_numbers(config)
     sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
     mesh = sharding.make_mesh(**sizes, devices=devices)

@@ -19,11 +19,11 @@ from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.evals import records
 from jetflow.files import METRICS, read_json
-from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.options import Options, option
 from jetflow.pictures import labels_in_turn, samples_grid, save_png
 from jetflow.sampling.ancestral import draw_all, not_finite
+from jetflow.signals import Stopped, StopSignal
 from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import Reporter
 from jetflow.training.step import Metrics, TrainState
@@ -84,7 +84,6 @@ def train(
         # What cannot start must leave nothing behind: the first state comes before `begin`.
         begins = hosts.agreed(checkpoints.latest() is None)
         fresh, origin = run.fresh_state() if begins else (None, "")
-        # The first process's answer, and a barrier: `begin` rewrites what is read here.
         before = hosts.agreed(_length(workdir, run.total_steps)) if extend else run.total_steps
         claim.begin(run.resolved_config, extend=extend)
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)

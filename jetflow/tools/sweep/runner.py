@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jetflow import configs, hosts, pictures, sharding
+from jetflow import configs, hosts, pictures, sharding, signals
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.files import write_json
@@ -27,7 +27,7 @@ from jetflow.tools.report.document import report
 from jetflow.tools.sweep.store import Store
 from jetflow.training.loop import Diverged, train
 from jetflow.types import Config, UsageError
-from jetflow.workdir import SWEEP, environment, read_flow, suffix
+from jetflow.workdir import SWEEP, environment, flat, read_flow, suffix
 
 OWN = ("metrics", "data_dir", "make_reference")  # options that the sweep itself gives
 
@@ -117,14 +117,17 @@ class Runner:
         Points of a given run that name no step are measured at one checkpoint, the newest when the
         sweep began: a run that is trained on mixes no two.
         """
+        run, recipe = self.run and str(self.run), {} if self.run else self._config().to_dict()
+        recipe.pop("defaults", None)
+        content = self.sweep.content(run, recipe)
+        points = zip((point.name for point in self.sweep.points), content["points"], strict=True)
+        hosts.compare(flat(content | {"points": dict(points)}, "the sweep"))
         self.check()
         meshes = []
         for point in self.sweep.points:
             options = self._options(point)
             meshes.append(read_mesh(options.mesh))
             sharding.check_batch(f"point {point.name}: batch_size", options.batch_size, meshes[-1])
-        run, recipe = self.run and str(self.run), {} if self.run else self._config().to_dict()
-        recipe.pop("defaults", None)
         with self.store.locked(SWEEP, wait=True):
             step = hosts.agreed(self.store.step(run) or -1)
             if self.run and any("step" not in self.sweep.settings(p) for p in self.sweep.points):
@@ -145,7 +148,7 @@ class Runner:
             start, record = time.perf_counter(), {"number": point.number, "name": point.name}
             try:
                 record |= {"status": "done", **self._measure(point)}
-            except hosts.Stopped:
+            except signals.Stopped:
                 raise
             except Exception as error:
                 if jax.process_count() > 1:
