@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_laws import jit
 
 import jetflow
 from jetflow import noise, sharding
@@ -41,7 +40,7 @@ def variables(flow):
 def identity():
     """A flow whose density is known: pixel v becomes the latent v/127.5 − 1."""
     flow = flow_laws.jet(dtype="float32", num_couplings=1)
-    init = jit(flow.init)
+    init = jax.jit(flow.init)
     return flow, init(jax.random.key(0, impl="rbg"), jnp.zeros((1, 4, 4, 1)))
 
 

@@ -43,7 +43,7 @@ def start(data_dir, compilation_cache):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        options |= {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)} | tiny_runs.UNOPTIMISED
+        options |= {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
         if processes > 1:
             options |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
             options |= {"JAX_NUM_PROCESSES": str(processes)}

@@ -107,7 +107,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=
 def slurm(tmp_path, compilation_cache):
     """The environment of a Slurm of one node; skips, and says why, where it cannot start."""
     path = f"{tmp_path}:{os.environ['PATH']}:/usr/sbin"
-    env = tiny_runs.environment(PATH=path, **tiny_runs.UNOPTIMISED)
+    env = tiny_runs.environment(PATH=path)
     daemons = ["slurmctld", "slurmd"]
     missing = [name for name in [*daemons, "sbatch"] if not shutil.which(name, path=env["PATH"])]
     if missing:

@@ -117,7 +117,6 @@ def cloud(tmp_path):
         JETFLOW_PROCESSES="2",
         PAUSE="1",
         POLL="1",
-        **tiny_runs.UNOPTIMISED,
     )
     for run_pid in tmp_path.glob("worker*/jetflow/run.pid"):
         kill(run_pid)

@@ -4,15 +4,15 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jetflow import hosts, sharding
 from jetflow import workdir as workdirs
+from jetflow.archive import collect
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
@@ -22,14 +22,12 @@ from jetflow.files import METRICS, read_json
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.options import Options, option
 from jetflow.pictures import labels_in_turn, samples_grid, save_png
-from jetflow.sampling.ancestral import draw_all, not_finite
+from jetflow.sampling.ancestral import Drawn, draw_all, not_finite
 from jetflow.signals import Stopped, StopSignal
 from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import Reporter
 from jetflow.training.step import Metrics, TrainState
 from jetflow.types import Batch, Config, UsageError
-
-SAMPLES_AT_ONCE = 64
 
 
 class Diverged(Exception):
@@ -149,7 +147,7 @@ class Session:
                 self._pending = (step, metrics)
                 if batches and step < total:
                     batch, waited = batches.after(metrics)
-                    self.reporter.waited(waited)
+                    self.reporter.waited += waited
                 self._look(state, step)
                 if step % self.run.config.train.checkpoint_every == 0:
                     self._save(state, step)
@@ -206,19 +204,12 @@ class Session:
             self._sample(state, step)
 
     def _evaluate(self, state: TrainState, step: int, noise: Noise) -> None:
-        section, data = self.run.config.eval, self.run.test_data
-        draws = section.draws if self._is_last(step) else 1
+        section, data, flow = self.run.config.eval, self.run.test_data, self.run.trainer.flow
         with self.reporter.pause():
             likelihood = bpd.measure(
-                self.run.trainer.flow,
-                state.variables(),
-                data,
-                mesh=self.run.mesh,
-                noise=noise,
-                draws=draws,
-                batch_size=section.batch_size,
-                poll=self.poll,
-            )
+                flow, state.variables(), data, mesh=self.run.mesh, noise=noise, poll=self.poll,
+                draws=section.draws if self._is_last(step) else 1, batch_size=section.batch_size,
+            )  # fmt: skip
         weights = "params" if state.ema is None else "ema"
         result = bpd.record(likelihood, noise, data, step=step, weights=weights)
         workdirs.write_result(self.workdir, result)
@@ -227,25 +218,22 @@ class Session:
             self.reporter.say(f"step {step}: held-out {records.describe(result)}")
 
     def _sample(self, state: TrainState, step: int) -> None:
-        flow, noise, num = (
-            self.run.trainer.flow,
-            self.run.trainer.noise,
-            self.run.config.eval.samples,
-        )
+        flow, num = self.run.trainer.flow, self.run.config.eval.samples
         labels = labels_in_turn(num, flow.num_classes)
         sampler, key = self.run.sampler(state.variables()), key_for(0, 0, Purpose.SAMPLE)
-        batches = []
-        with self.reporter.stage("samples", math.ceil(num / SAMPLES_AT_ONCE)) as count:
-            for drawn in draw_all(sampler, key, num=num, label=labels, batch_size=SAMPLES_AT_ONCE):
-                batches.append(drawn)
-                count()
-                self.poll()
-        if complaint := not_finite(np.concatenate([drawn.finite for drawn in batches])):
+        batches = draw_all(sampler, key, num=num, label=labels)
+        with self.reporter.pause():
+            drawn = collect(self._polled(batches), self.run.trainer.noise.kind, num=num, keep=num)
+        if complaint := not_finite(drawn.finite):
             self.reporter.say(f"step {step}: {complaint}")
-        images = [drawn.images(noise.kind) for drawn in batches]
-        grid = samples_grid(np.concatenate(images), labels)
+        grid = samples_grid(drawn.images, labels)
         self.reporter.picture(step, "samples", grid)
         save_png(self._picture(step), grid)
+
+    def _polled(self, batches: Iterable[Drawn]) -> Iterator[Drawn]:
+        for drawn in batches:
+            yield drawn
+            self.poll()
 
     def _is_last(self, step: int) -> bool:
         return step == self.run.total_steps
@@ -277,13 +265,10 @@ class Session:
         run, total = self.run, self.run.total_steps
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
         held = sharding.bytes_per_device(state) / 1e6
-        source = f", from {run.config.init_from}" if run.config.init_from else ""
-        each = f"of {run.config.train.batch_size} images each"
-        plan = (
-            f"resumed at step {start} of {total}, {each}"
-            if start
-            else f"{total} steps {each}{source}"
-        )
+        plan = f"resumed at step {start} of {total}" if start else f"{total} steps"
+        plan += f" of {run.config.train.batch_size} images each"
+        if run.config.init_from and not start:
+            plan += f", from {run.config.init_from}"
         return (
             f"{run.config.flow.kind} with {count:,} parameters on {sharding.describe(run.mesh)}; "
             f"the state takes {held:,.1f} MB a device\n"
