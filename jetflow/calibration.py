@@ -23,8 +23,6 @@ from jetflow.sampling.decoding import WINDOW
 from jetflow.types import Decoding, UsageError
 
 REPEATS = 3
-SMALLEST_WINDOW = 8  # of those that are tried
-PATIENCE = 2  # windows in a row that are slower than the one before, until the search ends
 
 
 def fastest(
@@ -98,49 +96,32 @@ def calibrate(
     index = np.arange(batch_size)
     label = sampler.place(index % flow.num_classes if flow.num_classes else None)
     z = sampler.place(sampler.latents(jax.random.key(0), index))
-    measured = []
-    numbers = reversed(range(len(flow.blocks)))
-    total, hidden = len(flow.blocks), None if hosts.is_first() else True
-    for number in tqdm(numbers, "measuring", total, unit=" blocks", disable=hidden, leave=False):
-        decode = functools.partial(
-            _decode_block, flow.blocks[number], {"params": params[f"blocks_{number}"]}, z, label,
-            sampler.guidance,
-        )  # fmt: skip
-
-        def seconds(window: int, decode=decode) -> float:
-            decoding = dataclasses.replace(base, window=window)
-            return hosts.agreed(statistics.median(timed(lambda: decode(decoding), REPEATS)))
-
-        with sharding.on(sampler.mesh):
-            measured.append(seconds_by_window(seconds, flow.latent_shape[0]))
-            z = decode(base)
+    measured, hidden = [], None if hosts.is_first() else True
+    numbers, total = reversed(range(len(flow.blocks))), len(flow.blocks)
+    bar = tqdm(numbers, "measuring", total, unit=" blocks", disable=hidden, leave=False)
+    with sharding.on(sampler.mesh):
+        for number in bar:
+            block, weights = flow.blocks[number].clone(name=None), params[f"blocks_{number}"]
+            decode = functools.partial(_decode, block, {"params": weights}, z, label)
+            measured.append({})
+            for window in windows(flow.latent_shape[0]):
+                decoding = dataclasses.replace(base, window=window)
+                times = timed(functools.partial(decode, sampler.guidance, decoding), REPEATS)
+                measured[-1][window] = hosts.agreed(statistics.median(times))
+            z = decode(sampler.guidance, base)[0]
     measured = measured[::-1]
     return [min(times, key=times.__getitem__) for times in measured], measured
 
 
-def seconds_by_window(seconds: Callable[[int], float], tokens: int) -> dict[int, float]:
-    """The time of a block's decoding by window.
-
-    Token by token and the default window of jacobi come first, so that the best is no slower than
-    either; then smaller windows, halved until they only get slower.
-    """
+def windows(tokens: int) -> list[int]:
+    """Those that are tried: token by token, the default of jacobi, and its halves."""
     widest = max(1, min(WINDOW, tokens - 1))
-    times = {window: seconds(window) for window in dict.fromkeys((1, widest))}
-    slower, last = 0, times[widest]
-    window = 2 ** ((widest - 1).bit_length() - 1) if widest > 2 else 0
-    while window >= SMALLEST_WINDOW and slower < PATIENCE:
-        times[window] = seconds(window)
-        slower = 0 if times[window] < last else slower + 1
-        window, last = window // 2, times[window]
-    return times
+    halves = [2**power for power in range(3, WINDOW.bit_length()) if 2**power < widest]
+    return list(dict.fromkeys([1, widest, *reversed(halves)]))
 
 
-def _decode_block(block, variables, z, label, guidance, decoding):
-    """The inverse of one block; the blocks that are alike share a program."""
-    return _jitted_block(block.clone(name=None), variables, z, label, guidance, decoding)[0]
-
-
-_jitted_block = jax.jit(
+# The inverse of one block; the blocks that are alike share a program.
+_decode = jax.jit(
     lambda block, variables, *inputs: block.apply(variables, *inputs, method="inverse_blocks")[:1],
     static_argnums=0,
     compiler_options=AS_WRITTEN,

@@ -31,6 +31,8 @@ from jetflow.training.step import abstract_variables
 from jetflow.types import AnyArray, Decoding, Flow, UsageError
 from jetflow.workdir import flat, read_flow
 
+WEIGHTS = ("auto", "ema", "params")
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
@@ -42,6 +44,7 @@ class Model:
         flow, variables: the flow, with its averaged parameters where the run has them.
         step: of the checkpoint.
         mesh: the devices on which the variables lie.
+        weights: which parameters of the training these are: "ema", averaged ones, or "params".
     """
 
     workdir: Path
@@ -50,6 +53,7 @@ class Model:
     variables: dict[str, Any]
     step: int
     mesh: Mesh
+    weights: str
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.flow.image_shape))
@@ -63,11 +67,6 @@ class Model:
     def noise(self) -> Noise:
         """The noise of its training."""
         return Noise(**self.config["noise"])
-
-    @property
-    def weights(self) -> str:
-        """Which parameters of the training these are: "ema", averaged ones, or "params"."""
-        return "ema" if self.config["train"]["ema_decay"] else "params"
 
     def sampler(self, options: SamplingOptions, batch_size: int) -> Sampler:
         """The sampler for these options; method "auto" is measured for this batch size.
@@ -235,19 +234,29 @@ def _pixels(images: Num[AnyArray, "B H W C"]) -> UInt8[AnyArray, "B H W C"]:
 
 
 def load_model(
-    workdir: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None
+    workdir: str | os.PathLike,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    *,
+    weights: str = "auto",
 ) -> Model:
     """The flow of a run, at its newest sound checkpoint or the one of `step`.
 
     Args:
         mesh: where the variables are laid out; default: all devices.
+        weights: "ema", averaged ones; "params"; or "auto", averaged ones where the run has them.
 
     Raises:
         UsageError: if there is no run, no checkpoint, or none that is sound.
     """
+    if weights not in WEIGHTS:
+        raise UsageError(f"weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
     workdir, mesh = Path(workdir), mesh or sharding.make_mesh()
-    config, flow, weights = read_flow(workdir)
+    config, flow, best = read_flow(workdir)
     hosts.compare(flat(config))
+    if weights == "ema" != best:
+        raise UsageError(f"{workdir} has no averaged weights; ask for 'auto'")
+    weights = best if weights == "auto" else weights
     abstract = abstract_variables(flow)
     shardings = sharding.state_shardings(mesh, abstract, config.get("mesh", {}).get("rules", ()))
     abstract = sharding.placed(abstract, shardings)
@@ -258,4 +267,4 @@ def load_model(
             raise UsageError(f"the run in {workdir} has no checkpoint yet; step {first} makes one")
         restored, step = checkpoints.restore(wanted, step)
     variables = {"params": restored[weights], **restored["collections"]}
-    return Model(workdir, config, flow, variables, step, mesh)
+    return Model(workdir, config, flow, variables, step, mesh, weights)

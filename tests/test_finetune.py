@@ -153,7 +153,7 @@ def test_which_weights(tmp_path):
     new, _ = begin("jet", raw)
     assert_trees_all_equal(new.params, old.params)
     assert_trees_all_equal(new.ema, old.params)
-    for weights, message in (("ema", "it has no averaged weights"), ("all", "expected one of")):
+    for weights, message in (("ema", "has no averaged weights"), ("all", "expected one of")):
         with pytest.raises(UsageError, match=message):
             begin("jet", raw, init_weights=weights)
 

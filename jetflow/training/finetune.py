@@ -10,7 +10,6 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,17 +18,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jetflow import checksums, sharding
-from jetflow import workdir as workdirs
-from jetflow.checkpoint import Checkpoints
+from jetflow import checksums
 from jetflow.flows import coupling
 from jetflow.flows.build import with_defaults
+from jetflow.model import load_model
 from jetflow.training.resample import between_grids, between_spatial_splits
 from jetflow.training.step import TrainState, abstract_variables
 from jetflow.types import Config, Flow, UsageError
+from jetflow.workdir import shown
 
 FATES = ("loaded", "resampled", "fresh", "dropped")
-WEIGHTS = ("auto", "ema", "params")
 # Arrays with an entry for each token: their fate on another grid, and the axis of the tokens.
 OF_TOKENS = {
     "position": ("resampled", -2),
@@ -64,14 +62,10 @@ class Side:
     config: Mapping[str, Any]
 
     @functools.cached_property
-    def abstract(self) -> dict[str, Any]:
-        """Shapes and types of the variables, by collection."""
-        return abstract_variables(self.flow)
-
-    @functools.cached_property
     def shapes(self) -> dict[str, Shape]:
         """Path → shape: "params/blocks_0/position"."""
-        return {path: array.shape for path, array in checksums.flatten(self.abstract).items()}
+        flat = checksums.flatten(abstract_variables(self.flow))
+        return {path: array.shape for path, array in flat.items()}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -109,41 +103,32 @@ def first_state(
         UsageError: if that is no run with a sound checkpoint, or a flow that differs in more than
             a transfer can bridge.
     """
-    workdir, weights = Path(config.init_from), config.init_weights
     try:
-        if weights not in WEIGHTS:
-            raise UsageError(f"config.init_weights is {weights!r}; expected one of {WEIGHTS}")
-        old_config, old_flow, best = workdirs.read_flow(workdir, dtype="float32")
-        if weights == "ema" and best != "ema":
-            raise UsageError("it has no averaged weights; set config.init_weights to 'auto'")
-        weights = best if weights == "auto" else weights
-        source, target = Side(old_flow, old_config), Side(flow, config.to_dict())
+        model = load_model(config.init_from, mesh=mesh, weights=config.init_weights)
+        source, target = Side(model.flow, model.config), Side(flow, config.to_dict())
         plan = make_plan(source, target)
-        variables, step = _restore(source, workdir, weights, mesh, config.mesh.rules)
         resampled = any(fate.fate == "resampled" for fate in plan.values())
-        tokens = _token_weights(source, target, variables) if resampled else []
+        tokens = _token_weights(source, target, model.variables) if resampled else []
     except UsageError as error:
-        raise UsageError(f"config.init_from is {workdir}: {error}") from error
+        raise UsageError(f"config.init_from is {config.init_from}: {error}") from error
 
     def initial(variables: Mapping[str, Any]) -> TrainState:
-        state, old = create(), checksums.flatten(dict(variables))
-
-        def chosen(path: str, array: Array) -> Array:
-            fate = plan[path].fate
-            if fate == "fresh":
-                return array
-            return _resampled(old[path], tokens) if fate == "resampled" else old[path]
-
+        state, old = create(), checksums.flatten(variables)
         fresh = {"params": state.params, **state.collections}
-        leaves = [chosen(path, array) for path, array in checksums.flatten(fresh).items()]
-        collections = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+        arrays = checksums.flatten(fresh)
+        for path in arrays:
+            if plan[path].fate == "loaded":
+                arrays[path] = old[path]
+            elif plan[path].fate == "resampled":
+                arrays[path] = _resampled(old[path], tokens)
+        collections = jax.tree.unflatten(jax.tree.structure(fresh), arrays.values())
         params = collections.pop("params")
         ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
         return state.replace(params=params, collections=collections, ema=ema)
 
-    state = jax.jit(initial, out_shardings=shardings)(variables)
-    which = "averaged weights" if weights == "ema" else "weights"
-    return state, f"{which} of {workdir}, step {step}:\n{describe(plan)}"
+    state = jax.jit(initial, out_shardings=shardings)(model.variables)
+    which = "averaged weights" if model.weights == "ema" else "weights"
+    return state, f"{which} of {model.workdir}, step {model.step}:\n{describe(plan)}"
 
 
 def make_plan(source: Side, target: Side) -> dict[str, Fate]:
@@ -168,7 +153,7 @@ def make_plan(source: Side, target: Side) -> dict[str, Fate]:
     }
     if differing:
         raise UsageError(
-            f"it holds another flow: {workdirs.shown(differing)}; set the flow of that run: only "
+            f"it holds another flow: {shown(differing)}; set the flow of that run: only "
             "the height and width of the images, and the classes, may differ"
         )
     return {path: fate for path, fate in plan.items() if fate is not None}
@@ -207,23 +192,6 @@ def _fate_of_classes(source: Side, target: Side, old, new) -> Fate | None:
     return Fate("fresh", old, new, why)
 
 
-def _restore(
-    source: Side, workdir: Path, weights: str, mesh: Mesh, rules: Any
-) -> tuple[dict[str, Any], int]:
-    """The source's variables and their step: parameters laid out as in training, the rest whole."""
-    collections = dict(source.abstract)
-    params = {"params": collections.pop("params")}
-    shardings = sharding.state_shardings(mesh, params, rules)
-    whole = jax.tree.map(lambda _: sharding.replicated(mesh), collections)
-    wanted = {
-        weights: sharding.placed(params, shardings)["params"],
-        "collections": sharding.placed(collections, whole),
-    }
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        restored, step = checkpoints.restore(wanted)
-    return {"params": restored[weights], **restored["collections"]}, step
-
-
 def _token_weights(
     source: Side, target: Side, variables: Mapping[str, Any]
 ) -> list[Float[np.ndarray, "N T"]]:
@@ -238,7 +206,7 @@ def _token_weights(
     section = source.config["flow"]
     couplings, kinds = section["num_couplings"], tuple(section["kinds"])
     expected = coupling.splits(couplings, kinds, old, source.flow.latent_shape[1]).token_order
-    if not np.array_equal(variables["constants"]["blocks_0"]["token_order"], expected):
+    if not jnp.array_equal(variables["constants"]["blocks_0"]["token_order"], expected):
         raise UsageError(
             "its constants/blocks_0/token_order are not the patterns of its config.flow.kinds, so "
             f"they cannot be had on {_text(new)} tokens; set what gives {_text(old)}"

@@ -94,7 +94,7 @@ def untrained(config: Config, mesh: Mesh) -> Model:
     abstract = abstract_variables(run.trainer.flow)
     shardings = sharding.state_shardings(mesh, abstract, config.mesh.rules)
     variables = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    return Model(Path(), run.resolved_config, run.trainer.flow, variables, 0, mesh)
+    return Model(Path(), run.resolved_config, run.trainer.flow, variables, 0, mesh, "params")
 
 
 def _speed(sampler: Sampler, method: str, batch_size: int, repeats: int) -> Speed:
