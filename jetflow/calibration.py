@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,32 +52,25 @@ def fastest(
     before = [entry["windows"] for entry in known if entry["conditions"] == conditions]
     windows = hosts.agreed(list(before[0]) if before else [])
     if not windows:
-        _note(f"measuring how each block decodes fastest, for {path}")
+        hosts.note(f"measuring how each block decodes fastest, for {path}")
         windows, seconds = calibrate(sampler, base, batch_size)
         entry = {"conditions": conditions, "windows": windows, "seconds": seconds}
         try:
             write_json(path, [*known, entry])
         except OSError as error:  # somebody else's run, or one on a disk that is read-only
             logging.warning("the measurement is not kept (%s)", error)
-        _note(f"windows of the blocks: {', '.join(map(str, windows))}")
+        hosts.note(f"windows of the blocks: {', '.join(map(str, windows))}")
     return tuple(dataclasses.replace(base, window=window) for window in windows)
-
-
-def _note(text: str) -> None:
-    if hosts.is_first():
-        print(text, file=sys.stderr, flush=True)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """The calibrations so far; a damaged file counts as none, since they can be measured again."""
     try:
         known = read_json(path, list) if path.exists() else []
-        if all({"conditions", "windows"} <= entry.keys() for entry in known):
-            return known
-    except (UsageError, AttributeError):
-        pass
-    logging.warning("%s is damaged, and will be written anew", path)
-    return []
+        return [entry for entry in known if entry["conditions"] and entry["windows"]]
+    except (UsageError, KeyError, TypeError):
+        logging.warning("%s is damaged, and will be written anew", path)
+        return []
 
 
 def calibrate(

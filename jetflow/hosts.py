@@ -216,6 +216,12 @@ def _warn_of_no_locks(folder: Path, error: str) -> None:
     logging.warning("%s cannot be locked (%s): start no other process there", folder, error)
 
 
+def note(text: str) -> None:
+    """Tell a person how it goes; the first process does."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
 def _print(text: str) -> None:
     print(f"jetflow: {text}", file=sys.stderr, flush=True)
 

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
+from jetflow.options import option
 from jetflow.types import Batch, UsageError
 
 AXES = ("data", "fsdp", "tensor")
@@ -95,6 +96,29 @@ def on(mesh: Mesh | None) -> Iterator[None]:
 def batch_parts(mesh: Mesh) -> int:
     """Parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def mesh_option() -> Any:
+    """The field `mesh`, a tuple of texts."""
+    return option(
+        ("data=-1",),
+        "how the devices are laid out: sizes of data, fsdp and tensor, -1 for the rest",
+    )
+
+
+def read_mesh(texts: tuple[str, ...]) -> Mesh:
+    """The mesh that the option asks for.
+
+    Raises:
+        UsageError: if it is malformed, or does not fit the devices.
+    """
+    sizes = {}
+    for text in texts:
+        axis, _, size = text.partition("=")
+        if axis not in AXES or not size.removeprefix("-").isdecimal():
+            raise UsageError(f"--mesh has {text!r}; expected AXIS=SIZE, as in --mesh data=2,fsdp=4")
+        sizes[axis] = int(size)
+    return make_mesh(**sizes, asked_by="--mesh")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

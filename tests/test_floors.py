@@ -18,7 +18,7 @@ FLOORS = (
     ("types", "options"),
     ("nn", "flows"),
     ("likelihood", "noise"),
-    ("configs", "files", "hosts", "rollcall", "signals", "sharding", "mesh", "optim", "pth"),
+    ("configs", "files", "hosts", "rollcall", "signals", "sharding", "optim", "pth", "npz"),
     ("data", "sampling", "pictures", "archive"),
     ("checksums", "checkpoint", "workdir", "training.step"),
     ("evals",),

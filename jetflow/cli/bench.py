@@ -4,8 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from jetflow import sharding
 from jetflow.cli.flags import Command
-from jetflow.mesh import mesh_option, read_mesh
 from jetflow.model import load_model
 from jetflow.options import Options, option
 from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW
@@ -45,7 +45,7 @@ class SampleOptions(Options):
     config: Config = option(None)
     workdir: Path | None = option(None, "the folder of a run, for its trained flow")
     step: int | None = option(None, "of the checkpoint; default: the newest")
-    mesh: tuple[str, ...] = mesh_option()
+    mesh: tuple[str, ...] = sharding.mesh_option()
     batch_sizes: tuple[int, ...] = option((8, 64), "images made at a time", least=1)
     methods: tuple[str, ...] = option(
         METHODS, "how a TarFlow is inverted", choices=(*METHODS, "auto")
@@ -62,7 +62,7 @@ class SampleOptions(Options):
 
 
 def sample(options: SampleOptions) -> None:
-    mesh = read_mesh(options.mesh)
+    mesh = sharding.read_mesh(options.mesh)
     if (options.config is None) == (options.workdir is None):
         raise UsageError("give --workdir runs/NAME of a trained flow, or --config configs/NAME.py")
     if options.workdir is None:

@@ -8,19 +8,18 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from jetflow import hosts, pictures
+from jetflow import hosts, pictures, sharding
 from jetflow.archive import Archive, Collected, collect
 from jetflow.cli.flags import Command
 from jetflow.data import dataset as pipeline
 from jetflow.files import check_writable
 from jetflow.flows.stack import check_labels
-from jetflow.mesh import mesh_option, read_mesh
 from jetflow.model import Model, load_model
 from jetflow.noise import LARGEST_SEED, Purpose, key_for
 from jetflow.options import option
 from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, not_finite
-from jetflow.sampling.guidance import check_guided
+from jetflow.sampling.decoding import check_guided
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.types import UsageError
 
@@ -43,7 +42,7 @@ class SampleOptions(SamplingOptions):
     data_dir: str | None = option(
         None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
     )
-    mesh: tuple[str, ...] = mesh_option()
+    mesh: tuple[str, ...] = sharding.mesh_option()
     out: Path = option(Path("grid.png"), "the picture to write; a .gif moves")
     npz: Path | None = option(
         None,
@@ -86,7 +85,7 @@ class SampleOptions(SamplingOptions):
 
 
 def run(options: SampleOptions) -> None:
-    model = load_model(options.workdir, options.step, read_mesh(options.mesh))
+    model = load_model(options.workdir, options.step, sharding.read_mesh(options.mesh))
     num = options.num or (64 if options.mode == "samples" else 8)
     if options.mode == "samples":
         _draw(options, model, num)

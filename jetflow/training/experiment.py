@@ -17,8 +17,6 @@ from jetflow.data.reading import Ahead
 from jetflow.flows.build import build
 from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import Sampler
-from jetflow.sampling.decoding import decodings
-from jetflow.sampling.guidance import check_guidance
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
 from jetflow.training.step import Trainer, TrainState, create_state
@@ -60,13 +58,12 @@ class Run:
             "train_examples": len(self.train_data),
         }
         config = self.config.to_dict()
-        if defaults := config.pop("defaults", None):  # of the fields that the config changes
-            fields = flat(config)
-            resolved["defaults"] = {
-                name.removeprefix("config."): value
-                for name, value in flat(defaults).items()
-                if fields.get(name) != value
-            }
+        defaults, fields = flat(config.pop("defaults", {})), flat(config)
+        resolved["defaults"] = {  # of the fields that the config changes
+            name.removeprefix("config."): value
+            for name, value in defaults.items()
+            if fields.get(name) != value
+        }
         return {**config, "resolved": resolved}
 
     def abstract_batch(self, size: int) -> Batch:
@@ -79,16 +76,8 @@ class Run:
 
     def sampler(self, variables: Any) -> Sampler:
         """Draws samples as `config.eval` asks."""
-        options, flow = SamplingOptions.of(self.config.eval.to_dict()), self.trainer.flow
-        return Sampler(
-            flow,
-            variables,
-            guidance=options.prescribed_guidance(),
-            temperature=options.temperature,
-            denoise=options.denoised_std(self.trainer.noise),
-            decoding=decodings(flow),
-            mesh=self.mesh,
-        )
+        options, trainer = SamplingOptions.of(self.config.eval.to_dict()), self.trainer
+        return options.sampler(trainer.flow, variables, trainer.noise, self.mesh)
 
     def lower_step(self, state: TrainState, batch: Batch) -> Lowered:
         """The training step, before it is compiled; for arrays, or their shapes alone."""
@@ -150,25 +139,18 @@ def set_up(
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     count_steps(train, examples=1)  # for what it refuses, before any data is prepared
     noise = Noise(**config.noise)
-    train_data, test_data = (
-        load(config.data.name, split) for split in (config.data.train_split, config.data.test_split)
-    )
+    data = config.data
+    train_data, test_data = (load(data.name, s) for s in (data.train_split, data.test_split))
     _check_labels(config, train_data)
-    classes = train_data.num_classes if config.data.labels else 0
+    classes = train_data.num_classes if data.labels else 0
     flow = build(config.flow, image_shape=train_data.image_shape, num_classes=classes)
     _check_samples(config.eval, flow, noise)
     total_steps = count_steps(train, len(train_data))
     tx, schedule = optim.adam(total_steps=total_steps, **config.optim)
     trainer = Trainer(
-        flow=flow,
-        tx=tx,
-        schedule=schedule,
-        noise=noise,
-        seed=train.seed,
-        accumulation=train.accumulation,
-        ema_decay=train.ema_decay,
-        multipliers=config.optim.multipliers,
-    )
+        flow, tx, schedule, noise, train.seed, train.accumulation, train.ema_decay,
+        config.optim.multipliers,
+    )  # fmt: skip
     create = functools.partial(create_state, flow, tx, seed=train.seed, use_ema=train.ema_decay > 0)
     abstract = jax.eval_shape(create)
     shardings = sharding.state_shardings(mesh, abstract, config.mesh.rules)
@@ -193,9 +175,7 @@ def count_steps(train: Config, examples: int) -> int:
 
 def _check_samples(section: Config, flow: Flow, noise: Noise) -> None:
     try:
-        options = SamplingOptions.of(section.to_dict())
-        check_guidance(flow, options.prescribed_guidance())
-        options.denoised_std(noise)
+        SamplingOptions.of(section.to_dict()).sampler(flow, {}, noise)
     except UsageError as error:
         raise UsageError(f"config.eval.{error}") from error
 

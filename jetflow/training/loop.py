@@ -18,6 +18,7 @@ from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.evals import records
+from jetflow.evals.batching import Batching
 from jetflow.files import METRICS, read_json
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.options import Options, option
@@ -206,12 +207,13 @@ class Session:
     def _evaluate(self, state: TrainState, step: int, noise: Noise) -> None:
         section, data, flow = self.run.config.eval, self.run.test_data, self.run.trainer.flow
         with self.reporter.pause():
-            likelihood = bpd.measure(
-                flow, state.variables(), data, mesh=self.run.mesh, noise=noise, poll=self.poll,
-                draws=section.draws if self._is_last(step) else 1, batch_size=section.batch_size,
+            density = bpd.Density(
+                flow, state.variables(), Batching(self.run.mesh, section.batch_size), noise,
+                draws=section.draws if self._is_last(step) else 1,
             )  # fmt: skip
+            likelihood = density.likelihood(data, self.poll)
         weights = "params" if state.ema is None else "ema"
-        result = bpd.record(likelihood, noise, data, step=step, weights=weights)
+        result = likelihood.record(step=step, weights=weights)
         workdirs.write_result(self.workdir, result)
         self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
         if not self._is_last(step) or noise.kind != "uniform":

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import math
 import os
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from jetflow import configs, hosts, pictures, sharding, signals
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.files import write_json
-from jetflow.mesh import mesh_option, read_mesh
 from jetflow.model import Model, load_model
 from jetflow.options import kind_of, option
 from jetflow.sweeps import Point, Sweep, is_of_training, read
@@ -37,7 +35,7 @@ class PointOptions(EvaluateOptions):
     """The settings of a point that are not of its training."""
 
     step: int | None = option(None, "of the checkpoint; default: the newest")
-    mesh: tuple[str, ...] = mesh_option()
+    mesh: tuple[str, ...] = sharding.mesh_option()
 
 
 def sweep(
@@ -126,7 +124,7 @@ class Runner:
         meshes = []
         for point in self.sweep.points:
             options = self._options(point)
-            meshes.append(read_mesh(options.mesh))
+            meshes.append(sharding.read_mesh(options.mesh))
             sharding.check_batch(f"point {point.name}: batch_size", options.batch_size, meshes[-1])
         with self.store.locked(SWEEP, wait=True):
             step = hosts.agreed(self.store.step(run) or -1)
@@ -144,7 +142,7 @@ class Runner:
         with self.store.locked(point.name, wait=False) as mine:
             if not mine or hosts.agreed(self.store.is_done(point)):
                 return
-            note(f"point {point.name}, one of {len(self.sweep.points)}")
+            hosts.note(f"point {point.name}, one of {len(self.sweep.points)}")
             start, record = time.perf_counter(), {"number": point.number, "name": point.name}
             try:
                 record |= {"status": "done", **self._measure(point)}
@@ -157,14 +155,14 @@ class Runner:
                     traceback.print_exc()
                 text = str(error) if known else f"{type(error).__name__}: {error}"
                 record |= {"status": "failed", "error": text}
-                note(f"point {point.name} failed: {text}")
+                hosts.note(f"point {point.name} failed: {text}")
             record |= {"seconds": time.perf_counter() - start, "environment": environment()}
             write_json(self.store.record_path(point), record)
 
     def _measure(self, point: Point) -> dict[str, Any]:
         options, metrics = self._options(point), self.sweep.metrics
         workdir = self.run or self._trained(point)
-        model = self._load(workdir, options.step, read_mesh(options.mesh))
+        model = self._load(workdir, options.step, sharding.read_mesh(options.mesh))
         results = [*self._of_images(options, model), *self._of_samples(options, model)]
         place = {part: i for i, metric in enumerate(metrics) for part in metric.split("_")}
         place |= {metric: i for i, metric in enumerate(metrics)}
@@ -274,9 +272,3 @@ class Runner:
             parts = [value] if isinstance(value, str) else value
             options[name] = tuple(parts) if is_tuple else Path(value) if kind is Path else value
         return PointOptions(**options)
-
-
-def note(text: str) -> None:
-    """Tell a person how the sweep is going."""
-    if hosts.is_first():
-        print(text, file=sys.stderr, flush=True)
