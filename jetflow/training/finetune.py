@@ -7,6 +7,7 @@ tokens differs; or fresh, as at the start of any training; or dropped.
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from jetflow.model import load_model
 from jetflow.training.resample import between_grids, between_spatial_splits
 from jetflow.training.step import TrainState, abstract_variables
 from jetflow.types import Config, Flow, UsageError
-from jetflow.workdir import shown
+from jetflow.workdir import differences, shown
 
 FATES = ("loaded", "resampled", "fresh", "dropped")
 # Arrays with an entry for each token: their fate on another grid, and the axis of the tokens.
@@ -36,7 +37,8 @@ OF_TOKENS = {
 }
 # Data sets of other names with the same classes in the same order.
 SAME_CLASSES = {"imagenet32_new": "imagenet64_new", "afhq_v2": "afhq"}
-COMPUTATION = ("dtype", "remat", "scan")  # fields of a flow that its parameters do not depend on
+# Fields that a flow's parameters do not depend on.
+COMPUTATION = ("config.flow.dtype", "config.flow.remat", "config.flow.scan")
 
 Shape = tuple[int, ...]
 
@@ -48,10 +50,6 @@ class Fate(NamedTuple):
     old: Shape | None
     new: Shape | None
     why: str = ""
-
-    @property
-    def size(self) -> int:
-        return math.prod((self.old if self.new is None else self.new) or ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +80,12 @@ class Side:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """All that both flows must have in common, by name, each value in one spelling."""
+        """All that both flows must have in common, each value in one spelling."""
         section = with_defaults(self.config["flow"])
         if depths := section.get("layers_per_block"):
             depths = [depths] if isinstance(depths, int) else list(depths)
             section["layers_per_block"] = depths * (section["num_blocks"] // len(depths))
-        fields = {f"config.flow.{k}": v for k, v in section.items() if k not in COMPUTATION}
-        fields["the number of colour channels"] = self.flow.image_shape[2]
-        return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        return json.loads(json.dumps({"flow": section, "channels": self.flow.image_shape[2]}))
 
 
 def first_state(
@@ -140,12 +136,7 @@ def make_plan(source: Side, target: Side) -> dict[str, Fate]:
     """
     paths = sorted({**target.shapes, **source.shapes}, key=lambda path: path[:7] != "params/")
     plan = {path: _fate(path, source, target) for path in paths}
-    old, new = source.fields, target.fields
-    differing = {
-        name: (old.get(name), new.get(name))
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    }
+    differing = differences(source.fields, target.fields, COMPUTATION)
     differing |= {
         path: (_text(source.shapes.get(path)), _text(target.shapes.get(path)))
         for path, fate in plan.items()
@@ -234,23 +225,24 @@ def _resampled(
 def describe(plan: Mapping[str, Fate]) -> str:
     """The plan as a table for a person, equal rows of numbered blocks as one, and its sums."""
     groups: dict[tuple[str, Fate], list[str]] = {}
+    sums = dict.fromkeys(FATES, 0)
     for path, fate in plan.items():
-        path = path.removeprefix("params/")
-        groups.setdefault((re.sub(r"\d+", "*", path), fate), []).append(path)
+        name = path.removeprefix("params/")
+        groups.setdefault((re.sub(r"\d+", "*", name), fate), []).append(name)
+        sums[fate.fate] += (name != path) * math.prod(fate.new or fate.old or ())
     rows = [("array", "shape", "what happens", "values")]
-    for (name, fate), paths in groups.items():
-        shapes = [_text(shape) for shape in (fate.old, fate.new) if shape is not None]
+    for (name, (fate, old, new, why)), paths in groups.items():
+        shapes = [_text(shape) for shape in (old, new) if shape is not None]
         rows.append((
             paths[0] if len(paths) == 1 else f"{name} ({len(paths)})",
             " -> ".join(dict.fromkeys(shapes)),
-            fate.fate + (f": {fate.why}" if fate.why else ""),
-            f"{fate.size * len(paths):,}",
+            f"{fate}: {why}" if why else fate,
+            f"{math.prod(new or old or ()) * len(paths):,}",
         ))  # fmt: skip
     a, b, c, d = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [f"  {row[0]:{a}}  {row[1]:{b}}  {row[2]:{c}}  {row[3]:>{d}}" for row in rows]
-    params = [fate for path, fate in plan.items() if path.startswith("params/")]
-    sums = [f"{sum(f.size for f in params if f.fate == fate):,} {fate}" for fate in FATES]
-    return "\n".join([*lines, f"parameters: {', '.join(sums)}"])
+    totals = ", ".join(f"{total:,} {fate}" for fate, total in sums.items())
+    return "\n".join([*lines, f"parameters: {totals}"])
 
 
 def _text(shape: Sequence[int] | None) -> str:

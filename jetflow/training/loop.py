@@ -82,17 +82,19 @@ def train(
     with StopSignal() as stop, workdirs.claimed(workdir) as claim, checkpoints:
         # What cannot start must leave nothing behind: the first state comes before `begin`.
         begins = hosts.agreed(checkpoints.latest() is None)
-        fresh, origin = run.fresh_state() if begins else (None, "")
+        fresh, table = run.fresh_state() if begins else (None, "")
         before = hosts.agreed(_length(workdir, run.total_steps)) if extend else run.total_steps
         claim.begin(run.resolved_config, extend=extend)
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
         workdirs.note_environment(workdir, start, total_steps=run.total_steps)
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
+            notes = [table] if table else []
             if before < run.total_steps:
-                text = f"extended from {before} to {run.total_steps} steps: from step {start} on, "
-                text += "the learning rate follows the schedule of the new length"
-                origin = f"{origin}\n{text}" if origin else text
-            Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, origin)
+                notes += [
+                    f"extended from {before} to {run.total_steps} steps: from step {start} on, the "
+                    "learning rate follows the schedule of the new length"
+                ]
+            Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, notes)
 
 
 def _length(workdir: Path, steps: int) -> int:
@@ -118,16 +120,14 @@ class Session:
     poll: Callable[[], None]
     _pending: tuple[int, Metrics] | None = None
 
-    def go(self, state: TrainState, start: int, origin: str = "") -> None:
+    def go(self, state: TrainState, start: int, notes: list[str]) -> None:
         """Train from step `start` to the end.
 
         Args:
-            origin: where the state comes from, if not from this config alone; for the headline.
+            notes: where the state comes from, if not from this config alone.
         """
-        self.reporter.say(self._headline(state, start))
-        if origin:
-            self.reporter.say(origin)
-        if origin and not start:
+        self.reporter.say("\n".join([self._headline(state, start), *notes]))
+        if notes and not start:
             self._save(state, start)  # the run that it starts from may go on, or be deleted
         step, total = start, self.run.total_steps
         batches: Ahead[Batch, Batch] | None = None
@@ -271,12 +271,12 @@ class Session:
         plan += f" of {run.config.train.batch_size} images each"
         if run.config.init_from and not start:
             plan += f", from {run.config.init_from}"
+        if start >= total:
+            plan = f"all {total} steps were done before"
         return (
             f"{run.config.flow.kind} with {count:,} parameters on {sharding.describe(run.mesh)}; "
             f"the state takes {held:,.1f} MB a device\n"
-            f"train on {run.train_data.describe()}\n"
-            f"test on {run.test_data.describe()}\n"
-            + (f"all {total} steps were done before" if start >= total else plan)
+            f"train on {run.train_data.describe()}\ntest on {run.test_data.describe()}\n{plan}"
         )
 
     def _conclude(self) -> None:
