@@ -1,7 +1,6 @@
 """The windows that decode each block of a TarFlow fastest on this machine, measured once."""
 
 import dataclasses
-import functools
 import os
 import statistics
 import time
@@ -53,10 +52,9 @@ def fastest(
     windows = hosts.agreed(list(before[0]) if before else [])
     if not windows:
         hosts.note(f"measuring how each block decodes fastest, for {path}")
-        windows, seconds = calibrate(sampler, base, batch_size)
-        entry = {"conditions": conditions, "windows": windows, "seconds": seconds}
+        windows = hosts.agreed(calibrate(sampler, base, batch_size))
         try:
-            write_json(path, [*known, entry])
+            write_json(path, [*known, {"conditions": conditions, "windows": windows}])
         except OSError as error:  # somebody else's run, or one on a disk that is read-only
             logging.warning("the measurement is not kept (%s)", error)
         hosts.note(f"windows of the blocks: {', '.join(map(str, windows))}")
@@ -73,36 +71,31 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def calibrate(
-    sampler: Sampler, base: Decoding, batch_size: int
-) -> tuple[list[int], list[dict[int, float]]]:
+def calibrate(sampler: Sampler, base: Decoding, batch_size: int) -> list[int]:
     """The window with which each block of a TarFlow decodes fastest on this device.
 
     Each block gets the tokens that it gets in sampling, and so needs as many sweeps.
-
-    Returns:
-        The window of each block, and for each block the seconds by window.
     """
     flow, params = sampler.flow, sampler.variables["params"]
     assert isinstance(flow, Stack)
     index = np.arange(batch_size)
     label = sampler.place(index % flow.num_classes if flow.num_classes else None)
     z = sampler.place(sampler.latents(jax.random.key(0), index))
-    measured, hidden = [], None if hosts.is_first() else True
+    best, hidden = [], None if hosts.is_first() else True
     numbers, total = reversed(range(len(flow.blocks))), len(flow.blocks)
     bar = tqdm(numbers, "measuring", total, unit=" blocks", disable=hidden, leave=False)
     with sharding.on(sampler.mesh):
         for number in bar:
-            block, weights = flow.blocks[number].clone(name=None), params[f"blocks_{number}"]
-            decode = functools.partial(_decode, block, {"params": weights}, z, label)
-            measured.append({})
-            for window in windows(flow.latent_shape[0]):
+            block, variables = flow.blocks[number].clone(name=None), params[f"blocks_{number}"]
+            inputs = block, {"params": variables}, z, label, sampler.guidance
+
+            def seconds(window: int, inputs=inputs) -> float:
                 decoding = dataclasses.replace(base, window=window)
-                times = timed(functools.partial(decode, sampler.guidance, decoding), REPEATS)
-                measured[-1][window] = hosts.agreed(statistics.median(times))
-            z = decode(sampler.guidance, base)[0]
-    measured = measured[::-1]
-    return [min(times, key=times.__getitem__) for times in measured], measured
+                return statistics.median(timed(lambda: _decode(*inputs, decoding), REPEATS))
+
+            best.append(min(windows(flow.latent_shape[0]), key=seconds))
+            z = _decode(*inputs, base)[0]
+    return best[::-1]
 
 
 def windows(tokens: int) -> list[int]:

@@ -18,7 +18,7 @@ from jetflow.archive import collect
 from jetflow.checkpoint import Checkpoints
 from jetflow.evals import evaluation
 from jetflow.evals.likelihoods import UNIFORM, bits_per_dim
-from jetflow.evals.settings import EvaluateOptions
+from jetflow.evals.settings import EvaluateOptions, TrainedFlow
 from jetflow.files import METRICS, read_metrics
 from jetflow.flows.stack import check_labels
 from jetflow.noise import Noise, Purpose, key_for
@@ -27,32 +27,14 @@ from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, check_guided, draw_all, not_finite
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training.step import abstract_variables
-from jetflow.types import AnyArray, Decoding, Flow, UsageError
+from jetflow.types import AnyArray, Decoding, UsageError
 from jetflow.workdir import flat, read_flow
 
 WEIGHTS = ("auto", "ema", "params")
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Model:
-    """A trained flow.
-
-    Attributes:
-        workdir: of the run.
-        config: the resolved config of its training, a tree of plain values.
-        flow, variables: the flow, with its averaged parameters where the run has them.
-        step: of the checkpoint.
-        mesh: the devices on which the variables lie.
-        weights: which parameters of the training these are: "ema", averaged ones, or "params".
-    """
-
-    workdir: Path
-    config: dict[str, Any]
-    flow: Flow
-    variables: dict[str, Any]
-    step: int
-    mesh: Mesh
-    weights: str
+class Model(TrainedFlow):
+    """A trained flow; see `TrainedFlow` for its attributes."""
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.flow.image_shape))
@@ -61,11 +43,6 @@ class Model:
             f"<{self.config['flow']['kind']} of {shape} images{classes}, {self.noise.kind} noise, "
             f"{self.weights} weights of step {self.step} in {self.workdir}>"
         )
-
-    @property
-    def noise(self) -> Noise:
-        """The noise of its training."""
-        return Noise(**self.config["noise"])
 
     def sampler(self, options: SamplingOptions, batch_size: int) -> Sampler:
         """The sampler for these options; method "auto" is measured for this batch size.

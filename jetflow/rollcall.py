@@ -18,7 +18,7 @@ from jax._src import distributed  # the only way to the service through which pr
 
 BEAT_SECONDS = 2  # between the signs of life of a process
 SILENCE_SECONDS = 7  # without one, after which a process is named where a run has failed
-STATE = distributed.global_state
+STATE: Any = distributed.global_state
 
 
 class RollCall(threading.Thread):
@@ -47,7 +47,7 @@ class RollCall(threading.Thread):
 
     def run(self) -> None:
         """Give signs of life, and note those of the others, now that all are there."""
-        client: Any = STATE.client
+        client = STATE.client
         self._answered = time.time()
         self._heard = {number: ("", self._answered) for number in range(STATE.num_processes)}
         for beat in itertools.count():

@@ -19,7 +19,7 @@ from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
-from jetflow.training.step import Trainer, TrainState, create_state
+from jetflow.training.step import Trainer, TrainState
 from jetflow.types import Batch, Config, Flow, UsageError
 from jetflow.workdir import flat
 
@@ -34,7 +34,6 @@ class Run:
         mesh: of all devices.
         train_data, test_data: the splits that are trained on, and held out.
         total_steps: the length of the training.
-        create: makes the state before the first step.
         abstract_state: shapes and shardings of the training state.
     """
 
@@ -44,7 +43,6 @@ class Run:
     train_data: pipeline.Dataset
     test_data: pipeline.Dataset
     total_steps: int
-    create: Callable[[], TrainState]
     abstract_state: TrainState
 
     @property
@@ -107,9 +105,8 @@ class Run:
             UsageError: if `config.init_from` is no run whose weights this flow can start from.
         """
         if not self.config.init_from:
-            return jax.jit(self.create, out_shardings=self._shardings)(), ""
-        flow = self.trainer.flow
-        return finetune.first_state(self.config, flow, self.create, self.mesh, self._shardings)
+            return jax.jit(self.trainer.first_state, out_shardings=self._shardings)(), ""
+        return finetune.first_state(self.config, self.trainer, self.mesh, self._shardings)
 
     @property
     def _shardings(self) -> TrainState:
@@ -151,11 +148,10 @@ def set_up(
         flow, tx, schedule, noise, train.seed, train.accumulation, train.ema_decay,
         config.optim.multipliers,
     )  # fmt: skip
-    create = functools.partial(create_state, flow, tx, seed=train.seed, use_ema=train.ema_decay > 0)
-    abstract = jax.eval_shape(create)
+    abstract = jax.eval_shape(trainer.first_state)
     shardings = sharding.state_shardings(mesh, abstract, config.mesh.rules)
     abstract = sharding.placed(abstract, shardings)
-    return Run(config, trainer, mesh, train_data, test_data, total_steps, create, abstract)
+    return Run(config, trainer, mesh, train_data, test_data, total_steps, abstract)
 
 
 def count_steps(train: Config, examples: int) -> int:

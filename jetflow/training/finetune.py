@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from jetflow.flows import coupling
 from jetflow.flows.build import with_defaults
 from jetflow.model import load_model
 from jetflow.training.resample import between_grids, between_spatial_splits
-from jetflow.training.step import TrainState, abstract_variables
+from jetflow.training.step import Trainer, TrainState, abstract_variables
 from jetflow.types import Config, Flow, UsageError
 from jetflow.workdir import differences, shown
 
@@ -89,9 +89,9 @@ class Side:
 
 
 def first_state(
-    config: Config, flow: Flow, create: Callable[[], TrainState], mesh: Mesh, shardings: TrainState
+    config: Config, trainer: Trainer, mesh: Mesh, shardings: TrainState
 ) -> tuple[TrainState, str]:
-    """`create()` with the weights of the run `config.init_from`, and a table of their fates.
+    """A state with the weights of the run `config.init_from`, and a table of their fates.
 
     The optimizer and the step are fresh; averages start from the parameters.
 
@@ -101,7 +101,7 @@ def first_state(
     """
     try:
         model = load_model(config.init_from, mesh=mesh, weights=config.init_weights)
-        source, target = Side(model.flow, model.config), Side(flow, config.to_dict())
+        source, target = Side(model.flow, model.config), Side(trainer.flow, config.to_dict())
         plan = make_plan(source, target)
         resampled = any(fate.fate == "resampled" for fate in plan.values())
         tokens = _token_weights(source, target, model.variables) if resampled else []
@@ -109,7 +109,7 @@ def first_state(
         raise UsageError(f"config.init_from is {config.init_from}: {error}") from error
 
     def initial(variables: Mapping[str, Any]) -> TrainState:
-        state, old = create(), checksums.flatten(variables)
+        state, old = trainer.first_state(), checksums.flatten(variables)
         fresh = {"params": state.params, **state.collections}
         arrays = checksums.flatten(fresh)
         for path in arrays:
@@ -225,7 +225,7 @@ def _resampled(
 def describe(plan: Mapping[str, Fate]) -> str:
     """The plan as a table for a person, equal rows of numbered blocks as one, and its sums."""
     groups: dict[tuple[str, Fate], list[str]] = {}
-    sums = dict.fromkeys(FATES, 0)
+    sums: dict[str, int] = dict.fromkeys(FATES, 0)
     for path, fate in plan.items():
         name = path.removeprefix("params/")
         groups.setdefault((re.sub(r"\d+", "*", name), fate), []).append(name)
