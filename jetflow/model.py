@@ -30,8 +30,6 @@ from jetflow.training.step import abstract_variables
 from jetflow.types import AnyArray, Decoding, UsageError
 from jetflow.workdir import flat, read_flow
 
-WEIGHTS = ("auto", "ema", "params")
-
 
 class Model(TrainedFlow):
     """A trained flow; see `TrainedFlow` for its attributes."""
@@ -213,14 +211,14 @@ def load_model(
     Raises:
         UsageError: if there is no run, no checkpoint, or none that is sound.
     """
-    if weights not in WEIGHTS:
-        raise UsageError(f"weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
     workdir, mesh = Path(workdir), mesh or sharding.make_mesh()
     config, flow, best = read_flow(workdir)
     hosts.compare(flat(config))
-    if weights == "ema" != best:
-        raise UsageError(f"{workdir} has no averaged weights; ask for 'auto'")
-    weights = best if weights == "auto" else weights
+    choices = {"auto": best, best: best, "params": "params"}
+    if weights not in choices:
+        has = f"the run in {workdir} has {', '.join(choices)}"
+        raise UsageError(f"weights is {weights!r}, but {has}; ask for one of these")
+    weights = choices[weights]
     abstract = abstract_variables(flow)
     shardings = sharding.state_shardings(mesh, abstract, config.get("mesh", {}).get("rules", ()))
     abstract = sharding.placed(abstract, shardings)

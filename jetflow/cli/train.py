@@ -1,7 +1,5 @@
 """`jetflow train`: a flow from a config file."""
 
-import sys
-
 from jetflow import hosts, signals
 from jetflow.cli.flags import Command
 from jetflow.training.loop import Diverged, TrainOptions, train
@@ -16,8 +14,7 @@ def run(options: TrainOptions) -> int:
     except signals.Stopped as stopped:
         return 128 + stopped.signal
     except Diverged as error:
-        if hosts.is_first():
-            print(f"jetflow: {error}", file=sys.stderr)
+        hosts.note(f"jetflow: {error}")
         return DIVERGED
     return 0
 

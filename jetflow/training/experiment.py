@@ -1,7 +1,6 @@
 """A config made into the objects of a training run, and checked before anything is written."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,29 +47,24 @@ class Run:
     @property
     def resolved_config(self) -> dict[str, Any]:
         """The config, and what it depends on beyond itself: enough to rebuild the flow."""
+        config = self.config.to_dict()
+        defaults, fields = flat(config.pop("defaults", {})), flat(config)
+        changed = [name for name, value in defaults.items() if fields.get(name) != value]
         resolved = {
             "image_shape": self.train_data.image_shape,
             "num_classes": self.trainer.flow.num_classes,
             "total_steps": self.total_steps,
             "data_version": self.train_data.version,
             "train_examples": len(self.train_data),
-        }
-        config = self.config.to_dict()
-        defaults, fields = flat(config.pop("defaults", {})), flat(config)
-        resolved["defaults"] = {  # of the fields that the config changes
-            name.removeprefix("config."): value
-            for name, value in defaults.items()
-            if fields.get(name) != value
+            "defaults": {name.removeprefix("config."): defaults[name] for name in changed},
         }
         return {**config, "resolved": resolved}
 
     def abstract_batch(self, size: int) -> Batch:
         """The shapes and shardings of a global batch."""
-        abstract = functools.partial(
-            jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(self.mesh)
-        )
-        number = abstract((size,), jnp.int32)
-        return Batch(abstract((size, *self.train_data.image_shape), jnp.uint8), number, number)
+        shape, rows = (size, *self.train_data.image_shape), sharding.batch_sharding(self.mesh)
+        number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
+        return Batch(jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows), number, number)
 
     def sampler(self, variables: Any) -> Sampler:
         """Draws samples as `config.eval` asks."""

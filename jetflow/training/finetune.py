@@ -28,7 +28,6 @@ from jetflow.training.step import Trainer, TrainState, abstract_variables
 from jetflow.types import Config, Flow, UsageError
 from jetflow.workdir import differences, shown
 
-FATES = ("loaded", "resampled", "fresh", "dropped")
 # Arrays with an entry for each token: their fate on another grid, and the axis of the tokens.
 OF_TOKENS = {
     "position": ("resampled", -2),
@@ -44,9 +43,9 @@ Shape = tuple[int, ...]
 
 
 class Fate(NamedTuple):
-    """What becomes of an array: one of `FATES`, its shapes in both flows, and why."""
+    """What becomes of an array, its shapes in both flows, and why."""
 
-    fate: str
+    fate: str  # loaded, resampled, fresh or dropped
     old: Shape | None
     new: Shape | None
     why: str = ""
@@ -191,10 +190,9 @@ def _token_weights(
     Raises:
         UsageError: if the splits of a Jet have patterns that are not known for another grid.
     """
-    old, new = source.grid, target.grid
-    if source.config["flow"]["kind"] != "jet":
+    old, new, section = source.grid, target.grid, source.config["flow"]
+    if section["kind"] != "jet":
         return [between_grids(old, new)]
-    section = source.config["flow"]
     couplings, kinds = section["num_couplings"], tuple(section["kinds"])
     expected = coupling.splits(couplings, kinds, old, source.flow.latent_shape[1]).token_order
     if not jnp.array_equal(variables["constants"]["blocks_0"]["token_order"], expected):
@@ -202,12 +200,10 @@ def _token_weights(
             "its constants/blocks_0/token_order are not the patterns of its config.flow.kinds, so "
             f"they cannot be had on {_text(new)} tokens; set what gives {_text(old)}"
         )
-    patterns = coupling.layer_patterns(couplings, kinds)
-    weights = {
-        pattern: between_spatial_splits(pattern, old, new) if pattern else between_grids(old, new)
-        for pattern in set(patterns)
-    }
-    return [weights[pattern] for pattern in patterns]
+    return [
+        between_spatial_splits(pattern, old, new) if pattern else between_grids(old, new)
+        for pattern in coupling.layer_patterns(couplings, kinds)
+    ]
 
 
 def _resampled(
@@ -225,7 +221,7 @@ def _resampled(
 def describe(plan: Mapping[str, Fate]) -> str:
     """The plan as a table for a person, equal rows of numbered blocks as one, and its sums."""
     groups: dict[tuple[str, Fate], list[str]] = {}
-    sums: dict[str, int] = dict.fromkeys(FATES, 0)
+    sums: dict[str, int] = dict.fromkeys(("loaded", "resampled", "fresh", "dropped"), 0)
     for path, fate in plan.items():
         name = path.removeprefix("params/")
         groups.setdefault((re.sub(r"\d+", "*", name), fate), []).append(name)

@@ -73,11 +73,8 @@ def train(
     workdir = Path(workdir)
     run = set_up(config, functools.partial(pipeline.load, data_dir=data_dir))
     section = run.config.train
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        keep=section.keep_checkpoints,
-        keep_every=section.keep_every or None,
-    )
+    keep = {"keep": section.keep_checkpoints, "keep_every": section.keep_every or None}
+    checkpoints = Checkpoints(workdir / "checkpoints", **keep)
     # The claim is the last to go: a save in progress ends before another process may clean up.
     with StopSignal() as stop, workdirs.claimed(workdir) as claim, checkpoints:
         # What cannot start must leave nothing behind: the first state comes before `begin`.
@@ -187,7 +184,8 @@ class Session:
 
         A resumed run makes up for those of its first step that are missing.
         """
-        section, noise, last = self.run.config.train, self.run.trainer.noise, self._is_last(step)
+        section, noise = self.run.config.train, self.run.trainer.noise
+        last = step == self.run.total_steps
 
         def due(every: int) -> bool:
             return last or bool(step and every and step % every == 0)
@@ -199,24 +197,23 @@ class Session:
             written = hosts.is_first() and workdirs.result_path(self.workdir, name, step).exists()
             if not hosts.agreed(resumed and written and self.reporter.has(step, f"test_{name}")):
                 self._flush()
-                self._evaluate(state, step, noise)
+                self._evaluate(state, step, noise, last)
         if due(section.sample_every) and not hosts.agreed(resumed and self._picture(step).exists()):
             self._flush()
             self._sample(state, step)
 
-    def _evaluate(self, state: TrainState, step: int, noise: Noise) -> None:
+    def _evaluate(self, state: TrainState, step: int, noise: Noise, last: bool) -> None:
         section, data, flow = self.run.config.eval, self.run.test_data, self.run.trainer.flow
         with self.reporter.pause():
             density = bpd.Density(
                 flow, state.variables(), Batching(self.run.mesh, section.batch_size), noise,
-                draws=section.draws if self._is_last(step) else 1,
+                draws=section.draws if last else 1,
             )  # fmt: skip
             likelihood = density.likelihood(data, self.poll)
-        weights = "params" if state.ema is None else "ema"
-        result = likelihood.record(step=step, weights=weights)
+        result = likelihood.record(step=step, weights="params" if state.ema is None else "ema")
         workdirs.write_result(self.workdir, result)
         self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
-        if not self._is_last(step) or noise.kind != "uniform":
+        if not last or noise.kind != "uniform":
             self.reporter.say(f"step {step}: held-out {records.describe(result)}")
 
     def _sample(self, state: TrainState, step: int) -> None:
@@ -236,9 +233,6 @@ class Session:
         for drawn in batches:
             yield drawn
             self.poll()
-
-    def _is_last(self, step: int) -> bool:
-        return step == self.run.total_steps
 
     def _picture(self, step: int) -> Path:
         return self.workdir / "samples" / f"step_{step:08d}.png"
