@@ -125,12 +125,11 @@ def set_up(
     _check_numbers(config)
     sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
     mesh = sharding.make_mesh(**sizes, devices=devices)
-    train = config.train
+    train, data = config.train, config.data
     sharding.check_batch("config.train.batch_size", train.batch_size, mesh, train.accumulation)
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     count_steps(train, examples=1)  # for what it refuses, before any data is prepared
     noise = Noise(**config.noise)
-    data = config.data
     train_data, test_data = (load(data.name, s) for s in (data.train_split, data.test_split))
     _check_labels(config, train_data)
     classes = train_data.num_classes if data.labels else 0
