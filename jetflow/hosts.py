@@ -151,7 +151,7 @@ def _end(error: Exception, roll_call: RollCall) -> NoReturn:
         _print(str(error))
         if is_first():  # the others, joined through it, mostly fail alike: let them say so
             time.sleep(LAST_WORDS_SECONDS)
-        os._exit(2)
+        os._exit(error.status)
     another = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
     if not another:
         traceback.print_exception(error)

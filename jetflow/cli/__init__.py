@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command.run(options) or 0
     except UsageError as error:
         print(f"jetflow: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:  # outside of training, which handles it itself
         print("jetflow: interrupted", file=sys.stderr)
         return 130
