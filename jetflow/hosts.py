@@ -107,10 +107,10 @@ def _code() -> dict[str, Any]:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
+    settings = ("jax_enable_x64", "jax_default_matmul_precision")
     return {
+        **{name.upper(): getattr(jax.config, name) for name in settings},
         "JAX_NUM_PROCESSES": STATE.num_processes,
-        "JAX_ENABLE_X64": jax.config.read("jax_enable_x64"),
-        "JAX_DEFAULT_MATMUL_PRECISION": jax.config.read("jax_default_matmul_precision"),
         "the digest of jetflow's code": digest.hexdigest()[:8],
         "the version of jax": jax.__version__,
     }
