@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -111,6 +112,19 @@ def bytes_per_device(state: Any) -> int:
         math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
         for array in jax.tree.leaves(state)
     )
+
+
+def check_memory(state: Any, mesh: Mesh) -> None:
+    """Raise a UsageError where a tree of abstract arrays is larger than its devices' memory."""
+    device, needed = mesh.local_devices[0], bytes_per_device(state)
+    memory = psutil.virtual_memory().total // len(mesh.local_devices)  # of CPU devices
+    memory = (device.memory_stats() or {}).get("bytes_limit", memory)
+    if needed > memory:
+        raise UsageError(
+            f"the training state takes {needed / 2**30:,.1f} GiB of each device's "
+            f"{memory / 2**30:,.1f}; make config.flow smaller, or split the state over more "
+            "devices with config.mesh.fsdp"
+        )
 
 
 def describe(mesh: Mesh) -> str:

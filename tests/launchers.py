@@ -11,7 +11,7 @@ import tiny_runs
 LAUNCH = tiny_runs.ROOT / "launch"
 TIMEOUT = 600  # seconds, on a machine with much else to do
 
-JETFLOW_HERE = f'exec {sys.executable} -m jetflow.cli "$@"\n'
+JETFLOW_HERE = f'exec {sys.executable} -m jetflow "$@"\n'
 
 
 def run(*command, env=None, timeout=TIMEOUT, **options):

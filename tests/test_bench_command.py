@@ -72,20 +72,3 @@ def test_train_waits_for_slow_data(monkeypatch, capsys):
     text = capsys.readouterr().out
     share = float(text.split("% of it waiting")[0].split()[-1])
     assert 40 < share <= 100
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["trian"], "expected jetflow bench followed by one of sample, train, data"),
-        (["data"], "--config is missing"),
-        (["train", "--workers", "2"], "--workers is no flag of jetflow bench train"),
-        (["data", "--config=configs/digits_tarflow.py", "--workers", "two"],
-         "--workers is 'two'; expected a whole number"),
-    ],
-)  # fmt: skip
-def test_bad_input(arguments, message, monkeypatch, capsys):
-    monkeypatch.chdir(tiny_runs.ROOT)
-    assert cli.main(["bench", *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line

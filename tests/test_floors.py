@@ -25,7 +25,7 @@ FLOORS = (
     ("model", "calibration"),
     ("training",),
     ("sweeps", "tools"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 MATHEMATICS = ("types", "nn", "flows", "likelihood", "noise", "sampling")
 

@@ -206,7 +206,7 @@ def test_command(name, tmp_path, capsys):
 @pytest.mark.slow
 def test_command_from_a_shell(tmp_path):
     archives.cifar10(tmp_path)
-    argv = ["-m", "jetflow.cli", "prepare", "cifar10", "--manual_dir", tmp_path, "--workers", 2]
+    argv = ["-m", "jetflow", "prepare", "cifar10", "--manual_dir", tmp_path, "--workers", 2]
     result = subprocess.run(
         [sys.executable, *map(str, argv), "--data_dir", str(tmp_path / "data")],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=TIMEOUT,

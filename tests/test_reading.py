@@ -52,7 +52,7 @@ def start(workdir, **fields):
     """A training in a process group of its own, as a shell starts it."""
     arguments = tiny_runs.arguments("tarflow", workdir, data__workers=2, **fields)
     return subprocess.Popen(
-        [sys.executable, "-m", "jetflow.cli", *arguments],
+        [sys.executable, "-m", "jetflow", *arguments],
         env=tiny_runs.environment(),
         stderr=subprocess.PIPE,
         text=True,

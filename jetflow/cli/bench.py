@@ -5,22 +5,19 @@ import json
 from pathlib import Path
 
 from jetflow.cli.flags import Command
-from jetflow.mesh import mesh_option, read_mesh
+from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import load_model
-from jetflow.options import Options, option
+from jetflow.options import LARGEST_BATCH, MOST_WORKERS, DataOptions, option
 from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW
 from jetflow.tools import bench
 from jetflow.types import Config, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchOptions(Options):
+class BenchOptions(DataOptions):
     """What all measurements of a config share."""
 
     config: Config = option(example="configs/NAME.py")
-    data_dir: str | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
-    )
     repeats: int = option(5, "timed rounds, after one that compiles or warms up", least=1)
     json: bool = option(False, "print JSON, a line a measurement")
 
@@ -31,22 +28,24 @@ class TrainOptions(BenchOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(BenchOptions):
+class ReadOptions(BenchOptions):
     workers: tuple[int, ...] = option(
-        (0, 2), "worker processes; 0 for threads of this one", least=0
+        (0, 2), "worker processes; 0 for threads of this one", least=0, most=MOST_WORKERS
     )
-    batch_size: int | None = option(None, "default: config.train.batch_size", least=1)
+    batch_size: int | None = option(
+        None, "default: config.train.batch_size", least=1, most=LARGEST_BATCH
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions(Options):
+class SampleOptions(ModelOptions):
     """Of a trained flow, or of a config's with random weights."""
 
     config: Config = option(None)
     workdir: Path | None = option(None, "the folder of a run, for its trained flow")
-    step: int | None = option(None, "of the checkpoint; default: the newest")
-    mesh: tuple[str, ...] = mesh_option()
-    batch_sizes: tuple[int, ...] = option((8, 64), "images made at a time", least=1)
+    batch_sizes: tuple[int, ...] = option(
+        (8, 64), "images made at a time", least=1, most=LARGEST_BATCH
+    )
     methods: tuple[str, ...] = option(
         METHODS, "how a TarFlow is inverted", choices=(*METHODS, "auto")
     )
@@ -65,6 +64,8 @@ def sample(options: SampleOptions) -> None:
     mesh = read_mesh(options.mesh)
     if (options.config is None) == (options.workdir is None):
         raise UsageError("give --workdir runs/NAME of a trained flow, or --config configs/NAME.py")
+    if options.workdir is None and options.step is not None:
+        raise UsageError("--step has no effect on random weights; leave it out")
     if options.workdir is None:
         model, source = bench.untrained(options.config, mesh), "random weights of --config"
     else:
@@ -113,7 +114,7 @@ def train(options: TrainOptions) -> None:
     )
 
 
-def data(options: DataOptions) -> None:
+def data(options: ReadOptions) -> None:
     for number, workers in enumerate(options.workers):
         speed = bench.bench_data(
             options.config,
@@ -147,6 +148,6 @@ COMMANDS = {
         train,
     ),
     "data": Command(
-        "jetflow bench data --config configs/photos_tarflow.py:32 --workers 0,2", DataOptions, data
+        "jetflow bench data --config configs/photos_tarflow.py:32 --workers 0,2", ReadOptions, data
     ),
 }

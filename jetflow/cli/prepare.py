@@ -6,21 +6,20 @@ from pathlib import Path
 from jetflow.cli.flags import Command
 from jetflow.data import dataset
 from jetflow.data.builder import UNREADABLE
-from jetflow.options import Options, option
+from jetflow.options import MOST_WORKERS, DataOptions, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareOptions(Options):
+class PrepareOptions(DataOptions):
     """The fields of `jetflow.prepare`."""
 
     dataset: str = option(help="name of the data set", example="imagenet64_old")
     manual_dir: Path | None = option(
         None, "the folder of the archives; default: downloads/manual in the data directory"
     )
-    data_dir: Path | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
+    workers: int | None = option(
+        None, "processes that decode images; default: all cores", least=1, most=MOST_WORKERS
     )
-    workers: int | None = option(None, "processes that decode images; default: all cores", least=1)
 
 
 def run(options: PrepareOptions) -> None:

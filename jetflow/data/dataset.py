@@ -22,6 +22,7 @@ from jaxtyping import Int
 
 from jetflow.data import processes, reading, shards, sources
 from jetflow.data.builder import UNREADABLE, is_prepared, make
+from jetflow.options import expanded
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 VERSION = "1.0.0"
@@ -217,7 +218,7 @@ def prepare(
     """
     source, folder = sources.find(name), _root(data_dir) / name / VERSION
     if source.archives and not is_prepared(folder):
-        archives = Path(manual_dir or _manual_dir(_root(data_dir))).expanduser().absolute()
+        archives = expanded("manual_dir", manual_dir or _manual_dir(_root(data_dir))).absolute()
         make(source, folder, archives, workers or processes.cores())
     elif not source.archives:
         load(name, "train", data_dir=data_dir)
@@ -232,7 +233,8 @@ def prepare(
 def _root(data_dir: str | os.PathLike | None) -> Path:
     """The folder of all data sets: as given, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     # TFDS has the same default, but reads the environment only once, at import.
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return expanded("data_dir", root)
 
 
 def _manual_dir(root: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import psutil
 
-from jetflow import sharding
+from jetflow import configs, sharding
 from jetflow.data import dataset, processes
 from jetflow.tools.plan import costs
 from jetflow.tools.plan.devices import TPUS
@@ -73,6 +73,7 @@ def bench_data(
     data_dir: str | None = None,
 ) -> Reading:
     """Measure the reading of a config's training batches, in `repeats` rounds."""
+    configs.check(config)
     source = dataset.load(config.data.name, config.data.train_split, data_dir=data_dir)
     size = batch_size or config.train.batch_size
     start = time.perf_counter()
