@@ -9,6 +9,8 @@ from jaxtyping import install_import_hook
 
 # Tests run on CPUs, here and in the processes that they start, whatever else there is.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Their programs run for seconds: compiled without optimisation they are ready in half the time.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # The processes among which pytest-xdist divides the tests ignore Ctrl-C, and so would all that they
 # start, among it shells, which could not even trap it.

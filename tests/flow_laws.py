@@ -16,15 +16,6 @@ import numpy as np
 from jetflow import build
 from jetflow.flows.stack import Stack
 
-# A law runs once, so that its time is that of compilation: a third less without optimisation.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
 JET = {"kind": "jet", "patch_size": 2, "width": 8, "num_heads": 2, "num_couplings": 2}
 JET |= {"block_depth": 1, "kinds": ("channels", "spatial"), "dtype": "float64"}
 TARFLOW = {"kind": "tarflow", "patch_size": 2, "width": 8, "num_blocks": 2, "layers_per_block": 1}
@@ -78,7 +69,7 @@ def random_variables(flow: Stack, dtype=jnp.float64, seed: int = 0) -> dict[str,
     shapes = jax.eval_shape(init)
     others = [name for name in shapes if name != "params"]
     # Compiled without the random numbers of the parameters, whose compilation takes seconds.
-    rest = jit(lambda: {name: init()[name] for name in others})() if others else {}
+    rest = jax.jit(lambda: {name: init()[name] for name in others})() if others else {}
     return {"params": jax.tree_util.tree_map_with_path(draw, shapes["params"]), **rest}
 
 
@@ -104,12 +95,12 @@ class Case:
 
     @functools.cached_property
     def inverse(self):
-        return jit(functools.partial(self.flow.apply, self.variables, method="inverse"))
+        return jax.jit(functools.partial(self.flow.apply, self.variables, method="inverse"))
 
     @functools.cached_property
     def rescaled(self) -> tuple[jax.Array, jax.Array]:
         """What the blocks get of the examples, [B, T, D], and the log-det up to there."""
-        return jit(self.flow.pixels.forward)(self.x)
+        return jax.jit(self.flow.pixels.forward)(self.x)
 
     @functools.cached_property
     def _there_and_jacobian(self):
@@ -117,7 +108,7 @@ class Case:
             z, logdet = self.forward(x[None], None if label is None else label[None])
             return z.ravel(), (z[0], logdet[0])
 
-        return jit(jax.vmap(jax.jacfwd(one, has_aux=True)))(self.x, self.label)
+        return jax.jit(jax.vmap(jax.jacfwd(one, has_aux=True)))(self.x, self.label)
 
     @property
     def there(self) -> tuple[jax.Array, jax.Array]:
@@ -190,7 +181,7 @@ def tokens_depend_on_their_past_alone(case: Case) -> None:
             method = lambda flow, x: flow.blocks[index].forward_blocks(x, label)[0]  # noqa: E731
             return case.flow.apply(case.variables, x[None], method=method)[0]
 
-        jacobian = np.abs(jit(jax.jacfwd(block))(case.rescaled[0][0])).swapaxes(1, 2)
+        jacobian = np.abs(jax.jit(jax.jacfwd(block))(case.rescaled[0][0])).swapaxes(1, 2)
         if index % 2:  # decodes from the last token to the first
             jacobian = jacobian[::-1, ::-1]
         row, column = np.indices((tokens, tokens))
@@ -205,7 +196,7 @@ def tokens_depend_on_their_past_alone(case: Case) -> None:
 def labels_matter(case: Case) -> None:
     """Each example is mapped by its own label, in both directions."""
     same_x, same_tokens = (np.stack([value[0]] * 3) for value in (case.x, case.rescaled[0]))
-    for function, same in ((jit(case.forward), same_x), (case.inverse, same_tokens)):
+    for function, same in ((jax.jit(case.forward), same_x), (case.inverse, same_tokens)):
         value, logdet = map(np.asarray, function(same, case.label))
         for a, b in ((0, 1), (0, 2), (1, 2)):
             assert np.abs(value[a] - value[b]).max() > 1e-3
@@ -214,7 +205,7 @@ def labels_matter(case: Case) -> None:
 
 def minus_one_is_no_label(case: Case) -> None:
     """The last example, whose label is -1, is mapped as all are without labels."""
-    there = jit(case.forward)(case.x, None)
+    there = jax.jit(case.forward)(case.x, None)
     back = case.inverse(case.there[0], None)
     for actual, expected in zip(there + back, case.there + case.back, strict=True):
         np.testing.assert_allclose(actual[-1], expected[-1], rtol=1e-12)

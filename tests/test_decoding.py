@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
-from flow_laws import jit
 
 import jetflow
 from jetflow import calibration
@@ -50,7 +49,7 @@ def setting(dtype: str = "float32", volume_preserving: bool = False, strength: f
 def inverse(how, guidance=None, *, dtype="float64", **fields):
     """Images, log-determinants, and the sweeps and residual of each block."""
     flow, variables, z = setting(dtype, **fields)
-    function = jit(functools.partial(flow.apply, method="inverse_blocks"))
+    function = jax.jit(functools.partial(flow.apply, method="inverse_blocks"))
     x, logdet, _, sweeps, residuals = function(variables, z, LABELS, guidance, how)
     return x, logdet, sweeps.tolist(), residuals.tolist()
 
@@ -141,7 +140,7 @@ def decode_with_infinite_end(how):
     assert not block.backward
     inputs = ({"params": variables["params"]["blocks_0"]}, z.at[:, -2].set(jnp.inf), LABELS, None)
     inverse = functools.partial(block.clone(name=None).apply, method="inverse_blocks")
-    return jit(inverse)(*inputs, how).x
+    return jax.jit(inverse)(*inputs, how).x
 
 
 def test_wild_guesses_do_not_reach_back():

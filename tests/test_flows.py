@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_laws import FLOWS, LAWS, Case, case, close, jet, jit, random_variables, tarflow
+from flow_laws import FLOWS, LAWS, Case, case, close, jet, random_variables, tarflow
 
 import jetflow
 from jetflow.flows import coupling
@@ -62,12 +62,12 @@ def test_of_each_block(name):
     """
     one = case(name)
     flow, variables, x, label = one.flow, one.variables, one.x, one.label
-    there = jit(functools.partial(flow.apply, method="forward_blocks"))(variables, x, label)
+    there = jax.jit(functools.partial(flow.apply, method="forward_blocks"))(variables, x, label)
     chex.assert_trees_all_close(there[:2], one.there)
     close(there.block_logdets.sum(0) + flow.pixel_logdet, there.logdet)
     close(there.block_scales[-1], np.sqrt(np.mean(np.asarray(there.z) ** 2)))
     back_again = functools.partial(flow.apply, method="inverse_blocks")
-    back = jit(back_again)(variables, there.z, label)
+    back = jax.jit(back_again)(variables, there.z, label)
     chex.assert_trees_all_close(back[:2], one.back)
     chex.assert_shape(back.tokens, (2, 3, *flow.latent_shape))
     close(flow.as_image(back.tokens[-1]), back.x)
@@ -87,11 +87,11 @@ def test_jet_is_the_identity_at_initialisation():
     flow = jet(num_couplings=3)
     x = flow_laws.random_images(flow)
 
-    @jit
+    @jax.jit
     def at_initialisation(x):
         return flow.apply(flow.init(jax.random.key(0, impl="rbg"), x), x, method="forward")
 
-    for actual, expected in zip(at_initialisation(x), jit(flow.pixels.forward)(x), strict=True):
+    for actual, expected in zip(at_initialisation(x), jax.jit(flow.pixels.forward)(x), strict=True):
         close(actual, expected)
 
 
@@ -100,7 +100,7 @@ def test_a_coupling_changes_one_half_of_the_tokens():
     one = case("jet, every spatial split")
     flow, variables, tokens = one.flow, one.variables, one.rescaled[0]
     one_layer = dataclasses.replace(flow.blocks[0], num_couplings=1)
-    forward = jit(lambda *args: one_layer.apply(*args, None, method="forward_blocks")[0])
+    forward = jax.jit(lambda *args: one_layer.apply(*args, None, method="forward_blocks")[0])
     row, column = np.indices((2, 2))
     changed = [row + column, row + column + 1, column, column + 1, row, row + 1]
     for layer, pattern in enumerate(changed):

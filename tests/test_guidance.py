@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_laws import jit
 from scipy.special import erf
 
 from jetflow.flows import autoregressive
@@ -120,7 +119,7 @@ def expected(name: str):
 def samples_are_those_of_the_reference(name: str) -> None:
     num_classes, labels, guidance = CASES[name]
     flow, variables, z = setting(num_classes)
-    inverse = jit(functools.partial(flow.apply, method="inverse"))
+    inverse = jax.jit(functools.partial(flow.apply, method="inverse"))
     label = None if labels is None else jnp.array(labels)
     x, logdet = inverse(variables, jnp.asarray(z), label, guidance)
     np.testing.assert_allclose(x, expected(name)[0], rtol=0, atol=1e-8)

@@ -40,7 +40,7 @@ def start(data_dir, compilation_cache):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        variables = {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)} | tiny_runs.UNOPTIMISED
+        variables = {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
         if processes > 1:
             variables |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
             variables |= {"JAX_NUM_PROCESSES": str(processes)}

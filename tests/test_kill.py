@@ -28,7 +28,6 @@ TIMEOUT = 900  # seconds, on a machine with much else to do
 
 
 def start(workdir, **variables):
-    variables |= tiny_runs.UNOPTIMISED
     return tiny_runs.start(tiny_runs.arguments("tarflow", workdir, **FIELDS), **variables)
 
 

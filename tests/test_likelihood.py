@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_laws import jit
 from jax.scipy.stats import norm
 
 import jetflow
@@ -65,7 +64,7 @@ def test_bits_per_dim_under_jit():
     images = jnp.asarray(RNG.integers(0, 256, (3, 4, 4, 1)), jnp.uint8)
     bits = functools.partial(jetflow.bits_per_dim, flow, variables, images, key=key)
     label = jnp.array([0, 2, -1])
-    np.testing.assert_allclose(jit(bits)(label), bits(label), rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(bits)(label), bits(label), rtol=1e-12)
     for wrong in (label[:2], label.astype(float)):
         with pytest.raises(UsageError, match="expected one integer, or 3"):
             jax.eval_shape(lambda label: check_labels(flow, label, 3), wrong)
@@ -91,7 +90,7 @@ def test_density_integrates_to_one(kind):
     side = np.linspace(-1000, 1000, 251)
     x = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, *flow.image_shape)
 
-    @jit
+    @jax.jit
     def density(x):
         z, logdet = flow.apply(variables, x, method="forward")
         return jnp.exp(-likelihood.nll(z, logdet, likelihood.prior_variance(variables)))

@@ -8,7 +8,6 @@ import flow_laws
 import jax
 import jax.numpy as jnp
 import pytest
-from flow_laws import jit
 
 from jetflow import likelihood
 from jetflow.flows.autoregressive import AutoregressiveBlock
@@ -94,7 +93,7 @@ def test_remat_keeps_less_and_changes_no_value_and_no_gradient(kind):
             z, logdet = flow.apply(variables | {"params": params}, x, method="forward")
             return likelihood.nll(z, logdet).mean()
 
-        found[policy] = jit(jax.value_and_grad(mean_nll))(variables["params"])
+        found[policy] = jax.jit(jax.value_and_grad(mean_nll))(variables["params"])
         kept = jax.eval_shape(lambda params, f=mean_nll: jax.vjp(f, params)[1], variables["params"])
         kept_size[policy] = sum(leaf.size for leaf in jax.tree.leaves(kept))
     assert kept_size["none"] > kept_size["dots"] > kept_size["full"]
@@ -116,7 +115,7 @@ def test_a_program_of_all_layers_has_no_loop_and_the_same_values_and_gradients(k
             z, logdet = flow.apply(variables | {"params": params}, x, method="forward")
             return likelihood.nll(z, logdet).mean()
 
-        compiled = jit(jax.value_and_grad(mean_nll)).lower(variables["params"]).compile()
+        compiled = jax.jit(jax.value_and_grad(mean_nll)).lower(variables["params"]).compile()
         loops[scan] = compiled.as_text().count(" while(")
         found[scan] = compiled(variables["params"])
     assert loops[True] > 0 == loops[False]

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_laws import jit
 
 import jetflow
 from jetflow import likelihood
@@ -39,7 +38,7 @@ def prior_noise(flow, num: int):
 
 
 def inverse(flow, variables, z, label=None):
-    return jit(functools.partial(flow.apply, method="inverse"))(variables, z, label)[0]
+    return jax.jit(functools.partial(flow.apply, method="inverse"))(variables, z, label)[0]
 
 
 # What image i depends on.
@@ -117,7 +116,7 @@ def test_denoising_follows_the_score():
         variables = flow_laws.random_variables(flow)
         x, label = flow_laws.random_images(flow, 1), jnp.array([2])
 
-        @jit
+        @jax.jit
         def log_prob(x):
             label = jnp.full(len(x), 2)
             return -likelihood.nll(*flow.apply(variables, x, label, method="forward"))
@@ -125,7 +124,7 @@ def test_denoising_follows_the_score():
         steps = 1e-3 * np.eye(x.size).reshape(-1, *flow.image_shape)
         score = (log_prob(x + steps) - log_prob(x - steps)) / 2e-3
         assert jnp.abs(score).max() > 1e-3
-        step = jit(functools.partial(denoised, flow))
+        step = jax.jit(functools.partial(denoised, flow))
         for std in (0.05, 0.3):
             moved = step(variables, x, label, std) - x
             expected = (std * 128) ** 2 * score.reshape(x.shape)
@@ -136,7 +135,7 @@ def test_samples_are_denoised():
     flow, variables = setting("tarflow", 0)
     noisy = sample_pixels(flow, variables, KEY, num=3)
     clean = sample_pixels(flow, variables, KEY, num=3, denoise=0.1)
-    expected = jit(functools.partial(denoised, flow))(variables, jnp.asarray(noisy), None, 0.1)
+    expected = jax.jit(functools.partial(denoised, flow))(variables, jnp.asarray(noisy), None, 0.1)
     np.testing.assert_allclose(clean, expected, atol=1e-3)
     assert np.abs(clean - noisy).max() > 0.1
 

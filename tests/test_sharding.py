@@ -138,8 +138,7 @@ def test_all_meshes_train_alike(tmp_path):
     def run(workdir, data, fsdp, tensor):
         mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
         arguments = tiny_runs.arguments("tarflow", workdir, **fields, **mesh)
-        variables = {"JAX_NUM_CPU_DEVICES": str(data * fsdp * tensor)} | tiny_runs.UNOPTIMISED
-        process = tiny_runs.start(arguments, **variables)
+        process = tiny_runs.start(arguments, JAX_NUM_CPU_DEVICES=str(data * fsdp * tensor))
         _, errors = process.communicate(timeout=1800)
         assert process.returncode == 0, errors
         megabytes = float(re.search(r"takes ([\d.,]+) MB a device", errors)[1].replace(",", ""))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flow_laws import jit
 
 from jetflow import likelihood
 from jetflow.noise import Noise
@@ -49,7 +48,7 @@ def step_of(name: str, accumulation: int = 1, ema_decay: float = 0.0):
     flow = FLOWS[name]()
     state = initial_state(flow, ema=ema_decay > 0)
     one = trainer(flow, accumulation=accumulation, ema_decay=ema_decay)
-    after, metrics = jit(one.train_step)(state, BATCH)
+    after, metrics = jax.jit(one.train_step)(state, BATCH)
     return jax.tree.map(np.asarray, (state, after, metrics))
 
 
@@ -131,7 +130,7 @@ def test_metrics_are_of_the_parameters_before_the_step(name):
     flow, (before, _, metrics) = FLOWS[name](), one_step(name)
     x, label = noisy(flow, before)
     variables = {"params": before.params, **before.collections}
-    z, logdet = jit(functools.partial(flow.apply, method="forward"))(variables, x, label)
+    z, logdet = jax.jit(functools.partial(flow.apply, method="forward"))(variables, x, label)
     variance = likelihood.prior_variance(variables)
     prior = likelihood.bits_per_dim(likelihood.prior_nll(z, variance), z).mean()
     assert_close(metrics["bpd_prior"], prior)
@@ -147,7 +146,7 @@ def test_evaluation_agrees_with_the_training_metric(name):
     """Also where the prior is learned; the gradient is then of another objective."""
     flow, (before, _, metrics) = FLOWS[name](), one_step(name)
     variables = {"params": before.params, **before.collections}
-    bits = jit(functools.partial(likelihood.eval_step, flow))(variables, *noisy(flow, before))
+    bits = jax.jit(functools.partial(likelihood.eval_step, flow))(variables, *noisy(flow, before))
     assert bits.shape == (8,)
     assert_close(bits.mean(), metrics["bpd"])
     assert ("objective" in metrics) == (name == "volume preserving")
@@ -162,8 +161,8 @@ def in_parts(name):
     flow = WITH_PARTS[name]()
     variables = flow_laws.random_variables(flow, jnp.float32)
     x, label = flow_laws.random_images(flow).astype(jnp.float32), jnp.array([0, 2, -1])
-    z, _ = jit(functools.partial(flow.apply, method="forward"))(variables, x, label)
-    found = jit(functools.partial(likelihood.eval_parts, flow))(variables, x, label)
+    z, _ = jax.jit(functools.partial(flow.apply, method="forward"))(variables, x, label)
+    found = jax.jit(functools.partial(likelihood.eval_parts, flow))(variables, x, label)
     return flow, variables, (x, label), z, found
 
 
@@ -192,7 +191,7 @@ def test_parts_are_in_the_order_of_the_couplings():
     net = variables["params"]["blocks_0"]["layers"]["net"]
     closed = jax.tree.map(lambda array: array.at[0].set(0.0), net["proj_out"])
     params = {"blocks_0": {"layers": {"net": net | {"proj_out": closed}}}}
-    _, parts = jit(functools.partial(likelihood.eval_parts, flow))(
+    _, parts = jax.jit(functools.partial(likelihood.eval_parts, flow))(
         variables | {"params": params}, *inputs
     )
     assert np.abs(parts[2]).max() < 1e-6 < 1e-3 < np.abs(parts[3]).max()
@@ -208,7 +207,7 @@ def test_gradient_norm_is_of_the_whole_gradient():
 def learned_prior_follows_the_latents(found) -> None:
     flow, (before, after, _) = FLOWS["volume preserving"](), found
     variables = {"params": before.params, **before.collections}
-    z, _ = jit(functools.partial(flow.apply, method="forward"))(variables, *noisy(flow, before))
+    z, _ = jax.jit(functools.partial(flow.apply, method="forward"))(variables, *noisy(flow, before))
     old = before.collections["prior"]["variance"]
     expected = 0.9 * old + 0.1 * (z**2).mean(0)
     assert jnp.abs(expected - old).max() > 0.01
@@ -235,7 +234,7 @@ def test_share_of_the_logdet_cap():
 def test_what_a_step_depends_on():
     """The clock and the labels; not where in its split an example is."""
     flow, (state, _, usual) = FLOWS["jet"](), one_step("jet")
-    train_step = jit(trainer(flow).train_step)
+    train_step = jax.jit(trainer(flow).train_step)
     assert train_step(state, BATCH)[1]["bpd"] == usual["bpd"]
     assert train_step(state, BATCH._replace(index=BATCH.index + 1))[1]["bpd"] == usual["bpd"]
     later = state.replace(step=state.step + 1)

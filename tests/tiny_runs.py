@@ -83,10 +83,6 @@ def train(name: str, workdir: Path, **fields: Any) -> int:
     return cli.main(arguments(name, workdir, **fields))
 
 
-# Of programs that run for seconds: they compile in half the time.
-UNOPTIMISED = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
 def environment(**variables: str) -> dict[str, str]:
     """That of a process of its own."""
     return os.environ | {"PYTHONPATH": str(ROOT)} | variables

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UsageError as error:
-        return _ended(str(error), 2)
+        return _ended(str(error), error.status)
     except MemoryError as error:
         return _ended(f"out of memory ({error}); take smaller batches or fewer images", 2)
     except KeyboardInterrupt:  # outside of training, which handles it itself

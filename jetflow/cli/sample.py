@@ -20,7 +20,7 @@ from jetflow.noise import LARGEST_SEED, Purpose, key_for
 from jetflow.options import LARGEST_BATCH, MOST_SAMPLES, DataOptions, option
 from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, not_finite
-from jetflow.sampling.guidance import check_guided
+from jetflow.sampling.decoding import check_guided
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.types import UsageError
 

@@ -1,86 +1,90 @@
-"""A shard of a data set: its images, decoded, as an ArrayRecord file of `tf.train.Example`s."""
+"""Prepared data as TFDS reads it: shards and metadata.
 
-import contextlib
+A shard has the images of a part of a split, decoded: an ArrayRecord file of `tf.train.Example`s.
+"""
+
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jetflow.data.images import Unreadable
-from jetflow.data.source import Member, Source, name_hash
-from jetflow.files import write_atomically
+from jetflow.data.source import Contents, Member, Source
+from jetflow.files import read_json, write_atomically
 
 _OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in any order
 _Example: Any = vars(tf_example_pb2)["Example"]  # made at import: no type checker sees it
 
 
 class Shard(NamedTuple):
-    """Neighbouring members of a split, which one process decodes and writes.
+    """Neighbouring members of a split, which are written together.
 
     Attributes:
-        split: of the images, but for those that the source holds out for `validation`.
-        files: the ArrayRecord file of each split that may get some of them.
-        note: a file that is written last, with a line for each image that was left out.
+        split: of all images but those that the source holds out.
+        files: the ArrayRecord file of each split that may get some of their images.
+        note: a JSON file that is written last.
     """
 
-    members: tuple[Member, ...]
     split: str
-    files: dict[str, Path]
+    members: tuple[Member, ...]
+    files: Mapping[str, Path]
     note: Path
 
     @property
     def size(self) -> int:
         return sum(member.size for member in self.members)
 
-    def counts(self) -> dict[str, int] | None:
-        """The number of images in each split; None if the shard is not written, or not whole."""
-        if not all(file.exists() for file in (self.note, *self.files.values())):
-            return None
-        counts = {}
-        with contextlib.suppress(RuntimeError):
-            for split, file in self.files.items():
-                reader = ArrayRecordReader(os.fspath(file))
-                number = reader.num_records()
-                reader.close()  # which raises if the file is cut
-                counts[split] = number
-        return counts if len(counts) == len(self.files) else None
+    def written(self) -> dict[str, Any] | None:
+        """The "counts" of images by split, "bytes" by file, and lines of images "left_out".
 
+        None if the shard is not written, or not whole any more.
+        """
+        note = read_json(self.note) if self.note.exists() else None
+        return note if note and note["bytes"] == self._bytes() else None
 
-def write_shard(shard: Shard, source: Source, is_labelled: bool) -> dict[str, int]:
-    """Decode the images of a shard and write them, unless that is done; gives their counts."""
-    if counts := shard.counts():
-        return counts
-    unreadable = []
-    partial = {
-        split: file.with_name(f"{file.name}.{os.getpid()}.incomplete")
-        for split, file in shard.files.items()
-    }
-    writers = {
-        split: ArrayRecordWriter(os.fspath(path), _OPTIONS) for split, path in partial.items()
-    }
-    for name, content, label in (image for member in shard.members for image in member.read()):
+    def _bytes(self) -> dict[str, int]:
+        return {file.name: file.stat().st_size for file in self.files.values() if file.exists()}
+
+    def write(self, records: Iterable[tuple[str, bytes | str]]) -> None:
+        """Write it of (split, record), or (split, line) of an image that is left out.
+
+        Raises:
+            OSError: there is no room.
+        """
+        partial = {
+            split: file.with_name(f"{file.name}.{os.getpid()}.incomplete")
+            for split, file in self.files.items()
+        }
+        counts, left_out = dict.fromkeys(partial, 0), []
         try:
-            pixels = source.pixels(content)
-        except Unreadable as reason:
-            unreadable.append(f"{one_line(name)}\t{one_line(str(reason))}\n")
-            continue
-        is_held_out = source.held_out and name_hash(name.split("/")[-1]) % source.held_out == 0
-        writer = writers["validation" if is_held_out else shard.split]
-        writer.write(encode(pixels, label if is_labelled else None))
-    for split, writer in writers.items():
-        writer.close()
-        partial[split].rename(shard.files[split])
-    with write_atomically(shard.note) as file:
-        file.write("".join(unreadable).encode())
-    shard.note.with_suffix(".tar").unlink(missing_ok=True)
-    counts = shard.counts()
-    assert counts
-    return counts
+            writers = {
+                split: ArrayRecordWriter(os.fspath(path), _OPTIONS)
+                for split, path in partial.items()
+            }
+            for split, record in records:
+                if isinstance(record, str):
+                    left_out.append(record)
+                else:
+                    writers[split].write(record)
+                    counts[split] += 1
+            for split, writer in writers.items():
+                writer.close()
+                partial[split].rename(self.files[split])
+        except RuntimeError as error:  # of the writers
+            raise OSError(str(error)) from error
+        finally:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
+        note = {"counts": counts, "bytes": self._bytes(), "left_out": left_out}
+        with write_atomically(self.note) as file:
+            file.write(json.dumps(note).encode())
 
 
 def encode(pixels: np.ndarray, label: int | None) -> bytes:
@@ -123,3 +127,50 @@ def one_line(name: str) -> str:
     """A name without tabs, line breaks and what is not UTF-8: these are escaped."""
     odd = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
     return odd.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
+
+
+def template(source: Source, folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
+    """How TFDS calls the files of a split."""
+    name = source.name.split("/")[0]
+    return tfds.core.ShardedFileTemplate(
+        data_dir=epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
+    )
+
+
+def write_metadata(
+    source: Source, contents: Contents, notes: Sequence[dict], folder: Path, **facts
+) -> None:
+    """What TFDS needs to read the shards, and `load` to check them."""
+    image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
+    classes = [one_line(name) for name in contents.classes]
+    label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
+    name, _, config = source.name.partition("/")
+    version = tfds.core.Version(folder.name.split(".partial")[0])
+    identity = tfds.core.DatasetIdentity(name, version, os.fspath(folder), "", config or None)
+    files = {name: size for note in notes for name, size in note["bytes"].items()}
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        description=source.about,
+        features=tfds.features.FeaturesDict({"image": image, **label}),
+        supervised_keys=("image", "label") if label else None,
+        homepage=source.homepage,
+        metadata=tfds.core.MetadataDict(resize=source.resize_method, files=files, **facts),
+        disable_shuffling=True,  # the order of the archive is the order on disk
+    )
+    info.set_file_format("array_record")
+    counts = {
+        split: [note["counts"][split] for note in notes if split in note["counts"]]
+        for split in facts["checksums"]
+    }
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=lengths,
+            num_bytes=sum(size for name, size in files.items() if f"-{split}.array" in name),
+            filename_template=template(source, folder, split),
+        )
+        for split, lengths in counts.items()
+        if sum(lengths)
+    ]
+    info.set_splits(tfds.core.SplitDict(infos))
+    info.write_to_directory(folder)

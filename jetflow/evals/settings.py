@@ -79,13 +79,15 @@ def source(model: TrainedFlow) -> dict[str, Any]:
     return {"step": model.step, "weights": model.weights}
 
 
-def run_data(model: TrainedFlow, split: str, data_dir: Path | None) -> Dataset:
-    """A split of the data set of a run.
+def run_data(
+    model: TrainedFlow, split: str, data_dir: Path | None, name: str | None = None
+) -> Dataset:
+    """A split of a data set, by default of that of a run.
 
     Raises:
         UsageError: if the run names none.
     """
-    name = model.config["data"]["name"]
+    name = name or model.config["data"]["name"]
     if not name:
         raise UsageError(
             f"{model.workdir} names no data set; convert it again with --data NAME, to another "

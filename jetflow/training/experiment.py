@@ -17,8 +17,6 @@ from jetflow.flows.build import build
 from jetflow.noise import Noise
 from jetflow.options import LARGEST
 from jetflow.sampling.ancestral import Sampler
-from jetflow.sampling.decoding import decodings
-from jetflow.sampling.guidance import check_guidance
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
 from jetflow.training.step import Trainer, TrainState, create_state
@@ -79,16 +77,8 @@ class Run:
 
     def sampler(self, variables: Any) -> Sampler:
         """Draws samples as `config.eval` asks."""
-        options, flow = SamplingOptions.of(self.config.eval.to_dict()), self.trainer.flow
-        return Sampler(
-            flow,
-            variables,
-            guidance=options.prescribed_guidance(),
-            temperature=options.temperature,
-            denoise=options.denoised_std(self.trainer.noise),
-            decoding=decodings(flow),
-            mesh=self.mesh,
-        )
+        options, trainer = SamplingOptions.of(self.config.eval.to_dict()), self.trainer
+        return options.sampler(trainer.flow, variables, trainer.noise, self.mesh)
 
     def lower_step(self, state: TrainState, batch: Batch) -> Lowered:
         """The training step, before it is compiled; for arrays, or their shapes alone."""
@@ -199,9 +189,7 @@ def count_steps(train: Config, examples: int) -> int:
 
 def _check_samples(section: Config, flow: Flow, noise: Noise) -> None:
     try:
-        options = SamplingOptions.of(section.to_dict())
-        check_guidance(flow, options.prescribed_guidance())
-        options.denoised_std(noise)
+        SamplingOptions.of(section.to_dict()).sampler(flow, {}, noise)
     except UsageError as error:
         raise UsageError(f"config.eval.{error}") from error
 

@@ -18,6 +18,7 @@ from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.evals import records
+from jetflow.evals.batching import Batching
 from jetflow.files import METRICS, read_json
 from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
@@ -207,18 +208,16 @@ class Session:
         section, data = self.run.config.eval, self.run.test_data
         draws = section.draws if self._is_last(step) else 1
         with self.reporter.pause():
-            likelihood = bpd.measure(
+            density = bpd.Density(
                 self.run.trainer.flow,
                 state.variables(),
-                data,
-                mesh=self.run.mesh,
-                noise=noise,
+                Batching(self.run.mesh, section.batch_size),
+                noise,
                 draws=draws,
-                batch_size=section.batch_size,
-                poll=self.poll,
             )
+            likelihood = density.likelihood(data, self.poll)
         weights = "params" if state.ema is None else "ema"
-        result = bpd.record(likelihood, noise, data, step=step, weights=weights)
+        result = likelihood.record(step=step, weights=weights)
         workdirs.write_result(self.workdir, result)
         self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
         if not self._is_last(step) or noise.kind != "uniform":

@@ -12,7 +12,8 @@ import jax
 import psutil
 
 from jetflow import configs, sharding
-from jetflow.data import dataset, processes
+from jetflow.data import dataset
+from jetflow.data.reading import cores
 from jetflow.tools.plan import costs
 from jetflow.tools.plan.devices import TPUS
 from jetflow.training.experiment import set_up
@@ -95,7 +96,7 @@ def bench_data(
         images_per_core_second=statistics.median(count * size / used for count, _, used in rounds),
         megabytes_per_second=median * image[0].nbytes / 1e6,
         first_batch_seconds=first,
-        cores=processes.cores(),
+        cores=cores(),
     )
 
 
