@@ -4,8 +4,6 @@ import ast
 import contextlib
 import difflib
 import inspect
-import math
-import numbers
 import os
 import runpy
 import sys
@@ -16,8 +14,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jetflow import sharding
 from jetflow.noise import LARGEST_SEED
-from jetflow.options import BOOLS, LARGEST, LARGEST_BATCH, MOST_DRAWS, MOST_WORKERS, is_path
+from jetflow.options import (
+    BOOLS,
+    LARGEST_BATCH,
+    MOST_DRAWS,
+    MOST_WORKERS,
+    checked_value,
+    option,
+)
 from jetflow.types import Config, UsageError
 
 SECTIONS = ("flow", "data", "noise", "optim", "train", "mesh", "eval")
@@ -125,73 +131,42 @@ def change(config: Config, name: str, value: Any) -> None:
         raise UsageError(f"config.{name} is {value!r:.100}; expected {expected}") from error
 
 
-def _whole(least: int, most: int = LARGEST) -> tuple[str, Callable[[Any], bool]]:
-    def holds(value: Any) -> bool:
-        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        return is_whole and least <= value <= most
-
-    return f"{least} to {most}", holds
-
-
-def _number(words: str, holds: Callable[[float], bool]) -> tuple[str, Callable[[Any], bool]]:
-    def is_so(value: Any) -> bool:
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        return is_number and math.isfinite(value) and holds(value)
-
-    return f"a finite number {words}", is_so
-
-
-def _several(
-    words: str, holds: Callable[[Any], bool], least: int = 1
-) -> tuple[str, Callable[[Any], bool]]:
-    def are_so(values: Any) -> bool:
-        return isinstance(values, tuple | list) and len(values) >= least and all(map(holds, values))
-
-    return words, are_so
-
-
-_TEXT = "text", lambda value: isinstance(value, str)
-_PAIR = _several("", _TEXT[1], least=2)[1]
-
-# (what is expected, whether a value is so) -> the fields that must be
-_RANGES = {
-    _whole(1): "train.accumulation train.log_every train.checkpoint_every train.keep_checkpoints",
-    _whole(0): "train.steps train.epochs train.images train.eval_every train.sample_every "
-        "train.keep_every",
-    _whole(1, LARGEST_BATCH): "train.batch_size eval.batch_size",
-    _whole(1, MOST_DRAWS): "eval.draws",
-    _whole(1, MOST_PICTURES): "eval.samples",
-    _whole(0, LARGEST_SEED): "train.seed",
-    _whole(0, MOST_WORKERS): "data.workers",
-    _whole(-1): "mesh.data mesh.fsdp mesh.tensor",
-    _whole(1, MOST_LAYERS): "flow.num_couplings flow.block_depth flow.num_blocks",
-    _whole(1, LARGEST_WIDTH): "flow.patch_size flow.width flow.head_dim flow.num_heads",
-    _number("0 or more", lambda value: value >= 0):
-        "optim.min_lr optim.weight_decay optim.clip_norm noise.std",
-    _number("above 0", lambda value: value > 0): "optim.lr optim.eps flow.pixel_scale",
-    _number("above 1", lambda value: value > 1): "flow.scale_factor",
-    _number("from 0 to below 1", lambda value: 0 <= value < 1):
-        "train.ema_decay optim.b1 optim.b2 noise.label_drop",
-    ("true or false", lambda value: isinstance(value, bool)): "data.labels noise.flip",
-    _TEXT: "data.name data.train_split data.test_split",
-    ("a folder", lambda value: value == "" or is_path(value)): "init_from",
-    _several("splits, as in ('channels', 'spatial')", _TEXT[1]): "flow.kinds",
-    _several(f"numbers of layers, 1 to {MOST_LAYERS}, as in (2, 4)", _whole(1, MOST_LAYERS)[1]):
-        "flow.layers_per_block",
-    _several("pairs, as in (('embedding', 'replicated'),)",
-             lambda pair: _PAIR(pair) and len(pair) == 2, least=0): "mesh.rules",
-}  # fmt: skip
+# (type, range) -> the fields that must be so; a kind of flow has only some of its fields
+_TYPES: tuple[tuple[Any, Any, str], ...] = (
+    (int, option(least=1), "train.accumulation train.log_every train.checkpoint_every "
+        "train.keep_checkpoints"),
+    (int, option(least=0), "train.steps train.epochs train.images train.eval_every "
+        "train.sample_every train.keep_every"),
+    (int, option(least=1, most=LARGEST_BATCH), "train.batch_size eval.batch_size"),
+    (int, option(least=1, most=MOST_DRAWS), "eval.draws"),
+    (int, option(least=1, most=MOST_PICTURES), "eval.samples"),
+    (int, option(least=0, most=LARGEST_SEED), "train.seed"),
+    (int, option(least=0, most=MOST_WORKERS), "data.workers"),
+    (int, option(least=-1), "mesh.data mesh.fsdp mesh.tensor"),
+    (int, option(least=1, most=MOST_LAYERS), "flow.num_couplings flow.block_depth flow.num_blocks"),
+    (int, option(least=1, most=LARGEST_WIDTH), "flow.patch_size flow.width flow.head_dim "
+        "flow.num_heads"),
+    (float, option(least=0.0), "optim.min_lr optim.weight_decay optim.clip_norm noise.std"),
+    (float, option(least=1e-30), "optim.lr optim.eps flow.pixel_scale"),
+    (float, option(least=1.001), "flow.scale_factor"),
+    (float, option(least=0.0, most=0.999999), "train.ema_decay optim.b1 optim.b2 noise.label_drop"),
+    (bool, option(), "data.labels noise.flip"),
+    (str, option(), "data.name data.train_split data.test_split"),
+    (Path, option(""), "init_from"),
+    (tuple[int, ...], option(least=1, most=MOST_LAYERS), "flow.layers_per_block"),
+    (tuple[str, ...], option(choices=("channels", "spatial")), "flow.kinds"),
+)  # fmt: skip
 
 
 def check(config: Config) -> None:
     """Raise a UsageError unless each field is there, of its type and in its range."""
-    for (expected, holds), names in _RANGES.items():
+    for kind, limits, names in _TYPES:
         for name in names.split():
             section, _, field = name.rpartition(".")
             fields = config[section] if section else config
-            value = fields.get(field)
-            if not holds(value) and (field in fields or section != "flow"):
-                raise UsageError(f"config.{name} is {value!r:.100}; expected {expected}")
+            if field in fields or section != "flow":
+                checked_value(f"config.{name}", limits, kind, fields.get(field))
+    sharding.check_rules(config.mesh.rules)
 
 
 def _parsed(text: str, kind: type) -> Any:

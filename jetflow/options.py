@@ -87,7 +87,10 @@ class DataOptions(Options):
 
 def kind_of(options: type[Options], name: str) -> tuple[Any, bool]:
     """The type of a field, without None; of a tuple that of its items, and whether it is one."""
-    kind = typing.get_type_hints(options)[name]
+    return _item_kind(typing.get_type_hints(options)[name])
+
+
+def _item_kind(kind: Any) -> tuple[Any, bool]:
     if isinstance(kind, types.UnionType):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     is_tuple = typing.get_origin(kind) is tuple
@@ -120,21 +123,28 @@ def checked(options: type[Options], name: str, value: Any) -> Any:
         UsageError: if the field cannot have it.
     """
     field = next(field for field in dataclasses.fields(options) if field.name == name)
+    return checked_value(name, field, typing.get_type_hints(options)[name], value)
+
+
+def checked_value(name: str, field: dataclasses.Field, kind: Any, value: Any) -> Any:
+    """As `checked`, for a value of any name: of a type, such as tuple[int, ...], in a range."""
     if not field.metadata or (value is None and field.default is None):
         return value
-    kind, is_tuple = kind_of(options, name)
+    kind, is_tuple = _item_kind(kind)
     if not is_tuple:
-        return _item(field, kind, value)
+        return _item(name, field, kind, value)
     items = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not items and field.default != ():
         raise UsageError(f"{name} is empty; expected one or more, separated by commas")
-    return tuple(_item(field, kind, item) for item in items)
+    return tuple(_item(name, field, kind, item) for item in items)
 
 
-def _item(field: dataclasses.Field, kind: Any, value: Any) -> Any:
-    choices, least, most = (field.metadata[name] for name in ("choices", "least", "most"))
+def _item(name: str, field: dataclasses.Field, kind: Any, value: Any) -> Any:
+    choices, least, most = (field.metadata[key] for key in ("choices", "least", "most"))
     top = LARGEST if kind is int and most == math.inf else most
-    if not _is(value, kind) or (value == "" and field.default != ""):
+    if value == "" == field.default:
+        return value
+    if not _is(value, kind) or value == "":
         expected = KINDS.get(kind, str(kind))
     elif choices and value not in choices:
         expected = f"one of {', '.join(choices)}"
@@ -142,7 +152,7 @@ def _item(field: dataclasses.Field, kind: Any, value: Any) -> Any:
         expected = _range(least, top if value > least else most)
     else:
         return kind(value) if kind in (float, Path) else value
-    raise UsageError(f"{field.name} is {value!r:.100}; expected {expected}")
+    raise UsageError(f"{name} is {value!r:.100}; expected {expected}")
 
 
 def _is(value: Any, kind: Any) -> bool:

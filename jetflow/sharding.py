@@ -134,6 +134,20 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.size} x {kind}" + (f" ({axes})" if axes else "")
 
 
+def check_rules(rules: Sequence[Any]) -> None:
+    """Raise a UsageError unless these are pairs (regex, strategy), keys of `STRATEGIES`."""
+    for rule in rules:
+        try:
+            regex, strategy = rule
+            re.compile(regex)
+            STRATEGIES[strategy]
+        except (KeyError, TypeError, ValueError, re.error) as error:
+            raise UsageError(
+                f"config.mesh.rules has {rule!r}, which is no (regex, strategy) ({error}); expected"
+                f" pairs, such as (('embedding', 'replicated'),), of {', '.join(STRATEGIES)}"
+            ) from error
+
+
 def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, str]] = ()) -> Any:
     """A sharding for each array of a tree, by `rules` and then `RULES`.
 
@@ -146,16 +160,7 @@ def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, 
     Raises:
         UsageError: on an unknown strategy, or a regex that is none.
     """
-    for regex, strategy in rules:
-        if strategy not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise UsageError(f"config.mesh.rules has {strategy!r}; expected one of {known}")
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise UsageError(
-                f"config.mesh.rules has {regex!r}, which is no regex: {error}"
-            ) from error
+    check_rules(rules)
 
     def sharding(path, array) -> NamedSharding:
         name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")

@@ -20,7 +20,7 @@ from jetflow import cli
 from jetflow.data import dataset as pipeline
 from jetflow.data import reading
 from jetflow.data.reading import Ahead
-from jetflow.tools.bench import throughput
+from jetflow.tools import throughput
 from jetflow.training.log import read_metrics
 
 # Worker processes.

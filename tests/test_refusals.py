@@ -138,18 +138,18 @@ TRAIN --config.flow.kind=jet                      is no field of a jet
 TRAIN --config.flow.patch_size=3                  image height 8 is not divisible by patch 3
 TRAIN --config.flow.num_blocks=100000000          config.flow.num_blocks is 100000000
 TRAIN --config.flow.layers_per_block=(1,2,3)      has 3 entries for 2 blocks
-TRAIN --config.flow.layers_per_block=(1,0)        config.flow.layers_per_block is (1, 0)
+TRAIN --config.flow.layers_per_block=(1,0)        config.flow.layers_per_block is 0
 TRAIN --config.flow.layers_per_block=(((          config.flow.layers_per_block is '((('
 TRAIN --config.flow.width=1048576                 make config.flow smaller
 TRAIN --config.mesh.fsdp=2                        fsdp=2, tensor=1, but there are 1 devices
-TRAIN --config.mesh.rules=5                       config.mesh.rules is (5,)
-TRAIN --config.mesh.rules=(1,)                    config.mesh.rules is (1,)
-TRAIN --config.mesh.rules="(('a','b','c'),)"      config.mesh.rules is (('a', 'b', 'c'),)
-TRAIN --config.mesh.rules="(('a','b'),)"          config.mesh.rules has 'b'
-TRAIN --config.mesh.rules="(('(','fsdp'),)"       config.mesh.rules has '(', which is no regex
+TRAIN --config.mesh.rules=5                       config.mesh.rules has 5
+TRAIN --config.mesh.rules=(1,)                    config.mesh.rules has 1
+TRAIN --config.mesh.rules="(('a','b','c'),)"      config.mesh.rules has ('a', 'b', 'c')
+TRAIN --config.mesh.rules="(('a','b'),)"          config.mesh.rules has ('a', 'b')
+TRAIN --config.mesh.rules="(('(','fsdp'),)"       config.mesh.rules has ('(', 'fsdp')
 train --config jet.py --workdir new --config.flow.layers_per_block=3  configs/base.py lists them
 train --config jet.py --workdir new --config.flow.kinds=(channels  expected values in brackets
-train --config jet.py --workdir new --config.flow.kinds=5  config.flow.kinds is (5,)
+train --config jet.py --workdir new --config.flow.kinds=5  config.flow.kinds is 5
 train --config jet.py --workdir new --config.flow.num_heads=3  not divisible by num_heads 3
 train --config jet.py --workdir new --config.eval.denoise  config.eval.denoise needs a
 
@@ -206,7 +206,7 @@ sweep --sweep sweep_neither.py --workdir new      no config to train
 sweep --sweep sweep_metric.py --workdir new       metrics is 'fit'
 sweep --sweep sweep_range.py --workdir new        draws is 0
 sweep --sweep sweep_field.py --workdir new        config.optim.rate is no field
-sweep --sweep sweep_rules.py --workdir new        config.mesh.rules is (1,)
+sweep --sweep sweep_rules.py --workdir new        config.mesh.rules has 1
 sweep --sweep sweep_twice.py --workdir new        under the label 1
 sweep --sweep sweep_training.py --workdir new --run TARFLOW  a setting of the training
 sweep --sweep sweep.py --workdir new --run empty  no run in
@@ -227,7 +227,7 @@ report TARFLOW --out folder                       --out folder cannot be written
 
 plan --config tiny.py                             --topology is missing
 plan --config tiny.py --topology v9:2x2           16x16x24; v5e:1x1 2x2 2x4 4x4 4x8
-plan --config tiny.py --topology v5p:3x3x3        v5p:4x4x4
+plan --config tiny.py --topology v5p:3x3x3        v5p:2x2x1
 plan --config tiny.py --topology v5e:2x2 --slices=0  --slices is 0
 plan --config tiny.py --topology v5e:2x2 --what=swim  --what is 'swim'; expected one of train
 plan --config tiny.py --topology v5e:2x2 --fit --config.train.accumulation=0  accumulation is 0
