@@ -110,15 +110,14 @@ def test_train_crops_lie_left_of_every_test_crop(data_dir):
     assert min(left for _, _, left in photos.corners("test", 16)) >= 512
 
 
-def test_one_picture_alone(data_dir):
+@pytest.mark.parametrize(("number", "name"), enumerate(photos.PICTURES))
+def test_one_picture_alone(number, name, tmp_path):
     """The crops of both, at the same places, with one of the pictures throughout."""
-    pictures = load_sample_images().images
-    corners = list(itertools.islice(photos.corners("test", 8), 6))
-    for number, name in enumerate(photos.PICTURES):
-        crops = load(f"photos/{name}8", "test", data_dir=data_dir)
-        for index, (_, top, left) in enumerate(corners):
-            expected = pictures[number][top : top + 8, left : left + 8]
-            np.testing.assert_array_equal(crops.source[index]["image"], expected)
+    picture = load_sample_images().images[number]
+    source = sources.find(f"photos/{name}8")
+    [member] = source.contents([], tmp_path).splits["test"]
+    for image, (_, top, left) in zip(member.images, photos.corners("test", 8), strict=True):
+        np.testing.assert_array_equal(image.content, picture[top : top + 8, left : left + 8])
 
 
 def test_shapes_are_drawn_in_all_classes_and_sizes(data_dir):
@@ -163,16 +162,6 @@ def test_data_that_tfds_wrote_is_read(encoding, tmp_path):
         assert example["label"] == index % 10 == source[index]["label"]
 
 
-def test_tfds_reads_the_very_same_images(digits, data_dir):
-    written = tfds.builder_from_directory(data_dir / "digits" / "1.0.0")
-    images = list(written.as_data_source("test"))
-    assert len(images) == len(digits) == 297
-    for index, example in enumerate(images):
-        np.testing.assert_array_equal(example["image"], digits.source[index]["image"])
-        assert example["label"] == digits.source[index]["label"]
-    assert written.info.features["label"].num_classes == 10
-
-
 def test_checksum_covers_pixels_labels_and_order(digits):
     images = [digits.source[i]["image"] for i in range(len(digits))]
     labels = [np.int32(digits.source[i]["label"]) for i in range(len(digits))]
@@ -205,7 +194,7 @@ def test_prepares_once_with_a_line(tmp_path, monkeypatch, capfd, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("moment", ["_shards", "_mapped"])
+@pytest.mark.parametrize("moment", ["_groups", "_mapped"])
 def test_another_process_may_finish_first(moment, tmp_path, monkeypatch, digits):
     """On a disk without locks."""
     monkeypatch.setattr(hosts, "locked", lambda *_, **__: contextlib.nullcontext(True))

@@ -146,27 +146,3 @@ def test_waiting_is_what_comes_after_the_step():
     for _ in range(4):
         gate.release()
     ahead.close()
-
-
-@pytest.mark.usefixtures("compilation_cache")
-def test_share_of_waiting_in_training(tmp_path, monkeypatch, capsys):
-    """High where batches take longer than steps, and said."""
-    read = pipeline._read
-
-    def slowly(dataset, rows, positions):
-        time.sleep(0.2)
-        return read(dataset, rows, positions)
-
-    monkeypatch.setattr(pipeline, "_read", slowly)
-    fields = {"steps": 16, "log_every": 8, "eval_every": 0, "sample_every": 0}
-    fields |= {"checkpoint_every": 100}  # while it saves, what waits is read ahead
-    fields = {f"train__{name}": value for name, value in fields.items()}
-    assert tiny_runs.train("jet", tmp_path, **fields) == 0
-    lines = read_metrics(tmp_path / "metrics.jsonl")
-    [share] = [
-        each["data_wait_share"]
-        for each in lines
-        if each["step"] == 16 and "data_wait_share" in each
-    ]
-    assert share > 0.3
-    assert "for data" in capsys.readouterr().err

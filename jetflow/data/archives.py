@@ -135,16 +135,10 @@ def image(entry: Entry, name: str, label: int = NO_LABEL) -> Member:
     return Member(entry.size, [Image(name, entry.read, label)])
 
 
-def tar_of_class(
-    archive: Path | io.BufferedIOBase, offset: int, size: int, name: str, label: int
-) -> Member:
-    """A tar of images of one class: `size` bytes of an archive, which is read forwards alone."""
-    return Member(size, _inner_images(archive, offset, size, name, label))
-
-
-def _inner_images(
+def images_of_tar(
     archive: Path | io.BufferedIOBase, offset: int, size: int, name: str, label: int
 ) -> Iterator[Image]:
+    """Of a tar of one class, `size` bytes of an archive, which is read forwards alone."""
     number, end = 0, offset + size
     try:
         if not size:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import secrets
 import shutil
 import sys
@@ -22,11 +23,11 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.data import shards as tfds_format
+from jetflow.data import shards
 from jetflow.data.archives import DAMAGE, entries
 from jetflow.data.images import MAX_PIXELS, Unreadable, large_files
 from jetflow.data.reading import cores
-from jetflow.data.shards import Shard, one_line
+from jetflow.data.shards import one_line
 from jetflow.data.source import Contents, Image, Member, Source, name_hash
 from jetflow.files import write_atomically
 from jetflow.options import MOST_WORKERS, DataOptions, option
@@ -152,8 +153,7 @@ class Preparation:
         try:
             contents = self.source.contents(paths, folder / "notes")
             self._check_left_out(contents)
-            shards = _shards(self.source, contents, folder)
-            notes, checksums = self._write(shards, bool(contents.classes))
+            notes, checksums = self._write(contents, folder)
         except DAMAGE as error:
             raise UsageError(
                 f"an archive of {self.source.name} is damaged, or not what its name says: {place} "
@@ -173,7 +173,7 @@ class Preparation:
                 )
         (folder / UNREADABLE).write_text("".join(f"{line}\n" for line in left_out), "utf-8")
         facts = {"origin": one_line(place), "checksums": checksums}
-        tfds_format.write_metadata(self.source, contents, notes, folder, **facts)
+        shards.write_metadata(self.source, contents, notes, folder, **facts)
         shutil.rmtree(folder / "notes")
 
     def _check_left_out(self, contents: Contents) -> None:
@@ -185,37 +185,49 @@ class Preparation:
             print(text, file=sys.stderr)
 
     def _write(
-        self, shards: Sequence[Shard], is_labelled: bool
+        self, contents: Contents, folder: Path
     ) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """Write every shard that is not there yet; the notes of all, and the splits' checksums."""
-        digests = {split: hashlib.sha256() for shard in shards for split in shard.files}
+        digests = {split: hashlib.sha256() for split in contents.splits}
         threads = self.options.workers or cores()
         interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log
+        total = sum(member.size for members in contents.splits.values() for member in members)
         notes, images, left_out = [], 0, 0
         with (
             tqdm(
-                total=sum(shard.size for shard in shards), desc=self.source.name, unit="B",
-                unit_scale=True, mininterval=interval, disable=not self.source.archives,
+                total=total, desc=self.source.name, unit="B", unit_scale=True,
+                mininterval=interval, disable=not self.source.archives,
             ) as bar,
             ThreadPoolExecutor(threads) as pool,
         ):  # fmt: skip
-            for shard in shards:
-                if not shard.written():
-                    inside = (image for member in shard.members for image in member.images)
-                    record = functools.partial(self._record, shard.split, is_labelled)
-                    shard.write(_mapped(record, inside, pool, ahead=4 * threads))
-                note = shard.written() or {}
-                for split, file in shard.files.items():
-                    for content in tfds_format.read_shard(file):
-                        tfds_format.update_checksum(digests[split], *tfds_format.decode(content))
-                notes.append(note)
-                images, left_out = (
-                    images + sum(note["counts"].values()),
-                    left_out + len(note["left_out"]),
-                )
+            for split, group, files, note in self._shards(contents, folder):
+                if not shards.written(note, files):
+                    inside = (image for member in group for image in member.images)
+                    record = functools.partial(self._record, split, bool(contents.classes))
+                    shards.write(note, files, _mapped(record, inside, pool, ahead=2 * threads))
+                facts = shards.written(note, files) or {}
+                for each, file in files.items():
+                    for content in shards.read_shard(file):
+                        shards.update_checksum(digests[each], *shards.decode(content))
+                notes.append(facts)
+                images += sum(facts["counts"].values())
+                left_out += len(facts["left_out"])
                 bar.set_postfix_str(f"{images:,} images, {left_out:,} unreadable", refresh=False)
-                bar.update(shard.size)
+                bar.update(sum(member.size for member in group))
         return notes, {split: each.hexdigest()[:16] for split, each in digests.items()}
+
+    def _shards(
+        self, contents: Contents, folder: Path
+    ) -> Iterator[tuple[str, list[Member], dict[str, Path], Path]]:
+        """The split and the members of each shard in order, its file in each split, its note."""
+        name = self.source.name.split("/")[0]
+        for split, members in contents.splits.items():
+            groups = _groups(members)
+            splits = contents.splits if self.source.held_out else [split]
+            for number, group in enumerate(groups):
+                end = f"array_record-{number:05d}-of-{len(groups):05d}"  # as TFDS calls them
+                files = {each: folder / f"{name}-{each}.{end}" for each in splits}
+                yield split, group, files, folder / "notes" / f"{split}-{number:06d}.json"
 
     def _record(self, split: str, is_labelled: bool, image: Image) -> tuple[str, bytes | str]:
         """Its split and record, or the line that says why it is left out."""
@@ -225,9 +237,9 @@ class Preparation:
                 raise Unreadable("a sound image, but of no class")
         except Unreadable as reason:
             return split, f"{one_line(image.name)}\t{one_line(str(reason))}"
-        hashed = name_hash(PurePosixPath(image.name).name)
-        is_held_out = self.source.held_out and hashed % self.source.held_out == 0
-        content = tfds_format.encode(pixels, image.label if is_labelled else None)
+        share = self.source.held_out
+        is_held_out = share and name_hash(image.name.split("/")[-1]) % share == 0
+        content = shards.encode(pixels, image.label if is_labelled else None)
         return "validation" if is_held_out else split, content
 
 
@@ -244,38 +256,27 @@ def _origin(paths: Sequence[Path]) -> str:
     return "".join(lines)
 
 
-def _shards(source: Source, contents: Contents, folder: Path) -> list[Shard]:
-    """Of neighbours, in order: up to `SHARD_BYTES`, and up to `SHARD_MEMBERS` of them."""
-    shards = []
-    for split, members in contents.splits.items():
-        groups: list[list[Member]] = []
-        size = 0
-        for member in members:
-            size += member.size
-            if not groups or size > SHARD_BYTES or len(groups[-1]) == SHARD_MEMBERS:
-                groups.append([])
-                size = member.size
-            groups[-1].append(member)
-        splits = list(contents.splits) if source.held_out else [split]
-        templates = {each: tfds_format.template(source, folder, each) for each in splits}
-        for number, group in enumerate(groups):
-            files = {
-                each: Path(template.sharded_filepath(shard_index=number, num_shards=len(groups)))
-                for each, template in templates.items()
-            }
-            note = folder / "notes" / f"{split}-{number:06d}.json"
-            shards.append(Shard(split, tuple(group), files, note))
-    return shards
+def _groups(members: Sequence[Member]) -> list[list[Member]]:
+    """Neighbours: up to `SHARD_BYTES`, and up to `SHARD_MEMBERS` of them."""
+    groups: list[list[Member]] = []
+    size = 0
+    for member in members:
+        size += member.size
+        if not groups or size > SHARD_BYTES or len(groups[-1]) == SHARD_MEMBERS:
+            groups.append([])
+            size = member.size
+        groups[-1].append(member)
+    return groups
 
 
 def _mapped(
     function: Callable[[A], B], items: Iterable[A], pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[B]:
-    """`function(item)` of all items, in order; so many are under way at once."""
-    coming: collections.deque[Future[B]] = collections.deque()
-    for item in items:
-        coming.append(pool.submit(function, item))
+    """`function(item)` of all items, in order; so many chunks of them are under way at once."""
+    items, coming = iter(items), collections.deque[Future[list[B]]]()
+    while chunk := list(itertools.islice(items, 8)):
+        coming.append(pool.submit(lambda chunk: list(map(function, chunk)), chunk))
         if len(coming) > ahead:
-            yield coming.popleft().result()
+            yield from coming.popleft().result()
     for future in coming:
-        yield future.result()
+        yield from future.result()

@@ -22,7 +22,7 @@ from jaxtyping import Int
 
 from jetflow.data import reading, shards, sources
 from jetflow.data.builder import UNREADABLE, Preparation, PrepareOptions, is_prepared
-from jetflow.data.prepared import Records, opened
+from jetflow.data.shards import Records, opened
 from jetflow.options import expanded
 from jetflow.types import NO_LABEL, Batch, UsageError
 

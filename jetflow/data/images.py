@@ -98,11 +98,6 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")  # a copy of what is RGB already
 
 
-def resize_method(size: int) -> str:
-    """How `resize` makes an image of size x size, for the record."""
-    return f"short side to {size} by a box filter (bicubic where it enlarges), centre crop"
-
-
 def resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size C"]:
     """The centred square of an image, at size x size.
 

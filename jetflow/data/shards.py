@@ -1,4 +1,4 @@
-"""Prepared data as TFDS reads it: shards and metadata.
+"""Prepared data as TFDS has it, written and read: shards, metadata, records.
 
 A shard has the images of a part of a split, decoded: an ArrayRecord file of `tf.train.Example`s.
 """
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -16,75 +16,64 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jetflow.data.source import Contents, Member, Source
+from jetflow.data.source import Contents, Source
 from jetflow.files import read_json, write_atomically
+from jetflow.types import UsageError
 
 _OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in any order
 _Example: Any = vars(tf_example_pb2)["Example"]  # made at import: no type checker sees it
 
 
-class Shard(NamedTuple):
-    """Neighbouring members of a split, which are written together.
+def written(note: Path, files: Mapping[str, Path]) -> dict[str, Any] | None:
+    """What `write` noted of a shard; None if it is not written, or not whole any more."""
+    facts = read_json(note) if note.exists() else None
+    return facts if facts and facts["bytes"] == _bytes(files) else None
 
-    Attributes:
-        split: of all images but those that the source holds out.
-        files: the ArrayRecord file of each split that may get some of their images.
-        note: a JSON file that is written last.
+
+def _bytes(files: Mapping[str, Path]) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in files.values() if file.exists()}
+
+
+def write(
+    note: Path, files: Mapping[str, Path], records: Iterable[tuple[str, bytes | str]]
+) -> None:
+    """Write a shard.
+
+    Args:
+        note: gets, at the end, the "counts" of records by split, the "bytes" by the name of a file,
+            and the lines of images that are "left_out".
+        files: an ArrayRecord file for each split that may get some of the records.
+        records: of (split, record), or of (split, line) for an image that is left out.
+
+    Raises:
+        OSError: there is no room.
     """
-
-    split: str
-    members: tuple[Member, ...]
-    files: Mapping[str, Path]
-    note: Path
-
-    @property
-    def size(self) -> int:
-        return sum(member.size for member in self.members)
-
-    def written(self) -> dict[str, Any] | None:
-        """The "counts" of images by split, "bytes" by file, and lines of images "left_out".
-
-        None if the shard is not written, or not whole any more.
-        """
-        note = read_json(self.note) if self.note.exists() else None
-        return note if note and note["bytes"] == self._bytes() else None
-
-    def _bytes(self) -> dict[str, int]:
-        return {file.name: file.stat().st_size for file in self.files.values() if file.exists()}
-
-    def write(self, records: Iterable[tuple[str, bytes | str]]) -> None:
-        """Write it of (split, record), or (split, line) of an image that is left out.
-
-        Raises:
-            OSError: there is no room.
-        """
-        partial = {
-            split: file.with_name(f"{file.name}.{os.getpid()}.incomplete")
-            for split, file in self.files.items()
+    partial = {
+        split: file.with_name(f"{file.name}.{os.getpid()}.incomplete")
+        for split, file in files.items()
+    }
+    counts, left_out = dict.fromkeys(partial, 0), []
+    try:
+        writers = {
+            split: ArrayRecordWriter(os.fspath(path), _OPTIONS) for split, path in partial.items()
         }
-        counts, left_out = dict.fromkeys(partial, 0), []
-        try:
-            writers = {
-                split: ArrayRecordWriter(os.fspath(path), _OPTIONS)
-                for split, path in partial.items()
-            }
-            for split, record in records:
-                if isinstance(record, str):
-                    left_out.append(record)
-                else:
-                    writers[split].write(record)
-                    counts[split] += 1
-            for split, writer in writers.items():
-                writer.close()
-                partial[split].rename(self.files[split])
-        except RuntimeError as error:  # of the writers
-            raise OSError(str(error)) from error
-        finally:
-            for path in partial.values():
-                path.unlink(missing_ok=True)
-        note = {"counts": counts, "bytes": self._bytes(), "left_out": left_out}
-        with write_atomically(self.note) as file:
-            file.write(json.dumps(note).encode())
+        for split, record in records:
+            if isinstance(record, str):
+                left_out.append(record)
+            else:
+                writers[split].write(record)
+                counts[split] += 1
+        for split, writer in writers.items():
+            writer.close()
+            partial[split].rename(files[split])
+    except RuntimeError as error:  # of the writers
+        raise OSError(str(error)) from error
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+    facts = {"counts": counts, "bytes": _bytes(files), "left_out": left_out}
+    with write_atomically(note) as file:
+        file.write(json.dumps(facts).encode())
 
 
 def encode(pixels: np.ndarray, label: int | None) -> bytes:
@@ -129,14 +118,6 @@ def one_line(name: str) -> str:
     return odd.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 
 
-def template(source: Source, folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
-    """How TFDS calls the files of a split."""
-    name = source.name.split("/")[0]
-    return tfds.core.ShardedFileTemplate(
-        data_dir=epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
-    )
-
-
 def write_metadata(
     source: Source, contents: Contents, notes: Sequence[dict], folder: Path, **facts
 ) -> None:
@@ -167,10 +148,80 @@ def write_metadata(
             name=split,
             shard_lengths=lengths,
             num_bytes=sum(size for name, size in files.items() if f"-{split}.array" in name),
-            filename_template=template(source, folder, split),
+            filename_template=tfds.core.ShardedFileTemplate(
+                epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
+            ),
         )
         for split, lengths in counts.items()
         if sum(lengths)
     ]
     info.set_splits(tfds.core.SplitDict(infos))
     info.write_to_directory(folder)
+
+
+def opened(name: str, folder: Path) -> Any:  # TFDS's decorators hide its signatures
+    """TFDS's builder of prepared data whose files are there as a whole."""
+    try:
+        builder: Any = tfds.builder_from_directory(folder)
+    except Exception as error:  # TFDS raises nearly any type for files that are no JSON
+        raise _damaged(name, folder, error) from error
+    for file, size in (builder.info.metadata or {}).get("files", {}).items():
+        path = folder / file
+        if not path.exists() or path.stat().st_size != size:
+            raise _damaged(name, path, f"not there with {size:,} bytes")
+    return builder
+
+
+def _damaged(name: str, path: str | Path, reason: Exception | str) -> UsageError:
+    return UsageError(
+        f"data set {name!r} is damaged: {path} ({' '.join(str(reason).split())}); prepare it anew "
+        f"with `jetflow prepare {name} --overwrite`, and its archives"
+    )
+
+
+class Records:
+    """Random access to images and labels: what TFDS's own data source gives, in less time.
+
+    That one goes through all that a feature could be, for each image anew, which for small images
+    takes longer than to read them.
+
+    Attributes:
+        name: of the data set.
+        stored: TFDS's data source of the stored bytes.
+        features: an image in any encoding, and perhaps a label.
+        files: which examples are in which file, as TFDS has it.
+    """
+
+    def __init__(
+        self, name: str, stored: Any, features: tfds.features.FeaturesDict, files: Sequence[Any]
+    ):
+        self._name, self._stored, self._files = name, stored, files
+        self._features: Any = features
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": uint8 [H, W, C], "label"?: int} of an image."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Of several at once, whose bytes are read in parallel.
+
+        Raises:
+            UsageError: a file is damaged.
+        """
+        try:
+            records = self._stored.__getitems__(indices) if indices else []
+        except RuntimeError as error:  # of ArrayRecord, which does not always name the file
+            if len(indices) > 1:
+                return [self[index] for index in indices]
+            ends = np.cumsum([file.take for file in self._files])
+            file = self._files[int(np.searchsorted(ends, indices[0], "right"))].filename
+            raise _damaged(self._name, file, error) from error
+        return list(map(self._decode, records))
+
+    def _decode(self, record: bytes) -> dict[str, Any]:
+        stored, label = decode(record)
+        image = {"image": self._features["image"].decode_example_np(stored)}
+        return image if label is None else {**image, "label": label}

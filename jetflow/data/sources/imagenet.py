@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jetflow.data.archives import entries, image, opened, tar_of_class
+from jetflow.data.archives import entries, image, images_of_tar, opened
 from jetflow.data.source import Archive, Contents, Member, at_sizes
 from jetflow.files import read_json, write_atomically
 from jetflow.types import UsageError
@@ -35,7 +35,7 @@ def _classes(path: Path, notes: Path) -> tuple[list[str], list[Member]]:
     number = {f"{name}.tar": label for label, name in enumerate(classes)}
     archive = None if path.is_dir() else opened(path)
     return classes, [
-        tar_of_class(archive or path / name, offset, size, name, number[name])
+        Member(size, images_of_tar(archive or path / name, offset, size, name, number[name]))
         for name, offset, size in tars
     ]
 
