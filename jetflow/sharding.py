@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
-from jetflow.options import option
 from jetflow.types import Batch, UsageError
 
 AXES = ("data", "fsdp", "tensor")
@@ -98,29 +98,6 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def mesh_option() -> Any:
-    """The field `mesh`, a tuple of texts."""
-    return option(
-        ("data=-1",),
-        "how the devices are laid out: sizes of data, fsdp and tensor, -1 for the rest",
-    )
-
-
-def read_mesh(texts: tuple[str, ...]) -> Mesh:
-    """The mesh that the option asks for.
-
-    Raises:
-        UsageError: if it is malformed, or does not fit the devices.
-    """
-    sizes = {}
-    for text in texts:
-        axis, _, size = text.partition("=")
-        if axis not in AXES or not size.removeprefix("-").isdecimal():
-            raise UsageError(f"--mesh has {text!r}; expected AXIS=SIZE, as in --mesh data=2,fsdp=4")
-        sizes[axis] = int(size)
-    return make_mesh(**sizes, asked_by="--mesh")
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
@@ -137,11 +114,38 @@ def bytes_per_device(state: Any) -> int:
     )
 
 
+def check_memory(state: Any, mesh: Mesh) -> None:
+    """Raise a UsageError where a tree of abstract arrays is larger than its devices' memory."""
+    device, needed = mesh.local_devices[0], bytes_per_device(state)
+    memory = psutil.virtual_memory().total // len(mesh.local_devices)  # of CPU devices
+    memory = (device.memory_stats() or {}).get("bytes_limit", memory)
+    if needed > memory:
+        raise UsageError(
+            f"the training state takes {needed / 2**30:,.1f} GiB of each device's "
+            f"{memory / 2**30:,.1f}; make config.flow smaller, or split the state over more "
+            "devices with config.mesh.fsdp"
+        )
+
+
 def describe(mesh: Mesh) -> str:
     """The mesh for a person: 8 x cpu, data 2 and fsdp 4."""
     axes = " and ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     kind = mesh.devices.flat[0].device_kind
     return f"{mesh.size} x {kind}" + (f" ({axes})" if axes else "")
+
+
+def check_rules(rules: Sequence[Any]) -> None:
+    """Raise a UsageError unless these are pairs (regex, strategy), keys of `STRATEGIES`."""
+    for rule in rules:
+        try:
+            regex, strategy = rule
+            re.compile(regex)
+            STRATEGIES[strategy]
+        except (KeyError, TypeError, ValueError, re.error) as error:
+            raise UsageError(
+                f"config.mesh.rules has {rule!r}, which is no (regex, strategy) ({error}); expected"
+                f" pairs, such as (('embedding', 'replicated'),), of {', '.join(STRATEGIES)}"
+            ) from error
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, str]] = ()) -> Any:
@@ -156,16 +160,7 @@ def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, 
     Raises:
         UsageError: on an unknown strategy, or a regex that is none.
     """
-    for regex, strategy in rules:
-        if strategy not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise UsageError(f"config.mesh.rules has {strategy!r}; expected one of {known}")
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise UsageError(
-                f"config.mesh.rules has {regex!r}, which is no regex: {error}"
-            ) from error
+    check_rules(rules)
 
     def sharding(path, array) -> NamedSharding:
         name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")

@@ -3,28 +3,26 @@
 import dataclasses
 from pathlib import Path
 
-from jetflow import sharding
 from jetflow.cli.flags import Command
 from jetflow.evals.evaluation import results
 from jetflow.evals.quality import Quality
 from jetflow.evals.records import describe
 from jetflow.evals.settings import EvaluateOptions
+from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import load_model
 from jetflow.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommandOptions(EvaluateOptions):
+class CommandOptions(EvaluateOptions, ModelOptions):
     """The options of an evaluation, and the flow."""
 
     workdir: Path = option(help="the folder of the run", example="runs/NAME")
-    step: int | None = option(None, "of the checkpoint; default: the newest")
-    mesh: tuple[str, ...] = sharding.mesh_option()
 
 
 def run(options: CommandOptions) -> None:
     """Evaluate, and print each result as soon as it is measured."""
-    model = load_model(options.workdir, options.step, sharding.read_mesh(options.mesh))
+    model = load_model(options.workdir, options.step, read_mesh(options.mesh))
     if options.make_reference:
         print(f"reference written to {Quality(model, options).make_reference()}")
     for result, path in results(model, options):

@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from jetflow import hosts, pictures, sharding
+from jetflow import hosts, pictures
 from jetflow.archive import Archive, Collected, collect
 from jetflow.cli.flags import Command
 from jetflow.data import dataset as pipeline
 from jetflow.files import check_writable
 from jetflow.flows.stack import check_labels
+from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import Model, load_model
 from jetflow.noise import LARGEST_SEED, Purpose, key_for
-from jetflow.options import option
+from jetflow.options import LARGEST_BATCH, MOST_SAMPLES, DataOptions, option
 from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, not_finite
 from jetflow.sampling.decoding import check_guided
@@ -33,29 +34,26 @@ WITHOUT_EFFECT = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions(SamplingOptions):
+class SampleOptions(SamplingOptions, ModelOptions, DataOptions):
     """The options of `jetflow sample`."""
 
     workdir: Path = option(help="the folder of the run", example="runs/NAME")
-    step: int | None = option(None, "of the checkpoint; default: the newest")
-    data_dir: str | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
-    )
-    mesh: tuple[str, ...] = sharding.mesh_option()
     out: Path = option(Path("grid.png"), "the picture to write; a .gif moves")
     npz: Path | None = option(
         None,
         "also write the images, uint8 [N, H, W, C], and labels; if a kill cuts it short, the same "
         "command goes on",
     )
-    num: int | None = option(None, "number of images; default: 64, in other modes 8", least=1)
+    num: int | None = option(
+        None, "number of images; default: 64, in other modes 8", least=1, most=MOST_SAMPLES
+    )
     label: int | None = option(
         None, "class of all images, -1 for none; default: in turn, in --mode interpolate none"
     )
     seed: int = option(
         0, "image i depends on the seed, its label and i alone", least=0, most=LARGEST_SEED
     )
-    batch_size: int = option(64, "images made at a time", least=1)
+    batch_size: int = option(64, "images made at a time", least=1, most=LARGEST_BATCH)
     mode: str = option(
         "samples",
         "samples; reconstruct: images encoded and decoded again, above and below; interpolate: a "
@@ -84,7 +82,7 @@ class SampleOptions(SamplingOptions):
 
 
 def run(options: SampleOptions) -> None:
-    model = load_model(options.workdir, options.step, sharding.read_mesh(options.mesh))
+    model = load_model(options.workdir, options.step, read_mesh(options.mesh))
     num = options.num or (64 if options.mode == "samples" else 8)
     if options.mode == "samples":
         _draw(options, model, num)

@@ -18,8 +18,9 @@ from jetflow import configs, hosts, pictures, sharding, signals
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.files import write_json
+from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import Model, load_model
-from jetflow.options import kind_of, option
+from jetflow.options import checked
 from jetflow.sweeps import Point, Sweep, is_of_training, read
 from jetflow.tools.report.document import report
 from jetflow.tools.sweep.store import Store
@@ -31,11 +32,8 @@ OWN = ("metrics", "data_dir", "make_reference")  # options that the sweep itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PointOptions(EvaluateOptions):
+class PointOptions(EvaluateOptions, ModelOptions):
     """The settings of a point that are not of its training."""
-
-    step: int | None = option(None, "of the checkpoint; default: the newest")
-    mesh: tuple[str, ...] = sharding.mesh_option()
 
 
 def sweep(
@@ -105,7 +103,7 @@ class Runner:
             try:
                 self._options(point)
                 if not self.run:
-                    self._config(point)
+                    configs.check(self._config(point))
             except UsageError as error:
                 raise UsageError(f"point {point.name}: {error}") from error
 
@@ -124,7 +122,7 @@ class Runner:
         meshes = []
         for point in self.sweep.points:
             options = self._options(point)
-            meshes.append(sharding.read_mesh(options.mesh))
+            meshes.append(read_mesh(options.mesh))
             sharding.check_batch(f"point {point.name}: batch_size", options.batch_size, meshes[-1])
         with self.store.locked(SWEEP, wait=True):
             step = hosts.agreed(self.store.step(run) or -1)
@@ -162,7 +160,7 @@ class Runner:
     def _measure(self, point: Point) -> dict[str, Any]:
         options, metrics = self._options(point), self.sweep.metrics
         workdir = self.run or self._trained(point)
-        model = self._load(workdir, options.step, sharding.read_mesh(options.mesh))
+        model = self._load(workdir, options.step, read_mesh(options.mesh))
         results = [*self._of_images(options, model), *self._of_samples(options, model)]
         place = {part: i for i, metric in enumerate(metrics) for part in metric.split("_")}
         place |= {metric: i for i, metric in enumerate(metrics)}
@@ -268,7 +266,5 @@ class Runner:
                 nearest = difflib.get_close_matches(name, known, n=1)
                 remedy = f"did you mean {nearest[0]}?" if nearest else "expected one of evaluation"
                 raise UsageError(f"{name} is no option that a sweep sets; {remedy}")
-            kind, is_tuple = kind_of(PointOptions, name)
-            parts = [value] if isinstance(value, str) else value
-            options[name] = tuple(parts) if is_tuple else Path(value) if kind is Path else value
+            options[name] = checked(PointOptions, name, value)
         return PointOptions(**options)
