@@ -31,7 +31,7 @@ from jetflow.data.reading import cores
 from jetflow.data.shards import one_line
 from jetflow.data.source import Contents, Image, Member, Source, name_hash
 from jetflow.files import write_atomically
-from jetflow.options import Options, option
+from jetflow.options import MOST_WORKERS, DataOptions, option
 from jetflow.types import NO_LABEL, UsageError
 
 A = TypeVar("A")
@@ -49,16 +49,15 @@ def is_prepared(folder: Path) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareOptions(Options):
+class PrepareOptions(DataOptions):
     """How a data set is prepared, and where."""
 
     manual_dir: Path | None = option(
         None, "the folder of the archives; default: downloads/manual in the data directory"
     )
-    data_dir: Path | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
+    workers: int | None = option(
+        None, "threads that decode images; default: all cores", least=1, most=MOST_WORKERS
     )
-    workers: int | None = option(None, "threads that decode images; default: all cores", least=1)
     max_pixels: int = option(MAX_PIXELS, "an image that has more is left out", least=1)
     leave_out: bool = option(
         False, "go on without folders of images that belong to no split or class"

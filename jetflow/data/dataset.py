@@ -23,6 +23,7 @@ from jaxtyping import Int
 from jetflow.data import reading, shards, sources
 from jetflow.data.builder import UNREADABLE, Preparation, PrepareOptions, is_prepared
 from jetflow.data.shards import Records, opened
+from jetflow.options import expanded
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 VERSION = "1.0.0"
@@ -187,7 +188,7 @@ def prepare(name: str, **fields: Any) -> Prepared:
     options = PrepareOptions(**fields)
     data_dir = _root(options.data_dir)
     source, folder = sources.find(name), data_dir / name / VERSION
-    manual_dir = (options.manual_dir or data_dir / MANUAL).expanduser().absolute()
+    manual_dir = expanded("manual_dir", options.manual_dir or data_dir / MANUAL).absolute()
     if options.overwrite or not is_prepared(folder) or source.is_in(manual_dir):
         Preparation(source, folder, manual_dir, options).run()
     splits = {
@@ -202,7 +203,8 @@ def prepare(name: str, **fields: Any) -> Prepared:
 def _root(data_dir: str | os.PathLike | None) -> Path:
     """The folder of all data sets: as given, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     # TFDS has the same default, but reads the environment only once, at import.
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return expanded("data_dir", root)
 
 
 def train_batches(
