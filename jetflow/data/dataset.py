@@ -200,7 +200,7 @@ def prepare(name: str, **fields: Any) -> Prepared:
     }
     counts = {split: len(dataset) for split, dataset in splits.items()}
     file = folder / UNREADABLE
-    unreadable = file.read_text("utf-8").splitlines() if file.exists() else []
+    unreadable = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
     return Prepared(folder, splits, unreadable, source.differences(counts, len(unreadable)))
 
 
