@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jetflow import checksums, hosts
-from jetflow.configs import differences, shown
+from jetflow.fields import differences, shown
 from jetflow.files import naming
 from jetflow.types import AnyArray, UsageError
 
@@ -222,10 +222,10 @@ class Checkpoints:
         entries = record["arrays"].items()
         stored = {path: entry for path, entry in entries if path.split("/")[0] in fields}
         kinds = {path: kind for path, (kind, _) in stored.items()}
-        if differing := differences(kinds, checksums.types(wanted)):
+        if differing := differences(kinds, checksums.types(wanted), prefix=""):
             raise UsageError(
                 f"checkpoint {step} in {self.directory} does not fit this config: "
-                f"{shown(differing, '')}; use the config of that run, or another --workdir"
+                f"{shown(differing)}; use the config of that run, or another --workdir"
             )
         arrays = _everywhere(lambda: _read_arrays(directory / "state", wanted))
         for path, entry in checksums.describe(arrays).items():

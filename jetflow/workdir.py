@@ -7,7 +7,7 @@ import importlib.metadata
 import itertools
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,7 +16,7 @@ import jax
 
 from jetflow import files, hosts
 from jetflow.checkpoint import Checkpoints
-from jetflow.configs import differences, shown
+from jetflow.fields import differences, shown
 from jetflow.flows.build import build
 from jetflow.types import Flow, UsageError
 
@@ -157,7 +157,7 @@ class Claim:
             if differing and self._has_steps():
                 raise UsageError(
                     f"{self.workdir} holds a run with another config: {shown(differing)}; "
-                    + _remedy(self.workdir, set(differing))
+                    + _remedy(self.workdir, differing)
                 )
         write_config(self.workdir, config)
         self.begun = True
@@ -167,7 +167,8 @@ class Claim:
             return bool(checkpoints.steps() or files.read_metrics(self.workdir / files.METRICS))
 
 
-def _remedy(workdir: Path, names: set[str]) -> str:
+def _remedy(workdir: Path, differing: Iterable[str]) -> str:
+    names = {name.removeprefix("config.") for name in differing}
     if {"resolved.total_steps"} < names <= set(LENGTH):
         return "give that length, or --extend to train to the new one"
     if all(name.startswith("resolved.") for name in names):

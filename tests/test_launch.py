@@ -314,7 +314,7 @@ def test_slurm_runs_two_tasks_and_queues_them_again(slurm, tmp_path, data_dir):
     workdir = tmp_path / "runs" / "tiny"
     fields = {"train__steps": 300, "train__checkpoint_every": 20, "train__eval_every": 0,
               "train__sample_every": 0, "eval__guidance": 0.0, "eval__denoise": False}  # fmt: skip
-    script(tmp_path / "jetflow", f'exec {sys.executable} -m jetflow.cli "$@"\n')
+    script(tmp_path / "jetflow", f'exec {sys.executable} -m jetflow "$@"\n')
     arguments = tiny_runs.arguments("tarflow", workdir, **fields)
     command = [LAUNCH / "slurm.sbatch", "--parsable", "--ntasks=2", "jetflow", *arguments]
     number = run(*command, env=slurm, cwd=tmp_path, check=True).stdout.strip()

@@ -20,7 +20,7 @@ from jetflow import cli
 from jetflow.data import dataset as pipeline
 from jetflow.data import reading
 from jetflow.data.reading import Ahead
-from jetflow.tools.bench import throughput
+from jetflow.tools import throughput
 from jetflow.training.log import read_metrics
 
 # Worker processes.
@@ -81,7 +81,7 @@ def test_workers_change_nothing_and_leave_signals_to_the_trainer(
     Of a trainer that is killed, the workers end as well.
     """
     arguments = tiny_runs.arguments("tarflow", tmp_path, data__workers=2)
-    program = [sys.executable, "-m", "jetflow.cli", *arguments]
+    program = [sys.executable, "-m", "jetflow", *arguments]
     options = {"env": tiny_runs.environment(), "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(program, start_new_session=True, **options)
     wait_for(lambda: read_metrics(tmp_path / "metrics.jsonl") or process.poll(), "a logged step")

@@ -5,12 +5,17 @@ Each command is a file of its name with a `COMMAND`, or with `COMMANDS` by their
 
 import importlib
 import importlib.metadata
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jetflow import hosts
 from jetflow.cli.flags import Command, help_text, parse
+from jetflow.fields import flat
 from jetflow.files import disk_errors_explained
+from jetflow.options import Options
 from jetflow.tools.plan.devices import silence_libtpu
 from jetflow.types import UsageError
 
@@ -26,11 +31,28 @@ SUMMARIES = {
     "convert": "Make a workdir of a published checkpoint, or with --reverse a .pth of a workdir.",
 }
 HELP = {"-h", "--help", "--helpfull"}
+LOCAL = {"data_dir", "manual_dir"}  # options that may differ from machine to machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Exit status 2 means bad input, with one line that says what to do."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with disk_errors_explained():
+            status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        return _ended(str(error), error.status)
+    except MemoryError as error:
+        return _ended(f"out of memory ({error}); take smaller batches or fewer images", 2)
+    except KeyboardInterrupt:  # outside of training, which handles it itself
+        return _ended("interrupted", 130)
+    except BrokenPipeError:  # whoever reads standard output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in {*HELP, "help"}:
         print(_overview())
         return 0 if argv else 2
@@ -38,25 +60,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jetflow {importlib.metadata.version('jetflow')}")
         return 0
     silence_libtpu()
-    try:
-        if HELP & set(argv[1:2]) and argv[0] in SUMMARIES:
-            commands = _commands(argv[0])
-            print(SUMMARIES[argv[0]], *map(help_text, commands.values()), sep="\n\n")
-            return 0
-        command, argv = find(argv)
-        if HELP & set(argv):
-            print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
-            return 0
-        with disk_errors_explained():
-            options = parse(command, argv)
-        with hosts.joined(saves_at_signals=argv[0] == "train"), disk_errors_explained():
-            return command.run(options) or 0
-    except UsageError as error:
-        print(f"jetflow: {error}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:  # outside of training, which handles it itself
-        print("jetflow: interrupted", file=sys.stderr)
-        return 130
+    if HELP & set(argv[1:2]) and argv[0] in SUMMARIES:
+        print(SUMMARIES[argv[0]], *map(help_text, _commands(argv[0]).values()), sep="\n\n")
+        return 0
+    command, argv = find(argv)
+    if HELP & set(argv):
+        print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
+        return 0
+    options = parse(command, argv)
+    joined = hosts.joined(facts(argv[0], options), saves_at_signals=argv[0] == "train")
+    with joined, disk_errors_explained():
+        return command.run(options) or 0
+
+
+def _ended(why: str, status: int) -> int:
+    print(f"jetflow: {' '.join(why.splitlines())}", file=sys.stderr)
+    return status
+
+
+def facts(name: str, options: Options) -> dict[str, Any]:
+    """What several processes of a run must be asked for alike; their disks may differ."""
+    given = {f"--{name}": value for name, value in vars(options).items() if name not in LOCAL}
+    config = given.pop("--config", None)
+    return {"the command": name, **(flat(config.to_dict()) if config else {}), **given}
 
 
 def find(argv: Sequence[str]) -> tuple[Command, list[str]]:

@@ -20,9 +20,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
+from jetflow import hosts
 from jetflow.data import reading, shards, sources
 from jetflow.data.builder import UNREADABLE, Preparation, PrepareOptions, is_prepared
 from jetflow.data.shards import Records, opened
+from jetflow.options import expanded
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 VERSION = "1.0.0"
@@ -144,6 +146,9 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         ) from error
     features = builder.info.features
     metadata = builder.info.metadata or {}
+    sums = {info.name: info.num_examples for info in builder.info.splits.values()}
+    sums |= metadata.get("checksums", {})
+    hosts.compare({f"the checksum of {name} {part}": sum for part, sum in sums.items()})
     return Dataset(
         name=name,
         version=str(builder.version),
@@ -187,7 +192,7 @@ def prepare(name: str, **fields: Any) -> Prepared:
     options = PrepareOptions(**fields)
     data_dir = _root(options.data_dir)
     source, folder = sources.find(name), data_dir / name / VERSION
-    manual_dir = (options.manual_dir or data_dir / MANUAL).expanduser().absolute()
+    manual_dir = expanded("manual_dir", options.manual_dir or data_dir / MANUAL).absolute()
     if options.overwrite or not is_prepared(folder) or source.is_in(manual_dir):
         Preparation(source, folder, manual_dir, options).run()
     splits = {
@@ -195,14 +200,15 @@ def prepare(name: str, **fields: Any) -> Prepared:
     }
     counts = {split: len(dataset) for split, dataset in splits.items()}
     file = folder / UNREADABLE
-    unreadable = file.read_text("utf-8").splitlines() if file.exists() else []
+    unreadable = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
     return Prepared(folder, splits, unreadable, source.differences(counts, len(unreadable)))
 
 
 def _root(data_dir: str | os.PathLike | None) -> Path:
     """The folder of all data sets: as given, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     # TFDS has the same default, but reads the environment only once, at import.
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return expanded("data_dir", root)
 
 
 def train_batches(

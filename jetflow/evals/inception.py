@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import sys
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxtyping import Array, Float, Num
 
 from jetflow import hosts
 from jetflow.files import write_atomically
+from jetflow.options import expanded
 from jetflow.pth import read_pth
 from jetflow.types import AnyArray, UsageError
 
@@ -97,7 +97,7 @@ def load(path: Path | None = None) -> Network:
     """
     if path is None:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        path = Path(cache).expanduser() / "jetflow" / NAME
+        path = expanded("inception_weights", cache) / "jetflow" / NAME
         if not path.exists():
             _download(path)
     try:
@@ -119,8 +119,7 @@ def load(path: Path | None = None) -> Network:
 
 
 def _download(path: Path) -> None:
-    if hosts.is_first():
-        print(f"downloading {URL} to {path} (once, 95 MB)", file=sys.stderr, flush=True)
+    hosts.note(f"downloading {URL} to {path} (once, 95 MB)")
     try:
         with write_atomically(path) as file, urllib.request.urlopen(URL, timeout=60) as answer:
             digest = hashlib.sha256()

@@ -1,15 +1,20 @@
 """What an evaluation is asked for: its metrics, the images, and how samples are drawn."""
 
+import abc
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jetflow.data.dataset import Dataset, load
 from jetflow.evals import inception
-from jetflow.noise import LARGEST_SEED
-from jetflow.options import option
+from jetflow.noise import LARGEST_SEED, Noise
+from jetflow.options import LARGEST_BATCH, MOST_DRAWS, MOST_SAMPLES, DataOptions, option
+from jetflow.sampling.ancestral import Drawn
 from jetflow.sampling.sampling_options import SamplingOptions
-from jetflow.types import TrainedFlow, UsageError
+from jetflow.types import Flow, UsageError
 
 LIKELIHOODS = ("bpd", "noised_bpd", "bpd_gap", "noised_bpd_gap", "accuracy")  # of real images
 NEIGHBOURS = {"kid": 1, "precision_recall": 3, "density_coverage": 5}  # that a feature must have
@@ -18,7 +23,7 @@ METRICS = (*LIKELIHOODS, "sample_accuracy", *DISTANCES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(SamplingOptions):
+class EvaluateOptions(SamplingOptions, DataOptions):
     """What is measured, of which images, and how samples are drawn."""
 
     metrics: tuple[str, ...] | None = option(
@@ -32,10 +37,14 @@ class EvaluateOptions(SamplingOptions):
     split: str | None = option(
         None, "of likelihoods and accuracy; default: the test split of the run's config"
     )
-    draws: int | None = option(None, "noise draws an example; default: the run's", least=1)
+    draws: int | None = option(
+        None, "noise draws an example; default: the run's", least=1, most=MOST_DRAWS
+    )
     seed: int = option(0, "of the draws, and of samples", least=0, most=LARGEST_SEED)
-    batch_size: int = option(128, "images at a time; changes rounding errors alone", least=1)
-    num_samples: int = option(50_000, "images drawn", least=2)
+    batch_size: int = option(
+        128, "images at a time; changes rounding errors alone", least=1, most=LARGEST_BATCH
+    )
+    num_samples: int = option(50_000, "images drawn", least=2, most=MOST_SAMPLES)
     samples: Path | None = option(None, "an .npz of `jetflow sample` to take images from")
     reference: Path | None = option(
         None, "an .npz of make_reference or of ADM's evaluator; default: that of make_reference"
@@ -53,14 +62,6 @@ class EvaluateOptions(SamplingOptions):
     num_features: int = option(
         10_000, "images of each side that kid and the metrics by neighbours take", least=2
     )
-    data_dir: Path | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.metrics is not None and not self.metrics:
-            raise UsageError(f"metrics is empty; expected some of {', '.join(METRICS)}")
 
     def measured(self) -> tuple[str, ...]:
         """The metrics, or the default ones."""
@@ -73,9 +74,42 @@ class EvaluateOptions(SamplingOptions):
         names = [field.name for field in dataclasses.fields(SamplingOptions)]
         return self.changed(*names, "num_samples", "seed")
 
-    def sampling(self, model: TrainedFlow) -> dict[str, Any]:
+    def sampling(self, model: "TrainedFlow") -> dict[str, Any]:
         """What samples depend on, but for the flow, for the record."""
         return self.used(model.noise) | {"num_samples": self.num_samples, "seed": self.seed}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TrainedFlow(abc.ABC):
+    """A flow at a checkpoint of its run, as a `jetflow.Model` is.
+
+    Attributes:
+        workdir: of the run.
+        config: the resolved config of its training, a tree of plain values.
+        flow, variables: the flow, with its averaged parameters where the run has them.
+        step: of the checkpoint.
+        mesh: the devices on which the variables lie.
+        weights: which parameters of the training these are: "ema", averaged ones, or "params".
+    """
+
+    workdir: Path
+    config: dict[str, Any]
+    flow: Flow
+    variables: dict[str, Any]
+    step: int
+    mesh: Mesh
+    weights: str
+
+    @property
+    def noise(self) -> Noise:
+        """The noise of its training."""
+        return Noise(**self.config["noise"])
+
+    @abc.abstractmethod
+    def draw(
+        self, options: Any, *, num: int, label: Any, seed: int, batch_size: int, start: int = 0
+    ) -> Iterator[Drawn]:
+        """The images start, …, num − 1 in batches."""
 
 
 def source(model: TrainedFlow) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """A config made into the objects of a training run, and checked before anything is written."""
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,16 +9,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from jetflow import optim, sharding
-from jetflow.configs import differences
+from jetflow import configs, hosts, optim, sharding
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
+from jetflow.fields import differences, flat
 from jetflow.flows.build import build
-from jetflow.noise import LARGEST_SEED, Noise
+from jetflow.noise import Noise
+from jetflow.options import LARGEST
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
-from jetflow.training.step import Trainer, TrainState, create_state
+from jetflow.training.step import Trainer, TrainState
 from jetflow.types import Batch, Config, Flow, UsageError
 
 
@@ -34,7 +33,6 @@ class Run:
         mesh: of all devices.
         train_data, test_data: the splits that are trained on, and held out.
         total_steps: the length of the training.
-        create: makes the state before the first step.
         abstract_state: shapes and shardings of the training state.
     """
 
@@ -44,32 +42,28 @@ class Run:
     train_data: pipeline.Dataset
     test_data: pipeline.Dataset
     total_steps: int
-    create: Callable[[], TrainState]
     abstract_state: TrainState
 
     @property
     def resolved_config(self) -> dict[str, Any]:
         """The config, and what it depends on beyond itself: enough to rebuild the flow."""
+        config = self.config.to_dict()
+        differing = differences(config.pop("defaults", {}), config, prefix="")
         resolved = {
             "image_shape": self.train_data.image_shape,
             "num_classes": self.trainer.flow.num_classes,
             "total_steps": self.total_steps,
             "data_version": self.train_data.version,
             "train_examples": len(self.train_data),
+            "defaults": {name: default for name, (default, _) in differing.items()},
         }
-        config = self.config.to_dict()
-        if defaults := config.pop("defaults", None):  # of the fields that the config changes
-            differing = differences(defaults, config)
-            resolved["defaults"] = {name: default for name, (default, _) in differing.items()}
         return {**config, "resolved": resolved}
 
     def abstract_batch(self, size: int) -> Batch:
         """The shapes and shardings of a global batch."""
-        abstract = functools.partial(
-            jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(self.mesh)
-        )
-        number = abstract((size,), jnp.int32)
-        return Batch(abstract((size, *self.train_data.image_shape), jnp.uint8), number, number)
+        shape, rows = (size, *self.train_data.image_shape), sharding.batch_sharding(self.mesh)
+        number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
+        return Batch(jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows), number, number)
 
     def sampler(self, variables: Any) -> Sampler:
         """Draws samples as `config.eval` asks."""
@@ -104,9 +98,8 @@ class Run:
             UsageError: if `config.init_from` is no run whose weights this flow can start from.
         """
         if not self.config.init_from:
-            return jax.jit(self.create, out_shardings=self._shardings)(), ""
-        flow = self.trainer.flow
-        return finetune.first_state(self.config, flow, self.create, self.mesh, self._shardings)
+            return jax.jit(self.trainer.first_state, out_shardings=self._shardings)(), ""
+        return finetune.first_state(self.config, self.trainer, self.mesh, self._shardings)
 
     @property
     def _shardings(self) -> TrainState:
@@ -127,38 +120,32 @@ def set_up(
     Raises:
         UsageError: on the first thing that cannot work, with the field's name and a remedy.
     """
-    _check_numbers(config)
+    hosts.compare(flat(config.to_dict()))
+    configs.check(config)
     sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
     mesh = sharding.make_mesh(**sizes, devices=devices)
-    train = config.train
+    train, data = config.train, config.data
     sharding.check_batch("config.train.batch_size", train.batch_size, mesh, train.accumulation)
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     count_steps(train, examples=1)  # for what it refuses, before any data is prepared
     noise = Noise(**config.noise)
-    train_data, test_data = (
-        load(config.data.name, split) for split in (config.data.train_split, config.data.test_split)
-    )
+    train_data, test_data = (load(data.name, s) for s in (data.train_split, data.test_split))
     _check_labels(config, train_data)
-    classes = train_data.num_classes if config.data.labels else 0
+    classes = train_data.num_classes if data.labels else 0
     flow = build(config.flow, image_shape=train_data.image_shape, num_classes=classes)
     _check_samples(config.eval, flow, noise)
     total_steps = count_steps(train, len(train_data))
     tx, schedule = optim.adam(total_steps=total_steps, **config.optim)
     trainer = Trainer(
-        flow=flow,
-        tx=tx,
-        schedule=schedule,
-        noise=noise,
-        seed=train.seed,
-        accumulation=train.accumulation,
-        ema_decay=train.ema_decay,
-        multipliers=config.optim.multipliers,
-    )
-    create = functools.partial(create_state, flow, tx, seed=train.seed, use_ema=train.ema_decay > 0)
-    abstract = jax.eval_shape(create)
+        flow, tx, schedule, noise, train.seed, train.accumulation, train.ema_decay,
+        config.optim.multipliers,
+    )  # fmt: skip
+    abstract = jax.eval_shape(trainer.first_state)
     shardings = sharding.state_shardings(mesh, abstract, config.mesh.rules)
     abstract = sharding.placed(abstract, shardings)
-    return Run(config, trainer, mesh, train_data, test_data, total_steps, create, abstract)
+    if devices is None:
+        sharding.check_memory(abstract, mesh)
+    return Run(config, trainer, mesh, train_data, test_data, total_steps, abstract)
 
 
 def count_steps(train: Config, examples: int) -> int:
@@ -173,7 +160,12 @@ def count_steps(train: Config, examples: int) -> int:
         )
     [(unit, length)] = lengths.items()
     images = {"steps": length * train.batch_size, "epochs": length * examples, "images": length}
-    return math.ceil(images[unit] / train.batch_size)
+    steps = -(-images[unit] // train.batch_size)
+    if steps > LARGEST:
+        raise UsageError(
+            f"config.train.{unit} is {length}, of {steps} steps; expected {LARGEST} or fewer"
+        )
+    return steps
 
 
 def _check_samples(section: Config, flow: Flow, noise: Noise) -> None:
@@ -193,28 +185,3 @@ def _check_labels(config: Config, data: pipeline.Dataset) -> None:
             f"config.noise.label_drop is {config.noise.label_drop}, but the flow has no labels;"
             " set config.data.labels=True, or the drop to 0"
         )
-
-
-# (a range in words, whether a value is in it) -> the fields that must be
-_RANGES: dict[tuple[str, Callable[[float], bool]], str] = {
-    ("1 or more", lambda value: value >= 1):
-        "train.batch_size train.accumulation train.log_every train.checkpoint_every "
-        "train.keep_checkpoints eval.batch_size eval.draws eval.samples "
-        "flow.width flow.num_couplings flow.block_depth flow.num_blocks",
-    ("0 or more", lambda value: value >= 0):
-        "data.workers train.eval_every train.keep_every train.sample_every optim.min_lr "
-        "optim.weight_decay optim.clip_norm",
-    (f"0 to {LARGEST_SEED}", lambda value: 0 <= value <= LARGEST_SEED): "train.seed",
-    ("a finite number above 0", lambda value: value > 0): "optim.lr optim.eps flow.pixel_scale",
-    ("a finite number above 1", lambda value: value > 1): "flow.scale_factor",
-    ("0 <= value < 1", lambda value: 0 <= value < 1): "train.ema_decay optim.b1 optim.b2",
-}  # fmt: skip
-
-
-def _check_numbers(config: Config) -> None:
-    for (expected, holds), fields in _RANGES.items():
-        for name in fields.split():
-            section, field = name.split(".")
-            value = config[section].get(field)  # a kind of flow has only some of the fields
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise UsageError(f"config.{name} is {value}; expected {expected}")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jetflow.configs import flat
+from jetflow.fields import flat
 from jetflow.files import METRICS, scan_json, scan_metrics
 from jetflow.pictures import MOST_ROWS
 from jetflow.training.step import abstract_variables
@@ -57,7 +57,7 @@ def run_page(workdir: Path) -> dict[str, Any]:
         grids=[(grids[i], int(grids[i].stem.removeprefix("step_"))) for i in chosen],
         num_grids=len(grids),
         most_rows=MOST_ROWS,
-        fields=[*flat(config).items()],
+        fields=[*flat(config, "").items()],
         environments=side_by_side(
             {f"from step {one.pop('from_step'):,}": one for one in environments}
         ),
@@ -69,7 +69,7 @@ def run_page(workdir: Path) -> dict[str, Any]:
 def described(config: dict[str, Any] | None, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A config with the fields that differ from its defaults, and the data sets and networks of
     evaluations."""
-    fields = flat(config or {})
+    fields = flat(config or {}, "")
     defaults = config and config["resolved"].get("defaults")
     sources = [*results, *(result["reference"] for result in results if "reference" in result)]
     sets = [source.get(key) for source in sources for key in ("data", "train_data")]
@@ -94,7 +94,7 @@ def side_by_side(columns: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
 def _evaluation(result: dict[str, Any]) -> dict[str, Any]:
     """A record with its data, and with all that it says of how it was measured, as settings."""
     data = result.get("data") or result.get("reference", {}).get("data") or {}
-    rest = flat({name: value for name, value in result.items() if name not in SHOWN})
+    rest = flat({name: value for name, value in result.items() if name not in SHOWN}, "")
     settings = {name: value for name, value in rest.items() if value not in (None, "", [])}
     names = [str(data[key]) for key in DATA_FIELDS[:3] if key in data]
     return {**result, "where": " ".join(names), "settings": settings}

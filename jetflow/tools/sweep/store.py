@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jetflow import hosts
-from jetflow.configs import differences, shown
+from jetflow.fields import differences, shown
 from jetflow.files import NONE, NUMBER, read_json, read_or_set_aside, scan_json, write_json
 from jetflow.sweeps import Point
 from jetflow.types import UsageError
@@ -42,8 +42,8 @@ class Store:
             raise UsageError(
                 f"the sweep in {self.path} was begun {begun}; go on so, or give another --workdir"
             )
-        differing = differences(old, content, FREE)
-        texts = [shown(differing, "sweep.")] if differing else []
+        differing = differences(old, content, FREE, "sweep.")
+        texts = [shown(differing)] if differing else []
         if content["points"][: len(old["points"])] != old["points"]:
             texts.append("its points are others, or in another order (new ones go last)")
         if texts:
