@@ -35,7 +35,7 @@ class EvaluateOptions(SamplingOptions):
     draws: int | None = option(None, "noise draws an example; default: the run's", least=1)
     seed: int = option(0, "of the draws, and of samples", least=0, most=LARGEST_SEED)
     batch_size: int = option(128, "images at a time; changes rounding errors alone", least=1)
-    num_samples: int = option(50_000, "images drawn", least=2)
+    num_samples: int = option(50_000, "images drawn", least=2, most=10**7)
     samples: Path | None = option(None, "an .npz of `jetflow sample` to take images from")
     reference: Path | None = option(
         None, "an .npz of make_reference or of ADM's evaluator; default: that of make_reference"
