@@ -268,10 +268,13 @@ def test_what_is_missing_is_noticed_before_samples_are_drawn(fields, message, mo
         measure(model, metrics=("fid", "density_coverage"), **fields)
 
 
-def test_bad_samples_are_refused_before_the_reference_is_measured(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("makes_reference", [False, True])
+def test_bad_samples_are_refused_before_the_reference_is_measured(
+    makes_reference, model, tmp_path, monkeypatch
+):
     given = {name: tmp_path / f"{name}.npz" for name in ("samples", "reference")}
     np.savez(given["reference"], arr_0=small_network.images())
     given["samples"].write_bytes(b"text")
     monkeypatch.setattr(Statistics, "collect", lambda *_, **__: 1 / 0)
     with pytest.raises(UsageError, match=r"samples\.npz cannot be read"):
-        measure(model, **given)
+        measure(model, make_reference=makes_reference, **given)

@@ -67,6 +67,10 @@ class Quality:
         file = Npz(self.options.samples, "samples", "an .npz of `jetflow sample --npz`")
         return read_images(file, self.options.batch_size)
 
+    def count_samples(self) -> int:
+        """How many samples are compared; raises a UsageError if they are in a file that cannot be read."""
+        return self.given.num if self.options.samples else self.options.num_samples
+
     @functools.cached_property
     def network(self) -> inception.Network:
         return inception.load(self.options.inception_weights)
@@ -74,7 +78,7 @@ class Quality:
     def check(self, metrics: Collection[str]) -> None:
         """Raise a UsageError if these metrics lack something, before any sample is drawn."""
         options, compared = self.options, [name for name in metrics if name in DISTANCES]
-        num = self.given.num if compared and options.samples else options.num_samples
+        num = self.count_samples() if compared else 0
         for metric in compared:
             real = self.reference.part(PARTS.get(metric, "features"))
             for k in [NEIGHBOURS[metric]] if metric in NEIGHBOURS else []:
@@ -154,6 +158,7 @@ class Quality:
         options, path = self.options, self._reference_path()
         sharding.check_batch("batch_size", options.batch_size, self.model.mesh)
         check_writable("reference", path)
+        self.count_samples()  # a bad file of them is refused first
         split, name = self._reference_split(), options.reference_data
         data = run_data(self.model, split, options.data_dir, name)
         statistics = Statistics(len(data), options.num_features).collect(
