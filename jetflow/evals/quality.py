@@ -68,7 +68,7 @@ class Quality:
         return read_images(file, self.options.batch_size)
 
     def count_samples(self) -> int:
-        """How many samples are compared; raises a UsageError if they are in a file that cannot be read."""
+        """How many samples are compared; raises a UsageError if their file cannot be read."""
         return self.given.num if self.options.samples else self.options.num_samples
 
     @functools.cached_property
