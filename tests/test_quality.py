@@ -13,7 +13,7 @@ import tiny_runs
 
 from jetflow import cli, load_model
 from jetflow.data import dataset as pipeline
-from jetflow.evals import features, inception, reference
+from jetflow.evals import features, inception
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.features import Statistics
 from jetflow.evals.settings import DISTANCES, EvaluateOptions
@@ -98,13 +98,13 @@ def read(path, *, images=False, name=inception.PUBLISHED):
         return small_network.collected(8)
 
     network = small_network.network(name)
-    return reference.read(path, network, measure, chunk=8, images=images)
+    return features.read_reference(path, network, measure, chunk=8, images=images)
 
 
 def test_reference_is_read_as_written(tmp_path):
     statistics, path = small_network.collected(8), tmp_path / "some" / "reference.npz"
     data = pipeline.load("digits", "test").facts()
-    reference.write(path, statistics, small_network.network("a"), data)
+    features.write_reference(path, statistics, small_network.network("a"), data)
     parts, facts = read(path, images=True, name="a")
     for name in ("pooled", "spatial"):
         for actual, expected in zip(parts[name], statistics.parts()[name], strict=True):
@@ -199,7 +199,7 @@ def test_real_images_are_at_no_distance(model, tmp_path):
     values = {name: result["value"] for name, result in results.items()}
     assert abs(values["fid"]) < 1e-6 and abs(values["sfid"]) < 1e-6
     assert values["precision"] == values["recall"] == values["coverage"] == 1
-    ending = f"inception=aaaaaaaa,samples={reference.checksum(path)}"
+    ending = f"inception=aaaaaaaa,samples={features.checksum(path)}"
     assert (model.workdir / f"evals/fid-{STEP:08d}-{ending}.json").exists()
 
 

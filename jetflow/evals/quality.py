@@ -12,9 +12,15 @@ from jaxtyping import UInt8
 
 from jetflow import hosts, sharding, workdir
 from jetflow.archive import Images, read_images
-from jetflow.evals import distances, inception, reference
+from jetflow.evals import distances, inception
 from jetflow.evals.batching import Batching
-from jetflow.evals.features import Features, Statistics
+from jetflow.evals.features import (
+    Features,
+    Statistics,
+    checksum,
+    read_reference,
+    write_reference,
+)
 from jetflow.evals.records import record
 from jetflow.evals.settings import DISTANCES, NEIGHBOURS, EvaluateOptions, run_data, source
 from jetflow.files import check_writable
@@ -119,7 +125,7 @@ class Quality:
         options = self.options
         if options.samples:
             statistics, broken = self._of_images(self.given, "samples"), self.given.not_finite
-            digest = reference.checksum(options.samples)
+            digest = checksum(options.samples)
             facts = {"images": self.given.num, "file": str(options.samples), "checksum": digest}
             return Features(statistics.parts(), facts | {"not_finite": broken})
         drawn = options.sampling(self.model) | {"num_features": options.num_features}
@@ -151,7 +157,7 @@ class Quality:
         measure = functools.partial(self._of_images, name="reference")
         needed = bool({*options.measured()} & {*NEIGHBOURS})
         chunk = options.batch_size
-        return reference.read(path, self.network, measure, chunk=chunk, images=needed)
+        return read_reference(path, self.network, measure, chunk=chunk, images=needed)
 
     def make_reference(self) -> Path:
         """Write the reference file that the options ask for."""
@@ -165,7 +171,7 @@ class Quality:
             self.network, self.batching, self.batching.of_data(data), "reference"
         )
         if hosts.is_first():
-            reference.write(path, statistics, self.network, data.facts())
+            write_reference(path, statistics, self.network, data.facts())
         hosts.agreed(True)  # the others wait for the file
         hosts.wait_to_see(path)
         return path
