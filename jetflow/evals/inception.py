@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Num
 
 from jetflow import hosts
 from jetflow.files import write_atomically
+from jetflow.options import expanded
 from jetflow.pth import read_pth
 from jetflow.types import AnyArray, UsageError
 
@@ -97,7 +98,7 @@ def load(path: Path | None = None) -> Network:
     """
     if path is None:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        path = Path(cache).expanduser() / "jetflow" / NAME
+        path = expanded("inception_weights", cache) / "jetflow" / NAME
         if not path.exists():
             _download(path)
     try:

@@ -22,7 +22,7 @@ from jetflow.evals.batching import Batching
 from jetflow.files import METRICS, read_json
 from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
-from jetflow.options import Options, option
+from jetflow.options import DataOptions, option
 from jetflow.pictures import labels_in_turn, samples_grid, save_png
 from jetflow.sampling.ancestral import draw_all, not_finite
 from jetflow.training.experiment import Run, set_up
@@ -38,14 +38,11 @@ class Diverged(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(Options):
+class TrainOptions(DataOptions):
     """What `train` takes, as flags."""
 
     config: Any = option(example="configs/NAME.py")
     workdir: Path = option(help="the folder of the run", example="runs/NAME")
-    data_dir: Path | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
-    )
     extend: bool = option(False, "go on with the run in --workdir to a greater length")
 
 
