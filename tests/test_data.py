@@ -258,7 +258,7 @@ def test_sizes_are_known_without_the_images(digits, data_dir):
         source.count("dev")
 
 
-@pytest.mark.parametrize("kind", ["missing", "cut", "a bit", "no JSON", "no features"])
+@pytest.mark.parametrize("kind", ["missing", "cut", "a bit", "no JSON", "no features", "no UTF-8"])
 @pytest.mark.parametrize("command", ["train", "bench", "evaluate"])
 def test_damaged_shards_are_one_line(kind, command, tmp_path, digits, data_dir, capsys, request):
     name = "digits-train.array_record-00000-of-00001"
@@ -277,6 +277,8 @@ def test_damaged_shards_are_one_line(kind, command, tmp_path, digits, data_dir, 
             (file.parent / "dataset_info.json").write_text("{")
         case "no features":
             (file.parent / "features.json").unlink()
+        case "no UTF-8":
+            (file.parent / "metadata.json").write_bytes(b"\xff")
     train, *config, workdir, _ = tiny_runs.arguments("jet", tmp_path / "run")
     argv = {"train": [train, *config, workdir, _], "bench": ["bench", "data", *config]}
     if command == "evaluate":

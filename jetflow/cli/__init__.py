@@ -9,11 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jetflow import hosts
 from jetflow.cli.flags import Command, help_text, parse
+from jetflow.options import Options
 from jetflow.tools.plan.devices import silence_libtpu
 from jetflow.types import UsageError
+from jetflow.workdir import flat
 
 SUMMARIES = {
     "prepare": "Make a data set ready to be read, from archives where it needs some.",
@@ -27,6 +30,7 @@ SUMMARIES = {
     "convert": "Make a workdir of a published checkpoint, or with --reverse a .pth of a workdir.",
 }
 HELP = {"-h", "--help", "--helpfull"}
+LOCAL = {"data_dir", "manual_dir"}  # options that may differ from machine to machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,13 +66,20 @@ def _run(argv: list[str]) -> int:
         print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
         return 0
     options = parse(command, argv)
-    with hosts.joined(saves_at_signals=argv[0] == "train"):
+    with hosts.joined(facts(argv[0], options), saves_at_signals=argv[0] == "train"):
         return command.run(options) or 0
 
 
 def _ended(why: str, status: int) -> int:
     print(f"jetflow: {' '.join(why.splitlines())}", file=sys.stderr)
     return status
+
+
+def facts(name: str, options: Options) -> dict[str, Any]:
+    """What several processes of a run must be asked for alike; their disks may differ."""
+    given = {f"--{name}": value for name, value in vars(options).items() if name not in LOCAL}
+    config = given.pop("--config", None)
+    return {"the command": name, **(flat(config.to_dict()) if config else {}), **given}
 
 
 def find(argv: Sequence[str]) -> tuple[Command, list[str]]:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import secrets
 import shutil
 import sys
@@ -44,7 +45,7 @@ SHARD_BYTES, SHARD_MEMBERS = 512 * 2**20, 4096
 
 
 def is_prepared(folder: Path) -> bool:
-    return (folder / "dataset_info.json").exists()
+    return os.path.exists(folder / "dataset_info.json")  # False for a name that is too long
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class Preparation:
 
     def _check(self, origin: str) -> None:
         record = self.folder / ORIGIN
-        before = record.read_text("utf-8") if record.exists() else origin
+        before = record.read_text("utf-8", "replace") if record.exists() else origin
         if changed := set(before.splitlines()) ^ set(origin.splitlines()):
             names = sorted({line.split("\t")[0] for line in changed})
             raise UsageError(
@@ -135,7 +136,7 @@ class Preparation:
         own = "" if self.source.archives else f".{secrets.token_hex(4)}"
         partial = self.folder.with_name(f"{self.folder.name}.partial{own}")
         record = partial / ORIGIN
-        if record.exists() and record.read_text("utf-8") != origin:
+        if record.exists() and record.read_bytes() != origin.encode():
             print(f"{partial} was begun with other archives; starting anew", file=sys.stderr)
             shutil.rmtree(partial)
         for path in partial.glob("*.incomplete"):  # of a kill
@@ -157,7 +158,7 @@ class Preparation:
         except DAMAGE as error:
             raise UsageError(
                 f"an archive of {self.source.name} is damaged, or not what its name says: {place} "
-                f"({error}); bring it again, and run the same command"
+                f"({' '.join(str(error).split())}); bring it again, and run the same command"
             ) from error
         except MemoryError as error:
             raise UsageError(
@@ -167,10 +168,8 @@ class Preparation:
         left_out = [line for note in notes for line in note["left_out"]]
         for split in ("train", *filter(contents.splits.get, self.source.splits)):
             if not any(note["counts"].get(split) for note in notes):
-                first = f"; left out were {len(left_out):,} files, first {left_out[0]!r}"
-                raise UsageError(
-                    f"{place} has not one readable image for split {split}{first * bool(left_out)}"
-                )
+                first = f"; left out were {len(left_out):,} files, first {left_out[:1]}"
+                raise UsageError(f"{place} has not one readable image for split {split}{first}")
         (folder / UNREADABLE).write_text("".join(f"{line}\n" for line in left_out), "utf-8")
         facts = {"origin": one_line(place), "checksums": checksums}
         shards.write_metadata(self.source, contents, notes, folder, **facts)

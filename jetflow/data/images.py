@@ -95,7 +95,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")  # a copy of what is RGB already
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size C"]:

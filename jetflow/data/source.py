@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,7 +79,7 @@ class Archive(NamedTuple):
     def find(self, folder: Path) -> Path | None:
         """Its path, or that of another one with the same content; None where there is neither."""
         paths = (folder / name for name in (self.name, *self.instead))
-        return next((path for path in paths if path.exists()), None)
+        return next((path for path in paths if os.path.exists(path)), None)
 
     def difference(self, path: Path) -> str:
         """A line if a file has another size than the published one."""

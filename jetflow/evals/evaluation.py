@@ -16,9 +16,9 @@ from jetflow.evals.batching import Batching
 from jetflow.evals.likelihoods import Density, Likelihood
 from jetflow.evals.quality import Quality, drawn_batches
 from jetflow.evals.records import finite, record
-from jetflow.evals.settings import DISTANCES, EvaluateOptions, run_data, source
+from jetflow.evals.settings import DISTANCES, EvaluateOptions, TrainedFlow, run_data, source
 from jetflow.noise import Noise
-from jetflow.types import TrainedFlow, UsageError
+from jetflow.types import UsageError
 from jetflow.workdir import suffix, write_result
 
 

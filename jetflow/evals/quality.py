@@ -22,11 +22,18 @@ from jetflow.evals.features import (
     write_reference,
 )
 from jetflow.evals.records import record
-from jetflow.evals.settings import DISTANCES, NEIGHBOURS, EvaluateOptions, run_data, source
+from jetflow.evals.settings import (
+    DISTANCES,
+    NEIGHBOURS,
+    EvaluateOptions,
+    TrainedFlow,
+    run_data,
+    source,
+)
 from jetflow.files import check_writable
 from jetflow.npz import Npz
 from jetflow.pictures import labels_in_turn
-from jetflow.types import Batch, TrainedFlow, UsageError
+from jetflow.types import Batch, UsageError
 
 PARTS = {"fid": "pooled", "sfid": "spatial"}  # of `Features`; the other metrics: "features"
 

@@ -6,9 +6,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -29,6 +28,10 @@ class Reporter:
 
     Opened for a run that resumes at `start_step`, it first drops what was written of later steps,
     so that an interrupted run leaves the same metrics as an uninterrupted one.
+
+    Attributes:
+        waited: seconds since the last `log` in which the devices had nothing to do, for want of
+            data; to be added to.
     """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
@@ -41,8 +44,12 @@ class Reporter:
             str(workdir), purge_step=start_step + 1, flush_secs=20, write_to_disk=first
         )
         self._live = self._stream.isatty()
-        self._bar = self._new_bar(total_steps, "training", initial=start_step)
-        self._clock = _Clock(start_step)
+        self._bar = tqdm(
+            total=total_steps, desc="training", initial=start_step, file=self._stream, leave=False,
+            dynamic_ncols=True, disable=not self._live,
+        )  # fmt: skip
+        self._lap_step, self._lap_start = start_step, time.perf_counter()
+        self.waited = 0.0
 
     def __enter__(self) -> "Reporter":
         return self
@@ -83,7 +90,10 @@ class Reporter:
         The speed is in images per second, without the time in `pause`, and in the share of the time
         in which the devices waited for data.
         """
-        rate, waiting = self._clock.lap(step)
+        now = time.perf_counter()
+        seconds = max(now - self._lap_start, 1e-9)
+        rate, waiting = max(step - self._lap_step, 1e-9) / seconds, self.waited / seconds
+        self._lap_step, self._lap_start, self.waited = step, now, 0.0
         speed = rate * batch_size
         self.write(step, {**metrics, **dict(zip(SPEED, (speed, waiting), strict=True))})
         if not self._live:
@@ -95,56 +105,17 @@ class Reporter:
                 f"{wait}ETA {eta}"
             )
 
-    def waited(self, seconds: float) -> None:
-        """Note for how long the devices had nothing to do, for want of data."""
-        self._clock.waited += seconds
-
-    def pause(self) -> "_Clock":
-        """A context whose time does not count as training."""
-        return self._clock
-
     @contextlib.contextmanager
-    def stage(self, title: str, batches: int) -> Iterator[Callable[[], Any]]:
-        """A pause with a progress bar of its own; yields what counts a batch."""
-        with self._clock, self._new_bar(batches, title) as bar:
-            yield bar.update
+    def pause(self) -> Iterator[None]:
+        """A context whose time does not count as training."""
+        start = time.perf_counter()
+        yield
+        self._lap_start += time.perf_counter() - start
 
     def say(self, text: str) -> None:
         """A line that stays."""
         tqdm.write(text, file=self._stream)
         self._stream.flush()
-
-    def _new_bar(self, total: int, title: str, initial: int = 0) -> tqdm:
-        return tqdm(
-            total=total, desc=title, initial=initial, file=self._stream, leave=False,
-            dynamic_ncols=True, disable=not self._live,
-        )  # fmt: skip
-
-
-class _Clock:
-    """Steps per second of training; stands still inside `with clock:`.
-
-    Attributes:
-        waited: seconds since the last lap in which the devices waited for data.
-    """
-
-    def __init__(self, step: int):
-        self._step, self._start = step, time.perf_counter()
-        self.waited = 0.0
-
-    def __enter__(self) -> None:
-        self._pause_start = time.perf_counter()
-
-    def __exit__(self, *_) -> None:
-        self._start += time.perf_counter() - self._pause_start
-
-    def lap(self, step: int) -> tuple[float, float]:
-        """Steps per second since the last lap, and the share of its time that was `waited`."""
-        now = time.perf_counter()
-        seconds = max(now - self._start, 1e-9)
-        lap = max(step - self._step, 1e-9) / seconds, self.waited / seconds
-        self._step, self._start, self.waited = step, now, 0.0
-        return lap
 
 
 def _drop_after(path: Path, step: int) -> set[tuple[int, str]]:
