@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
+from jetflow import hosts
 from jetflow.data import reading, shards, sources
 from jetflow.data.builder import UNREADABLE, Preparation, PrepareOptions, is_prepared
 from jetflow.data.shards import Records, opened
@@ -143,6 +144,9 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         ) from error
     features = builder.info.features
     metadata = builder.info.metadata or {}
+    sums = {info.name: info.num_examples for info in builder.info.splits.values()}
+    sums |= metadata.get("checksums", {})
+    hosts.compare({f"the checksum of {name} {part}": sum for part, sum in sums.items()})
     return Dataset(
         name=name,
         version=str(builder.version),
