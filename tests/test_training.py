@@ -313,6 +313,7 @@ def test_the_workdir_knows_its_config(trained):
     resolved = config["resolved"]
     assert (resolved["image_shape"], resolved["num_classes"]) == ([8, 8, 1], 10)
     assert (resolved["total_steps"], resolved["data_version"]) == (STEPS, "1.0.0")
+    assert resolved["train_checksum"] == "2ce31b9f2230b1fd"
 
 
 @pytest.mark.parametrize(
