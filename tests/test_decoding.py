@@ -17,7 +17,7 @@ from jetflow import calibration
 from jetflow.flows import autoregressive
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import decodings
-from jetflow.types import Decoding, Guidance, UsageError
+from jetflow.types import Decoding, Guidance
 
 SHAPE = (8, 8, 1)  # 16 tokens
 LABELS = jnp.array([0, 2, -1])
@@ -195,29 +195,3 @@ def test_bug_is_caught_one_token_too_many(monkeypatch, float64):
     )
     with pytest.raises(AssertionError):
         windows_change_nothing(5, "none")
-
-
-def test_decodings_are_checked():
-    flow, variables, _ = setting()
-    for how, message in (
-        ((Decoding(),), "there are 1 decodings for the 2 blocks"),
-        ((Decoding(0),) * 2, "window is 0"),
-        ((Decoding(2, float("nan")),) * 2, "tolerance is nan"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            Sampler(flow, variables, decoding=how)
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "message"),
-    [
-        ("tarflow", {"method": "fast"}, "method is 'fast'; expected cached or jacobi"),
-        ("tarflow", {"method": "jacobi", "window": 0}, "window is 0; expected 1 or more"),
-        ("tarflow", {"method": "jacobi", "tolerance": -1.0}, "tolerance is -1.0; expected 0"),
-        ("tarflow", {"cache_dtype": "int8"}, "cache_dtype is 'int8'; expected float32 or bfloat16"),
-        ("jet", {"method": "jacobi"}, "Jet is inverted in one pass"),
-    ],
-)
-def test_impossible_methods_are_refused(kind, settings, message):
-    with pytest.raises(UsageError, match=message):
-        decodings(getattr(flow_laws, kind)(dtype="float32"), **settings)

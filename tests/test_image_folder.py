@@ -132,6 +132,12 @@ def test_images_beside_folders_have_no_classes(pets, prepare, capsys):
     assert "pets/one.jpg lies beside folders of images" in capsys.readouterr().err
 
 
+def test_classes_below_a_single_folder_are_hinted_at(pets, prepare, capsys):
+    pets(*images("pets/cat", "pets/dog"))
+    assert prepare().splits["train"].num_classes == 1
+    assert "one class, pets" in capsys.readouterr().err
+
+
 def test_links_and_special_files(pets, prepare):
     root = pets(*images("real/a", "linked"))
     (root / "b").symlink_to(root / "real" / "a")

@@ -192,7 +192,7 @@ def test_an_ended_run_is_extended(trained, tmp_path, capsys):
     rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
     assert [*rates] == [1, 4, 8, 12, 16, 18]
     assert rates[16] > rates[12] > 0  # where the first schedule ended, the new one is on its way
-    noted = workdirs.read_environments(tmp_path)
+    noted = workdirs.scan_environments(tmp_path)[0]
     assert [(one["from_step"], one["total_steps"]) for one in noted] == [(0, 12), (12, 18)]
 
 

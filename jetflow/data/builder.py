@@ -147,9 +147,6 @@ class Preparation:
         return partial
 
     def _make(self, paths: Sequence[Path], folder: Path) -> None:
-        for archive, path in zip(self.source.archives, paths, strict=True):
-            if difference := archive.difference(path):
-                print(difference, file=sys.stderr)
         place = " and ".join(map(str, paths))
         try:
             contents = self.source.contents(paths, folder / "notes")
