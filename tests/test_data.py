@@ -209,7 +209,7 @@ def test_another_process_may_finish_first(moment, tmp_path, monkeypatch, digits)
     monkeypatch.setattr(builder, moment, overtaken)
     assert load("digits", "test", data_dir=tmp_path).checksum() == digits.checksum()
     assert getattr(builder, moment) is original  # it did come to the race
-    assert not list(tmp_path.rglob("*incomplete*"))
+    assert not list(tmp_path.rglob("*partial*"))
 
 
 @pytest.mark.parametrize(
