@@ -1,9 +1,11 @@
 """Published checkpoints in all their formats, as flows, as workdirs, and written back."""
 
+import io
 import json
 import pickle
 import shlex
 import shutil
+import zipfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -99,6 +101,13 @@ def file_of(folder: Path, content: bytes) -> Path:
     return folder / "a.npz"
 
 
+def npz_of(name: str, content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, content)
+    return file.getvalue()
+
+
 def folder_with(folder: Path, file: str, content: bytes | None) -> Path:
     """The folder of arrays with one file of another content, or without it."""
     copy = folder / "checkpoint.bv-000000012"
@@ -124,6 +133,10 @@ def large(**sizes: list[int]) -> bytes:
         (pointer, "checkpoint.bv-000000003, which is not there"),
         (lambda folder: file_of(folder, b""), "a.npz cannot be read"),
         (lambda folder: file_of(folder, pickle.dumps({"a": 3})), "a.npz cannot be read"),
+        (
+            lambda folder: file_of(folder, npz_of("params/a\n\x1b[2J.npy", b"text")),
+            "params/a [2J: ",
+        ),
         (lambda folder: folder_with(folder, f"{POSITIONS}/0.0.0.0", b"text"), "cannot be read"),
         (lambda folder: folder_with(folder, f"{POSITIONS}/0.0.0.0", None), "cannot be read"),
         (lambda folder: folder_with(folder, f"{POSITIONS}/.zarray", b"{"), "cannot be read"),
@@ -334,10 +347,8 @@ def test_pixel_scale_follows_from_the_noise(flags, kind, scale, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tarflow"], "SOURCE is missing; expected jetflow convert tarflow"),
         (["glow", "a", "--out=b"], "'convert glow' is no command; expected jetflow convert"),
         (["jet", "a", *BIG_VISION], "--out is missing; expected --out runs/NAME"),
-        (["jet", "a", "--out=b", *BIG_VISION[1:], "--image_shape=8,8"], "image_shape is (8, 8)"),
         (["jet", "a", "--out=b", *BIG_VISION], "a is no checkpoint of big_vision"),
         (["tarflow", "a", "--out=b", *SIZES], "--noise_std is missing; expected --noise_std 0.05"),
         (["tarflow", "a", "--out=b", *SIZES, "--noise_std=0", "--pixel_scale=0"],
