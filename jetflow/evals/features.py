@@ -239,7 +239,7 @@ def _facts(file: Npz) -> dict[str, Any]:
     data = facts["data"]
     if not (
         (data is None or (isinstance(data, dict) and set(data) >= DATA))
-        and isinstance(facts["images"], int | None)
+        and isinstance(facts["images"], int if data else int | None)
         and isinstance(facts.get("network", {}), dict)
     ):
         raise file.fault("facts: other fields")
