@@ -10,15 +10,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
 from jetflow import hosts, sharding
-from jetflow.files import read_json, write_json
+from jetflow.files import if_possible, read_or_set_aside, write_json
 from jetflow.flows.stack import Stack
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.sampling.decoding import WINDOW
-from jetflow.types import Decoding, UsageError
+from jetflow.types import Decoding
 
 REPEATS = 3
 
@@ -47,28 +46,17 @@ def fastest(
         "cache_dtype": base.cache_dtype,
         "guidance": None if sampler.guidance is None else dataclasses.asdict(sampler.guidance),
     }
-    known = _read(path)
+    known = read_or_set_aside(path, [{"conditions": dict, "windows": [int]}], [])
     before = [entry["windows"] for entry in known if entry["conditions"] == conditions]
+    before = [some for some in before if len(some) == sampler.flow.decoded_blocks and min(some) > 0]
     windows = hosts.agreed(list(before[0]) if before else [])
     if not windows:
         hosts.note(f"measuring how each block decodes fastest, for {path}")
         windows = hosts.agreed(calibrate(sampler, base, batch_size))
-        try:
+        with if_possible("the measurement"):
             write_json(path, [*known, {"conditions": conditions, "windows": windows}])
-        except OSError as error:  # somebody else's run, or one on a disk that is read-only
-            logging.warning("the measurement is not kept (%s)", error)
         hosts.note(f"windows of the blocks: {', '.join(map(str, windows))}")
     return tuple(dataclasses.replace(base, window=window) for window in windows)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The calibrations so far; a damaged file counts as none, since they can be measured again."""
-    try:
-        known = read_json(path, list) if path.exists() else []
-        return [entry for entry in known if entry["conditions"] and entry["windows"]]
-    except (UsageError, KeyError, TypeError):
-        logging.warning("%s is damaged, and will be written anew", path)
-        return []
 
 
 def calibrate(sampler: Sampler, base: Decoding, batch_size: int) -> list[int]:

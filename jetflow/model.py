@@ -19,6 +19,7 @@ from jetflow.checkpoint import Checkpoints
 from jetflow.evals import evaluation
 from jetflow.evals.likelihoods import UNIFORM, bits_per_dim
 from jetflow.evals.settings import EvaluateOptions, TrainedFlow
+from jetflow.fields import flat
 from jetflow.files import METRICS, read_metrics
 from jetflow.flows.stack import check_labels
 from jetflow.noise import Noise, Purpose, key_for
@@ -28,7 +29,7 @@ from jetflow.sampling.ancestral import Drawn, Sampler, check_guided, draw_all, n
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training.step import abstract_variables
 from jetflow.types import AnyArray, Decoding, UsageError
-from jetflow.workdir import flat, read_flow
+from jetflow.workdir import read_flow
 
 
 class Model(TrainedFlow):

@@ -19,7 +19,6 @@ import tiny_runs
 from jetflow import cli, hosts
 from jetflow.cli.flags import parse
 from jetflow.data.dataset import load
-from jetflow.training.log import SPEED, read_metrics
 from jetflow.types import UsageError
 
 DEVICES = 8
@@ -72,14 +71,6 @@ def finish(group, status=0, timeout=600) -> list[tuple[str, str]]:
 
 def train(name, workdir, **fields):
     return tiny_runs.arguments(name, workdir, **FIELDS, **fields)
-
-
-def same_metrics(workdir, expected):
-    actual = read_metrics(workdir / "metrics.jsonl")
-    for several, one in zip(actual, read_metrics(expected / "metrics.jsonl"), strict=True):
-        assert several.keys() == one.keys()
-        for metric in set(one) - set(SPEED):
-            assert several[metric] == pytest.approx(one[metric], rel=1e-6, abs=1e-7), metric
 
 
 def wait_for_checkpoint(group, workdir, step):
@@ -252,7 +243,7 @@ def test_processes_train_stop_and_go_on_as_one(start, alone, tmp_path):
         process.communicate()
     ((_, first), _) = finish(start(train("tarflow", workdir)))
     assert "resumed at step 10" in first and "done: step 12" in first
-    same_metrics(workdir, alone)
+    tiny_runs.assert_metrics_near(workdir, alone, rel=1e-6)
 
 
 @pytest.mark.slow

@@ -132,12 +132,11 @@ def test_command(name, tmp_path, capsys):
         assert len(prepared.differences) == count
 
 
-def test_archives_lie_in_the_data_directory_by_default(tmp_path, capsys):
+def test_archives_lie_in_the_data_directory_by_default(tmp_path):
     manual = tmp_path / "downloads" / "manual"
     manual.mkdir(parents=True)
     archives.old_imagenet(manual, 32)
     assert cli.main(["prepare", "imagenet32_old", f"--data_dir={tmp_path}", "--workers=1"]) == 0
-    assert "published file has 4,113,018,880" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_archives_lie_in_the_data_directory_by_default(tmp_path, capsys):
         (["cifar10", "--workers=0"], "workers"),
         (["folder/file/8", "--manual_dir=."], "expected a folder"),
         ([f"folder/{'x' * 300}/8", "--manual_dir=."], "found there: file"),
-        (["digits", f"--data_dir={'x' * 300}"], "too long"),
+        (["digits", f"--data_dir={'x' * 300}"], "data_dir"),
     ],
 )
 def test_bad_input(argv, message, tmp_path, capsys, monkeypatch):

@@ -13,10 +13,11 @@ from typing import Any
 
 from jetflow import hosts
 from jetflow.cli.flags import Command, help_text, parse
+from jetflow.fields import flat
+from jetflow.files import disk_errors_explained
 from jetflow.options import Options
 from jetflow.tools.plan.devices import silence_libtpu
 from jetflow.types import UsageError
-from jetflow.workdir import flat
 
 SUMMARIES = {
     "prepare": "Make a data set ready to be read, from archives where it needs some.",
@@ -36,7 +37,8 @@ LOCAL = {"data_dir", "manual_dir"}  # options that may differ from machine to ma
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Exit status 2 means bad input, with one line that says what to do."""
     try:
-        status = _run(list(sys.argv[1:] if argv is None else argv))
+        with disk_errors_explained():
+            status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
     except UsageError as error:
@@ -66,7 +68,8 @@ def _run(argv: list[str]) -> int:
         print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
         return 0
     options = parse(command, argv)
-    with hosts.joined(facts(argv[0], options), saves_at_signals=argv[0] == "train"):
+    joined = hosts.joined(facts(argv[0], options), saves_at_signals=argv[0] == "train")
+    with joined, disk_errors_explained():
         return command.run(options) or 0
 
 

@@ -83,20 +83,18 @@ class Preparation:
         """
         paths = self.source.paths(self.manual_dir)
         origin = _origin(paths)
-        if self._is_done():
-            self._check(origin)
-            return
         try:
-            if self.folder.exists() and not is_prepared(self.folder):
-                raise FileExistsError("there is a directory without a complete data set: delete it")
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked(), large_files():
-                if not self._is_done():
-                    partial = self._begin(origin)
-                    self._make(paths, partial)
-                    if self.options.overwrite:
-                        shutil.rmtree(self.folder, ignore_errors=True)
-                    partial.rename(self.folder)
+            if not self._is_done():
+                if self.folder.exists() and not is_prepared(self.folder):
+                    raise FileExistsError("a directory without a complete data set: delete it")
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                with self._locked(), large_files():
+                    if not self._is_done():
+                        partial = self._begin(origin)
+                        self._make(paths, partial)
+                        if self.options.overwrite:
+                            shutil.rmtree(self.folder, ignore_errors=True)
+                        partial.rename(self.folder)
         except OSError as error:
             if not self._is_done():  # else, on a disk without locks, another process was first
                 raise UsageError(
@@ -104,6 +102,7 @@ class Preparation:
                     "make room and make it writable, and run the same command again, which keeps "
                     "what is finished, or set --data_dir or TFDS_DATA_DIR to another directory"
                 ) from error
+        self._check(origin)  # also of what another process has made meanwhile
 
     def _is_done(self) -> bool:
         return is_prepared(self.folder) and not self.options.overwrite
@@ -147,9 +146,6 @@ class Preparation:
         return partial
 
     def _make(self, paths: Sequence[Path], folder: Path) -> None:
-        for archive, path in zip(self.source.archives, paths, strict=True):
-            if difference := archive.difference(path):
-                print(difference, file=sys.stderr)
         place = " and ".join(map(str, paths))
         try:
             contents = self.source.contents(paths, folder / "notes")

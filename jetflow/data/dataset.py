@@ -120,11 +120,9 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
     if not is_prepared(folder):
         manual_dir = _root(data_dir) / MANUAL
         if source.archives:
-            present = f"; its archives are in {manual_dir}" if source.is_in(manual_dir) else ""
             raise UsageError(
                 f"data set {name!r} was not found in {folder}; prepare it once with `jetflow "
-                f"prepare {name} --manual_dir DIR`, DIR with {'; '.join(map(str, source.archives))}"
-                + present
+                f"prepare {name} --manual_dir DIR`: {source.needs(manual_dir)}"
             )
         print(f"preparing data set {name} in {folder} (once)", file=sys.stderr, flush=True)
         Preparation(source, folder, manual_dir).run()

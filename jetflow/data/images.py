@@ -47,7 +47,7 @@ def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as file:
             if (pixels := file.width * file.height) > max_pixels:
-                raise Unreadable(f"{pixels:,} pixels are above --max_pixels {max_pixels:,}")
+                raise Unreadable(f"{pixels:,} pixels: --max_pixels is {max_pixels:,}; raise it")
             file.load()
             return _as_rgb(_upright(file))
     except (Unreadable, MemoryError):  # the machine lacks memory: the file may be whole

@@ -21,7 +21,7 @@ from jetflow.evals import inception
 from jetflow.evals.batching import Batching
 from jetflow.evals.distances import Gaussian
 from jetflow.evals.inception import Network
-from jetflow.files import write_atomically
+from jetflow.files import if_possible, write_atomically
 from jetflow.npz import Npz
 from jetflow.types import Batch, UsageError
 
@@ -135,7 +135,7 @@ class Statistics:
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write all that was added, on the first process; `settings` is what it depends on."""
         if hosts.is_first():
-            with write_atomically(path) as file:
+            with if_possible("what a kill would cost"), write_atomically(path) as file:
                 np.savez(file, settings=np.array(json.dumps(settings)), **self.arrays)
 
     def resume(self, path: Path, settings: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from jax.stages import Lowered
 from jetflow import configs, hosts, optim, sharding
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
+from jetflow.fields import differences, flat
 from jetflow.flows.build import build
 from jetflow.noise import Noise
 from jetflow.options import LARGEST
@@ -20,7 +21,6 @@ from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
 from jetflow.training.step import Trainer, TrainState
 from jetflow.types import Batch, Config, Flow, UsageError
-from jetflow.workdir import flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Run:
     def resolved_config(self) -> dict[str, Any]:
         """The config, and what it depends on beyond itself: enough to rebuild the flow."""
         config = self.config.to_dict()
-        defaults, fields = flat(config.pop("defaults", {})), flat(config)
-        changed = [name for name, value in defaults.items() if fields.get(name) != value]
+        differing = differences(config.pop("defaults", {}), config, prefix="")
         resolved = {
             "image_shape": self.train_data.image_shape,
             "num_classes": self.trainer.flow.num_classes,
             "total_steps": self.total_steps,
             "data_version": self.train_data.version,
             "train_examples": len(self.train_data),
-            "defaults": {name.removeprefix("config."): defaults[name] for name in changed},
+            "train_checksum": self.train_data.known_checksum,  # None for a part of a split
+            "defaults": {name: default for name, (default, _) in differing.items()},
         }
         return {**config, "resolved": resolved}
 

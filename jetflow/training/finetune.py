@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jetflow import checksums
+from jetflow.fields import differences, shown
 from jetflow.flows import coupling
 from jetflow.flows.build import with_defaults
 from jetflow.model import load_model
 from jetflow.training.resample import between_grids, between_spatial_splits
 from jetflow.training.step import Trainer, TrainState, abstract_variables
 from jetflow.types import Config, Flow, UsageError
-from jetflow.workdir import differences, shown
 
 # Arrays with an entry for each token: their fate on another grid, and the axis of the tokens.
 OF_TOKENS = {
@@ -37,7 +37,7 @@ OF_TOKENS = {
 # Data sets of other names with the same classes in the same order.
 SAME_CLASSES = {"imagenet32_new": "imagenet64_new", "afhq_v2": "afhq"}
 # Fields that a flow's parameters do not depend on.
-COMPUTATION = ("config.flow.dtype", "config.flow.remat", "config.flow.scan")
+COMPUTATION = ("flow.dtype", "flow.remat", "flow.scan")
 
 Shape = tuple[int, ...]
 

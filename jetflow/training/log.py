@@ -8,16 +8,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.files import METRICS, read_metrics, write_atomically
+from jetflow.files import METRICS, naming, scan_metrics, set_aside, write_atomically
 
 SPEED = ("images_per_second", "data_wait_share")  # metrics that an equal run need not have equal
+START = 1  # SessionLog.START
+_Event: Any = vars(event_pb2)["Event"]  # made at import: no type checker sees it
 NOTABLE_WAIT = 0.05  # share of the time, from which on the progress shows it
 
 
@@ -40,9 +45,10 @@ class Reporter:
         self._written = _drop_after(path, start_step) if first else set()
         self._file = path.open("a") if first else open(os.devnull, "w")  # noqa: SIM115
         self._stream = sys.stderr if first else self._file
-        self._events = SummaryWriter(
-            str(workdir), purge_step=start_step + 1, flush_secs=20, write_to_disk=first
-        )
+        self._path = path
+        # Written at once: a thread of its own would end on a full disk, and adding to it hang.
+        self._events = EventsWriter(str(workdir / "events")) if first else None
+        self._add_event(start_step + 1, session_log={"status": START})
         self._live = self._stream.isatty()
         self._bar = tqdm(
             total=total_steps, desc="training", initial=start_step, file=self._stream, leave=False,
@@ -56,8 +62,8 @@ class Reporter:
 
     def __exit__(self, *_) -> None:
         self._bar.close()
-        self._file.close()
-        self._events.close()
+        with contextlib.suppress(OSError):  # all is written; what a full disk refused stays out
+            self._file.close()
 
     def has(self, step: int, name: str) -> bool:
         """Whether metric `name` of `step` was written, now or before an interruption."""
@@ -69,15 +75,23 @@ class Reporter:
         if broken:
             self.say(f"step {step}: not finite: {', '.join(broken)}")
         values = {name: None if name in broken else value for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         self._written |= {(step, name) for name in metrics}
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        scalars = [one for name in metrics for one in summary.scalar(name, metrics[name]).value]
+        self._add_event(step, summary={"value": scalars})
 
     def picture(self, step: int, name: str, grid: UInt8[np.ndarray, "H W 3"]) -> None:
         """An image for TensorBoard."""
-        self._events.add_image(name, grid, step, dataformats="HWC")
+        self._add_event(step, summary=summary.image(name, grid, dataformats="HWC"))
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        """An event for TensorBoard; the first one tells it to forget what came from `step` on."""
+        if self._events:
+            with naming(self._path.with_name("events")):
+                self._events.write_event(_Event(wall_time=time.time(), step=step, **content))
+                self._events.flush()
 
     def progress(self, step: int, text: str) -> None:
         """Move the bar of a terminal to a step."""
@@ -120,7 +134,10 @@ class Reporter:
 
 def _drop_after(path: Path, step: int) -> set[tuple[int, str]]:
     """Keep the metrics up to `step`, and return which (step, name) there are."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    lines, wrong = scan_metrics(path)
+    kept = [line for line in lines if line["step"] <= step]
     with write_atomically(path) as file:
         file.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
+        if wrong:
+            set_aside(path, wrong[0])
     return {(int(line["step"]), name) for line in kept for name in line}

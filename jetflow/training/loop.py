@@ -19,7 +19,7 @@ from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.evals import records
 from jetflow.evals.batching import Batching
-from jetflow.files import METRICS, read_json
+from jetflow.files import METRICS, read_json, read_or_set_aside
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.options import DataOptions, option
 from jetflow.pictures import labels_in_turn, samples_grid, save_png
@@ -146,6 +146,7 @@ class Session:
                 self._look(state, step)
                 if step % self.run.config.train.checkpoint_every == 0:
                     self._save(state, step)
+                self.checkpoints.check()
                 self.poll()
         except Stopped:
             self._save(state, step, wait=True)
@@ -191,8 +192,9 @@ class Session:
         noises = [noise] + ([bpd.UNIFORM] if last and noise.kind != "uniform" else [])
         for noise in noises if due(section.eval_every) else []:
             name = bpd.metric_name(noise)
-            written = hosts.is_first() and workdirs.result_path(self.workdir, name, step).exists()
-            if not hosts.agreed(resumed and written and self.reporter.has(step, f"test_{name}")):
+            path = workdirs.result_path(self.workdir, name, step)
+            written = resumed and read_or_set_aside(path, workdirs.LIKELIHOOD, None) is not None
+            if not hosts.agreed(written and self.reporter.has(step, f"test_{name}")):
                 self._flush()
                 self._evaluate(state, step, noise, last)
         if due(section.sample_every) and not hosts.agreed(resumed and self._picture(step).exists()):
@@ -209,7 +211,8 @@ class Session:
             likelihood = density.likelihood(data, self.poll)
         result = likelihood.record(step=step, weights="params" if state.ema is None else "ema")
         workdirs.write_result(self.workdir, result)
-        self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
+        if not self.reporter.has(step, name := f"test_{bpd.metric_name(noise)}"):
+            self.reporter.write(step, {name: likelihood.mean})
         if not last or noise.kind != "uniform":
             self.reporter.say(f"step {step}: held-out {records.describe(result)}")
 

@@ -115,6 +115,9 @@ def _classes(root: Path, files: Sequence[Entry], prefix: str) -> list[str]:
                 decode(file.read())
                 classes.add(top)
     names = sorted(classes)
+    if len(names) == 1 and all(file.name.removeprefix(prefix).count("/") > 1 for _, file in inside):
+        text = f"{root / prefix} has one class, {names[0]}, and all images in folders below it"
+        print(f"{text}; if these are the classes, move them up", file=sys.stderr)
     return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
 
 

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jetflow import configs, hosts, pictures, sharding, signals
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
-from jetflow.files import write_json
+from jetflow.fields import flat
+from jetflow.files import disk_errors_explained, write_json
 from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import Model, load_model
 from jetflow.options import checked
@@ -26,7 +27,7 @@ from jetflow.tools.report.document import report
 from jetflow.tools.sweep.store import Store
 from jetflow.training.loop import Diverged, train
 from jetflow.types import Config, UsageError
-from jetflow.workdir import SWEEP, environment, flat, read_flow, suffix
+from jetflow.workdir import SWEEP, environment, read_flow, suffix
 
 OWN = ("metrics", "data_dir", "make_reference")  # options that the sweep itself gives
 
@@ -117,7 +118,7 @@ class Runner:
         recipe.pop("defaults", None)
         content = self.sweep.content(run, recipe)
         points = zip((point.name for point in self.sweep.points), content["points"], strict=True)
-        hosts.compare(flat(content | {"points": dict(points)}, "the sweep"))
+        hosts.compare(flat(content | {"points": dict(points)}, "the sweep."))
         self.check()
         meshes = []
         for point in self.sweep.points:
@@ -143,7 +144,8 @@ class Runner:
             hosts.note(f"point {point.name}, one of {len(self.sweep.points)}")
             start, record = time.perf_counter(), {"number": point.number, "name": point.name}
             try:
-                record |= {"status": "done", **self._measure(point)}
+                with disk_errors_explained():
+                    record |= {"status": "done", **self._measure(point)}
             except signals.Stopped:
                 raise
             except Exception as error:
