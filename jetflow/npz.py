@@ -1,7 +1,6 @@
 """NumPy's .npz files: what is needed of them is read, and checked before memory is taken for it."""
 
 import contextlib
-import functools
 import io
 import json
 import math
@@ -100,7 +99,7 @@ class Npz:
     def verify(self, name: str) -> None:
         """Read an array once in small parts, which compares it with its checksum."""
         with self._reading(name), self._open(name) as file:
-            for _ in iter(functools.partial(file.read, BLOCK), b""):
+            while file.read(BLOCK):
                 pass
 
     def rows(self, name: str, count: int) -> Iterator[np.ndarray]:
