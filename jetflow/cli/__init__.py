@@ -59,7 +59,7 @@ def _run(argv: list[str]) -> int:
         return 0
     command, argv = find(argv)
     if HELP & set(argv):
-        print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
+        print(help_text(command))
         return 0
     options = parse(command, argv)
     with hosts.joined(saves_at_signals=argv[0] == "train"):
