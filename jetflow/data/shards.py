@@ -3,6 +3,7 @@
 A shard has the images of a part of a split, decoded: an ArrayRecord file of `tf.train.Example`s.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jetflow.data.source import Contents, Source
-from jetflow.files import read_json, write_atomically
+from jetflow.files import naming, read_json, write_atomically
 from jetflow.types import UsageError
 
 _OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in any order
@@ -26,8 +27,9 @@ _Example: Any = vars(tf_example_pb2)["Example"]  # made at import: no type check
 
 def written(note: Path, files: Mapping[str, Path]) -> dict[str, Any] | None:
     """What `write` noted of a shard; None if it is not written, or not whole any more."""
-    facts = read_json(note) if note.exists() else None
-    return facts if facts and facts["bytes"] == _bytes(files) else None
+    with contextlib.suppress(UsageError):  # it is damaged
+        facts = read_json(note)
+        return facts if facts.get("bytes") == _bytes(files) else None
 
 
 def _bytes(files: Mapping[str, Path]) -> dict[str, int]:
@@ -53,24 +55,24 @@ def write(
         for split, file in files.items()
     }
     counts, left_out = dict.fromkeys(partial, 0), []
-    try:
-        writers = {
-            split: ArrayRecordWriter(os.fspath(path), _OPTIONS) for split, path in partial.items()
-        }
-        for split, record in records:
-            if isinstance(record, str):
-                left_out.append(record)
-            else:
-                writers[split].write(record)
-                counts[split] += 1
-        for split, writer in writers.items():
-            writer.close()
-            partial[split].rename(files[split])
-    except RuntimeError as error:  # of the writers
-        raise OSError(str(error)) from error
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+    with naming(note.parent.parent):
+        try:
+            writers = {
+                split: ArrayRecordWriter(os.fspath(path), _OPTIONS)
+                for split, path in partial.items()
+            }
+            for split, record in records:
+                if isinstance(record, str):
+                    left_out.append(record)
+                else:
+                    writers[split].write(record)
+                    counts[split] += 1
+            for split, writer in writers.items():
+                writer.close()
+                partial[split].rename(files[split])
+        finally:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
     facts = {"counts": counts, "bytes": _bytes(files), "left_out": left_out}
     with write_atomically(note) as file:
         file.write(json.dumps(facts).encode())
@@ -163,9 +165,10 @@ def opened(name: str, folder: Path) -> Any:  # TFDS's decorators hide its signat
     """TFDS's builder of prepared data whose files are there as a whole."""
     try:
         builder: Any = tfds.builder_from_directory(folder)
+        sizes = dict(builder.info.metadata or {}).get("files", {})
     except Exception as error:  # TFDS raises nearly any type for files that are no JSON
         raise _damaged(name, folder, error) from error
-    for file, size in (builder.info.metadata or {}).get("files", {}).items():
+    for file, size in sizes.items():
         path = folder / file
         if not path.exists() or path.stat().st_size != size:
             raise _damaged(name, path, f"not there with {size:,} bytes")
