@@ -67,16 +67,15 @@ class RollCall(threading.Thread):
 
     def lost(self) -> str | None:
         """The process that has been silent for longest, in words, if one has been for long."""
-        when, who = self._began, ""
-        if self._heard:
-            number, (_, when) = min(self._heard.items(), key=lambda item: item[1][1])
-            if self._answered - when < SILENCE_SECONDS:
-                number, when = 0, self._answered
-                if self.is_alive() and time.time() - when < SILENCE_SECONDS:
-                    return None
-            who = "this one" if number == STATE.process_id else f"process {number}"
-        clock = time.strftime("%H:%M:%S", time.localtime(when))
-        return f"{f'nothing was heard of {who}' if who else _absent()} since {clock}"
+        if not self._heard:
+            return f"{_absent()} since {_clock(self._began)}"
+        number, (_, when) = min(self._heard.items(), key=lambda item: item[1][1])
+        if self._answered - when < SILENCE_SECONDS:
+            number, when = 0, self._answered
+            if self.is_alive() and time.time() - when < SILENCE_SECONDS:
+                return None
+        who = "this one" if number == STATE.process_id else f"process {number}"
+        return f"nothing was heard of {who} since {_clock(when)}"
 
     def leave(self, cause: str, *, another: bool = True) -> NoReturn:
         """End this process with one line: which one is lost, or else the cause, and what to do.
@@ -92,6 +91,10 @@ class RollCall(threading.Thread):
             remedy = "run the same command on all of them again to go on"
             print(f"jetflow: {me} ends, as {lost or cause}; {remedy}", file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def _clock(when: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(when))
 
 
 def _absent() -> str:

@@ -101,6 +101,7 @@ def test_a_process_that_cannot_know_the_others_is_refused(environment, message, 
         pass
 
 
+SWEEP = ["sweep", "--sweep", tiny_runs.ROOT / "configs" / "sweeps" / "guidance.py"]
 CONFIG = ("train", "--config", tiny_runs.ROOT / "configs" / "digits_tarflow.py")
 
 
@@ -292,6 +293,23 @@ def test_when_a_process_of_a_training_dies_the_others_end(start, tmp_path):
     _, errors = group[0].communicate(timeout=600)
     assert group[0].returncode == 1
     assert "nothing was heard of process 1" in errors.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "other", "fact"),
+    [
+        (["evaluate"], ["evaluate", "--draws", 3], "--draws is None"),
+        (["sample"], ["sample", "--num", 3], "--num is None"),
+        (["sample"], ["evaluate"], "the command is sample"),
+        (SWEEP, [*SWEEP, "--fix", "seed=1"], "--fix is None"),
+    ],
+)
+def test_commands_that_differ_end(start, tmp_path, line, other, fact):
+    group = start([*line, "--workdir", tmp_path], [*other, "--workdir", tmp_path])
+    for _, errors in finish(group, status=2):
+        assert f"{fact} on process 0 and " in errors.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -70,8 +70,9 @@ def train(
     workdir = Path(workdir)
     run = set_up(config, functools.partial(pipeline.load, data_dir=data_dir))
     section = run.config.train
-    keep = {"keep": section.keep_checkpoints, "keep_every": section.keep_every or None}
-    checkpoints = Checkpoints(workdir / "checkpoints", **keep)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep=section.keep_checkpoints, keep_every=section.keep_every
+    )
     # The claim is the last to go: a save in progress ends before another process may clean up.
     with StopSignal() as stop, workdirs.claimed(workdir) as claim, checkpoints:
         # What cannot start must leave nothing behind: the first state comes before `begin`.
