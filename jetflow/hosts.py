@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -23,6 +23,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from jetflow.fields import MOST_SHOWN, differences
 from jetflow.rollcall import STATE, RollCall
 from jetflow.types import UsageError
 
@@ -35,7 +36,6 @@ HEARTBEAT_SECONDS = 30  # without a sign of life from a process, after which the
 LAST_WORDS_SECONDS = 5
 LONGEST_WAIT = 24 * 3600  # seconds, for what another process has not done yet
 LARGEST_LAG = 60  # seconds until a network disk shows a file that another machine wrote
-MOST_SHOWN = 4  # facts that differ
 
 # What a launcher sets where there are several processes, which `jax.distributed` then finds.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JETFLOW_PROCESSES")
@@ -129,20 +129,23 @@ def compare(facts: Mapping[str, Any]) -> None:
         return
     key, own = f"jetflow/facts/{next(_calls)}", {name: str(fact) for name, fact in facts.items()}
     STATE.client.key_value_set(f"{key}/{STATE.process_id}", json.dumps(own))
-    differing: dict[str, str] = {}
-    for number in range(1, STATE.num_processes) if STATE.process_id == 0 else ():
-        other = json.loads(_wait_for(f"{key}/{number}"))
-        for name in {**own, **other}:
-            here, there = own.get(name, "absent"), other.get(name, "absent")
-            if here != there:
+
+    def check() -> None:
+        differing: dict[str, str] = {}
+        for number in range(1, STATE.num_processes):
+            other = json.loads(_wait_for(f"{key}/{number}"))
+            for name, (here, there) in differences(own, other, prefix="").items():
                 text = f"{name} is {here} on process 0 and {there} on process {number}"
                 differing.setdefault(name, text)
-    if texts := agreed([*differing.values()]):
-        more = [f"and {len(texts) - MOST_SHOWN} more"] if len(texts) > MOST_SHOWN else []
-        raise UsageError(
-            f"the processes of this run differ: {'; '.join(texts[:MOST_SHOWN] + more)}; start "
-            "the same command, with the same code and data, on all of them"
-        )
+        if differing:
+            more = [f"and {len(differing) - MOST_SHOWN} more"] * (len(differing) > MOST_SHOWN)
+            raise UsageError(
+                "the processes of this run differ: "
+                f"{'; '.join([*differing.values()][:MOST_SHOWN] + more)}; start the same command, "
+                "with the same code and data, on all of them"
+            )
+
+    by_first(check)
 
 
 def _end(error: Exception, roll_call: RollCall) -> NoReturn:
@@ -178,6 +181,21 @@ def agreed(value: T) -> T:
     if STATE.process_id == 0:
         STATE.client.key_value_set(key, json.dumps(value))
     return json.loads(_wait_for(key))
+
+
+def by_first(call: Callable[[], T]) -> T:
+    """What a call gives on the first process, or its UsageError, on all of them."""
+    result: Any = None
+    refusal = ""
+    if STATE.process_id == 0:
+        try:
+            result = call()
+        except UsageError as error:
+            refusal = str(error)
+    result, refusal = agreed([result, refusal])
+    if refusal:
+        raise UsageError(refusal)
+    return result
 
 
 def _wait_for(key: str) -> str:

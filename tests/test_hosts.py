@@ -325,6 +325,9 @@ def test_trainings_that_differ_leave_the_workdir_alone(start, alone, tmp_path, b
     for _, errors in finish(start(train("tarflow", workdir), longer), status=2):
         assert "config.train.steps is 12 on process 0 and 14 on process 1" in errors
         assert "config.optim.lr" in errors and "Traceback" not in errors
+    if begun:
+        for _, errors in finish(start(train("tarflow", workdir, optim__lr=0.1)), status=2):
+            assert "holds a run with another config: config.optim.lr is" in errors
     for _, errors in finish(start(train("tarflow", workdir, train__batch_size=15)), status=2):
         assert "config.train.batch_size 15 is not divisible" in errors
         assert "Traceback" not in errors

@@ -28,7 +28,7 @@ from jetflow.signals import Stopped, StopSignal
 from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import Reporter
 from jetflow.training.step import Metrics, TrainState
-from jetflow.types import Batch, Config, UsageError
+from jetflow.types import Batch, Config
 
 
 class Diverged(Exception):
@@ -78,8 +78,7 @@ def train(
         # What cannot start must leave nothing behind: the first state comes before `begin`.
         begins = hosts.agreed(checkpoints.latest() is None)
         fresh, table = run.fresh_state() if begins else (None, "")
-        before = hosts.agreed(_length(workdir, run.total_steps)) if extend else run.total_steps
-        claim.begin(run.resolved_config, extend=extend)
+        before = hosts.by_first(lambda: claim.begin(run.resolved_config, extend=extend))
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
         workdirs.note_environment(workdir, start, total_steps=run.total_steps)
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
@@ -90,18 +89,6 @@ def train(
                     "learning rate follows the schedule of the new length"
                 ]
             Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, notes)
-
-
-def _length(workdir: Path, steps: int) -> int:
-    """The steps of the run in `workdir`, which are to become `steps`; these if there is no run."""
-    config = workdirs.read_config(workdir)
-    before = config["resolved"]["total_steps"] if config else steps
-    if steps < before:
-        raise UsageError(
-            f"{workdir} holds a run of {before} steps, and config.train asks for {steps}; "
-            "--extend only makes a run longer"
-        )
-    return before
 
 
 @dataclasses.dataclass
