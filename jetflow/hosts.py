@@ -13,10 +13,9 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import filelock
 import jax
@@ -75,8 +74,13 @@ def joined(facts: Mapping[str, Any], *, saves_at_signals: bool) -> Iterator[None
             with contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
                 yield
             STATE.client.wait_at_barrier("jetflow/end", 1000 * LONGEST_WAIT)
+        except UsageError as error:
+            _print(str(error))
+            if is_first():  # the others, joined through it, mostly fail alike: let them say so
+                time.sleep(LAST_WORDS_SECONDS)
+            os._exit(error.status)
         except Exception as error:
-            _end(error, roll_call)
+            roll_call.leave(error)
 
 
 def _join() -> None:
@@ -95,7 +99,7 @@ def _join() -> None:
         )
     except ValueError as error:
         raise UsageError(
-            f"the processes of this run cannot join ({_one_line(error)}); set "
+            f"the processes of this run cannot join ({' '.join(str(error).split())}); set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each of them"
         ) from error
     finally:
@@ -146,19 +150,6 @@ def compare(facts: Mapping[str, Any]) -> None:
             )
 
     by_first(check)
-
-
-def _end(error: Exception, roll_call: RollCall) -> NoReturn:
-    """Say why this process fails, and end it."""
-    if isinstance(error, UsageError):
-        _print(str(error))
-        if is_first():  # the others, joined through it, mostly fail alike: let them say so
-            time.sleep(LAST_WORDS_SECONDS)
-        os._exit(error.status)
-    another = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-    if not another:
-        traceback.print_exception(error)
-    roll_call.leave(f"it or another one failed ({_one_line(error)[:300]})", another=another)
 
 
 def is_first() -> bool:
@@ -242,10 +233,6 @@ def note(text: str) -> None:
 
 def _print(text: str) -> None:
     print(f"jetflow: {text}", file=sys.stderr, flush=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _whole_number(name: str) -> int | None:
