@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent / "golden" / "workdirs"  # see the README beside 
 
 CONFIG = json.loads((GOLDEN / "tar" / "config.json").read_text())
 CONFIG["train"] |= {"steps": 0, "epochs": 2}
-CONFIG["resolved"] |= {"total_steps": 20, "train_examples": 160}
+CONFIG["resolved"] |= {"total_steps": 20, "train_examples": 160, "train_checksum": "a"}
 
 
 def changed(**values):
@@ -56,6 +56,7 @@ def test_cadences_mesh_and_workers_may_change(run):
         ({"optim__lr": 0.2}, r"config.optim.lr is 0.002 there and 0.2 here; .*init_from"),
         ({"resolved__data_version": "1.0.1"}, "data_version is 1.0.0 there and 1.0.1 here; its da"),
         ({"resolved__train_examples": 161}, "train_examples is 160 there and 161 here; its data"),
+        ({"resolved__train_checksum": "b"}, "train_checksum is a there and b here; its data"),
         ({"resolved__total_steps": 21}, "total_steps is 20 there and 21 here; its data"),
         ({"train__epochs": 3, "resolved__total_steps": 30},
          "epochs is 2 there and 3 here, config.resolved.total_steps is 20 there .* --extend"),

@@ -55,6 +55,7 @@ class Run:
             "total_steps": self.total_steps,
             "data_version": self.train_data.version,
             "train_examples": len(self.train_data),
+            "train_checksum": self.train_data.known_checksum,  # None for a part of a split
             "defaults": {name: default for name, (default, _) in differing.items()},
         }
         return {**config, "resolved": resolved}
