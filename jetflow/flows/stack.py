@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -23,12 +24,14 @@ class Stack(nn.Module):
         num_classes: 0 for a flow without labels.
         learned_prior: keep the prior variance of each latent dimension in the collection
             `prior`, as the mean square of the latents; else the prior is standard normal.
+        precision: of all products, as `jax.default_matmul_precision` takes it; None for as it is.
     """
 
     pixels: Pixels
     blocks: tuple[nn.Module, ...]
     num_classes: int = 0
     learned_prior: bool = False
+    precision: str | None = None
 
     def setup(self):
         if self.learned_prior:
@@ -88,7 +91,8 @@ class Stack(nn.Module):
         x, total = self.pixels.forward(x)
         blocks = []
         for block in self.blocks:
-            blocks.append(block.forward_blocks(x, label))
+            with jax.default_matmul_precision(self.precision):
+                blocks.append(block.forward_blocks(x, label))
             x, total = blocks[-1].z, total + blocks[-1].logdet
         logdets, scales = zip(*[block[2:] for block in blocks], strict=True)
         return BlockOutputs(x, total, jnp.concatenate(logdets), jnp.concatenate(scales))
@@ -97,7 +101,8 @@ class Stack(nn.Module):
         x, total, blocks = z, jnp.zeros(z.shape[0]), []
         for index in reversed(range(len(self.blocks))):
             each = decoding[index] if decoding else None
-            blocks.append(self.blocks[index].inverse_blocks(x, label, guidance, each))
+            with jax.default_matmul_precision(self.precision):
+                blocks.append(self.blocks[index].inverse_blocks(x, label, guidance, each))
             x, total = blocks[-1].x, total + blocks[-1].logdet
         x, logdet = self.pixels.inverse(x)
         tokens = jnp.concatenate([block.tokens for block in blocks])
