@@ -20,7 +20,7 @@ def jet() -> ConfigDict:
             dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
             precision="default",  # of float32 matmuls on TPUs and GPUs: default, high, highest
             attention="auto",  # xla (written out), splash (TPU), cudnn (GPU), or what suits
-            remat="none",  # recomputed in the backward pass: none, dots (all but matmuls), full
+            remat="none",  # recomputed backwards: none, dots (not matmuls), full (layers), block
             scan=True,  # loop over layers, or False: a program of all of them, slow to compile
         )
     )
@@ -47,7 +47,7 @@ def tarflow() -> ConfigDict:
             dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
             precision="default",  # of float32 matmuls on TPUs and GPUs: default, high, highest
             attention="auto",  # xla (written out), splash (TPU), cudnn (GPU), or what suits
-            remat="none",  # recomputed in the backward pass: none, dots (all but matmuls), full
+            remat="none",  # recomputed backwards: none, dots (not matmuls), full (layers), block
             scan=True,  # loop over layers, or False: a program of all of them, slow to compile
         )
     )

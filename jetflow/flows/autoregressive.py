@@ -82,7 +82,10 @@ class AutoregressiveBlock(nn.Module):
     ) -> BlockOutputs:
         """All tokens at once."""
         x = self._in_order(x)
-        log_scale, shift = self._predict(x, label)
+        predict = AutoregressiveBlock._predict
+        if self.transformer.remat == "block":
+            predict = nn.remat(predict)
+        log_scale, shift = predict(self, x, label)
         z, logdet = affine.normalise(x, log_scale, shift)
         scale = affine.root_mean_square(z)
         return BlockOutputs(self._in_order(z), logdet, logdet[None], scale[None])

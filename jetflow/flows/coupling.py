@@ -228,6 +228,8 @@ class Couplings(nn.Module):
 
     def _scan(self, body, x, *, reverse: bool):
         net = self.layers.net
+        if net.remat == "block":
+            body = nn.remat(body, prevent_cse=not net.scan)
         scanned = nn.scan(
             body,
             variable_axes={"params": 0},

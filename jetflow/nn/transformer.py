@@ -20,11 +20,13 @@ from jetflow.nn.attention import KVCache, attend, attend_cached
 Initializer = Callable[..., Array]
 Axes: TypeAlias = tuple[str | None, str | None]  # names of a kernel's two axes
 
-# What the backward pass keeps of a layer: everything, the weight matmuls' results, or its input.
+# What the backward pass keeps of a layer: everything, the weight matmuls' results, or its input;
+# or, of a whole coupling or block of layers, its input alone.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "block": None,
 }
 
 
@@ -46,8 +48,8 @@ def through_layers(
     def body(layer, x, _):
         return layer(x), None
 
-    if remat != "none":  # a loop already prevents common-subexpression elimination
-        body = nn.remat(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    if policy := REMAT_POLICIES[remat]:  # a loop already prevents that programs share what is equal
+        body = nn.remat(body, policy=policy, prevent_cse=not scan)
     scanned = nn.scan(
         body,
         variable_axes={"params": 0},
