@@ -119,7 +119,7 @@ def jetflow_batches(arguments: argparse.Namespace, rescale: bool, _path: str):
 
     from jetflow.data import dataset as pipeline
     from jetflow.data.reading import Ahead
-    from jetflow.tools.bench.throughput import processor_seconds
+    from jetflow.tools.throughput import processor_seconds
 
     dataset = pipeline.load(f"photos/{arguments.size}", f"train[:{IMAGES}]")
     batches = pipeline.train_batches(

@@ -12,7 +12,7 @@ _PUBLIC = {
     "Model": "jetflow.model:Model",
     "UsageError": "jetflow.types:UsageError",
     "bits_per_dim": "jetflow.evals.likelihoods:bits_per_dim",
-    "bench": "jetflow.tools.bench",
+    "bench": "jetflow.tools.throughput",
     "build": "jetflow.flows.build:build",
     "convert": "jetflow.tools.convert",
     "load_model": "jetflow.model:load_model",

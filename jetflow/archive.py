@@ -1,9 +1,10 @@
-"""Images written to an .npz as they come, in constant memory, so that a kill costs one batch."""
+"""Images in an .npz, written and read in parts: in constant memory; a kill costs one batch."""
 
 import json
+import math
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,11 @@ from tqdm import tqdm
 
 from jetflow import hosts
 from jetflow.files import write_atomically
+from jetflow.npz import ROOM, Npz
 from jetflow.sampling.ancestral import Drawn
 from jetflow.types import UsageError
+
+NUMBERS = 16  # bytes by image that a measurement of them needs for its order
 
 
 class Archive:
@@ -109,6 +113,38 @@ class Archive:
         content = {"settings": self._settings, "done": self.done}
         with write_atomically(self._folder / "progress.json") as file:
             file.write(json.dumps(content).encode())
+
+
+class Images(NamedTuple):
+    """The images of a file.
+
+    Attributes:
+        num: how many they are.
+        not_finite: how many of them its `finite` marks as broken.
+        chunks: the images, so many at a time.
+    """
+
+    num: int
+    not_finite: int
+    chunks: Iterator[UInt8[np.ndarray, "_ H W C"]]
+
+
+def read_images(file: Npz, chunk: int) -> Images:
+    """The images of a file, "images" or ADM's "arr_0", which are never read as a whole.
+
+    Raises:
+        UsageError: if they are not uint8 with 1 or 3 channels, or `chunk` of them take too much
+            memory.
+    """
+    name = "arr_0" if "arr_0" in file else "images"
+    num, *shape = file.shape(name, "B", (None,) * 4)
+    if not num or 0 in shape or shape[-1] not in (1, 3):
+        raise file.fault(f"{name} is {[num, *shape]}, not [N, H, W, 1 or 3]")
+    if max(num * NUMBERS, chunk * math.prod(shape)) > ROOM:
+        raise file.fault(f"{num:,} images of {shape}, {chunk} at a time, need too much memory")
+    file.verify(name)
+    finite = file.array("finite", "?", (num,)) if "finite" in file else np.ones(num, bool)
+    return Images(num, int((~finite).sum()), file.rows(name, chunk))
 
 
 class Collected(NamedTuple):

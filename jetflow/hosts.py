@@ -81,7 +81,7 @@ def _end(error: Exception) -> NoReturn:
         _print(str(error))
         if is_first():  # the others, joined through it, mostly fail alike: let them say so
             time.sleep(LAST_WORDS_SECONDS)
-        os._exit(2)
+        os._exit(error.status)
     if not isinstance(error, jax.errors.JaxRuntimeError):  # which says that another one is gone
         traceback.print_exception(error)
     _print(

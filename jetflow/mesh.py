@@ -1,17 +1,20 @@
-"""The option `mesh`: how the devices are laid out for a trained flow."""
+"""The options of a trained flow: its checkpoint, and how the devices are laid out for it."""
 
-from typing import Any
+import dataclasses
 
 from jax.sharding import Mesh
 
 from jetflow import sharding
-from jetflow.options import option
+from jetflow.options import Options, option
 from jetflow.types import UsageError
 
 
-def mesh_option() -> Any:
-    """The field `mesh`, a tuple of texts."""
-    return option(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """Which flow of a run, and on which devices."""
+
+    step: int | None = option(None, "of the checkpoint; default: the newest", least=0)
+    mesh: tuple[str, ...] = option(
         ("data=-1",),
         "how the devices are laid out: sizes of data, fsdp and tensor, -1 for the rest",
     )

@@ -25,7 +25,6 @@ from jetflow.noise import Noise, Purpose, key_for
 from jetflow.pictures import labels_in_turn
 from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, check_guided, draw_all, not_finite
-from jetflow.sampling.decoding import decodings
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training.step import abstract_variables
 from jetflow.types import AnyArray, Decoding, Flow, UsageError
@@ -75,24 +74,12 @@ class Model:
         Raises:
             UsageError: on options that this flow does not have.
         """
-        sampler = Sampler(
-            self.flow,
-            self.variables,
-            guidance=options.prescribed_guidance(),
-            temperature=options.temperature,
-            denoise=options.denoised_std(self.noise),
-            mesh=self.mesh,
-        )
-        if options.method == "auto":
-            decodings(self.flow, "jacobi")  # raises for a flow without windows
-            base = Decoding(1, options.tolerance, options.cache_dtype)
-            path = self.workdir / "checkpoints" / "decoding.json"
-            decoding = calibration.fastest(sampler, base, batch_size, path=path, step=self.step)
-        else:
-            decoding = decodings(
-                self.flow, options.method, window=options.window, tolerance=options.tolerance,
-                cache_dtype=options.cache_dtype,
-            )  # fmt: skip
+        sampler = options.sampler(self.flow, self.variables, self.noise, self.mesh)
+        if options.method != "auto":
+            return sampler
+        base = Decoding(1, options.tolerance, options.cache_dtype)
+        path = self.workdir / "checkpoints" / "decoding.json"
+        decoding = calibration.fastest(sampler, base, batch_size, path=path, step=self.step)
         return dataclasses.replace(sampler, decoding=decoding)
 
     def draw(

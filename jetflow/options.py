@@ -7,6 +7,7 @@ default, a range and a help text; `cli/flags.py` makes command-line flags of the
 import dataclasses
 import math
 import numbers
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -15,12 +16,20 @@ from typing import Any
 
 from jetflow.types import UsageError
 
+LARGEST = 2**31 - 1  # whole number, as arrays count
+LARGEST_BATCH = 2**20  # images at a time
+MOST_SAMPLES = 10**7
+MOST_DRAWS = 10_000
+MOST_WORKERS = 1000  # processes
+LONGEST_NAME, LONGEST_PATH = 240, 3000  # bytes; file systems take 255 and 4095, ours add to them
+
+BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 KINDS = {
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     bool: "true or false",
     str: "text",
-    Path: "a path",
+    Path: f"a path of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}",
 }
 
 
@@ -29,8 +38,8 @@ def option(
     help: str = "",
     *,
     choices: Sequence[str] = (),
-    least: int | float | None = None,
-    most: int | float | None = None,
+    least: int | float = -math.inf,
+    most: int | float = math.inf,
     example: str = "",
 ) -> Any:
     """A field of an `Options` class.
@@ -47,9 +56,7 @@ def option(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Checks its fields: type, choices and range.
-
-    A whole number in the place of a float is made one, and a text a path where a path is expected.
+    """Checks its fields, as `checked` does: type, choices and range.
 
     Raises:
         UsageError: on the first field that is wrong, with its name and what is expected.
@@ -57,14 +64,8 @@ class Options:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            kind: Any = kind_of(type(self), field.name)[0]
-            value = getattr(self, field.name)
-            if kind is float and type(value) is int:
-                value = float(value)
-            elif kind is Path and isinstance(value, str):
-                value = Path(value)
+            value = checked(type(self), field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-            _check(field, kind, value)
 
     def changed(self, *names: str) -> dict[str, Any]:
         """The values of some fields, by default of all, that are not as by default."""
@@ -75,50 +76,121 @@ class Options:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """Where the data sets are."""
+
+    data_dir: Path | None = option(
+        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
+    )
+
+
 def kind_of(options: type[Options], name: str) -> tuple[Any, bool]:
     """The type of a field, without None; of a tuple that of its items, and whether it is one."""
-    kind = typing.get_type_hints(options)[name]
+    return _item_kind(typing.get_type_hints(options)[name])
+
+
+def _item_kind(kind: Any) -> tuple[Any, bool]:
     if isinstance(kind, types.UnionType):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     is_tuple = typing.get_origin(kind) is tuple
     return (typing.get_args(kind)[0] if is_tuple else kind), is_tuple
 
 
-def _check(field: dataclasses.Field, kind: Any, value: Any) -> None:
-    """Raise a UsageError unless a value, or each of several, is one that the field may have."""
-    if (value is None and field.default is None) or not field.metadata:
-        return
-    for item in value if isinstance(value, tuple | list) else (value,):
-        if not _is(item, kind):
-            expected = KINDS.get(kind, str(kind))
-        elif field.metadata["choices"] and item not in field.metadata["choices"]:
-            expected = f"one of {', '.join(field.metadata['choices'])}"
-        elif not _in_range(item, field.metadata["least"], field.metadata["most"]):
-            least, most = (_text(field.metadata[end]) for end in ("least", "most"))
-            expected = (
-                f"{least} to {most}"
-                if least and most
-                else f"{least or most} or " + ("more" if least else "less")
-            )
-        else:
-            continue
-        raise UsageError(f"{field.name} is {item!r}; expected {expected}")
+def spelled(options: type[Options], name: str, text: str) -> Any:
+    """The value of a field that a text spells; where several are expected, it has commas.
+
+    Raises:
+        UsageError: if the field cannot have it.
+    """
+    kind, is_tuple = kind_of(options, name)
+    read = {int: int, float: float, bool: lambda part: BOOLS[part.lower()]}.get(kind, str)
+    parts = [part.strip() for part in text.split(",") if part.strip()] if is_tuple else [text]
+    try:
+        values = tuple(map(read, parts))
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{name} is {text!r:.100}; expected {KINDS[kind]}") from error
+    return checked(options, name, values if is_tuple else values[0])
+
+
+def checked(options: type[Options], name: str, value: Any) -> Any:
+    """The value of a field, of its type.
+
+    A whole number in the place of a float is made one, a text a path where a path is expected, and
+    one value a tuple where several are.
+
+    Raises:
+        UsageError: if the field cannot have it.
+    """
+    field = next(field for field in dataclasses.fields(options) if field.name == name)
+    return checked_value(name, field, typing.get_type_hints(options)[name], value)
+
+
+def checked_value(name: str, field: dataclasses.Field, kind: Any, value: Any) -> Any:
+    """As `checked`, for a value of any name: of a type, such as tuple[int, ...], in a range."""
+    if not field.metadata or (value is None and field.default is None):
+        return value
+    kind, is_tuple = _item_kind(kind)
+    if not is_tuple:
+        return _item(name, field, kind, value)
+    items = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not items and field.default != ():
+        raise UsageError(f"{name} is empty; expected one or more, separated by commas")
+    return tuple(_item(name, field, kind, item) for item in items)
+
+
+def _item(name: str, field: dataclasses.Field, kind: Any, value: Any) -> Any:
+    choices, least, most = (field.metadata[key] for key in ("choices", "least", "most"))
+    top = LARGEST if kind is int and most == math.inf else most
+    if value == "" == field.default:
+        return value
+    if not _is(value, kind) or value == "":
+        expected = KINDS.get(kind, str(kind))
+    elif choices and value not in choices:
+        expected = f"one of {', '.join(choices)}"
+    elif kind in (int, float) and not least <= value <= top:
+        expected = _range(least, top if value > least else most)
+    else:
+        return kind(value) if kind in (float, Path) else value
+    raise UsageError(f"{name} is {value!r:.100}; expected {expected}")
 
 
 def _is(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
-    if kind in (int, float):
-        number = numbers.Integral if kind is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if kind is float:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
+    if kind is Path:
+        return isinstance(value, str | Path) and is_path(str(value))
     return isinstance(value, kind)
 
 
-def _in_range(value: Any, least: int | float | None, most: int | float | None) -> bool:
-    if least is None and most is None:
-        return True
-    return (-math.inf if least is None else least) <= value <= (math.inf if most is None else most)
+def is_path(text: str) -> bool:
+    """Whether a file can have this path."""
+    sizes = [len(os.fsencode(part)) for part in Path(text).parts]
+    is_short = max(sizes, default=0) <= LONGEST_NAME and len(os.fsencode(text)) <= LONGEST_PATH
+    return bool(text) and "\0" not in text and is_short
 
 
-def _text(bound: int | float | None) -> str:
-    return "" if bound is None else f"{bound:g}" if isinstance(bound, float) else str(bound)
+def expanded(name: str, path: str | os.PathLike) -> Path:
+    """The path that an option gives, with ~ for the home directory.
+
+    Raises:
+        UsageError: if there is no such directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{name} is {os.fspath(path)!r}, but no home directory is known; give a path without ~"
+        ) from error
+
+
+def _range(least: int | float, most: int | float) -> str:
+    least_text, most_text = (f"{end:g}" if isinstance(end, float) else end for end in (least, most))
+    if math.isinf(most):
+        return f"{least_text} or more"
+    return f"{most_text} or less" if math.isinf(least) else f"{least_text} to {most_text}"

@@ -6,16 +6,16 @@ alone, a name is the key of a table, and nothing is imported. It is the one writ
 keeps its memo in a dict: the one written in C takes gigabytes where a file asks for it.
 """
 
+import dataclasses
 import io
 import math
-import mmap
 import os
 import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +24,10 @@ from jetflow.files import write_atomically
 from jetflow.types import UsageError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LARGEST_PICKLE = 2**20  # bytes, of 8,000 tensors; the machine takes up to 200 times as many
 ROOM = 2**28  # bytes by which all tensors together may exceed the file, where they share elements
+SHOWN = 80  # letters of a name in a message
 REMEDY = "save the model's state_dict() alone"
-COPY_AGAIN = "copy or download it again"
 
 DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -52,6 +53,30 @@ _OPCODES = (
 Storage = Callable[[str, np.dtype, int], np.ndarray]  # of a key, a type and a number of elements
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Tensor:
+    """What a pickle says of a tensor, unchecked: a part of a storage, counted in elements."""
+
+    storage: Any
+    offset: Any
+    shape: Any
+    strides: Any
+
+    def view(self) -> np.ndarray:
+        """The elements, where they lie in the storage; numpy refuses what lies outside."""
+        numbers = (self.offset, *self.shape, *self.strides)
+        has_sizes = all(type(n) is int and n >= 0 for n in numbers)
+        if type(self.storage) is not np.ndarray or not has_sizes:
+            raise _damaged("a tensor has no storage or no shape")
+        size = self.storage.itemsize
+        steps = [size * stride for stride in self.strides]
+        return np.ndarray(self.shape, self.storage.dtype, self.storage, self.offset * size, steps)
+
+
+def _damaged(what: str) -> UsageError:
+    return UsageError(f"is damaged: {what}; copy or download it again")
+
+
 def read_pth(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a state dict, in the file's order and types, in the zip or the legacy format.
 
@@ -60,10 +85,12 @@ def read_pth(path: str | os.PathLike) -> dict[str, np.ndarray]:
             names it; nothing of it is executed), or holds anything but a dict of tensors.
     """
     try:
+        if not os.path.isfile(path):
+            raise OSError("it is no file")  # a device may have no end
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             tensors = (_read_zip if zipfile.is_zipfile(file) else _read_legacy)(file, size)
-            return _copies(tensors, size + ROOM)
+        return _copies(tensors, size + ROOM)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error}); expected a .pth file") from error
     except UsageError as error:
@@ -76,7 +103,7 @@ def read_pth(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _read_zip(file: io.BufferedReader, size: int) -> dict[str, np.ndarray]:
+def _read_zip(file: io.BufferedReader, size: int) -> dict[str, _Tensor]:
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
@@ -84,13 +111,15 @@ def _read_zip(file: io.BufferedReader, size: int) -> dict[str, np.ndarray]:
         pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise UsageError("is a zip file without a data.pkl; expected what torch.save writes")
+        if entries[pickles[0]].file_size > LARGEST_PICKLE:
+            raise UsageError(f"has a data.pkl of more than {LARGEST_PICKLE:,} bytes; {REMEDY}")
         root = pickles[0].removesuffix("data.pkl")
         order = archive.read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
 
         def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
             entry = entries.get(f"{root}data/{key}")
-            if entry is None or entry.file_size < count * dtype.itemsize:
-                raise UsageError(f"is damaged: storage {key!r} is missing or short; {COPY_AGAIN}")
+            if entry is None or entry.file_size != count * dtype.itemsize:
+                raise _damaged(f"storage {key!r} is missing or of another size")
             values = np.frombuffer(archive.read(entry), dtype, count)
             return values if _order(order.decode()) == sys.byteorder else values.byteswap()
 
@@ -98,7 +127,7 @@ def _read_zip(file: io.BufferedReader, size: int) -> dict[str, np.ndarray]:
         return _state_dict(_Unpickler(content, storage, size).load())
 
 
-def _read_legacy(file: io.BufferedReader, size: int) -> dict[str, np.ndarray]:
+def _read_legacy(file: io.BufferedReader, size: int) -> dict[str, _Tensor]:
     """Pickles of a magic number, a version, the system, the state dict and its storages' keys."""
     arrays: dict[str, np.ndarray] = {}
 
@@ -106,66 +135,63 @@ def _read_legacy(file: io.BufferedReader, size: int) -> dict[str, np.ndarray]:
         arrays[key] = np.empty(count, dtype)  # their contents follow the pickles
         return arrays[key]
 
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        unpickler = _Unpickler(content, storage, size)
-        if unpickler.load() != LEGACY_MAGIC:
-            raise UsageError("is no PyTorch file; expected what torch.save writes")
-        _, system, state, keys = (unpickler.load() for _ in range(4))
-        order = _order("little" if system["little_endian"] else "big")
-        tensors = _state_dict(state)
-        for key in keys:
-            count = int.from_bytes(content.read(8), "little", signed=True)
-            if type(key) is not str or key not in arrays or count != len(arrays[key]):
-                raise UsageError(f"is damaged: a storage has {count} elements; {COPY_AGAIN}")
-            dtype = arrays[key].dtype
-            values = np.frombuffer(content.read(count * dtype.itemsize), dtype, count)
-            arrays[key][:] = values if order == sys.byteorder else values.byteswap()
+    file.seek(0)
+    pickles = io.BytesIO(file.read(LARGEST_PICKLE))
+    unpickler = _Unpickler(pickles, storage, size)
+    if unpickler.load() != LEGACY_MAGIC:
+        raise UsageError("is no PyTorch file; expected what torch.save writes")
+    _, system, state, keys = (unpickler.load() for _ in range(4))
+    order = _order("little" if system["little_endian"] else "big")
+    tensors = _state_dict(state)
+    file.seek(pickles.tell())
+    for key in keys:
+        count = int.from_bytes(file.read(8), "little", signed=True)
+        if type(key) is not str or key not in arrays or count != len(arrays[key]):
+            raise _damaged(f"a storage has {count} elements")
+        dtype = arrays[key].dtype
+        values = np.frombuffer(file.read(count * dtype.itemsize), dtype, count)
+        arrays[key][:] = values if order == sys.byteorder else values.byteswap()
     return tensors
 
 
 def _order(name: str) -> str:
     if name not in ("little", "big"):
-        raise UsageError(f"has the byte order {name!r}; expected little or big; {COPY_AGAIN}")
+        raise _damaged(f"its byte order is {name!r}")
     return name
 
 
-def _state_dict(content: Any) -> dict[str, np.ndarray]:
+def _state_dict(content: Any) -> dict[str, _Tensor]:
     """A pickle's content, if it is a dict of tensors."""
     if type(content) is not dict:
         raise UsageError(f"holds one {type(content).__name__}; expected a dict of tensors")
-    wrong = [
-        f"{key!r} ({type(value).__name__})"
-        for key, value in content.items()
-        if type(key) is not str or type(value) is not np.ndarray
-    ]
-    if wrong:
-        raise UsageError(f"holds more than tensors: {', '.join(wrong)}; {REMEDY}")
+    for key, value in content.items():
+        if type(key) is not str or type(value) is not _Tensor:
+            name = f"{key!r}"[:SHOWN]
+            raise UsageError(f"holds {name}, a {type(value).__name__} and no tensor; {REMEDY}")
     return content
 
 
-def _copies(tensors: Mapping[str, np.ndarray], allowed: int) -> dict[str, np.ndarray]:
+def _copies(tensors: Mapping[str, _Tensor], allowed: int) -> dict[str, np.ndarray]:
     """Contiguous copies, unless views that repeat elements would take more bytes than allowed."""
-    if sum(array.nbytes for array in tensors.values()) > allowed:
-        raise UsageError(
-            "makes tensors far larger than itself by repeating elements; save contiguous copies"
-        )
-    return {name: array.copy() for name, array in tensors.items()}
-
-
-class _Opcodes(dict[int, Any]):
-    """Functions of opcodes."""
-
-    def __missing__(self, opcode: int) -> Any:
-        raise UsageError(f"needs opcode {bytes([opcode])!r}, which no state dict does; {REMEDY}")
+    copies = {}
+    for name, tensor in tensors.items():
+        view = tensor.view()
+        allowed -= view.nbytes
+        if allowed < 0:
+            raise UsageError(
+                "makes tensors far larger than itself by repeating elements; save contiguous copies"
+            )
+        copies[name] = view.copy()
+    return copies
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     """Makes plain values, lists, tuples, dicts and tensors; only texts and numbers are hashed."""
 
-    dispatch = _Opcodes({
+    dispatch: ClassVar[dict[int, Any]] = {
         code: pickle._Unpickler.dispatch[code]  # type: ignore[attr-defined]
         for code in (getattr(pickle, name)[0] for name in _OPCODES)
-    })  # fmt: skip
+    }  # any other is a KeyError
 
     stack: list[Any]
 
@@ -183,9 +209,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if (module, name) not in _FUNCTIONS:
+            name = f"{module}.{name}"[:SHOWN]
             raise UsageError(
-                f"asks for {f'{module}.{name}'!r}; refused, nothing was executed: only tensors "
-                f"are read; {REMEDY}"
+                f"asks for {name!r}; refused, nothing was executed: only tensors are read; {REMEDY}"
             )
         return _FUNCTIONS[module, name]
 
@@ -201,11 +227,11 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         if key not in self._storages:
             self._left -= max(0, count) * dtype.itemsize
             if count < 0 or self._left < 0:
-                raise UsageError(f"is damaged: storage {key!r} is cut short; {COPY_AGAIN}")
+                raise _damaged(f"storage {key!r} is cut short")
             self._storages[key] = self._storage(key, dtype, count)
         array = self._storages[key]
         if (array.dtype, len(array)) != (dtype, count):
-            raise UsageError(f"is damaged: storage {key!r} has two descriptions; {COPY_AGAIN}")
+            raise _damaged(f"storage {key!r} has two descriptions")
         return array
 
     def load_setitems(self) -> None:
@@ -233,30 +259,14 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def _view(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
-    """The part of a storage that a tensor is; offset and strides count elements."""
-    numbers = (offset, *shape, *strides)
-    if type(storage) is not np.ndarray or not all(type(n) is int for n in numbers):
-        raise UsageError(f"is damaged: a tensor has no storage or no shape; {COPY_AGAIN}")
-    if (
-        len(shape) != len(strides)
-        or len(shape) > 32
-        or not 0 <= min(numbers) <= max(numbers) < 2**62
-    ):
-        raise UsageError(f"is damaged: a tensor has the shape {shape}; {COPY_AGAIN}")
-    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if 0 in shape:
-        return np.empty(shape, storage.dtype)
-    if last >= len(storage):
-        raise UsageError(f"is damaged: a tensor reaches out of its storage; {COPY_AGAIN}")
-    steps = [stride * storage.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps)
+def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    return _Tensor(storage, offset, shape, strides)
 
 
 _FUNCTIONS: dict[tuple[str, str], Callable] = {
     ("collections", "OrderedDict"): lambda: {},
-    ("torch._utils", "_rebuild_tensor"): _view,
-    ("torch._utils", "_rebuild_tensor_v2"): _view,
+    ("torch._utils", "_rebuild_tensor"): _rebuild,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -113,11 +114,38 @@ def bytes_per_device(state: Any) -> int:
     )
 
 
+def check_memory(state: Any, mesh: Mesh) -> None:
+    """Raise a UsageError where a tree of abstract arrays is larger than its devices' memory."""
+    device, needed = mesh.local_devices[0], bytes_per_device(state)
+    memory = psutil.virtual_memory().total // len(mesh.local_devices)  # of CPU devices
+    memory = (device.memory_stats() or {}).get("bytes_limit", memory)
+    if needed > memory:
+        raise UsageError(
+            f"the training state takes {needed / 2**30:,.1f} GiB of each device's "
+            f"{memory / 2**30:,.1f}; make config.flow smaller, or split the state over more "
+            "devices with config.mesh.fsdp"
+        )
+
+
 def describe(mesh: Mesh) -> str:
     """The mesh for a person: 8 x cpu, data 2 and fsdp 4."""
     axes = " and ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     kind = mesh.devices.flat[0].device_kind
     return f"{mesh.size} x {kind}" + (f" ({axes})" if axes else "")
+
+
+def check_rules(rules: Sequence[Any]) -> None:
+    """Raise a UsageError unless these are pairs (regex, strategy), keys of `STRATEGIES`."""
+    for rule in rules:
+        try:
+            regex, strategy = rule
+            re.compile(regex)
+            STRATEGIES[strategy]
+        except (KeyError, TypeError, ValueError, re.error) as error:
+            raise UsageError(
+                f"config.mesh.rules has {rule!r}, which is no (regex, strategy) ({error}); expected"
+                f" pairs, such as (('embedding', 'replicated'),), of {', '.join(STRATEGIES)}"
+            ) from error
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, str]] = ()) -> Any:
@@ -132,16 +160,7 @@ def state_shardings(mesh: Mesh, abstract_state: Any, rules: Sequence[tuple[str, 
     Raises:
         UsageError: on an unknown strategy, or a regex that is none.
     """
-    for regex, strategy in rules:
-        if strategy not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise UsageError(f"config.mesh.rules has {strategy!r}; expected one of {known}")
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise UsageError(
-                f"config.mesh.rules has {regex!r}, which is no regex: {error}"
-            ) from error
+    check_rules(rules)
 
     def sharding(path, array) -> NamedSharding:
         name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")

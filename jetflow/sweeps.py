@@ -18,6 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from jetflow.configs import call
+from jetflow.options import Options, option
 from jetflow.types import UsageError
 
 LONGEST_NAME = 120  # characters; many file systems take no more than 255 bytes
@@ -105,7 +106,7 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class Sweep(Options):
     """A grid, and what is measured at its points.
 
     Attributes:
@@ -124,18 +125,19 @@ class Sweep:
             and trainings are named by these.
     """
 
-    grid: Grid
-    metrics: tuple[str, ...]
-    config: str | None = None
+    grid: Grid = option()
+    metrics: tuple[str, ...] = option()
+    config: str | None = option(None)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    repeats: tuple[str, ...] = ()
-    pictures: int = 36
+    repeats: tuple[str, ...] = option(())
+    pictures: int = option(36, least=0)
     title: str = "Sweep"
     description: str = ""
 
     def __post_init__(self):
-        if not self.grid.points or not self.metrics:
-            raise UsageError("the sweep has no points or no metrics; give some of both")
+        super().__post_init__()
+        if not self.grid.points:
+            raise UsageError("the sweep has no points; give some values of an axis")
         swept = {name for choices in self.grid.points for name in choices}
         if unknown := [name for name in self.repeats if name not in swept]:
             raise UsageError(f"repeats has {unknown[0]}, which is no axis; add one")

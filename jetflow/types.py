@@ -22,6 +22,14 @@ Config: TypeAlias = Any  # an ml_collections ConfigDict: sections of fields, as 
 class UsageError(ValueError):
     """Bad input by the user: the message says what was expected, what came, and the remedy."""
 
+    status = 2  # of the command
+
+
+class Interruption(UsageError):
+    """What befell a run, by no fault of its input: the same command goes on, and may succeed."""
+
+    status = 1
+
 
 class Batch(NamedTuple):
     """One global (or one host's part of a) batch, as the data pipeline makes it.

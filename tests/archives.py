@@ -207,24 +207,19 @@ def afhq(folder: Path, name: str = "afhq.zip", held_out: str = "val") -> None:
 
 
 def training_images(folder: Path, name: str, files: dict[str, bytes]) -> None:
-    """Archives of a data set whose training images are these, in the order of their names."""
+    """Archives of "afhq/…" or "imagenet64_old" whose training images are these, in that order."""
     if name.startswith("afhq"):
         members = {f"afhq/train/cat/{file}": content for file, content in files.items()}
-        zip_of(members, folder / f"{name.split('/')[0]}.zip")
-    elif name.startswith("imagenet21k"):
-        outer = "fall11_whole.tar" if "fall11" in name else "winter21_whole.tar"
-        tar_of({f"{SYNSETS[0]}.tar": tar_of(files)}, folder / outer)
+        zip_of(members, folder / "afhq.zip")
     else:
-        size = {"imagenet32_old": 32, "imagenet64_old": 64}[name]
-        old_imagenet(folder, size, validation=1)
-        tar_of(files, folder / f"train_{size}x{size}.tar")
+        old_imagenet(folder, 64, validation=1)
+        tar_of(files, folder / "train_64x64.tar")
 
 
-def tree(folder: Path, classes: bool = True) -> None:
+def tree(folder: Path) -> None:
     """`folder`/pets, with the awkward and the unreadable files."""
     files = awkward(1) | {f"plain {number}": jpeg(number) for number in range(40)} | unreadable(1)
     for number, (name, content) in enumerate(files.items()):
-        path = folder / "pets" / (("cats", "dogs")[number % 2] if classes else "") / f"{name}.jpg"
+        path = folder / "pets" / ("cats", "dogs")[number % 2] / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    (folder / "pets" / ".DS_Store").write_bytes(b"\0")

@@ -55,7 +55,7 @@ def jet_arguments(settings: dict[str, Any]) -> dict[str, Any]:
         "image_shape": (*settings["image_size"], settings["channels"]),
         "patch_size": model["ps"],
         "num_heads": model["num_heads"],
-        "kinds": model["kinds"],
+        "kinds": tuple(model["kinds"]),
     }
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from jetflow import cli
 from jetflow.evals import features, inception
-from jetflow.sharding import local_rows, make_mesh
+from jetflow.evals.batching import Batching
+from jetflow.sharding import make_mesh
 
 TOTAL, KEPT = 23, 9
 
@@ -25,7 +26,7 @@ def activations(arrays, images):
     x = jnp.broadcast_to(images, (*images.shape[:3], 3)).reshape(len(images), -1) / 255
     index = jnp.arange(x.shape[1])[:, None]
     pooled = jnp.tanh(x @ jnp.sin(index * jnp.arange(1.0, 49) * arrays["frequency"]))
-    return {"2048": pooled, "spatial": pooled[:, :24].reshape(-1, 2, 2, 6)}
+    return pooled, pooled[:, :24].reshape(-1, 2, 2, 6)
 
 
 def network(name="a"):
@@ -49,13 +50,10 @@ def images(count=TOTAL, seed=0):
 
 
 def collected(batch_size, mesh=None):
-    mesh = mesh or make_mesh()
+    batching = Batching(mesh or make_mesh(), batch_size)
     chunks = (images()[first : first + batch_size] for first in range(0, TOTAL, batch_size))
-    batches = features.in_batches(chunks, batch_size=batch_size, rows=local_rows(mesh, batch_size))
-    return features.collect(
-        network(), batches, features.Statistics(TOTAL, KEPT), mesh=mesh, batch_size=batch_size,
-        total=TOTAL, name="images",
-    )  # fmt: skip
+    statistics = features.Statistics(TOTAL, KEPT)
+    return statistics.collect(network(), batching, batching.of_images(chunks), "images")
 
 
 if __name__ == "__main__":

@@ -45,17 +45,3 @@ def test_random_weights(capsys):
     assert line["token_by_token"] == [15] and line["images_per_second"] > 0
     assert cli.main(arguments) == 2
     assert "give a trained flow (workdir), or cached alone" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ([], "give --workdir runs/NAME of a trained flow, or --config"),
-        (["--methods", "fast"], "--methods is 'fast'; expected one of cached, jacobi, auto"),
-        (["--batch_sizes", "0"], "--batch_sizes is 0; expected 1 or more"),
-    ],
-)
-def test_bad_input(flags, message, capsys):
-    assert cli.main(["bench", "sample", *flags]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line

@@ -11,9 +11,9 @@ import pytest
 
 import jetflow
 from jetflow import noise, sharding
-from jetflow.data.dataset import Dataset, eval_batches
-from jetflow.evals import classify
+from jetflow.data.dataset import Dataset
 from jetflow.evals import likelihoods as bpd
+from jetflow.evals.batching import Batching
 from jetflow.evals.evaluation import spread
 from jetflow.evals.records import describe
 from jetflow.flows.stack import check_labels
@@ -114,9 +114,9 @@ def dataset():
     return Dataset("seven", "1.0.0", "test", (4, 4, 1), 3, source)
 
 
-def measure(flow, variables, dataset, **fields):
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
-    return bpd.measure(flow, variables, dataset, mesh=mesh, seed=2, **fields)
+def density(flow, variables, batch_size=4, **fields):
+    batching = Batching(sharding.make_mesh(data=-1, fsdp=1), batch_size)
+    return bpd.Density(flow, variables, batching, seed=2, **fields)
 
 
 @pytest.mark.parametrize("batch_size", [4, 16])
@@ -124,7 +124,7 @@ def test_each_example_counts_once(flow, variables, dataset, batch_size):
     """Whether the last batch is padded or not."""
     key = noise.key_for(2, 0, noise.Purpose.EVALUATE)
     expected = jetflow.bits_per_dim(flow, variables, IMAGES, LABEL % 3, key).mean()
-    measured = measure(flow, variables, dataset, batch_size=batch_size)
+    measured = density(flow, variables, batch_size).likelihood(dataset)
     assert measured.mean == pytest.approx(float(expected), rel=1e-6)
     assert math.isnan(measured.standard_error)
 
@@ -141,9 +141,7 @@ def test_draws(flow, variables, dataset):
             return super().__getitem__(index)
 
     counted = dataclasses.replace(dataset, source=Counted(dataset.source))
-    measured = measure(
-        flow, variables, counted, batch_size=4, draws=4, poll=lambda: polls.append(1)
-    )  # fmt: skip
+    measured = density(flow, variables, draws=4).likelihood(counted, lambda: polls.append(1))
     assert sorted(reads) == list(range(7)) and len(polls) == 2
     np.testing.assert_allclose(measured.bits, bits, rtol=1e-6)
     means = bits.mean(1)
@@ -157,11 +155,10 @@ def test_draws(flow, variables, dataset):
 
 def test_record(flow, variables, dataset):
     """Only uniform noise makes a bound of the mean of p, and only labels a conditional one."""
-    source = {"step": 1, "weights": "ema"}
     for classes, used in [(3, bpd.UNIFORM), (0, Noise("gaussian", std=0.3))]:
         data = dataclasses.replace(dataset, num_classes=classes)
-        measured = measure(flow, variables, data, batch_size=4, draws=2)
-        result = bpd.record(measured, used, data, **source)
+        measured = density(flow, variables, noise=used, draws=2).likelihood(data)
+        result = measured.record(step=1, weights="ema")
         assert result["conditional"] == bool(classes) == ("given the labels" in describe(result))
         bound = measured.importance_weighted if used is bpd.UNIFORM else None
         assert result["importance_weighted"] == bound
@@ -179,11 +176,8 @@ def test_some_examples_have_a_checksum_of_their_own(dataset):
 
 
 def answers(flow, variables, dataset, **fields):
-    batches = eval_batches(dataset, batch_size=4)
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
-    return classify.answers(
-        flow, variables, batches, len(dataset), mesh=mesh, batch_size=4, seed=2, **fields
-    )  # fmt: skip
+    measure = density(flow, variables, **fields)
+    return measure.answers(measure.batching.of_data(dataset), len(dataset))
 
 
 @pytest.mark.parametrize("how", [Noise("uniform"), Noise("gaussian", std=0.3)])

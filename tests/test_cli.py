@@ -1,8 +1,11 @@
-"""The command line: bad input in one line, options and their flags, help."""
+"""The command line: options and their flags, help, and what `jetflow evaluate` leaves."""
 
 import dataclasses
 import json
+import os
+import pwd
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,155 +20,7 @@ from jetflow.data import dataset as pipeline
 from jetflow.options import Options, option
 from jetflow.types import UsageError
 
-pytestmark = pytest.mark.usefixtures("compilation_cache", "digits")
-
 CONFIG = str(tiny_runs.ROOT / "configs" / "digits_tarflow.py")
-
-
-@pytest.fixture(scope="module")
-def digits(data_dir):
-    """Prepared, so that no test is the first and sees the line about it."""
-    return pipeline.load("digits", "test")
-
-
-def files(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def refused(tmp_path, capsys, monkeypatch):
-    """A function: runs a command line that must fail, in a folder of its own; gives the message.
-
-    It must fail as bad input should: one line, status 2, nothing written.
-    """
-    monkeypatch.chdir(tmp_path)
-
-    def run(arguments, *folders):
-        before = [files(folder) for folder in (tmp_path, *folders)]
-        capsys.readouterr()
-        assert cli.main([str(argument) for argument in arguments]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        (line,) = printed.err.splitlines()
-        assert [files(folder) for folder in (tmp_path, *folders)] == before
-        assert "Traceback" not in line
-        return line
-
-    return run
-
-
-# Command lines, where JET, TARFLOW and PLAIN are trained runs, the last one without labels; and a
-# part of each message: the name of what is wrong, what came, or the remedy.
-REFUSED = [
-    ("trian", "'trian' is no command; expected one of prepare, train"),
-    ("--workdir x", "'--workdir' is no command"),
-    ("train --workdir x", "--config is missing; expected --config configs/NAME.py"),
-    (f"train --config {CONFIG}", "--workdir is missing; expected --workdir runs/NAME"),
-    ("train --config digit.py --workdir x", "'digit.py' is no file"),
-    (f"train --config {CONFIG}:16 --workdir x", "get_config() takes 0 positional arguments"),
-    ("train --config.train.steps=3 --workdir x", "give --config FILE.py"),
-    (f"train --config {CONFIG} --train 3 --workdir x", "fields of the config are --config.train."),
-    (f"train --config {CONFIG} --workdir x y", "unexpected argument 'y'; see `jetflow train --he"),
-    (f"train --config {CONFIG} --workdir file/x", "--workdir file/x cannot be written"),
-    ("sample", "--workdir is missing"),
-    ("sample --workdirr x", "did you mean --workdir?"),
-    ("sample --workdir", "workdir"),
-    ("sample --workdir nothing", "no run in nothing"),
-    ("sample --workdir JET --num all", "--num is 'all'; expected a whole number"),
-    ("sample --workdir JET --num 0", "num is 0"),
-    ("sample --workdir JET --step 7", "no checkpoint of step 7"),
-    ("sample --workdir JET --guidance 1", "guidance is 1.0, but needs a TarFlow"),
-    ("sample --workdir JET --denoise", "gaussian"),
-    ("sample --workdir TARFLOW --label 10", "label 10 is out of range; expected 0 to 9"),
-    ("sample --workdir PLAIN --label 1", "trained without labels"),
-    ("sample --workdir TARFLOW --out file/x.png", "out file/x.png cannot be written"),
-    ("evaluate --workdir nothing", "no run in nothing"),
-    ("evaluate --workdir JET --metrics fidd", "metrics is 'fidd'"),
-    ("evaluate --workdir JET --metrics noised_bpd", "noised_bpd is for flows trained with gaussia"),
-    ("evaluate --workdir JET --split validation", "'validation' is not a split"),
-    ("evaluate --workdir JET --mesh fsdp:4", "mesh has 'fsdp:4'; expected AXIS=SIZE"),
-    ("sweep --workdir x", "--sweep is missing"),
-    ("sweep --sweep nothing.py --workdir x", "'nothing.py' is no file"),
-    ("report nothing", "nothing is no folder"),
-    (f"plan --config {CONFIG} --topology v9:2x2", "v9"),
-    ("bench sampling", "expected jetflow bench followed by one of"),
-    ("bench train", "--config is missing"),
-    ("convert tarflow", "missing"),
-    ("prepare digist", "digist"),
-]
-
-
-@pytest.mark.parametrize(("line", "message"), REFUSED, ids=[line for line, _ in REFUSED])
-def test_refusals(line, message, refused, trained, tmp_path):
-    (tmp_path / "file").touch()
-    runs = {"JET": "jet", "TARFLOW": "tarflow", "PLAIN": "volume preserving"}
-    folders = [trained(runs[word]) for word in line.split() if word in runs]
-    words = [str(trained(runs[word])) if word in runs else word for word in line.split()]
-    assert message in refused(words, *folders)
-
-
-# Of a training: the flow, its fields, and the message.
-BAD_FIELDS = [
-    ("tarflow", {"train.stpes": 3}, "config.train.stpes is no field of the config; did you mean s"),
-    ("tarflow", {"trian.steps": 3}, "config.trian.steps is no field of the config; did you mean t"),
-    ("jet", {"flow.layers_per_block": 3}, "no field of the config; configs/base.py lists them"),
-    ("tarflow", {"mesh": 3}, "config.mesh is '3'; expected the name of a field after it"),
-    ("tarflow", {"train.steps": 1.5}, "config.train.steps is '1.5'; expected a whole number"),
-    ("tarflow", {"optim.lr": "high"}, "config.optim.lr is 'high'; expected a number"),
-    ("tarflow", {"data.labels": "maybe"}, "config.data.labels is 'maybe'; expected true or false"),
-    ("jet", {"flow.kinds": "(channels"}, "config.flow.kinds is '(channels'; expected values in br"),
-    ("tarflow", {"flow.kind": "jet"}, "config.flow.head_dim is no field of a jet; it has patch_si"),
-    ("tarflow", {"flow.kind": "glow"}, "config.flow.kind is 'glow'"),
-    ("tarflow", {"flow.layers_per_block": "(1, 2, 3)"}, "has 3 entries for 2 blocks"),
-    ("tarflow", {"flow.patch_size": 3}, "image height 8 is not divisible by patch 3"),
-    ("jet", {"flow.patch_size": 8}, "spatial split"),
-    ("tarflow", {"data.name": "digist"}, "config.data.name is 'digist'"),
-    ("tarflow", {"data.train_split": "validation"}, "'validation' is not a split"),
-    ("tarflow", {"train.accumulation": 3}, "16 is not divisible by config.train.accumulation 3"),
-    ("tarflow", {"train.batch_size": 0}, "config.train.batch_size is 0"),
-    ("tarflow", {"mesh.fsdp": 2}, "fsdp=2, tensor=1, but there are 1 devices"),
-    ("tarflow", {"train.epochs": 3}, "got steps=12, epochs=3; set the others to 0"),
-    ("tarflow", {"noise.kind": "uniform"}, "config.noise.std is 0.1 with uniform noise"),
-    ("tarflow", {"data.labels": False}, "config.noise.label_drop is 0.2, but the flow has no labe"),
-    ("volume preserving", {"eval.guidance": 1}, "config.eval.guidance of a flow without labels"),
-    ("jet", {"eval.denoise": True}, "config.eval.denoise needs a flow trained with gaussian n"),
-    ("jet", {"flow.num_heads": 3}, "config.flow.width 32 is not divisible by num_heads 3"),
-    ("tarflow", {"flow.num_blocks": 0}, "config.flow.num_blocks is 0; expected 1 or more"),
-    ("tarflow", {"optim.lr": "inf"}, "config.optim.lr is inf; expected a finite number above 0"),
-    ("tarflow", {"train.seed": 2**32}, "config.train.seed is 4294967296; expected 0 to"),
-    ("tarflow", {"train.ema_decay": 1}, "config.train.ema_decay is 1.0; expected 0 <= value < 1"),
-    ("tarflow", {"init_from": "nothing"}, "config.init_from is nothing: no run in nothing"),
-]
-
-
-@pytest.mark.parametrize(("name", "fields", "message"), BAD_FIELDS)
-def test_bad_fields(name, fields, message, refused, tmp_path):
-    fields = {key.replace(".", "__"): value for key, value in fields.items()}
-    assert message in refused(tiny_runs.arguments(name, tmp_path / "new" / "run", **fields))
-
-
-START = "from configs import base\n\ndef get_config():\n    config = base.jet()\n"
-BAD_FILES = {
-    "def get_config(:\n": ", line 1: SyntaxError",
-    "import missing_module\n": ", line 1: ModuleNotFoundError: No module named 'missing_module'",
-    START + "    config.train.steps = 'many'\n    return config\n": ", line 5: TypeError: ",
-    START + "    config.train.stpes = 3\n": 'line 5: AttributeError: .*Did you mean "steps"',
-    START: " has a get_config that returns no config",
-    "x = 1\n": " has no function get_config",
-    START
-    + "    config.unlock()\n    del config.init_from\n    return config\n": "no field init_from",
-}
-
-
-@pytest.mark.parametrize("content", BAD_FILES)
-def test_bad_config_files(content, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tiny_runs.ROOT)])
-    path = tmp_path / "experiment.py"
-    path.write_text(content)
-    message = refused(["train", "--config", path, "--workdir", tmp_path / "run"])
-    start, *rest = BAD_FILES[content].split(".*")
-    assert f"--config {path}" in message
-    assert start in message and all(part in message for part in rest)
 
 
 def test_data_that_cannot_be_prepared(tmp_path, capsys):
@@ -190,16 +45,26 @@ def test_refusals_of_four_devices(tmp_path):
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert process.stdout.split() == ["2"] * 4, process.stderr
-    starts = [
-        "config.train.batch_size 18 / accumulation 2 is not divisible by the 4 devices that a batch"
-        " is split over; set config.train.batch_size to a multiple of 8",
-        "config.train.batch_size 16 / accumulation 8 is not divisible by the 4 devices",
+    messages = [
+        "18 / accumulation 2 is not divisible by the 4 devices",
+        "16 / accumulation 8 is not divisible by the 4 devices",
         "config.eval.batch_size 30 is not divisible by the 4 devices",
         "config.mesh has data=-1, fsdp=3, tensor=1, but there are 4 devices",
     ]
-    for line, start in zip(process.stderr.splitlines(), starts, strict=True):
-        assert line.startswith(f"jetflow: {start}")
+    for line, message in zip(process.stderr.splitlines(), messages, strict=True):
+        assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def test_without_a_home_no_folder_of_its_name_appears(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "TFDS_DATA_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    for line in (["prepare", "digits"], ["prepare", "cifar10", "--manual_dir=~/archives"]):
+        assert cli.main(line) == 2
+        assert "is known; give a path without ~" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_help(capsys):
@@ -213,11 +78,35 @@ def test_help(capsys):
         assert printed.err == "" and printed.out.startswith(summary) and "\n  --" in printed.out
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds", "required"),
+    [("bench", ("sample", "train", "data"), {"--config"}),
+     ("convert", ("--reverse tarflow", "tarflow", "jet"), {"SOURCE", "--out", "--noise_std"})],
+)  # fmt: skip
+def test_help_of_commands_of_several_kinds(name, kinds, required, capsys):
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  jetflow {name} {kind} " in text for kind in kinds)
+    marked = {line.split(":")[0].strip() for line in text.splitlines() if "(required)" in line}
+    assert required <= marked and "--data" not in marked
+
+
 def test_a_process_has_the_same_status_and_line():
     process = tiny_runs.start(["sample", "--workdir", "nothing", "--num=x"])
     line = "jetflow: --num is 'x'; expected a whole number\n"
     assert process.communicate(timeout=900) == ("", line)
     assert process.returncode == 2
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "jetflow", "convert", "--help"],
+        env=tiny_runs.environment(), stdout=writer, stderr=subprocess.PIPE, timeout=900,
+    )  # fmt: skip
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,12 +131,13 @@ def test_a_command_line_becomes_options():
     assert expected.changed("count", "what", "config") == {"count": 4, "what": "b"}
 
 
-def test_fields_of_a_config_are_changed_in_order():
+def test_the_last_change_of_a_field_counts():
     changes = ["--config.train.steps", "7", "--config.data.labels=false", "--config.noise.flip"]
-    changes += ["--config.flow.layers_per_block=2", "--config.train.steps=8"]
+    changes += ["--config.flow.layers_per_block=(1,)", "--config.train.steps=8"]
+    changes += ["--config.flow.layers_per_block=2", "--config.flow.layers_per_block=(2,3)"]
     config = parse(COMMAND, ["try", *changes, "x", "--config", CONFIG]).config
     assert (config.train.steps, config.data.labels, config.noise.flip) == (8, False, True)
-    assert config.flow.layers_per_block == (2,)
+    assert config.flow.layers_per_block == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +147,9 @@ def test_fields_of_a_config_are_changed_in_order():
         ("try x --count=x", "--count is 'x'; expected a whole number"),
         ("try x --count=10", "--count is 10; expected 1 to 9"),
         ("try x --rate=-1", "--rate is -1.0; expected 0 or more"),
+        ("try x --rate=nan", "--rate is nan; expected a finite number"),
         ("try x --sizes=1,0", "--sizes is 0; expected 1 or more"),
+        ("try x --sizes=1,9999999999", "--sizes is 9999999999; expected 1 to 2147483647"),
         ("try x --what=c", "--what is 'c'; expected one of a, b"),
     ],
 )
@@ -272,12 +164,13 @@ def test_help_has_each_flag_with_its_default():
     assert "  --count: a number (default 3)" in lines
     assert "  --sizes: several (default 1,2)" in lines
     assert "  --what: one of two (a, b) (default a)" in lines
-    assert "  --quick: a switch" in lines and not [line for line in lines if "place" in line]
+    assert "  --quick: a switch" in lines and "  PLACE: given by its place (required)" in lines
 
 
 @pytest.mark.parametrize("name", ["jet", "tarflow"])
-def test_evaluation_repeats_that_of_training(name, trained, tmp_path, digits):
-    workdir, metric = tmp_path / "run", "noised_bpd" if name == "tarflow" else "bpd"
+def test_evaluation_repeats_that_of_training(name, trained, tmp_path):
+    digits, workdir = pipeline.load("digits", "test"), tmp_path / "run"
+    metric = "noised_bpd" if name == "tarflow" else "bpd"
     shutil.copytree(trained(name), workdir)
     (path,) = workdir.glob(f"evals/{metric}-{tiny_runs.STEPS:08d}.json")
     expected = json.loads(path.read_text())

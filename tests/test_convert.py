@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
+import memory
 import numpy as np
 import pytest
 from published import (
@@ -88,176 +89,161 @@ def test_splits_are_those_of_a_new_flow(name):
     assert_equal(read["spatial"], new.spatial)
 
 
-def test_bad_checkpoints_are_refused(tmp_path):
-    pointer = tmp_path / "workdir" / "checkpoint.bv-LAST"
-    pointer.parent.mkdir()
-    with pytest.raises(UsageError, match="workdir is no checkpoint of big_vision; expected an"):
-        big_vision.read(pointer.parent)
-    pointer.write_text("000000003")
-    with pytest.raises(
-        UsageError, match=r"points to .*checkpoint\.bv-000000003, which is not there"
-    ):
-        big_vision.read(pointer.parent)
-    with pytest.raises(UsageError, match="nowhere is no checkpoint"):
-        big_vision.read(tmp_path / "nowhere")
-    for content in (b"", b"text", pickle.dumps({"a": 3})):
-        (tmp_path / "a.npz").write_bytes(content)
-        with pytest.raises(UsageError, match=r"a\.npz cannot be read"):
-            big_vision.read(tmp_path / "a.npz")
-    damaged = tmp_path / "checkpoint.bv-000000012"
-    shutil.copytree(WORKDIR / damaged.name, damaged)
-    (damaged / "params~couplings~dnn~init_proj~kernel" / "0.0.0").write_bytes(b"text")
-    with pytest.raises(UsageError, match=r"checkpoint\.bv-000000012 cannot be read"):
-        big_vision.read(damaged)
+def pointer(folder: Path) -> Path:
+    (folder / "checkpoint.bv-LAST").write_text("000000003")
+    return folder
 
 
-def test_missing_chunk_is_no_zeros(tmp_path):
-    folder = tmp_path / "checkpoint.bv-000000012"
-    shutil.copytree(WORKDIR / folder.name, folder)
-    big_vision.read(folder)
-    (folder / "params~couplings~dnn~posemb" / "0.0.0.0").unlink()
-    with pytest.raises(UsageError, match=r"checkpoint\.bv-000000012 cannot be read"):
-        big_vision.read(folder)
+def file_of(folder: Path, content: bytes) -> Path:
+    (folder / "a.npz").write_bytes(content)
+    return folder / "a.npz"
 
 
-# --- names that do not match ---------------------------------------------------------------------
+def folder_with(folder: Path, file: str, content: bytes | None) -> Path:
+    """The folder of arrays with one file of another content, or without it."""
+    copy = folder / "checkpoint.bv-000000012"
+    shutil.copytree(WORKDIR / copy.name, copy)
+    (copy / file).unlink() if content is None else (copy / file).write_bytes(content)
+    return copy
 
 
-def written(tmp_path: Path, change) -> Path:
-    """The conditional TarFlow with its tensors changed."""
-    tensors = read_pth(PTH / "cond.pth")
-    change(tensors)
-    write_pth(tmp_path / "changed.pth", tensors)
-    return tmp_path / "changed.pth"
+POSITIONS = "params~couplings~dnn~posemb"
+
+
+def large(**sizes: list[int]) -> bytes:
+    """The description of an array of 2**38 bytes, or of such chunks."""
+    fields = {"zarr_format": 2, "dtype": "<f4", "order": "C", "compressor": None, "filters": None}
+    return json.dumps(fields | {"fill_value": 0, "shape": [1], "chunks": [1]} | sizes).encode()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: folder, "is no checkpoint of big_vision"),
+        (lambda folder: folder / "nowhere", "nowhere is no checkpoint"),
+        (pointer, "checkpoint.bv-000000003, which is not there"),
+        (lambda folder: file_of(folder, b""), "a.npz cannot be read"),
+        (lambda folder: file_of(folder, pickle.dumps({"a": 3})), "a.npz cannot be read"),
+        (lambda folder: folder_with(folder, f"{POSITIONS}/0.0.0.0", b"text"), "cannot be read"),
+        (lambda folder: folder_with(folder, f"{POSITIONS}/0.0.0.0", None), "cannot be read"),
+        (lambda folder: folder_with(folder, f"{POSITIONS}/.zarray", b"{"), "cannot be read"),
+        (
+            lambda folder: folder_with(folder, f"{POSITIONS}/.zarray", large(shape=[2**36])),
+            "far larger than their files",
+        ),
+        (
+            lambda folder: folder_with(folder, f"{POSITIONS}/.zarray", large(chunks=[2**36])),
+            "far larger than their files",
+        ),
+    ],
+)
+def test_bad_checkpoints_are_refused(make, words, tmp_path):
+    """A missing chunk is no zeros; and no more memory is taken than the files have."""
+    with pytest.raises(UsageError) as error, memory.bounded():
+        big_vision.read(make(tmp_path))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# --- tensors that do not match -------------------------------------------------------------------
+
+
+def put(name: str, change, source: str = ""):
+    """A change of tensors: `name` is what `change` makes of the tensor `source`."""
+    return lambda tensors: tensors.update({name: change(tensors[source or name])})
+
+
+def pop(*names: str):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def same(array):
+    return array
+
+
+def with_entry(index, value):
+    """The same array with another value at an index."""
+
+    def change(array):
+        array = np.array(array)
+        array[index] = value
+        return array
+
+    return change
 
 
 QKV = "blocks.1.attn_blocks.0.attention.qkv"
+OF_TARFLOW = [
+    (put("extra", same, "var"), "unknown: 'extra'"),
+    (put("\x1b[2J", same, "var"), r"unknown: '\x1b[2J'"),
+    (put("blocks.0.attn_blocks.3000.x", same, "var"), "unknown: 'blocks.0.attn_blocks.3000.x'"),
+    (pop(f"{QKV}.bias", f"{QKV}.weight"), f"missing: {QKV}.bias, {QKV}.weight"),
+    (pop("blocks.0.class_embed"), "'blocks.1.class_embed', 'blocks.2.class_embed'"),
+    (pop("blocks.0.proj_in.weight"), "has no tensor blocks.0.proj_in.weight"),
+    (put(f"{QKV}.weight", np.transpose), "not fit"),
+    (put("blocks.1.attn_mask", np.transpose), "not as in the published model: blocks.1.attn_mask"),
+    (put("var", lambda var: 2 * var), "not as in the published model: var"),
+    (put("blocks.2.proj_out.bias", lambda bias: bias[1:]), "(is (23,), expected (24,))"),
+    (put("blocks.0.class_embed", lambda var: var[0], "var"), "(12,); expected 3 axes"),
+    (
+        put("blocks.0.proj_in.weight", lambda weight: weight[:0]),
+        "(0, 12); expected 2 axes, none of them empty",
+    ),
+]
+CHANNEL, SPATIAL = (f"{kind}_coupling_masks-FREEZE_ME" for kind in ("channel", "spatial"))
+LAYER, KERNEL = "couplings/dnn/vit/encoderblock_0/", "couplings/dnn/init_proj/kernel"
+ATTENTION = LAYER + "MultiHeadDotProductAttention_0/"
+OF_JET = [
+    (put("x", same, KERNEL), "unknown: 'x'"),
+    (pop(LAYER + "LayerNorm_1/bias"), f"missing: {LAYER}LayerNorm_1/bias"),
+    (put(CHANNEL, with_entry((0, 0), 1)), "no permutation"),
+    (put(CHANNEL, lambda masks: masks[0]), "(48, 48); expected (layers, N, N)"),
+    (put(SPATIAL, with_entry(-1, 0)), "[9] have split matrices of both kinds or of none"),
+    (put(SPATIAL, with_entry(0, np.eye(16))), "[0] have split matrices of both kinds or of none"),
+    (put(ATTENTION + "key/kernel", lambda a: a.swapaxes(2, 3)), "(32, 2), not (2, 32)"),
+    (put(ATTENTION + "out/kernel", lambda a: a.swapaxes(1, 2)), "(32, 2), not (2, 32)"),
+    (put(KERNEL, lambda kernel: kernel.astype("U8")), f"not of real numbers: {KERNEL} (<U8)"),
+    (put(KERNEL, lambda kernel: kernel.astype(np.complex64)), "(complex64)"),
+]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda t: t.update(extra=t["var"], more=t["var"]), ["unknown: 'extra', 'more'"]),
-        (lambda t: [t.pop(f"{QKV}.{kind}") for kind in ("bias", "weight")],
-         [f"missing: {QKV}.bias, {QKV}.weight"]),
-        (lambda t: t.update(QKV=t.pop(f"{QKV}.bias")), [f"missing: {QKV}.bias"]),
-        (lambda t: t.update({f"{QKV}.weight": t[f"{QKV}.weight"].T}), [f"{QKV}.weight", "fit"]),
-        (lambda t: t.pop("blocks.0.class_embed"),
-         ["unknown: 'blocks.1.class_embed', 'blocks.2.class_embed'"]),
-        (lambda t: t.update({"blocks.1.attn_mask": t["blocks.1.attn_mask"].T}),
-         ["not as in the published model: blocks.1.attn_mask"]),
-        (lambda t: t.update(var=2 * t["var"]), ["not as in the published model: var"]),
-        (lambda t: t.update({"blocks.2.proj_out.bias": t["blocks.2.proj_out.bias"][1:]}),
-         ["of another shape: params/blocks_2/proj_out/bias (is (23,), expected (24,))"]),
-        (lambda t: t.pop("blocks.0.proj_in.weight"), ["has no tensor blocks.0.proj_in.weight"]),
-        (lambda t: t.update({"blocks.0.attn_blocks.3000.x": t["var"]}),
-         ["unknown: 'blocks.0.attn_blocks.3000.x'"]),
-        (lambda t: t.update({"\x1b[2J": t["var"]}), [r"unknown: '\x1b[2J'"]),
-        (lambda t: t.update({"blocks.0.class_embed": t["var"][0]}),
-         ["blocks.0.class_embed is (12,); expected 3 axes"]),
-        (lambda t: t.update({"blocks.0.proj_in.weight": np.zeros((0, 12), np.float32)}),
-         ["blocks.0.proj_in.weight is (0, 12); expected 2 axes, none of them empty"]),
-    ],
-)  # fmt: skip
-def test_names_that_do_not_match_are_listed(change, said, tmp_path):
-    with pytest.raises(UsageError) as error:
-        convert.tarflow(written(tmp_path, change), **tarflow_arguments(settings_of("cond")))
-    for part in said:
-        assert part in str(error.value)
-
-
-def test_names_of_jet_that_do_not_match_are_listed(tmp_path):
-    tensors = big_vision.read(MIXED)
-    tensors["couplings/dnn/MultiHeadDotProductAttention_0/key/bias"] = np.zeros(3)
-    del tensors["couplings/dnn/vit/encoderblock_0/LayerNorm_1/bias"]
-    np.savez(tmp_path / "a.npz", **{f"params/{name}": array for name, array in tensors.items()})
-    with pytest.raises(UsageError) as error:
-        convert.jet(tmp_path / "a.npz", **jet_arguments(settings_of("mixed")))
-    assert "missing: couplings/dnn/vit/encoderblock_0/LayerNorm_1/bias" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_heads": 4}, "num_heads is 4, but .* has 2"),
-        ({"patch_size": 2}, "make 64 patches of 12 features, but the checkpoint has 16 of 48"),
-        ({"patch_size": 3}, "image height 16 is not divisible by patch 3"),
-        (
-            {"kinds": ("spatial", "channels")},
-            r"kinds is \('spatial', 'channels'\), but .* channels,",
-        ),
-        ({"kinds": ("diagonal",)}, "diagonal"),
-        (
-            {"image_shape": (16, 16)},
-            r"image_shape is \(16, 16\); expected \(height, width, channels",
-        ),
-        ({"image_shape": (-16, -16, 3)}, "height is -16; expected a number above 0"),
-        ({"scale_factor": 0.0}, "scale_factor is 0.0; expected a number above 0"),
-    ],
+    ("is_jet", "change", "words"),
+    [(False, *row) for row in OF_TARFLOW] + [(True, *row) for row in OF_JET],
 )
-def test_sizes_that_do_not_match_are_refused(fields, message):
-    arguments = jet_arguments(settings_of("mixed")) | fields
-    with pytest.raises(UsageError, match=message):
-        convert.jet(MIXED, **arguments)
-
-
-MASKS = "{}_coupling_masks-FREEZE_ME"
-VIT = "couplings/dnn/vit/encoderblock_0/MultiHeadDotProductAttention_0"
-
-
-def without_last_split(tensors):
-    tensors[MASKS.format("spatial")][-1] = 0
-
-
-def two_splits(tensors):
-    tensors[MASKS.format("spatial")][0] = np.eye(16)
-
-
-def no_permutation(tensors):
-    tensors[MASKS.format("channel")][0, 0] = 1
-
-
-def one_row_of_splits(tensors):
-    tensors[MASKS.format("channel")] = tensors[MASKS.format("channel")][0]
-
-
-def other_axes(name, *axes):
-    def change(tensors):
-        tensors[f"{VIT}/{name}"] = tensors[f"{VIT}/{name}"].transpose(axes)
-
-    return change
-
-
-def other_type(dtype):
-    def change(tensors):
-        kernel = tensors["couplings/dnn/init_proj/kernel"]
-        tensors["couplings/dnn/init_proj/kernel"] = kernel.astype(dtype)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (no_permutation, "channel_coupling_masks.* no permutation"),
-        (one_row_of_splits, r"split matrices are \(48, 48\); expected \(layers, N, N\)"),
-        (without_last_split, r"couplings \[9\] have split matrices of both kinds or of none"),
-        (two_splits, r"couplings \[0\] have split matrices of both kinds or of none"),
-        (
-            other_axes("key/kernel", 0, 1, 3, 2),
-            r"the axes of the heads are \(32, 2\), not \(2, 32\)",
-        ),
-        (other_axes("out/kernel", 0, 2, 1, 3), r"the axes of the heads are \(32, 2\), not"),
-        (other_type("U8"), r"not of real numbers: couplings/dnn/init_proj/kernel \(<U8\)"),
-        (other_type(np.complex64), r"init_proj/kernel \(complex64\).*in real numbers"),
-    ],
-)
-def test_tensors_of_jet_that_do_not_fit_are_refused(change, said, tmp_path):
-    tensors = big_vision.read(MIXED)
+def test_tensors_that_do_not_match_are_named(is_jet, change, words, tmp_path):
+    path = tmp_path / "changed"
+    tensors = big_vision.read(MIXED) if is_jet else read_pth(PTH / "cond.pth")
     change(tensors)
-    np.savez(tmp_path / "a.npz", **tensors)
-    with pytest.raises(UsageError, match=said):
-        convert.jet(tmp_path / "a.npz", **jet_arguments(settings_of("mixed")))
+    if is_jet:
+        with open(path, "wb") as file:
+            np.savez(file, **{f"params/{name}": array for name, array in tensors.items()})
+    else:
+        write_pth(path, tensors)
+    with pytest.raises(UsageError) as error:
+        if is_jet:
+            convert.jet(path, **jet_arguments(settings_of("mixed")))
+        else:
+            convert.tarflow(path, **tarflow_arguments(settings_of("cond")))
+    assert words in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_heads": 4}, "num_heads is 4, but"),
+        ({"patch_size": 2}, "make 64 patches of 12 features, but the checkpoint has 16 of 48"),
+        ({"patch_size": 3}, "not divisible by patch 3"),
+        ({"kinds": ("spatial", "channels")}, "kinds is ('spatial', 'channels'), but"),
+        ({"kinds": ("diagonal",)}, "diagonal"),
+        ({"image_shape": (16, 16)}, "image_shape is (16, 16); expected (height, width, channels"),
+        ({"image_shape": (-16, -16, 3)}, "image_shape is -16"),
+        ({"scale_factor": 0.0}, "scale_factor is 0.0"),
+    ],
+)
+def test_sizes_that_do_not_match_are_refused(fields, words):
+    with pytest.raises(UsageError) as error:
+        convert.jet(MIXED, **jet_arguments(settings_of("mixed")) | fields)
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16])
@@ -359,7 +345,7 @@ def test_pixel_scale_follows_from_the_noise(flags, kind, scale, tmp_path):
         (["jet", "a", "--out=b", *BIG_VISION], "a is no checkpoint of big_vision"),
         (["tarflow", "a", "--out=b", *SIZES], "--noise_std is missing; expected --noise_std 0.05"),
         (["tarflow", "a", "--out=b", *SIZES, "--noise_std=0", "--pixel_scale=0"],
-         "pixel_scale is 0.0; expected a number above 0"),
+         "pixel_scale is 0.0; expected 1 or more"),
         (["jet", str(WORKDIR), "--out=b", *BIG_VISION, "--data=digit"], "data is 'digit'; known"),
         (["jet", str(WORKDIR), "--out=b", *BIG_VISION, "--data=photos/8"],
          "data photos/8 has images of (8, 8, 3), but the model is for (8, 8, 1); give a"),

@@ -5,15 +5,17 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tiny_runs
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from jetflow import hosts
+from jetflow import cli, hosts
 from jetflow.data import builder, sources
 from jetflow.data import dataset as pipeline
 from jetflow.data.dataset import Dataset, eval_batches, load, train_batches
@@ -108,15 +110,14 @@ def test_train_crops_lie_left_of_every_test_crop(data_dir):
     assert min(left for _, _, left in photos.corners("test", 16)) >= 512
 
 
-def test_one_picture_alone(data_dir):
+@pytest.mark.parametrize(("number", "name"), enumerate(photos.PICTURES))
+def test_one_picture_alone(number, name, tmp_path):
     """The crops of both, at the same places, with one of the pictures throughout."""
-    pictures = load_sample_images().images
-    corners = list(itertools.islice(photos.corners("test", 8), 6))
-    for number, name in enumerate(photos.PICTURES):
-        crops = load(f"photos/{name}8", "test", data_dir=data_dir)
-        for index, (_, top, left) in enumerate(corners):
-            expected = pictures[number][top : top + 8, left : left + 8]
-            np.testing.assert_array_equal(crops.source[index]["image"], expected)
+    picture = load_sample_images().images[number]
+    source = sources.find(f"photos/{name}8")
+    [member] = source.contents([], tmp_path).splits["test"]
+    for image, (_, top, left) in zip(member.images, photos.corners("test", 8), strict=True):
+        np.testing.assert_array_equal(image.content, picture[top : top + 8, left : left + 8])
 
 
 def test_shapes_are_drawn_in_all_classes_and_sizes(data_dir):
@@ -161,16 +162,6 @@ def test_data_that_tfds_wrote_is_read(encoding, tmp_path):
         assert example["label"] == index % 10 == source[index]["label"]
 
 
-def test_tfds_reads_the_very_same_images(digits, data_dir):
-    written = tfds.builder_from_directory(data_dir / "digits" / "1.0.0")
-    images = list(written.as_data_source("test"))
-    assert len(images) == len(digits) == 297
-    for index, example in enumerate(images):
-        np.testing.assert_array_equal(example["image"], digits.source[index]["image"])
-        assert example["label"] == digits.source[index]["label"]
-    assert written.info.features["label"].num_classes == 10
-
-
 def test_checksum_covers_pixels_labels_and_order(digits):
     images = [digits.source[i]["image"] for i in range(len(digits))]
     labels = [np.int32(digits.source[i]["label"]) for i in range(len(digits))]
@@ -203,16 +194,16 @@ def test_prepares_once_with_a_line(tmp_path, monkeypatch, capfd, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("moment", ["_shards", "_write_metadata"])
+@pytest.mark.parametrize("moment", ["_groups", "_mapped"])
 def test_another_process_may_finish_first(moment, tmp_path, monkeypatch, digits):
     """On a disk without locks."""
     monkeypatch.setattr(hosts, "locked", lambda *_, **__: contextlib.nullcontext(True))
     original = getattr(builder, moment)
 
-    def overtaken(*args):
+    def overtaken(*args, **kwargs):
         monkeypatch.setattr(builder, moment, original)
         load("digits", "train", data_dir=tmp_path)
-        return original(*args)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(builder, moment, overtaken)
     assert load("digits", "test", data_dir=tmp_path).checksum() == digits.checksum()
@@ -254,7 +245,7 @@ def test_unusable_data_dir(tmp_path):
     file.touch()
     (tmp_path / "digits" / "1.0.0").mkdir(parents=True)
     for directory, reason in [(file, "Not a directory"), (tmp_path, "delete it")]:
-        with pytest.raises(UsageError, match=f"not found in {directory}.*{reason}.*TFDS_DATA_DIR"):
+        with pytest.raises(UsageError, match=f"in {directory}.*{reason}.*TFDS_DATA_DIR"):
             load("digits", "train", data_dir=directory)
 
 
@@ -265,6 +256,42 @@ def test_sizes_are_known_without_the_images(digits, data_dir):
     assert (source.image_shape, source.num_classes) == ((8, 8, 1), digits.num_classes)
     with pytest.raises(UsageError, match=r"'dev' is no split of digits; it has train \(1,500\)"):
         source.count("dev")
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut", "a bit", "no JSON", "no features"])
+@pytest.mark.parametrize("command", ["train", "bench", "evaluate"])
+def test_damaged_shards_are_one_line(kind, command, tmp_path, digits, data_dir, capsys, request):
+    name = "digits-train.array_record-00000-of-00001"
+    file = tmp_path / "digits" / "1.0.0" / name
+    shutil.copytree(data_dir / digits.name, tmp_path / "digits")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    match kind:
+        case "missing":
+            file.unlink()
+        case "cut":
+            file.write_bytes(content[:-100])
+        case "a bit":
+            file.write_bytes(content)
+        case "no JSON":
+            (file.parent / "dataset_info.json").write_text("{")
+        case "no features":
+            (file.parent / "features.json").unlink()
+    train, *config, workdir, _ = tiny_runs.arguments("jet", tmp_path / "run")
+    argv = {"train": [train, *config, workdir, _], "bench": ["bench", "data", *config]}
+    if command == "evaluate":
+        run = request.getfixturevalue("trained")("jet")
+        argv["evaluate"] = ["evaluate", "--workdir", str(run), "--metrics=bpd", "--split=train"]
+    if kind == "a bit" and command == "train":
+        pytest.skip("is the same as with bench, after a compilation")
+    assert cli.main([*argv[command], f"--data_dir={tmp_path}"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    [line] = [line for line in lines if line.startswith("jetflow:")]
+    assert lines[-1] == line and str(file.parent) in line and "prepare digits --overwrite" in line
+    assert (name in line) == (kind in ("missing", "cut", "a bit"))
+    prepare = ["prepare", "digits", "--overwrite", f"--data_dir={tmp_path}"]
+    assert cli.main(prepare) == 0
+    assert load("digits", "train", data_dir=tmp_path).checksum() == "2ce31b9f2230b1fd"
 
 
 # The stream of training batches.

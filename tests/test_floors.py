@@ -10,7 +10,7 @@ import jetflow
 
 PACKAGE = Path(jetflow.__file__).parent
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60  # lines
-LARGEST_PACKAGE = 13_950  # lines: lower it whenever the package shrinks
+LARGEST_PACKAGE = 14_087  # lines: lower it whenever the package shrinks
 
 # From the ground up; a name covers all below it, unless a longer name covers that. Modules of one
 # floor may import each other, but not in a circle.
@@ -18,14 +18,14 @@ FLOORS = (
     ("types", "options"),
     ("nn", "flows"),
     ("likelihood", "noise"),
-    ("configs", "files", "hosts", "sharding", "mesh", "optim", "pth"),
+    ("configs", "files", "hosts", "sharding", "mesh", "optim", "pth", "npz"),
     ("data", "sampling", "pictures", "archive"),
     ("checksums", "checkpoint", "workdir", "training.step"),
     ("evals",),
     ("model", "calibration"),
     ("training",),
     ("sweeps", "tools"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 MATHEMATICS = ("types", "nn", "flows", "likelihood", "noise", "sampling")
 

@@ -12,6 +12,7 @@ import tiny_runs
 import jetflow
 from jetflow.data import dataset as pipeline
 from jetflow.evals import likelihoods
+from jetflow.evals.batching import Batching
 from jetflow.sampling.ancestral import quantise
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.types import UsageError
@@ -66,9 +67,8 @@ def test_bits_are_those_of_the_evaluation(uniform, digits):
     images, label = digits
     bits = uniform.bits_per_dim(images, label)
     dataset = pipeline.load("digits", "test")
-    measured = likelihoods.measure(
-        uniform.flow, uniform.variables, dataset, mesh=uniform.mesh, batch_size=99
-    )
+    density = likelihoods.Density(uniform.flow, uniform.variables, Batching(uniform.mesh, 99))
+    measured = density.likelihood(dataset)
     np.testing.assert_allclose(bits, measured.bits[0, :12], rtol=1e-5)
     jitted = jax.jit(uniform.bits_per_dim)
     np.testing.assert_allclose(jitted(images, label), bits, rtol=1e-5)

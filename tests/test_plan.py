@@ -289,22 +289,6 @@ def test_largest(start):
         assert roofline._largest(lambda size, limit=limit: size <= limit, start) == expected
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--topology=v9:2x2"], "16x16x24; v5e:1x1 2x2 2x4 4x4 4x8"),
-        (["--topology=v5p:3x3x3"], "v5p:4x4x4"),
-        ([], "--topology is missing"),
-        (["--topology=v5e:4x4", "--slices=0"], "--slices is 0"),
-        (["--topology=v5e:4x4", "--what=swim"], "--what is 'swim'; expected one of train, "),
-    ],
-)
-def test_bad_input(argv, message, capsys):
-    assert cli.main(["plan", f"--config={CONFIGS}/photos_tarflow.py", *argv]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-
-
 def test_without_libtpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(jetflow.UsageError, match=r"pip install -e '\.\[tpu\]'"):

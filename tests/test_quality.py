@@ -16,7 +16,7 @@ from jetflow import cli, load_model
 from jetflow.data import dataset as pipeline
 from jetflow.evals import features, inception, reference
 from jetflow.evals.evaluation import evaluate
-from jetflow.evals.features import Statistics, images_of
+from jetflow.evals.features import Statistics
 from jetflow.evals.settings import DISTANCES, EvaluateOptions
 from jetflow.model import Model
 from jetflow.options import Options, option
@@ -40,11 +40,11 @@ def small():
 def test_each_image_counts_once(batch_size):
     """Whether the last batch is full, padded, or the only one."""
     arrays = small_network.network().arrays
-    direct = np.asarray(small_network.activations(arrays, small_network.images())["2048"])
+    direct = np.asarray(small_network.activations(arrays, small_network.images())[0])
     statistics = small_network.collected(batch_size)
     assert statistics.done == 23
     for name, size in (("pooled", 48), ("spatial", 24)):
-        mean, covariance = statistics.gaussian(name)
+        mean, covariance = statistics.parts()[name]
         assert mean.dtype == np.float64
         np.testing.assert_allclose(mean, direct[:, :size].mean(0), atol=1e-5)
         np.testing.assert_allclose(covariance, np.cov(direct[:, :size].T), atol=1e-5)
@@ -96,8 +96,8 @@ def moments(size):
 
 
 def read(path, *, images=False, name=inception.PUBLISHED):
-    def measure(chunks, count):
-        assert [len(chunk) for chunk in chunks] == [8, 8, 7] and count == 23
+    def measure(images):
+        assert [len(chunk) for chunk in images.chunks] == [8, 8, 7]
         return small_network.collected(8)
 
     network = small_network.network(name)
@@ -106,13 +106,14 @@ def read(path, *, images=False, name=inception.PUBLISHED):
 
 def test_reference_is_read_as_written(tmp_path):
     statistics, path = small_network.collected(8), tmp_path / "some" / "reference.npz"
-    reference.write(path, statistics, small_network.network("a"), {"name": "digits"})
+    data = pipeline.load("digits", "test").facts()
+    reference.write(path, statistics, small_network.network("a"), data)
     parts, facts = read(path, images=True, name="a")
     for name in ("pooled", "spatial"):
-        for actual, expected in zip(parts[name], statistics.gaussian(name), strict=True):
+        for actual, expected in zip(parts[name], statistics.parts()[name], strict=True):
             np.testing.assert_array_equal(actual, expected)
     np.testing.assert_array_equal(parts["features"], statistics.arrays["features"])
-    assert facts["data"] == {"name": "digits"} and facts["images"] == 23
+    assert facts["data"] == data and facts["images"] == 23
     assert len(facts["checksum"]) == 16
     with pytest.raises(UsageError, match=r"made with weights_sha256 aaaa.* has bbbb"):
         read(path, name="b")
@@ -137,35 +138,9 @@ def test_file_of_adm(tmp_path):
     assert "features" not in read(path).parts  # which nobody asked for
     np.savez(path, arr_0=images)
     found, expected = read(path), small_network.collected(8)
-    np.testing.assert_array_equal(found.part("pooled").mean, expected.gaussian("pooled").mean)
+    np.testing.assert_array_equal(found.part("pooled").mean, expected.parts()["pooled"].mean)
     np.testing.assert_array_equal(found.part("features"), expected.arrays["features"])
     assert found.facts["images"] == 23 and found.facts["data"] is None
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        (None, "cannot be read"),
-        ({"a": np.zeros(3)}, "has neither mu and sigma nor images"),
-        ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, r"has mu \[3\] .* expected 48 features"),
-        ({"arr_0": np.zeros((2, 8, 8, 1))}, r"holds float64 \[2, 8, 8, 1\]; expected uint8"),
-        ({"arr_0": np.zeros((2, 8, 8, 4), np.uint8)}, "expected uint8"),
-    ],
-)
-def test_files_that_are_no_reference(arrays, message, tmp_path):
-    if arrays is not None:
-        np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(UsageError, match=message):
-        read(tmp_path / "a.npz")
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_images_come_in_chunks(save, tmp_path):
-    save(tmp_path / "a.npz", images=small_network.images(), labels=np.zeros(23))
-    count, chunks = images_of(tmp_path / "a.npz", "samples", 10)
-    chunks = list(chunks)
-    assert count == 23 and [len(chunk) for chunk in chunks] == [10, 10, 3]
-    np.testing.assert_array_equal(np.concatenate(chunks), small_network.images())
 
 
 # Evaluations.
@@ -310,3 +285,12 @@ def test_what_is_missing_is_noticed_before_samples_are_drawn(fields, message, mo
         measure(model, metrics=None, make_reference=True, **fields)
     with pytest.raises(UsageError, match=message):
         measure(model, metrics=("fid", "density_coverage"), **fields)
+
+
+def test_bad_samples_are_refused_before_the_reference_is_measured(model, tmp_path, monkeypatch):
+    given = {name: tmp_path / f"{name}.npz" for name in ("samples", "reference")}
+    np.savez(given["reference"], arr_0=small_network.images())
+    given["samples"].write_bytes(b"text")
+    monkeypatch.setattr(Statistics, "collect", lambda *_, **__: 1 / 0)
+    with pytest.raises(UsageError, match=r"samples\.npz cannot be read"):
+        measure(model, **given)

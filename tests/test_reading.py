@@ -13,14 +13,15 @@ import numpy as np
 import psutil
 import pytest
 import tiny_runs
+from test_launch import wait_for
 from tiny_runs import assert_same, remains
 
+from jetflow import cli
 from jetflow.data import dataset as pipeline
+from jetflow.data import reading
 from jetflow.data.reading import Ahead
+from jetflow.tools import throughput
 from jetflow.training.log import read_metrics
-
-TIMEOUT = 300  # seconds
-
 
 # Worker processes.
 
@@ -48,36 +49,44 @@ def spawned() -> int:
     return sum("spawn_main" in " ".join(child.cmdline()) for child in children)
 
 
-def start(workdir, **fields):
-    """A training in a process group of its own, as a shell starts it."""
-    arguments = tiny_runs.arguments("tarflow", workdir, data__workers=2, **fields)
-    return subprocess.Popen(
-        [sys.executable, "-m", "jetflow.cli", *arguments],
-        env=tiny_runs.environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_lost_worker_is_one_line(number, data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(reading, "STOPPED_SECONDS", 0.6)
+    monkeypatch.setattr(throughput, "ROUND_SECONDS", 600)
+    tfds_name = f"--data_dir={data_dir}"
 
+    def lose():
+        wait_for(lambda: spawned(), "the workers")
+        time.sleep(3 * (number == signal.SIGSTOP))  # while it starts, or while it reads
+        for child in psutil.Process().children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.send_signal(number)
 
-def wait_until(condition, process):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def logged(workdir):
-    return bool(read_metrics(workdir / "metrics.jsonl"))
+    thread = threading.Thread(target=lose)
+    thread.start()
+    config = tiny_runs.arguments("jet", "")[1:-2]
+    assert cli.main(["bench", "data", *config, "--workers=2", tfds_name]) == 1
+    thread.join()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jetflow: ")]
+    assert len(lines) == 1 and "data.workers" in lines[0] and "run the same command" in lines[0]
+    wait_for(lambda: not spawned(), "the end of the workers")
 
 
 @pytest.mark.slow
-def test_workers_change_nothing_and_leave_signals_to_the_trainer(trained, tmp_path):
-    """Ctrl-C goes to all processes of the terminal; the run goes on to the same end without any."""
-    process = start(tmp_path)
-    wait_until(lambda: logged(tmp_path), process)
+def test_workers_change_nothing_and_leave_signals_to_the_trainer(
+    trained, tmp_path, compilation_cache
+):
+    """Ctrl-C goes to all processes of the terminal; the run goes on to the same end without any.
+
+    Of a trainer that is killed, the workers end as well.
+    """
+    arguments = tiny_runs.arguments("tarflow", tmp_path, data__workers=2)
+    program = [sys.executable, "-m", "jetflow", *arguments]
+    options = {"env": tiny_runs.environment(), "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(program, start_new_session=True, **options)
+    wait_for(lambda: read_metrics(tmp_path / "metrics.jsonl") or process.poll(), "a logged step")
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=TIMEOUT)
+    _, said = process.communicate()
     if process.returncode:  # else it was done before
         assert process.returncode == 128 + signal.SIGINT, said
         assert "all saved in" in said
@@ -85,17 +94,12 @@ def test_workers_change_nothing_and_leave_signals_to_the_trainer(trained, tmp_pa
     assert tiny_runs.train("tarflow", tmp_path, data__workers=0) == 0
     assert_same(remains(tmp_path), remains(trained("tarflow")))
 
-
-@pytest.mark.slow
-def test_workers_end_with_a_trainer_that_is_killed(tmp_path, compilation_cache):
-    process = start(tmp_path, train__steps=100_000)
-    wait_until(lambda: logged(tmp_path), process)
+    process = subprocess.Popen([*program, "--config.train.steps=100000", "--extend"], **options)
+    wait_for(lambda: len(psutil.Process(process.pid).children()) >= 3, "the workers")
     children = psutil.Process(process.pid).children()
-    assert sum("spawn_main" in " ".join(child.cmdline()) for child in children) == 2
     process.kill()
-    process.communicate(timeout=TIMEOUT)
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive
+    process.communicate()
+    assert not psutil.wait_procs(children, timeout=60)[1]
 
 
 # On the devices, ahead of the step.
@@ -142,27 +146,3 @@ def test_waiting_is_what_comes_after_the_step():
     for _ in range(4):
         gate.release()
     ahead.close()
-
-
-@pytest.mark.usefixtures("compilation_cache")
-def test_share_of_waiting_in_training(tmp_path, monkeypatch, capsys):
-    """High where batches take longer than steps, and said."""
-    read = pipeline._read
-
-    def slowly(dataset, rows, positions):
-        time.sleep(0.2)
-        return read(dataset, rows, positions)
-
-    monkeypatch.setattr(pipeline, "_read", slowly)
-    fields = {"steps": 16, "log_every": 8, "eval_every": 0, "sample_every": 0}
-    fields |= {"checkpoint_every": 100}  # while it saves, what waits is read ahead
-    fields = {f"train__{name}": value for name, value in fields.items()}
-    assert tiny_runs.train("jet", tmp_path, **fields) == 0
-    lines = read_metrics(tmp_path / "metrics.jsonl")
-    [share] = [
-        each["data_wait_share"]
-        for each in lines
-        if each["step"] == 16 and "data_wait_share" in each
-    ]
-    assert share > 0.3
-    assert "for data" in capsys.readouterr().err

@@ -96,34 +96,6 @@ def test_grids_that_cannot_be(make, message):
         Sweep(make(), ("bpd",))
 
 
-# A replacement in the file, or no file → the message.
-BAD_FILES = {
-    "missing": (None, "is no file"),
-    "syntax": (("def get_sweep()", "def get_sweep("), "SyntaxError"),
-    "error": (("return Sweep", "return 1 / 0, Sweep"), "line 10: ZeroDivisionError"),
-    "nothing": (("return Sweep", "Sweep"), "get_sweep that returns no Sweep"),
-    "repeats": (("pictures=4", "repeats=('step',)"), "repeats has step"),
-    "unknown option": (('"seed"', '"sead"'), "did you mean seed?"),
-    "the sweep's own": (('"seed"', '"make_reference"'), "make_reference is no option"),
-    "neither": (("config=", "title="), "the sweep has no config to train"),
-    "metric": (("noised_bpd", "fit"), "metrics is 'fit'"),
-    "range": (("[1, 2]", "[0, 2]"), "draws is 0; expected 1 or more"),
-    "field": (('"draws"', '"config.optim.rate"'), "config.optim.rate is no field"),
-    "config": (("digits_tarflow", "digits"), "digits.py' is no file"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_sweeps(case, tmp_path, capsys):
-    change, message = BAD_FILES[case]
-    path, workdir = tmp_path / "sweep.py", tmp_path / "swept"
-    if change is not None:
-        path.write_text(POINTS.replace(*change))
-    assert cli.main(["sweep", "--sweep", str(path), "--workdir", str(workdir)]) == 2
-    assert message in capsys.readouterr().err
-    assert not workdir.exists()
-
-
 class Swept:
     """Sweeps a trained flow, by the command or the function."""
 
@@ -148,31 +120,6 @@ class Swept:
 @pytest.fixture
 def sweep(trained, tmp_path):
     return Swept(trained("tarflow"), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--point=4"], "point is 4; expected 0 to 3"),
-        (["--shard=2/2"], "shard is 2/2; expected I/N"),
-        (["--shard=1"], "--shard is '1'"),
-        (["--fix=draws"], "--fix has 'draws'; expected NAME=VALUE"),
-        (["--fix=draws=3"], "draws, which is swept"),
-        (["--fix=nothing=3"], "--nothing is no flag"),
-        (["--fix=temperature=hot"], "--temperature is 'hot'; expected a number"),
-        (["--fix=config.train.seed=1"], "config.train.seed is a setting of the training"),
-        (["--run=nowhere"], "no run in"),
-    ],
-)
-def test_bad_flags(arguments, message, sweep, capsys):
-    assert sweep(*arguments) == 2
-    assert message in capsys.readouterr().err and not sweep.workdir.exists()
-
-
-def test_axis_of_the_training_needs_a_training(sweep, capsys):
-    sweep.change('"draws"', '"config.train.seed"')
-    assert sweep() == 2
-    assert "config.train.seed is a setting of the training" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

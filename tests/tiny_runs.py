@@ -89,7 +89,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def start(
-    arguments: list[str], program: Sequence[str] = ("-m", "jetflow.cli"), **variables: str
+    arguments: list[str], program: Sequence[str] = ("-m", "jetflow"), **variables: str
 ) -> subprocess.Popen:
     """A process of its own that runs a command line."""
     return subprocess.Popen(

@@ -5,6 +5,8 @@ Each command is a file of its name with a `COMMAND`, or with `COMMANDS` by their
 
 import importlib
 import importlib.metadata
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +31,22 @@ HELP = {"-h", "--help", "--helpfull"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Exit status 2 means bad input, with one line that says what to do."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        return _ended(str(error), error.status)
+    except MemoryError as error:
+        return _ended(f"out of memory ({error}); take smaller batches or fewer images", 2)
+    except KeyboardInterrupt:  # outside of training, which handles it itself
+        return _ended("interrupted", 130)
+    except BrokenPipeError:  # whoever reads standard output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in {*HELP, "help"}:
         print(_overview())
         return 0 if argv else 2
@@ -37,24 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jetflow {importlib.metadata.version('jetflow')}")
         return 0
     silence_libtpu()
-    try:
-        if HELP & set(argv[1:2]) and argv[0] in SUMMARIES:
-            commands = _commands(argv[0])
-            print(SUMMARIES[argv[0]], *map(help_text, commands.values()), sep="\n\n")
-            return 0
-        command, argv = find(argv)
-        if HELP & set(argv):
-            print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
-            return 0
-        options = parse(command, argv)
-        with hosts.joined(saves_at_signals=argv[0] == "train"):
-            return command.run(options) or 0
-    except UsageError as error:
-        print(f"jetflow: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # outside of training, which handles it itself
-        print("jetflow: interrupted", file=sys.stderr)
-        return 130
+    if HELP & set(argv[1:2]) and argv[0] in SUMMARIES:
+        print(SUMMARIES[argv[0]], *map(help_text, _commands(argv[0]).values()), sep="\n\n")
+        return 0
+    command, argv = find(argv)
+    if HELP & set(argv):
+        print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
+        return 0
+    options = parse(command, argv)
+    with hosts.joined(saves_at_signals=argv[0] == "train"):
+        return command.run(options) or 0
+
+
+def _ended(why: str, status: int) -> int:
+    print(f"jetflow: {' '.join(why.splitlines())}", file=sys.stderr)
+    return status
 
 
 def find(argv: Sequence[str]) -> tuple[Command, list[str]]:

@@ -2,137 +2,106 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from jetflow.cli.flags import Command
-from jetflow.mesh import mesh_option, read_mesh
+from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import load_model
-from jetflow.options import Options, option
-from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW
-from jetflow.tools import bench
+from jetflow.options import LARGEST_BATCH, MOST_WORKERS, DataOptions, Options, option
+from jetflow.sampling.decoding import METHODS
+from jetflow.sampling.sampling_options import SamplingOptions
+from jetflow.tools import throughput
+from jetflow.tools.report.document import columns
 from jetflow.types import Config, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchOptions(Options):
-    """What all measurements of a config share."""
+    """What all measurements share."""
 
-    config: Config = option(example="configs/NAME.py")
-    data_dir: str | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
-    )
     repeats: int = option(5, "timed rounds, after one that compiles or warms up", least=1)
     json: bool = option(False, "print JSON, a line a measurement")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(BenchOptions):
+class TrainOptions(BenchOptions, DataOptions):
+    config: Config = option(example="configs/NAME.py")
     steps: int = option(10, "steps in a round", least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(BenchOptions):
+class ReadOptions(BenchOptions, DataOptions):
+    config: Config = option(example="configs/NAME.py")
     workers: tuple[int, ...] = option(
-        (0, 2), "worker processes; 0 for threads of this one", least=0
+        (0, 2), "worker processes; 0 for threads of this one", least=0, most=MOST_WORKERS
     )
-    batch_size: int | None = option(None, "default: config.train.batch_size", least=1)
+    batch_size: int | None = option(
+        None, "default: config.train.batch_size", least=1, most=LARGEST_BATCH
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions(Options):
+class SampleOptions(BenchOptions, SamplingOptions, ModelOptions):
     """Of a trained flow, or of a config's with random weights."""
 
     config: Config = option(None)
     workdir: Path | None = option(None, "the folder of a run, for its trained flow")
-    step: int | None = option(None, "of the checkpoint; default: the newest")
-    mesh: tuple[str, ...] = mesh_option()
-    batch_sizes: tuple[int, ...] = option((8, 64), "images made at a time", least=1)
+    batch_sizes: tuple[int, ...] = option(
+        (8, 64), "images made at a time", least=1, most=LARGEST_BATCH
+    )
     methods: tuple[str, ...] = option(
         METHODS, "how a TarFlow is inverted", choices=(*METHODS, "auto")
     )
-    guidance: float = option(0.0, "strength of guidance", least=0.0)
-    attention_temperature: float = option(1.0, "of guidance's unconditional pass")
-    window: int = option(WINDOW, "of jacobi: tokens a sweep", least=1)
-    tolerance: float = option(TOLERANCE, "of jacobi and auto, as in `jetflow sample`", least=0.0)
-    cache_dtype: str | None = option(
-        None, "of cached keys and values; default: the net's", choices=("float32", "bfloat16")
-    )
-    repeats: int = option(5, "timed batches, after one that compiles", least=1)
-    json: bool = option(False, "print JSON, a line a measurement")
+    method: str = option("cached", "has no effect: give methods", choices=("cached",))
 
 
 def sample(options: SampleOptions) -> None:
-    mesh = read_mesh(options.mesh)
     if (options.config is None) == (options.workdir is None):
         raise UsageError("give --workdir runs/NAME of a trained flow, or --config configs/NAME.py")
-    if options.workdir is None:
-        model, source = bench.untrained(options.config, mesh), "random weights of --config"
-    else:
-        model, source = load_model(options.workdir, options.step, mesh), options.workdir
-    names = ("guidance", "attention_temperature", "window", "tolerance", "cache_dtype")
-    speeds = bench.bench_sample(
-        model, batch_sizes=options.batch_sizes, methods=options.methods, repeats=options.repeats,
-        **options.changed(*names),
+    mesh, fields = read_mesh(options.mesh), vars(options)
+    if options.workdir is None and options.step is not None:
+        raise UsageError("--step has no effect on random weights; leave it out")
+    trained = options.workdir and load_model(options.workdir, options.step, mesh)
+    speeds = throughput.bench_sample(
+        trained or options.config, mesh=mesh, batch_sizes=options.batch_sizes,
+        methods=options.methods, repeats=options.repeats,
+        **{field.name: fields[field.name] for field in dataclasses.fields(SamplingOptions)},
     )  # fmt: skip
-    for number, speed in enumerate(speeds):
-        if options.json:
-            print(json.dumps(dataclasses.asdict(speed)), flush=True)
-            continue
-        if not number:
-            print(f"sampling from step {model.step} of {source} on {speed.device}")
-            print("method    batch  images/s  ms/image      MB  sweeps (tokens a sweep)")
-        blocks = zip(speed.sweeps, speed.windows, speed.token_by_token, strict=True)
-        sweeps = ", ".join(f"{count} ({min(window, most)})" for count, window, most in blocks)
-        print(
-            f"{speed.method:8}  {speed.batch_size:5}  {speed.images_per_second:8.2f}  "
-            f"{speed.ms_per_image:8.1f}  {speed.peak_bytes / 1e6:6,.0f}  {sweeps}",
-            flush=True,
-        )
+    _print(options, speeds, "method batch_size images_per_second ms_per_image peak_bytes sweeps "
+           "token_by_token windows")  # fmt: skip
 
 
 def train(options: TrainOptions) -> None:
-    speed = bench.bench_train(
+    speed = throughput.bench_train(
         options.config, steps=options.steps, repeats=options.repeats, data_dir=options.data_dir
     )
-    if options.json:
-        print(json.dumps(dataclasses.asdict(speed)))
-        return
-    least, most = (1000 * seconds for seconds in speed.step_seconds_range)
-    share = "" if speed.utilisation is None else f", {speed.utilisation:.1%} of bfloat16's peak"
-    rate = speed.model_flops * speed.steps_per_second / 1e12
-    print(f"{options.config.flow.kind}, {speed.batch_size} images a step, on {speed.device}")
-    print(
-        f"step           {1000 * speed.step_seconds:,.1f} ms ({least:,.1f} to {most:,.1f}), "
-        f"{speed.steps_per_second:,.2f} steps/s, {speed.images_per_second:,.0f} images/s\n"
-        f"with its data  {1000 * speed.step_seconds_with_data:,.1f} ms, "
-        f"{speed.images_per_second_with_data:,.0f} images/s, "
-        f"{speed.data_wait_share:.1%} of it waiting for data\n"
-        f"a device       {speed.model_flops / 1e9:,.2f} GFLOPs a step by formula: "
-        f"{rate:,.3f} TFLOPs/s{share}\n"
-        f"memory         {speed.peak_bytes / 1e6:,.0f} MB a device"
+    _print(options, [speed], "")
+
+
+def data(options: ReadOptions) -> None:
+    fields = {name: getattr(options, name) for name in ("batch_size", "repeats", "data_dir")}
+    speeds = (
+        throughput.bench_data(options.config, workers=workers, **fields)
+        for workers in options.workers
     )
+    _print(options, speeds, "workers batch_size images_per_second images_per_core_second "
+           "megabytes_per_second first_batch_seconds")  # fmt: skip
 
 
-def data(options: DataOptions) -> None:
-    for number, workers in enumerate(options.workers):
-        speed = bench.bench_data(
-            options.config,
-            workers=workers,
-            batch_size=options.batch_size,
-            repeats=options.repeats,
-            data_dir=options.data_dir,
-        )
+def _print(options: BenchOptions, speeds: Iterable[Any], names: str) -> None:
+    """JSON as soon as each is measured, or a table: of these figures, or of all, a line each."""
+    records = []
+    for speed in speeds:
+        records.append(dataclasses.asdict(speed))
         if options.json:
-            print(json.dumps(dataclasses.asdict(speed)), flush=True)
-            continue
-        if not number:
-            print(f"{speed.data} {speed.split}, shuffled batches of {speed.batch_size}")
-            print("workers  images/s  images/core-s    MB/s  first batch, s")
-        print(
-            f"{workers:7}  {speed.images_per_second:8,.0f}  {speed.images_per_core_second:13,.0f}  "
-            f"{speed.megabytes_per_second:6,.1f}  {speed.first_batch_seconds:14.2f}",
-            flush=True,
-        )
+            print(json.dumps(records[-1]), flush=True)
+    if not options.json and names:
+        header = names.split()
+        print(columns(header, [[record[name] for name in header] for record in records]))
+    elif not options.json:
+        print(columns(["figure", "value"], list(records[0].items())))
 
 
 COMMANDS = {
@@ -147,6 +116,6 @@ COMMANDS = {
         train,
     ),
     "data": Command(
-        "jetflow bench data --config configs/photos_tarflow.py:32 --workers 0,2", DataOptions, data
+        "jetflow bench data --config configs/photos_tarflow.py:32 --workers 0,2", ReadOptions, data
     ),
 }

@@ -1,7 +1,9 @@
 """`jetflow convert`: a published checkpoint to a workdir, and a workdir to a .pth file."""
 
 import dataclasses
+import functools
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,7 +14,7 @@ from jetflow.model import load_model
 from jetflow.options import Options, option
 from jetflow.tools.convert import jet_run, tarflow_run, to_tarflow
 from jetflow.tools.convert.models import Published
-from jetflow.tools.convert.runs import JetOptions, RunOptions, TarflowOptions
+from jetflow.tools.convert.runs import JetOptions, TarflowOptions
 from jetflow.types import UsageError
 
 
@@ -22,14 +24,6 @@ class ReverseOptions(Options):
 
     source: Path = option(help="the workdir of a TarFlow")
     out: Path = option(help="the .pth file to write", example="FILE.pth")
-
-
-def _tarflow(options: TarflowOptions) -> None:
-    _report("tarflow", options, tarflow_run(**vars(options)), options.noise_std)
-
-
-def _jet(options: JetOptions) -> None:
-    _report("jet", options, jet_run(**vars(options)), 0.0)
 
 
 def _reverse(options: ReverseOptions) -> None:
@@ -46,19 +40,21 @@ def _reverse(options: ReverseOptions) -> None:
     print(f"step {model.step} of {options.source}: {options.out}")
 
 
-def _report(kind: str, options: RunOptions, published: Published, noise_std: float) -> None:
-    """Say what was made, and the commands that go on with it."""
-    workdir = shlex.quote(str(options.out))
+def _forth(run: Callable[..., Published], options: TarflowOptions | JetOptions) -> None:
+    """Make a workdir, say what it is, and the commands that go on with it."""
+    published, workdir = run(**vars(options)), shlex.quote(str(options.out))
+    kind, num_classes = published.section["kind"], published.flow.num_classes
     count = sum(leaf.size for leaf in jax.tree.leaves(published.variables["params"]))
-    print(f"{kind} with {count:,} parameters, {published.num_classes} classes: {options.out}")
+    print(f"{kind} with {count:,} parameters, {num_classes} classes: {options.out}")
     print(f"sample it:   jetflow sample --workdir {workdir}")
     if options.data:
         print(f"measure it:  jetflow evaluate --workdir {workdir}")
     else:
         print("measure it:  convert it again with --data NAME, which `jetflow evaluate` needs")
+    std = options.noise_std if isinstance(options, TarflowOptions) else 0.0
     settings = {f"flow.{name}": value for name, value in published.section.items()}
-    settings |= {"noise.kind": "gaussian" if noise_std else "uniform", "noise.std": noise_std}
-    settings |= {"data.labels": published.num_classes > 0, "init_from": options.out}
+    settings |= {"noise.kind": "gaussian" if std else "uniform", "noise.std": std}
+    settings |= {"data.labels": num_classes > 0, "init_from": options.out}
     del settings["flow.kind"]
     words = [shlex.quote(f"--config.{name}={value}") for name, value in settings.items()]
     print(f"train it on: jetflow train --config A_{kind.upper()}.py --workdir … {' '.join(words)}")
@@ -75,14 +71,14 @@ COMMANDS = {
         "jetflow convert tarflow SOURCE.pth --out runs/tar --image_size 64 --channels 3 "
         "--patch_size 2 --noise_std 0.05",
         TarflowOptions,
-        _tarflow,
+        functools.partial(_forth, tarflow_run),
         ("source",),
     ),
     "jet": Command(
         "jetflow convert jet SOURCE --out runs/jet --image_shape 64,64,3 --patch_size 4 "
         "--num_heads 8 --kinds channels,channels,channels,channels,spatial",
         JetOptions,
-        _jet,
+        functools.partial(_forth, jet_run),
         ("source",),
     ),
 }

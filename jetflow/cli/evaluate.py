@@ -8,18 +8,16 @@ from jetflow.evals.evaluation import results
 from jetflow.evals.quality import Quality
 from jetflow.evals.records import describe
 from jetflow.evals.settings import EvaluateOptions
-from jetflow.mesh import mesh_option, read_mesh
+from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import load_model
 from jetflow.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommandOptions(EvaluateOptions):
+class CommandOptions(EvaluateOptions, ModelOptions):
     """The options of an evaluation, and the flow."""
 
     workdir: Path = option(help="the folder of the run", example="runs/NAME")
-    step: int | None = option(None, "of the checkpoint; default: the newest")
-    mesh: tuple[str, ...] = mesh_option()
 
 
 def run(options: CommandOptions) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from jetflow import configs
-from jetflow.options import KINDS, Options, kind_of
+from jetflow.options import Options, expanded, kind_of, spelled
 from jetflow.types import UsageError
 
 CONFIG_HELP = "FILE.py or FILE.py:ARGUMENT; --config.SECTION.FIELD=VALUE changes a field"
@@ -31,6 +30,10 @@ class Command(NamedTuple):
     run: Callable[[Any], int | None]
     arguments: tuple[str, ...] = ()
 
+    @property
+    def fields(self) -> dict[str, dataclasses.Field]:
+        return {field.name: field for field in dataclasses.fields(self.options)}
+
 
 def parse(command: Command, argv: Sequence[str]) -> Options:
     """The options that a command line gives; argv[0] names the command.
@@ -38,54 +41,53 @@ def parse(command: Command, argv: Sequence[str]) -> Options:
     Raises:
         UsageError: on what is unknown, missing, superfluous or of the wrong type.
     """
-    fields = _fields(command)
+    fields = command.fields
     words, changes = _without_changes(argv) if "config" in fields else (list(argv), {})
     values = _define(command)
     try:
         rest = values(words)[1:]
     except flags.UnrecognizedFlagError as error:
         raise UsageError(_unknown(error.flagname, command, argv[0])) from error
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:
         raise UsageError(str(error)) from error
     if unexpected := rest[len(command.arguments) :]:
         raise UsageError(f"unexpected argument {unexpected[0]!r}; see `jetflow {argv[0]} --help`")
-    if missing := command.arguments[len(rest) :]:
-        raise UsageError(f"{missing[0].upper()} is missing; expected {command.usage}")
-    texts = dict(zip(command.arguments, rest, strict=True))
+    texts = dict(zip(command.arguments, rest, strict=False))
     texts |= {name: values[name].value for name in values if name in fields}
-    options = {
-        name: _parsed(command, name, text) for name, text in texts.items() if text is not None
-    }
-    if changes and "config" not in options:
+    texts = {name: text for name, text in texts.items() if text is not None}
+    if changes and "config" not in texts:
         raise UsageError(f"--config.{next(iter(changes))} changes a config; give --config FILE.py")
     for name, field in fields.items():
-        if name not in options and field.default is dataclasses.MISSING:
-            example = field.metadata["example"]
-            raise UsageError(f"--{name} is missing; expected --{name} {example}")
-    for name, text in changes.items():
-        configs.change(options["config"], name, text)
+        if name not in texts and field.default is dataclasses.MISSING:
+            label, example = _label(command, name), field.metadata["example"]
+            expected = command.usage if name in command.arguments else f"{label} {example}"
+            raise UsageError(f"{label} is missing; expected {expected}")
     try:
+        options = {name: _value(command.options, name, text) for name, text in texts.items()}
+        for name, text in changes.items():
+            configs.change(options["config"], name, text)
         return command.options(**options)
     except UsageError as error:
-        is_flag = str(error).split()[0] in fields
-        raise UsageError(f"--{error}" if is_flag else str(error)) from error
+        name, _, rest = str(error).partition(" ")
+        raise UsageError(f"{_label(command, name)} {rest}") from error
 
 
 def help_text(command: Command) -> str:
-    """The usage, and a line for each flag."""
-    lines = []
-    for name, field in sorted(_fields(command).items()):
-        if name not in command.arguments:
-            choices = field.metadata["choices"]
-            text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
-            shown = field.default not in (dataclasses.MISSING, None, False, ())
-            default = f" (default {_as_text(field.default)})" if shown else ""
-            lines.append(f"  --{name}: {text or CONFIG_HELP}{default}")
-    return "\n".join([f"  {command.usage}", "", *lines])
-
-
-def _fields(command: Command) -> dict[str, dataclasses.Field]:
-    return {field.name: field for field in dataclasses.fields(command.options)}
+    """The usage, and a line for each argument and each flag; those that must be given first."""
+    required, others = [], []
+    for name, field in sorted(command.fields.items()):
+        text = field.metadata["help"] or CONFIG_HELP
+        if choices := field.metadata["choices"]:
+            text += f" ({', '.join(choices)})"
+        label = _label(command, name)
+        if field.default is dataclasses.MISSING:
+            required.append(f"  {label}: {text} (required)")
+        else:
+            shown = field.default not in (None, False, ())
+            others.append(
+                f"  {label}: {text}" + (f" (default {_as_text(field.default)})" if shown else "")
+            )
+    return "\n".join([f"  {command.usage}", "", *required, *others])
 
 
 def _define(command: Command) -> flags.FlagValues:
@@ -93,12 +95,10 @@ def _define(command: Command) -> flags.FlagValues:
     values = flags.FlagValues()
     if command.arguments:
         values.set_gnu_getopt(True)  # flags may follow what is given by its place
-    for name, field in _fields(command).items():
-        if name not in command.arguments:
-            kind = kind_of(command.options, name)[0]
-            special = {bool: flags.DEFINE_bool, Mapping: flags.DEFINE_multi_string}
-            define = special.get(kind, flags.DEFINE_string)
-            define(name, None, field.metadata["help"], flag_values=values)
+    special = {bool: flags.DEFINE_bool, Mapping: flags.DEFINE_multi_string}
+    for name in command.fields.keys() - set(command.arguments):
+        define = special.get(kind_of(command.options, name)[0], flags.DEFINE_string)
+        define(name, None, "", flag_values=values)
     return values
 
 
@@ -118,32 +118,34 @@ def _without_changes(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return words, changes
 
 
-def _parsed(command: Command, name: str, text: Any) -> Any:
-    """A text to a value, or a text with commas to several."""
-    kind, is_tuple = kind_of(command.options, name)
+def _value(options: type[Options], name: str, given: Any) -> Any:
+    """What a flag's text stands for; `given` is a bool of a switch, texts of a repeated flag."""
+    kind, _ = kind_of(options, name)
     if name == "config":
-        return configs.read(text)
-    if kind is bool:
-        return text
-    if kind is Mapping:  # a flag that may be given again
-        if wrong := [part for part in text if not re.match("[^=]+=", part)]:
-            raise UsageError(f"--{name} has {wrong[0]!r}; expected NAME=VALUE")
-        return dict(part.split("=", 1) for part in text)
-    convert = (lambda part: Path(part).expanduser()) if kind is Path else kind
-    try:
-        if is_tuple:
-            return tuple(convert(part.strip()) for part in text.split(",") if part.strip())
-        return convert(text)
-    except ValueError as error:
-        raise UsageError(f"--{name} is {text!r}; expected {KINDS[kind]}") from error
+        return configs.read(given)
+    if kind is Mapping:
+        pairs = [text.partition("=") for text in given]
+        if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[1])]:
+            raise UsageError(f"{name} has {wrong[0]!r}; expected NAME=VALUE")
+        return {key: value for key, _, value in pairs}
+    if kind is Path and given.startswith("~"):
+        given = str(expanded(name, given))
+    return given if kind is bool else spelled(options, name, given)
 
 
 def _unknown(name: str, command: Command, called: str) -> str:
-    if name in configs.SECTIONS and "config" in _fields(command):
+    if name in configs.SECTIONS and "config" in command.fields:
         return f"--{name} is no flag; fields of the config are --config.{name}.…"
-    nearest = difflib.get_close_matches(name, _fields(command), n=1)
+    nearest = difflib.get_close_matches(name, command.fields.keys() - set(command.arguments), n=1)
     hint = f"did you mean --{nearest[0]}? " if nearest else ""
     return f"--{name} is no flag of jetflow {called}; {hint}`jetflow {called} --help` lists them"
+
+
+def _label(command: Command, name: str) -> str:
+    """An option as the command line has it; anything else as it is."""
+    if name not in command.fields:
+        return name
+    return name.upper() if name in command.arguments else f"--{name}"
 
 
 def _as_text(default: Any) -> str:

@@ -10,6 +10,7 @@ from jetflow.cli.flags import Command
 from jetflow.options import Options, option
 from jetflow.tools.plan import roofline
 from jetflow.tools.plan.roofline import Plan
+from jetflow.tools.report.document import columns, text
 from jetflow.types import Config, UsageError
 
 RESOURCES = {"compute": "matrix products", "hbm": "memory", "ici": "links", "dcn": "between slices"}
@@ -52,25 +53,21 @@ def run(options: PlanOptions) -> None:
 
 def describe(plan: Plan) -> str:
     """A plan for a person."""
-    axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
     slices = f"{plan.slices} slices of " if plan.slices > 1 else ""
-    lines = [
-        f"{plan.program}: {plan.parameters:,} parameters, batch {plan.batch_size} "
-        f"({_each(plan)} a device), remat {plan.remat}",
-        f"on {slices}{plan.topology}: {plan.devices} devices" + (f" ({axes})" if axes else ""),
-        "",
-        *_memory_lines(plan),
-        "",
-        f"FLOPs of a step on each device, by formula     {_si(plan.model_flops)}",
-    ]
-    return "\n".join([*lines, *(_cost_lines(plan) if plan.fits else ["", REMEDIES])])
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
+    return "\n".join(
+        [f"{plan.program}: {plan.parameters:,} parameters, batch {plan.batch_size} "
+         f"({_each(plan)} a device), remat {plan.remat}",
+         f"on {slices}{plan.topology}: {plan.devices} devices" + (f" ({mesh})" if mesh else ""),
+         "", *_memory(plan), "", *(_cost(plan) if plan.fits else [REMEDIES])]
+    )  # fmt: skip
 
 
 def _each(plan: Plan) -> int:
     return plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
 
 
-def _memory_lines(plan: Plan) -> list[str]:
+def _memory(plan: Plan) -> list[str]:
     memory = plan.memory
     parts = {
         "parameters" if plan.program == "train" else "weights": memory.params,
@@ -78,31 +75,35 @@ def _memory_lines(plan: Plan) -> list[str]:
         "averaged parameters": memory.ema,
         "batch, constants, program": memory.other,
         "temporaries": memory.temporaries,
+        f"in all, of {memory.capacity / 2**30:.2f}": memory.total,
     }
     verdict, rest = ("fits, with", "to spare") if plan.fits else ("DOES NOT FIT, by", "too much")
+    rows = [[name, f"{size / 2**30:.2f}"] for name, size in parts.items() if size]
     return [
-        "memory on each device, GiB",
-        *(f"  {name:26}{size / 2**30:9.2f}" for name, size in parts.items() if size),
-        f"  {'in all':26}{memory.total / 2**30:9.2f} of {memory.capacity / 2**30:.2f}: {verdict} "
-        f"{abs(memory.spare) / 2**30:.2f} {rest}",
+        columns(["memory on each device", "GiB"], rows),
+        f"{verdict} {abs(memory.spare) / 2**30:.2f} GiB {rest}",
     ]
 
 
-def _cost_lines(plan: Plan) -> list[str]:
+def _cost(plan: Plan) -> list[str]:
     cost, estimate = plan.cost, plan.estimate
     assert cost and estimate
+    rows = {
+        "FLOPs, by formula": _si(plan.model_flops),
+        "FLOPs of the compiled program, recomputation too": _si(cost.flops),
+        "bytes to and from its memory": _si(cost.hbm_bytes),
+    }
+    sent = {f"bytes sent, {one.kind}, {one.count:,} times": _si(one.bytes)
+            for one in cost.collectives}  # fmt: skip
     seconds = estimate.seconds_by_resource.items()
-    times = ", ".join(f"{RESOURCES[name]} {_ms(value)}" for name, value in seconds if value)
+    times = ", ".join(f"{RESOURCES[name]} {text(1000 * value)}" for name, value in seconds if value)
     lines = [
-        f"  of the compiled program, recomputation too   {_si(cost.flops)}",
-        f"bytes to and from its memory                   {_si(cost.hbm_bytes)}",
-        "sent by each device" + (", in bytes" if cost.collectives else ": nothing"),
-        *(f"  {one.kind:34}{one.count:9,} x     {_si(one.bytes)}" for one in cost.collectives),
+        columns(["a step on each device", ""], list((rows | sent).items())),
         "",
         f"estimate (roofline), ms a step: {times}",
-        f"  no faster than {_ms(estimate.step_seconds)} ms a step, bound by "
+        f"  no faster than {text(1000 * estimate.step_seconds)} ms a step, bound by "
         f"{RESOURCES[estimate.bound_by]}: at most {estimate.images_per_second:,.0f} images/s; "
-        f"{plan.steps:,} steps take {_length(estimate.days)} or more",
+        f"{plan.steps:,} steps take {text(24 * estimate.days)} hours or more",
     ]
     if plan.sequential:
         lines.append(
@@ -114,22 +115,11 @@ def _cost_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:,.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"
-
-
-def _length(days: float) -> str:
-    for unit, share in (("days", 1), ("hours", 24), ("minutes", 1440)):
-        if days * share >= 1:
-            return f"{days * share:.1f} {unit}"
-    return f"{days * 86400:.1f} seconds"
-
-
 def _si(number: float) -> str:
     for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if number >= 10**power:
-            return f"{number / 10**power:8.2f} {prefix}"
-    return f"{number:8.2f}"
+            return f"{number / 10**power:.2f} {prefix}"
+    return f"{number:.2f}"
 
 
 def _show(plan: Plan) -> None:

@@ -14,13 +14,13 @@ from jetflow.cli.flags import Command
 from jetflow.data import dataset as pipeline
 from jetflow.files import check_writable
 from jetflow.flows.stack import check_labels
-from jetflow.mesh import mesh_option, read_mesh
+from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import Model, load_model
 from jetflow.noise import LARGEST_SEED, Purpose, key_for
-from jetflow.options import option
+from jetflow.options import LARGEST_BATCH, MOST_SAMPLES, DataOptions, option
 from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, not_finite
-from jetflow.sampling.guidance import check_guided
+from jetflow.sampling.decoding import check_guided
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.types import UsageError
 
@@ -35,29 +35,26 @@ WITHOUT_EFFECT = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions(SamplingOptions):
+class SampleOptions(SamplingOptions, ModelOptions, DataOptions):
     """The options of `jetflow sample`."""
 
     workdir: Path = option(help="the folder of the run", example="runs/NAME")
-    step: int | None = option(None, "of the checkpoint; default: the newest")
-    data_dir: str | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
-    )
-    mesh: tuple[str, ...] = mesh_option()
     out: Path = option(Path("grid.png"), "the picture to write; a .gif moves")
     npz: Path | None = option(
         None,
         "also write the images, uint8 [N, H, W, C], and labels; if a kill cuts it short, the same "
         "command goes on",
     )
-    num: int | None = option(None, "number of images; default: 64, in other modes 8", least=1)
+    num: int | None = option(
+        None, "number of images; default: 64, in other modes 8", least=1, most=MOST_SAMPLES
+    )
     label: int | None = option(
         None, "class of all images, -1 for none; default: in turn, in --mode interpolate none"
     )
     seed: int = option(
         0, "image i depends on the seed, its label and i alone", least=0, most=LARGEST_SEED
     )
-    batch_size: int = option(64, "images made at a time", least=1)
+    batch_size: int = option(64, "images made at a time", least=1, most=LARGEST_BATCH)
     mode: str = option(
         "samples",
         "samples; reconstruct: images encoded and decoded again, above and below; interpolate: a "

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jetflow import hosts
-from jetflow.cli.flags import Command, parse
-from jetflow.options import Options, option
-from jetflow.sweeps import is_of_training, read
+from jetflow.cli.flags import Command
+from jetflow.options import DataOptions, option, spelled
+from jetflow.sweeps import read
 from jetflow.tools.report.document import columns
 from jetflow.tools.report.sweep_page import sweep_page
 from jetflow.tools.sweep import runner
@@ -21,7 +21,7 @@ FAILED = 1  # an exit status: the same command tries the points that failed agai
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepOptions(Options):
+class SweepOptions(DataOptions):
     """The options of `jetflow sweep`."""
 
     sweep: str = option(help="the sweep's file", example="configs/sweeps/NAME.py")
@@ -45,9 +45,6 @@ class SweepOptions(Options):
     )
     point: int | None = option(None, "measure the point of this number alone")
     print: bool = option(False, "print a command for each point, and measure none")
-    data_dir: Path | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
-    )
 
 
 def run(options: SweepOptions) -> int:
@@ -78,12 +75,10 @@ def run(options: SweepOptions) -> int:
 
 
 def _typed(fix: Mapping[str, str]) -> dict[str, Any]:
-    """The values that --fix spells; fields of a config stay texts, typed where they are set."""
-    options = Command("jetflow evaluate", runner.PointOptions, lambda _: None)
+    """The values that --fix spells; fields of a config stay texts until they are set."""
+    known = {field.name for field in dataclasses.fields(runner.PointOptions)}
     return {
-        name: text
-        if is_of_training(name)
-        else getattr(parse(options, ["evaluate", f"--{name}={text}"]), name)
+        name: spelled(runner.PointOptions, name, text) if name in known else text
         for name, text in fix.items()
     }
 
@@ -91,7 +86,7 @@ def _typed(fix: Mapping[str, str]) -> dict[str, Any]:
 def _shard(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    if not (match := re.fullmatch(r"(\d+)/(\d+)", text)):
+    if not (match := re.fullmatch(r"([0-9]+)/([0-9]+)", text)):
         raise UsageError(f"--shard is {text!r}; expected I/N with I from 0 to N - 1")
     return int(match[1]), int(match[2])
 

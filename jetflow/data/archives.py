@@ -1,122 +1,95 @@
-"""Members of archives, read where they lie, without unpacking the archive."""
+"""What lies in archives, read there in order, without unpacking them."""
 
-import dataclasses
+import errno
 import functools
 import gzip
 import io
+import os
 import pickle
 import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from jetflow.data.images import Unreadable
-from jetflow.data.source import Image
+from jetflow.data.source import Image, Member, unread
 from jetflow.types import NO_LABEL, UsageError
 
 # What a damaged archive raises as a whole; a damaged image in it is an `Unreadable`.
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)
+_ERRORS: Any = tarfile  # has more of them than type checkers know
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImageMember:
-    """An image file: `size` bytes of a folder's file or of a tar, or a member of a zip.
+class Entry(NamedTuple):
+    """A file in an archive.
 
     Attributes:
-        path: of the file, or of the archive.
         name: below the folder or in the archive.
-        offset: of its bytes in `path`; None in a zip.
+        read: gives its bytes, or raises `Unreadable`; threads may call it.
+        offset: of its bytes in what a tar is when it is not compressed.
+        modified: when it was written, in a folder.
     """
 
-    path: Path
     name: str
     size: int
-    label: int = NO_LABEL
-    offset: int | None = 0
-
-    def read(self) -> Iterator[Image]:
-        try:
-            content = self._content()
-        except (FileNotFoundError, PermissionError) as error:
-            content = Unreadable(str(error.strerror))
-        except DAMAGE as error:
-            content = Unreadable(f"damaged in the zip: {error}")
-        except OSError as error:
-            raise _unread(self.path, error) from error
-        yield Image(self.name, content, self.label)
-
-    def _content(self) -> bytes:
-        if self.offset is None:
-            return _open_zip(self.path, self.path.stat().st_mtime_ns).read(self.name)
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-@functools.lru_cache(maxsize=1)
-def _open_zip(path: Path, modified: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TarMember:
-    """A tar of images of one class: the bytes [offset, offset + size) of `path`."""
-
-    path: Path
-    name: str
-    size: int
-    label: int
+    read: Callable[[], bytes]
     offset: int = 0
+    modified: int = 0  # ns
 
-    def read(self) -> Iterator[Image]:
-        number = 0
+
+def entries(path: Path) -> Iterator[Entry]:
+    """The files of a zip or a tar, in its order, or of a folder, in that of their names.
+
+    Raises:
+        UsageError: a link in a folder leads back to one above it, or one cannot be read.
+    """
+    if path.is_dir():
         try:
-            for name, content in self._files():
-                number += 1
-                yield Image(f"{self.name}/{name}", content, self.label)
-        except DAMAGE as error:
-            reason = f"the tar is damaged behind its file number {number}: {error}"
-            yield Image(self.name, Unreadable(reason))
+            yield from sorted(_tree(path, "", (path.stat(),)))
         except OSError as error:
-            raise _unread(self.path, error) from error
-
-    def _files(self) -> Iterator[tuple[str, bytes]]:
-        end = self.offset + self.size
-        if not self.size:
-            raise tarfile.ReadError("it is empty")
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
-                while (member := tar.next()) and member.offset < end:
-                    if member.isfile() and member.offset_data + member.size > end:
-                        raise tarfile.ReadError(f"it ends within {member.name}")
-                    if (content := tar.extractfile(member)) is not None:
-                        yield member.name, content.read()
-
-    def copied(self, stream: gzip.GzipFile, target: Path) -> "TarMember":
-        """The same, of a compressed `path` that `stream` reads: its bytes go to `target`."""
-        stream.seek(self.offset)
-        with open(target, "ab") as file:
-            offset, left = file.tell(), self.size
-            while left and (block := stream.read(min(left, 2**20))):
-                left -= file.write(block)
-        return dataclasses.replace(self, path=target, offset=offset)
+            raise unread(error.filename or path, error) from error
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        for each in archive.infolist():
+            yield Entry(each.filename, each.file_size, functools.partial(_unzipped, archive, each))
+    else:
+        title = f"{path.name}: first pass"
+        with (
+            open(path, "rb") as file,
+            tarfile.open(fileobj=file, tarinfo=_Header) as tar,
+            tqdm(total=path.stat().st_size, desc=title, unit="B", unit_scale=True, delay=5) as bar,
+        ):
+            while (member := tar.next()) is not None:
+                vars(tar)["members"].clear()  # or it keeps a million headers
+                bar.update(file.tell() - bar.n)
+                if member.isfile():
+                    offset, size = member.offset_data, member.size
+                    reading = functools.partial(read, path, offset, size)
+                    yield Entry(member.name, size, reading, offset)
 
 
-def _unread(path: Path, error: OSError) -> UsageError:
-    """A disk or a network failed: the next start may find it mended."""
-    return UsageError(
-        f"cannot read {path} ({error.strerror}); run the same command again when it can be read: "
-        "what is finished is kept"
-    )
-
-
-_ERRORS: Any = tarfile  # has more of them than type checkers know
+def _tree(root: Path, folder: str, above: tuple[os.stat_result, ...]) -> Iterator[Entry]:
+    """All files but hidden and special ones, links followed."""
+    for base in os.listdir(root / folder):
+        name = f"{folder}/{base}" if folder else base
+        path = root / name
+        if base.startswith("."):
+            continue
+        if path.is_dir():
+            if any(os.path.samestat(path.stat(), each) for each in above):
+                raise UsageError(f"{path} leads back to a folder above it; remove that link")
+            yield from _tree(root, name, (*above, path.stat()))
+        elif path.is_file() or not path.exists():  # a link to nothing is listed as unreadable
+            state = path.stat() if path.exists() else path.lstat()
+            reading = functools.partial(read, path)
+            yield Entry(name, state.st_size, reading, modified=state.st_mtime_ns)
 
 
 class _Header(tarfile.TarInfo):
@@ -130,128 +103,122 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from error
 
 
-def tar_files(
-    path: Path, on_read: Callable[[int], object] = lambda position: None
-) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, by their headers alone where it is not compressed.
-
-    Args:
-        path: of the tar.
-        on_read: told from time to time how far in the file on disk that is.
-    """
-    with open(path, "rb") as file, tarfile.open(fileobj=file, tarinfo=_Header) as tar:
-        while (member := tar.next()) is not None:
-            vars(tar)["members"].clear()  # or it keeps a million headers
-            on_read(file.tell())
-            if member.isfile():
-                yield member
+def opened(path: Path) -> io.BufferedIOBase:
+    """A file, uncompressed where it is a gzip."""
+    file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+    is_gzip = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if is_gzip else file
 
 
-def is_gzip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+def read(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    """Bytes of a file, all by default; raises `Unreadable` if it is not there, or not for us."""
+    try:
+        with opened(path) if offset else open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ELOOP):
+            raise Unreadable(str(error.strerror)) from error
+        raise unread(path, error) from error
 
 
-# Batches of small images.
+def _unzipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(member)
+    except DAMAGE as error:
+        raise Unreadable(f"damaged in the zip: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchMember:
-    """An .npz, or a pickle, with `labels`, and with `data`: uint8 rows, one colour after another.
+def image(entry: Entry, name: str, label: int = NO_LABEL) -> Member:
+    """An image file."""
+    return Member(entry.size, [Image(name, entry.read, label)])
 
-    An .npz is read row by row, a pickle lies in memory as a whole.
 
-    Attributes:
-        path, name: a zip, a tar or a folder, and the batch within.
-        image_size: H and W.
-        first_label: of the batch's first class.
-    """
+def images_of_tar(
+    archive: Path | io.BufferedIOBase, offset: int, size: int, name: str, label: int
+) -> Iterator[Image]:
+    """Of a tar of one class, `size` bytes of an archive, which is read forwards alone."""
+    number, end = 0, offset + size
+    try:
+        if not size:
+            raise tarfile.ReadError("it is empty")
+        with open(archive, "rb") if isinstance(archive, Path) else nullcontext(archive) as file:
+            file.seek(offset)
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+                while (member := tar.next()) and member.offset < end:
+                    if member.isfile() and member.offset_data + member.size > end:
+                        raise tarfile.ReadError(f"it ends within {member.name}")
+                    if (content := tar.extractfile(member)) is not None:
+                        number += 1
+                        yield Image(f"{name}/{member.name}", content.read(), label)
+    except DAMAGE as error:
+        reason = f"the tar is damaged behind its file number {number}: {error}"
+        yield Image(name, Unreadable(reason))
+    except OSError as error:
+        raise unread(name, error) from error
 
-    path: Path
-    name: str
-    size: int
-    image_size: int
-    first_label: int
 
-    def read(self) -> Iterator[Image]:
-        shape = (3, self.image_size, self.image_size)
-        with _files(self.path)[self.name][1]() as file:
-            is_npz = file.read(4) == b"PK\x03\x04"
-            file.seek(0)
-            for number, (row, label) in enumerate((_npz_rows if is_npz else _pickled_rows)(file)):
-                pixels = np.frombuffer(row, np.uint8).reshape(shape).transpose(1, 2, 0)
-                yield Image(f"{self.name} row {number}", pixels, int(label) - self.first_label)
+# Batches of small images: an .npz or a pickle with `labels`, and with `data`, uint8 rows of one
+# colour after another.
 
 
 def batches(
     paths: Sequence[Path], wanted: str, numbers: Sequence[int], image_size: int, first_label: int
-) -> list[BatchMember]:
+) -> list[Member]:
     """The batches of some archives, in the order of their numbers.
 
     Args:
         paths: zips, tars or folders.
         wanted: matches a batch's file name; its first group is the number, or empty, which is 0.
         numbers: of the batches that are expected.
+        image_size: H and W.
+        first_label: of the first class.
 
     Raises:
         UsageError: a batch is missing, or a second one has its number.
     """
-    members = sorted(
-        (int(match[1] or 0), path, name, size)
+    found = [
+        (int(match[1] or 0), entry)
         for path in paths
-        for name, (size, _) in _files(path).items()
-        if (match := re.fullmatch(wanted, PurePosixPath(name).name))
-    )
-    if (present := [number for number, *_ in members]) != list(numbers):
+        for entry in entries(path)
+        if (match := re.fullmatch(wanted, PurePosixPath(entry.name).name))
+    ]
+    found.sort(key=lambda each: each[0])
+    if (present := [number for number, _ in found]) != list(numbers):
         raise UsageError(
             f"expected files like {wanted} with the numbers {list(numbers)} in "
             f"{' and '.join(map(str, paths))}, found {present}; bring the archives again"
         )
-    return [BatchMember(*member[1:], image_size, first_label) for member in members]
+    shape = (3, image_size, image_size)
+    return [Member(entry.size, _rows(entry, shape, first_label)) for _, entry in found]
 
 
-def _files(path: Path) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """Name → (size, function that opens it) of the files of a folder, a zip or a small tar."""
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file()]
-        return {
-            file.relative_to(path).as_posix(): (
-                file.stat().st_size, functools.partial(open, file, "rb")
-            )
-            for file in files
-        }  # fmt: skip
-    if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        return {
-            each.filename: (each.file_size, functools.partial(archive.open, each))
-            for each in archive.infolist()
-        }
-    tar = tarfile.open(path)  # noqa: SIM115 (what is returned reads it)
-    return {
-        each.name: (each.size, functools.partial(tar.extractfile, each))
-        for each in tar
-        if each.isfile()
-    }
+def _rows(entry: Entry, shape: tuple[int, ...], first_label: int) -> Iterator[Image]:
+    try:
+        batch = _unpacked(io.BytesIO(entry.read()))
+    except Unreadable as error:
+        raise pickle.UnpicklingError(f"{entry.name}: {error}") from error
+    rows, labels = np.asarray(batch.get("data")), batch.get("labels", ())
+    if rows.shape != (len(labels), np.prod(shape)) or rows.dtype != np.uint8:
+        raise pickle.UnpicklingError(
+            f"{entry.name} has {rows.dtype} {rows.shape} and {len(labels)} labels; expected a row "
+            f"of {np.prod(shape):,} uint8 for each"
+        )
+    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        pixels = row.reshape(shape).transpose(1, 2, 0)
+        yield Image(f"{entry.name} row {number}", pixels, int(label) - first_label)
 
 
-def _npz_rows(file: Any) -> Iterator[tuple[bytes, Any]]:
-    with zipfile.ZipFile(file) as npz:
-        with npz.open("labels.npy") as column:
-            labels = np.load(column)
-        with npz.open("data.npy") as data:
-            version = np.lib.format.read_magic(data)
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(data)
-            if version != (1, 0) or fortran_order or dtype != np.uint8 or len(shape) != 2:
-                raise zipfile.BadZipFile(f"data.npy holds {dtype} {shape}; expected rows of uint8")
-            for label in labels:
-                yield data.read(shape[1]), label
-
-
-def _pickled_rows(file: Any) -> Iterator[tuple[bytes, Any]]:
-    batch = _BatchUnpickler(io.BytesIO(file.read()), encoding="bytes").load()
-    batch = {key.decode() if isinstance(key, bytes) else key: batch[key] for key in batch}
-    for row, label in zip(batch["data"], batch["labels"], strict=True):
-        yield row.tobytes(), label
+def _unpacked(content: io.BytesIO) -> Mapping[str, Any]:
+    try:
+        if content.getbuffer()[:4] == b"PK\x03\x04":
+            with np.load(content) as npz:
+                return {name: npz[name] for name in ("data", "labels")}
+        batch = _BatchUnpickler(content, encoding="bytes").load()
+        return {key.decode() if isinstance(key, bytes) else key: batch[key] for key in batch}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise pickle.UnpicklingError(f"a batch is damaged ({error})") from error
 
 
 class _BatchUnpickler(pickle.Unpickler):

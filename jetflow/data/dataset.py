@@ -11,7 +11,7 @@ import hashlib
 import os
 import resource
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
-from jetflow.data import processes, reading, shards, sources
-from jetflow.data.builder import UNREADABLE, is_prepared, make
+from jetflow.data import reading, shards, sources
+from jetflow.data.builder import UNREADABLE, Preparation, PrepareOptions, is_prepared
+from jetflow.data.shards import Records, opened
+from jetflow.options import expanded
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 VERSION = "1.0.0"
+MANUAL = Path("downloads", "manual")  # archives, in the folder of all data sets
 
 # Few threads: for small images Python's lock is the limit, and Grain's default of 16 threads reads
 # photos/16 a third slower than two do (15,000 images a second against 20,000, on two cores).
@@ -44,6 +47,7 @@ class Dataset:
         source: random access: len(source), source[i] -> {"image": uint8 [H, W, C], "label"?: int}.
         resize: how the images came to their size.
         known_checksum: what `checksum` gives, where it was taken when the data was prepared.
+        origin: the paths of the archives that it was prepared from; "" without any.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Dataset:
     source: Any = dataclasses.field(repr=False)
     resize: str = "none"
     known_checksum: str | None = None
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -92,39 +97,8 @@ class Dataset:
         shape = "x".join(map(str, self.image_shape))
         classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
         data = f"{self.name} {self.version} {self.split}"
-        return f"{data}: {len(self):,} images of {shape}, {classes}"
-
-
-class Records:
-    """Random access to images and labels: what TFDS's own data source gives, in less time.
-
-    That one goes through all that a feature could be, for each image anew, which for small images
-    takes longer than to read them.
-
-    Attributes:
-        stored: random access to the stored bytes, with `__getitems__`.
-        features: an image in any encoding, and perhaps a label.
-    """
-
-    def __init__(self, stored: Any, features: tfds.features.FeaturesDict):
-        self.stored = stored
-        self._features: Any = features
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 [H, W, C], "label"?: int} of an image."""
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Of several at once, whose bytes are read in parallel."""
-        return list(map(self._decode, self.stored.__getitems__(indices) if indices else []))
-
-    def _decode(self, record: bytes) -> dict[str, Any]:
-        stored, label = shards.decode(record)
-        image = {"image": self._features["image"].decode_example_np(stored)}
-        return image if label is None else {**image, "label": label}
+        origin = f", from {self.origin}" if self.origin else ""
+        return f"{data}: {len(self):,} images of {shape}, {classes}{origin}"
 
 
 def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) -> Dataset:
@@ -138,24 +112,25 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         data_dir: where prepared data lies; default `$TFDS_DATA_DIR`, else ~/tensorflow_datasets.
 
     Raises:
-        UsageError: unknown name or split, or data that is not there and cannot be prepared.
+        UsageError: unknown name or split, or data that is damaged, or not there and cannot be
+            prepared.
     """
     source, folder = sources.find(name), _root(data_dir) / name / VERSION
     if not is_prepared(folder):
-        manual_dir = _manual_dir(_root(data_dir))
+        manual_dir = _root(data_dir) / MANUAL
         if source.archives:
-            present = "" if source.missing(manual_dir) else f"; its archives are in {manual_dir}"
+            present = f"; its archives are in {manual_dir}" if source.is_in(manual_dir) else ""
             raise UsageError(
                 f"data set {name!r} was not found in {folder}; prepare it once with `jetflow "
                 f"prepare {name} --manual_dir DIR`, DIR with {'; '.join(map(str, source.archives))}"
                 + present
             )
         print(f"preparing data set {name} in {folder} (once)", file=sys.stderr, flush=True)
-        make(source, folder, manual_dir, workers=1)
+        Preparation(source, folder, manual_dir).run()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Every shard stays open, and the whole of ImageNet has thousands of them.
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
-    builder: Any = tfds.builder_from_directory(folder)  # TFDS's decorators hide its signatures
+    builder = opened(name, folder)
     try:
         stored = builder.as_data_source(
             split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
@@ -176,9 +151,10 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         split=split,
         image_shape=features["image"].shape,
         num_classes=features["label"].num_classes if "label" in features else 0,
-        source=Records(stored, features),
+        source=Records(name, stored, features, builder.info.splits[split].file_instructions),
         resize=metadata.get("resize", "none"),
         known_checksum=metadata.get("checksums", {}).get(split),
+        origin=metadata.get("origin", ""),
     )
 
 
@@ -188,55 +164,47 @@ class Prepared(NamedTuple):
     Attributes:
         folder: its own.
         splits: all that it has.
-        unreadable: files that were left out; `folder`/unreadable.tsv has their names and reasons.
+        unreadable: a line for each file that was left out, with its name and the reason; as in
+            `folder`/unreadable.tsv.
         differences: a line for each split whose number of images is not the published one.
     """
 
     folder: Path
     splits: dict[str, Dataset]
-    unreadable: int
+    unreadable: list[str]
     differences: list[str]
 
 
-def prepare(
-    name: str,
-    *,
-    manual_dir: str | os.PathLike | None = None,
-    data_dir: str | os.PathLike | None = None,
-    workers: int | None = None,
-) -> Prepared:
+def prepare(name: str, **fields: Any) -> Prepared:
     """Prepare a data set, from archives where it needs some; goes on where a kill stopped it.
 
     Args:
-        manual_dir: the folder of the archives; default: downloads/manual in `data_dir`, as in TFDS.
-        data_dir: where the data is to lie; default as for `load`.
-        workers: processes that decode; default: one for each core.
+        fields: of `PrepareOptions`, such as manual_dir="~/archives".
 
     Raises:
-        UsageError: unknown name, archives that are missing, no space or no rights.
+        UsageError: unknown name, archives that are missing, or others than those that the data was
+            prepared from, no space or no rights.
     """
-    source, folder = sources.find(name), _root(data_dir) / name / VERSION
-    if source.archives and not is_prepared(folder):
-        archives = Path(manual_dir or _manual_dir(_root(data_dir))).expanduser().absolute()
-        make(source, folder, archives, workers or processes.cores())
-    elif not source.archives:
-        load(name, "train", data_dir=data_dir)
-    infos = tfds.builder_from_directory(folder).info.splits
-    splits = {split: load(name, split, data_dir=data_dir) for split in infos}
+    options = PrepareOptions(**fields)
+    data_dir = _root(options.data_dir)
+    source, folder = sources.find(name), data_dir / name / VERSION
+    manual_dir = expanded("manual_dir", options.manual_dir or data_dir / MANUAL).absolute()
+    if options.overwrite or not is_prepared(folder) or source.is_in(manual_dir):
+        Preparation(source, folder, manual_dir, options).run()
+    splits = {
+        split: load(name, split, data_dir=data_dir) for split in opened(name, folder).info.splits
+    }
     counts = {split: len(dataset) for split, dataset in splits.items()}
     file = folder / UNREADABLE
-    unreadable = file.read_text("utf-8").count("\n") if file.exists() else 0
-    return Prepared(folder, splits, unreadable, source.differences(counts, unreadable))
+    unreadable = file.read_text("utf-8").splitlines() if file.exists() else []
+    return Prepared(folder, splits, unreadable, source.differences(counts, len(unreadable)))
 
 
 def _root(data_dir: str | os.PathLike | None) -> Path:
     """The folder of all data sets: as given, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     # TFDS has the same default, but reads the environment only once, at import.
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-
-
-def _manual_dir(root: Path) -> Path:
-    return root / "downloads" / "manual"
+    root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return expanded("data_dir", root)
 
 
 def train_batches(

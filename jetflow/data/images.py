@@ -10,19 +10,33 @@ What a file is, its content says, never its name. The rules, in order:
 - a file that ends too early is refused, not filled up.
 """
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
+
+MAX_PIXELS = 500_000_000  # of an image; RGB takes three bytes each
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Unreadable(Exception):
     """A file that is no whole image, or not one of the size that its data set has."""
 
 
-def decode(content: bytes) -> Image.Image:
+def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file as an upright RGB image of 8 bits.
 
     Raises:
@@ -31,11 +45,11 @@ def decode(content: bytes) -> Image.Image:
     if not content:
         raise Unreadable("empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of size and metadata; what is wrong raises
-            with Image.open(io.BytesIO(content)) as file:
-                file.load()
-                return _as_rgb(ImageOps.exif_transpose(file))
+        with Image.open(io.BytesIO(content)) as file:
+            if (pixels := file.width * file.height) > max_pixels:
+                raise Unreadable(f"{pixels:,} pixels are above --max_pixels {max_pixels:,}")
+            file.load()
+            return _as_rgb(_upright(file))
     except (Unreadable, MemoryError):  # the machine lacks memory: the file may be whole
         raise
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged files
@@ -45,22 +59,43 @@ def decode(content: bytes) -> Image.Image:
         raise Unreadable(reason or type(error).__name__) from error
 
 
+@contextlib.contextmanager
+def large_files() -> Iterator[None]:
+    """Lifts Pillow's limit of size and hides its warnings, in all threads; `decode` has its own."""
+    before = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata; what is wrong with pixels raises
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    try:
+        orientation = file.getexif().get(_ORIENTATION)
+    except Exception:  # damaged metadata costs no pixels
+        orientation = None
+    return file.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else file
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
+    transparent = image.info.get("transparency")
     if image.mode == "F":
         raise Unreadable("floating-point pixels")
     if image.mode.startswith("I"):  # 16 bits, which Pillow keeps in 16 or 32
-        high = np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF) >> 8
-        image = Image.fromarray(high.astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
+        values = np.asarray(image).astype(np.int64)
+        high = np.clip(values, 0, 0xFFFF) >> 8
+        high = np.where(values == transparent, 0xFF, high)
+        return Image.fromarray(high.astype(np.uint8)).convert("RGB")
+    if isinstance(transparent, tuple) and max(transparent) > 0xFF:  # Pillow keeps the high byte
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    if "A" in image.getbands() or transparent is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")  # a copy of what is RGB already
-
-
-def resize_method(size: int) -> str:
-    """How `resize` makes an image of size x size, for the record."""
-    return f"short side to {size} by a box filter (bicubic where it enlarges), centre crop"
 
 
 def resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size C"]:

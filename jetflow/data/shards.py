@@ -1,86 +1,79 @@
-"""A shard of a data set: its images, decoded, as an ArrayRecord file of `tf.train.Example`s."""
+"""Prepared data as TFDS has it, written and read: shards, metadata, records.
 
-import contextlib
+A shard has the images of a part of a split, decoded: an ArrayRecord file of `tf.train.Example`s.
+"""
+
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jetflow.data.images import Unreadable
-from jetflow.data.source import Member, Source, name_hash
-from jetflow.files import write_atomically
+from jetflow.data.source import Contents, Source
+from jetflow.files import read_json, write_atomically
+from jetflow.types import UsageError
 
 _OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in any order
 _Example: Any = vars(tf_example_pb2)["Example"]  # made at import: no type checker sees it
 
 
-class Shard(NamedTuple):
-    """Neighbouring members of a split, which one process decodes and writes.
+def written(note: Path, files: Mapping[str, Path]) -> dict[str, Any] | None:
+    """What `write` noted of a shard; None if it is not written, or not whole any more."""
+    facts = read_json(note) if note.exists() else None
+    return facts if facts and facts["bytes"] == _bytes(files) else None
 
-    Attributes:
-        split: of the images, but for those that the source holds out for `validation`.
-        files: the ArrayRecord file of each split that may get some of them.
-        note: a file that is written last, with a line for each image that was left out.
+
+def _bytes(files: Mapping[str, Path]) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in files.values() if file.exists()}
+
+
+def write(
+    note: Path, files: Mapping[str, Path], records: Iterable[tuple[str, bytes | str]]
+) -> None:
+    """Write a shard.
+
+    Args:
+        note: gets, at the end, the "counts" of records by split, the "bytes" by the name of a file,
+            and the lines of images that are "left_out".
+        files: an ArrayRecord file for each split that may get some of the records.
+        records: of (split, record), or of (split, line) for an image that is left out.
+
+    Raises:
+        OSError: there is no room.
     """
-
-    members: tuple[Member, ...]
-    split: str
-    files: dict[str, Path]
-    note: Path
-
-    @property
-    def size(self) -> int:
-        return sum(member.size for member in self.members)
-
-    def counts(self) -> dict[str, int] | None:
-        """The number of images in each split; None if the shard is not written, or not whole."""
-        if not all(file.exists() for file in (self.note, *self.files.values())):
-            return None
-        counts = {}
-        with contextlib.suppress(RuntimeError):
-            for split, file in self.files.items():
-                reader = ArrayRecordReader(os.fspath(file))
-                number = reader.num_records()
-                reader.close()  # which raises if the file is cut
-                counts[split] = number
-        return counts if len(counts) == len(self.files) else None
-
-
-def write_shard(shard: Shard, source: Source, is_labelled: bool) -> dict[str, int]:
-    """Decode the images of a shard and write them, unless that is done; gives their counts."""
-    if counts := shard.counts():
-        return counts
-    unreadable = []
     partial = {
         split: file.with_name(f"{file.name}.{os.getpid()}.incomplete")
-        for split, file in shard.files.items()
+        for split, file in files.items()
     }
-    writers = {
-        split: ArrayRecordWriter(os.fspath(path), _OPTIONS) for split, path in partial.items()
-    }
-    for name, content, label in (image for member in shard.members for image in member.read()):
-        try:
-            pixels = source.pixels(content)
-        except Unreadable as reason:
-            unreadable.append(f"{one_line(name)}\t{one_line(str(reason))}\n")
-            continue
-        is_held_out = source.held_out and name_hash(name.split("/")[-1]) % source.held_out == 0
-        writer = writers["validation" if is_held_out else shard.split]
-        writer.write(encode(pixels, label if is_labelled else None))
-    for split, writer in writers.items():
-        writer.close()
-        partial[split].rename(shard.files[split])
-    with write_atomically(shard.note) as file:
-        file.write("".join(unreadable).encode())
-    shard.note.with_suffix(".tar").unlink(missing_ok=True)
-    counts = shard.counts()
-    assert counts
-    return counts
+    counts, left_out = dict.fromkeys(partial, 0), []
+    try:
+        writers = {
+            split: ArrayRecordWriter(os.fspath(path), _OPTIONS) for split, path in partial.items()
+        }
+        for split, record in records:
+            if isinstance(record, str):
+                left_out.append(record)
+            else:
+                writers[split].write(record)
+                counts[split] += 1
+        for split, writer in writers.items():
+            writer.close()
+            partial[split].rename(files[split])
+    except RuntimeError as error:  # of the writers
+        raise OSError(str(error)) from error
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+    facts = {"counts": counts, "bytes": _bytes(files), "left_out": left_out}
+    with write_atomically(note) as file:
+        file.write(json.dumps(facts).encode())
 
 
 def encode(pixels: np.ndarray, label: int | None) -> bytes:
@@ -123,3 +116,112 @@ def one_line(name: str) -> str:
     """A name without tabs, line breaks and what is not UTF-8: these are escaped."""
     odd = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
     return odd.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
+
+
+def write_metadata(
+    source: Source, contents: Contents, notes: Sequence[dict], folder: Path, **facts
+) -> None:
+    """What TFDS needs to read the shards, and `load` to check them."""
+    image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
+    classes = [one_line(name) for name in contents.classes]
+    label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
+    name, _, config = source.name.partition("/")
+    version = tfds.core.Version(folder.name.split(".partial")[0])
+    identity = tfds.core.DatasetIdentity(name, version, os.fspath(folder), "", config or None)
+    files = {name: size for note in notes for name, size in note["bytes"].items()}
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        description=source.about,
+        features=tfds.features.FeaturesDict({"image": image, **label}),
+        supervised_keys=("image", "label") if label else None,
+        homepage=source.homepage,
+        metadata=tfds.core.MetadataDict(resize=source.resize_method, files=files, **facts),
+        disable_shuffling=True,  # the order of the archive is the order on disk
+    )
+    info.set_file_format("array_record")
+    counts = {
+        split: [note["counts"][split] for note in notes if split in note["counts"]]
+        for split in facts["checksums"]
+    }
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=lengths,
+            num_bytes=sum(size for name, size in files.items() if f"-{split}.array" in name),
+            filename_template=tfds.core.ShardedFileTemplate(
+                epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
+            ),
+        )
+        for split, lengths in counts.items()
+        if sum(lengths)
+    ]
+    info.set_splits(tfds.core.SplitDict(infos))
+    info.write_to_directory(folder)
+
+
+def opened(name: str, folder: Path) -> Any:  # TFDS's decorators hide its signatures
+    """TFDS's builder of prepared data whose files are there as a whole."""
+    try:
+        builder: Any = tfds.builder_from_directory(folder)
+    except Exception as error:  # TFDS raises nearly any type for files that are no JSON
+        raise _damaged(name, folder, error) from error
+    for file, size in (builder.info.metadata or {}).get("files", {}).items():
+        path = folder / file
+        if not path.exists() or path.stat().st_size != size:
+            raise _damaged(name, path, f"not there with {size:,} bytes")
+    return builder
+
+
+def _damaged(name: str, path: str | Path, reason: Exception | str) -> UsageError:
+    return UsageError(
+        f"data set {name!r} is damaged: {path} ({' '.join(str(reason).split())}); prepare it anew "
+        f"with `jetflow prepare {name} --overwrite`, and its archives"
+    )
+
+
+class Records:
+    """Random access to images and labels: what TFDS's own data source gives, in less time.
+
+    That one goes through all that a feature could be, for each image anew, which for small images
+    takes longer than to read them.
+
+    Attributes:
+        name: of the data set.
+        stored: TFDS's data source of the stored bytes.
+        features: an image in any encoding, and perhaps a label.
+        files: which examples are in which file, as TFDS has it.
+    """
+
+    def __init__(
+        self, name: str, stored: Any, features: tfds.features.FeaturesDict, files: Sequence[Any]
+    ):
+        self._name, self._stored, self._files = name, stored, files
+        self._features: Any = features
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": uint8 [H, W, C], "label"?: int} of an image."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Of several at once, whose bytes are read in parallel.
+
+        Raises:
+            UsageError: a file is damaged.
+        """
+        try:
+            records = self._stored.__getitems__(indices) if indices else []
+        except RuntimeError as error:  # of ArrayRecord, which does not always name the file
+            if len(indices) > 1:
+                return [self[index] for index in indices]
+            ends = np.cumsum([file.take for file in self._files])
+            file = self._files[int(np.searchsorted(ends, indices[0], "right"))].filename
+            raise _damaged(self._name, file, error) from error
+        return list(map(self._decode, records))
+
+    def _decode(self, record: bytes) -> dict[str, Any]:
+        stored, label = decode(record)
+        image = {"image": self._features["image"].decode_example_np(stored)}
+        return image if label is None else {**image, "label": label}

@@ -2,16 +2,24 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
 from jetflow.data import images
 from jetflow.types import NO_LABEL, UsageError
+
+
+def unread(name: str | Path, error: OSError) -> UsageError:
+    """A disk or a network failed: the next start may find it mended."""
+    return UsageError(
+        f"cannot read {name} ({error.strerror}); run the same command again when it can be read: "
+        "what is finished is kept"
+    )
 
 
 class Image(NamedTuple):
@@ -19,30 +27,35 @@ class Image(NamedTuple):
 
     Attributes:
         name: its place, for people: "n01440764.tar/n01440764_10026.JPEG".
-        content: an image file, or pixels, uint8 [H, W, C], or the reason why there is neither.
+        content: an image file, or a function that reads it in any thread, or pixels, uint8
+            [H, W, C], or the reason why there is neither.
         label: the number of its class, or `NO_LABEL`.
     """
 
     name: str
-    content: bytes | np.ndarray | images.Unreadable
+    content: bytes | Callable[[], bytes] | np.ndarray | images.Unreadable
     label: int = NO_LABEL
 
 
-@runtime_checkable
-class Member(Protocol):
-    """A file of an archive, which holds one image or many; it can be sent to another process."""
+class Member(NamedTuple):
+    """A part of an archive, which holds one image or many: `size` bytes, read at most once."""
 
-    @property
-    def size(self) -> int: ...  # bytes of the archive
-
-    def read(self) -> Iterator[Image]: ...
+    size: int
+    images: Iterable[Image]
 
 
 class Contents(NamedTuple):
-    """What the archives hold: the names of the classes, and the members of each split in order."""
+    """What the archives hold.
+
+    Attributes:
+        classes: their names.
+        splits: the members of each, in order.
+        left_out: folders that belong to no split, or to no class, and how many images each has.
+    """
 
     classes: Sequence[str]
     splits: Mapping[str, Sequence[Member]]
+    left_out: Mapping[str, int] = {}
 
 
 class Archive(NamedTuple):
@@ -66,6 +79,13 @@ class Archive(NamedTuple):
         """Its path, or that of another one with the same content; None where there is neither."""
         paths = (folder / name for name in (self.name, *self.instead))
         return next((path for path in paths if path.exists()), None)
+
+    def difference(self, path: Path) -> str:
+        """A line if a file has another size than the published one."""
+        size = path.stat().st_size
+        if path.name != self.name or self.size in (size, str(self.size)):
+            return ""
+        return f"{path} has {size:,} bytes; the published file has {self.size:,}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,20 +119,25 @@ class Source:
 
     @property
     def resize_method(self) -> str:
-        return images.resize_method(self.image_shape[0]) if self.resize is None else self.resize
+        """How the images came to their size, for the record."""
+        size = self.image_shape[0]
+        method = f"short side to {size} by a box filter (bicubic where it enlarges), centre crop"
+        return method if self.resize is None else self.resize
 
-    def pixels(self, content: bytes | np.ndarray | images.Unreadable) -> np.ndarray:
-        """uint8 [H, W, C] of an image's content.
+    def pixels(self, image: Image, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
+        """uint8 [H, W, C] of an image.
 
         Raises:
-            Unreadable: it is no whole image, or not of the published size.
+            Unreadable: it is no whole image, or not of the published size, or larger than allowed.
         """
+        content = image.content
         if isinstance(content, images.Unreadable):
             raise content
         if isinstance(content, np.ndarray):
             return content
         fit = images.resize if self.resize is None else images.exactly
-        return fit(images.decode(content), self.image_shape[0])
+        content = content if isinstance(content, bytes) else content()
+        return fit(images.decode(content, max_pixels), self.image_shape[0])
 
     def count(self, split: str) -> int:
         """The published number of images in a split, or in a part as TFDS writes it.
@@ -120,22 +145,13 @@ class Source:
         Raises:
             UsageError: there is no such split.
         """
-        infos = [
-            tfds.core.SplitInfo(
-                name=name,
-                shard_lengths=[count],
-                num_bytes=0,
-                filename_template=tfds.core.ShardedFileTemplate(
-                    epath.Path(), "{SPLIT}", split=name
-                ),
-            )
-            for name, count in self.splits.items()
-        ]
+        infos = {name: SimpleNamespace(num_examples=count) for name, count in self.splits.items()}
         try:
-            return tfds.core.SplitDict(infos)[split].num_examples
-        except (AssertionError, KeyError, ValueError) as error:
+            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+        except (AssertionError, ValueError) as error:
             counts = ", ".join(f"{name} ({count:,})" for name, count in self.splits.items())
             raise UsageError(f"{split!r} is no split of {self.name}; it has {counts}") from error
+        return sum(len(range(self.splits[each.splitname])[each.from_ : each.to]) for each in parts)
 
     def differences(self, counts: Mapping[str, int], unreadable: int = 0) -> list[str]:
         """A line for each split whose number of images is not the published one.
@@ -155,41 +171,41 @@ class Source:
             if not 0 <= published - prepared <= unreadable
         ]
 
-    def missing(self, folder: Path) -> str:
-        """The archives that are missing in a folder, for an error message; "" for none."""
-        if all(archive.find(folder) for archive in self.archives):
-            return ""
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder has all its archives."""
+        return all(archive.find(folder) for archive in self.archives)
+
+    def paths(self, folder: Path) -> list[Path]:
+        """Of its archives, in a folder.
+
+        Raises:
+            UsageError: some are missing.
+        """
+        if self.is_in(folder):
+            return [path for archive in self.archives if (path := archive.find(folder))]
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         names[8:] = [f"{len(names) - 8} more"] if len(names) > 8 else []
         present = ", ".join(names) or ("nothing" if folder.is_dir() else "no such folder")
         homepage = f" (from {self.homepage})" if self.homepage else ""
         wanted = "; ".join(map(str, self.archives))
-        return f"expected in {folder}: {wanted}{homepage}; found there: {present}"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """The images of a split that a function makes, without any archive."""
-
-    images: Callable[[str], Iterator[Image]]
-    split: str
-    size: int = 0
-
-    def read(self) -> Iterator[Image]:
-        return self.images(self.split)
+        raise UsageError(
+            f"data set {self.name!r} lacks archives: expected in {folder}: {wanted}{homepage}; "
+            f"found there: {present}; put them there, or give another --manual_dir"
+        )
 
 
 def made(
-    images: Callable[[str], Iterator[Image]],
+    images: Callable[[str], Iterable[Image]],
     splits: Mapping[str, int],
     classes: Sequence[str] = (),
     **fields,
 ) -> Source:
-    """A data set of which `images` makes each split."""
-    contents = Contents(classes, {split: [_Made(images, split)] for split in splits})
-    return Source(
-        contents=lambda paths, notes: contents, splits=splits, num_classes=len(classes), **fields
-    )
+    """A data set of which `images` makes each split, without any archive."""
+
+    def contents(paths: Sequence[Path], notes: Path) -> Contents:
+        return Contents(classes, {split: [Member(0, images(split))] for split in splits})
+
+    return Source(contents=contents, splits=splits, num_classes=len(classes), **fields)
 
 
 def at_sizes(name: str, sizes: Sequence[int], **fields) -> tuple[Source, ...]:

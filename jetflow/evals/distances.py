@@ -45,27 +45,16 @@ def _root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
     return vectors[:, real] * np.sqrt(values[real])
 
 
-class Kid(NamedTuple):
-    """A kernel distance.
-
-    Attributes:
-        mean: over the subsets.
-        standard_error: of the mean, over other images and other subsets; nan for less than 20.
-        subsets, size: the number of subsets, and of images of each set in each.
-    """
-
-    mean: float
-    standard_error: float
-    subsets: int
-    size: int
-
-
 def kernel_distance(
     a: Features, b: Features, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
-) -> Kid:
+) -> tuple[float, float, dict[str, int]]:
     """The mean over random subsets, drawn without replacement, of the squared kernel distance.
 
     With no more than `size` features in both sets, these are compared once.
+
+    Returns:
+        The mean; its standard error, over other images and other subsets, nan for less than 20
+        images; the number of subsets, and of images of each set in each.
     """
     rng = np.random.default_rng(seed)
     subsets = 1 if max(len(a), len(b)) <= size else subsets
@@ -77,7 +66,7 @@ def kernel_distance(
     ]
     of_choice = np.var(values, ddof=1) / subsets if subsets > 1 else 0.0
     error = np.sqrt(_kernel_variance(a, b, size, rng) + of_choice)
-    return Kid(float(np.mean(values)), float(error), subsets, size)
+    return float(np.mean(values)), float(error), {"subsets": subsets, "subset_size": size}
 
 
 def _kernel_variance(a: Features, b: Features, size: int, rng: np.random.Generator) -> float:

@@ -10,8 +10,10 @@ import grain
 import numpy as np
 
 from jetflow import sharding
-from jetflow.data.dataset import Dataset, eval_batches
-from jetflow.evals import classify, likelihoods
+from jetflow.data.dataset import Dataset
+from jetflow.evals import likelihoods
+from jetflow.evals.batching import Batching
+from jetflow.evals.likelihoods import Density, Likelihood
 from jetflow.evals.quality import Quality, drawn_batches
 from jetflow.evals.records import finite, record
 from jetflow.evals.settings import DISTANCES, EvaluateOptions, run_data, source
@@ -82,65 +84,46 @@ class _Likelihoods:
             noise, plain = self.model.noise, metric.removeprefix("noised_")
             if noise.kind == "uniform":
                 raise UsageError(f"{metric} is for flows trained with gaussian noise; use {plain}")
-        held_out = self._data(self.split)
-        if metric.endswith("_gap"):
-            return self._gap(metric, held_out, noise)
-        return likelihoods.record(
-            self._likelihood(held_out, noise), noise, held_out, **source(self.model)
-        )
-
-    def _gap(self, metric: str, held_out: Dataset, noise: Noise) -> dict[str, Any]:
-        """Held-out bits minus those of equally many training images."""
+        held_out, density = self._data(self.split), self._density(noise)
+        test = density.likelihood(held_out)
+        if not metric.endswith("_gap"):
+            return test.record(**source(self.model))
         trained_on = spread(self._data(self.model.config["data"]["train_split"]), len(held_out))
-        test, train = (self._likelihood(data, noise) for data in (held_out, trained_on))
-        return record(
-            metric,
-            test.mean - train.mean,
-            math.hypot(test.error_over_examples, train.error_over_examples),
-            held_out=finite(test.mean),
-            train=finite(train.mean),
-            draws=self.draws,
-            conditional=test.conditional,
-            noise={"kind": noise.kind, "std": noise.std},
-            data=held_out.facts(),
-            train_data=trained_on.facts(),
-            **source(self.model),
-        )
+        return self._gap(metric, test, density.likelihood(trained_on))
 
-    def _likelihood(self, dataset: Dataset, noise: Noise) -> likelihoods.Likelihood:
-        return likelihoods.measure(
-            self.model.flow, self.model.variables, dataset, mesh=self.model.mesh, noise=noise,
-            seed=self.options.seed, draws=self.draws, batch_size=self.options.batch_size,
-        )  # fmt: skip
+    def _gap(self, metric: str, test: Likelihood, train: Likelihood) -> dict[str, Any]:
+        """Held-out bits minus those of equally many training images."""
+        error = math.hypot(test.error_over_examples, train.error_over_examples)
+        facts: dict[str, Any] = {"held_out": finite(test.mean), "train": finite(train.mean)}
+        facts |= {"draws": self.draws, "conditional": test.conditional}
+        facts |= {"noise": {"kind": test.noise.kind, "std": test.noise.std}}
+        facts |= {"data": test.data.facts(), "train_data": train.data.facts()}
+        return record(metric, test.mean - train.mean, error, **facts, **source(self.model))
 
     def _accuracy(self, metric: str) -> dict[str, Any]:
         """How often the label under which an image is most likely is its own."""
         model, options = self.model, self.options
         if not model.flow.num_classes:
             raise UsageError(f"{metric} is for flows with labels; leave it out of metrics")
+        density = self._density(dataclasses.replace(model.noise, label_drop=0.0, flip=False))
         if metric == "sample_accuracy":
             num, batches = options.num_samples, drawn_batches(model, options)
             facts: dict[str, Any] = {"samples": {"images": num, **options.sampling(model)}}
         else:
             held_out = self._data(self.split)
-            rows = sharding.local_rows(model.mesh, options.batch_size)
-            num, facts = len(held_out), {"data": held_out.facts()}
-            batches = eval_batches(held_out, batch_size=options.batch_size, rows=rows)
-        noise = dataclasses.replace(model.noise, label_drop=0.0, flip=False)
-        right = classify.answers(
-            model.flow, model.variables, batches, num, mesh=model.mesh, noise=noise,
-            seed=options.seed, draws=self.draws, batch_size=options.batch_size,
-        )  # fmt: skip
+            num, batches = len(held_out), density.batching.of_data(held_out)
+            facts = {"data": held_out.facts()}
+        right = density.answers(batches, num)
         value = float(np.nansum(right) / num)
-        return record(
-            metric,
-            value,
-            math.sqrt(value * (1 - value) / num),  # as binomial
-            draws=self.draws,
-            not_finite=int(np.isnan(right).sum()),
-            noise={"kind": noise.kind, "std": noise.std},
-            **facts,
-            **source(model),
+        error = math.sqrt(value * (1 - value) / num)  # as binomial
+        facts |= {"draws": self.draws, "not_finite": int(np.isnan(right).sum())}
+        facts |= {"noise": {"kind": density.noise.kind, "std": density.noise.std}}
+        return record(metric, value, error, **facts, **source(model))
+
+    def _density(self, noise: Noise) -> Density:
+        batching = Batching(self.model.mesh, self.options.batch_size)
+        return Density(
+            self.model.flow, self.model.variables, batching, noise, self.options.seed, self.draws
         )
 
     def _data(self, split: str) -> Dataset:

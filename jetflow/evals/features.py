@@ -4,29 +4,50 @@ All in float64, in memory that does not grow with the number of images.
 """
 
 import json
-import math
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 
 from jetflow import hosts, sharding
 from jetflow.evals import inception
-from jetflow.evals.batched import over_batches
+from jetflow.evals.batching import Batching
 from jetflow.evals.distances import Gaussian
 from jetflow.files import write_atomically
-from jetflow.types import NO_LABEL, Batch, UsageError
+from jetflow.npz import Npz
+from jetflow.types import Batch, UsageError
 
 SIZES = {"pooled": 2048, "spatial": 17 * 17 * 7}  # features of the FID, and of the sFID
+MOMENTS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM names them
 SAVED_EVERY = 5000  # images
+
+
+class Features(NamedTuple):
+    """What is known of the features of some images.
+
+    Attributes:
+        parts: the gaussians "pooled", for the FID, and "spatial", for the sFID, and the "features"
+            of some images; those of them that there are.
+        facts: where the images come from, for the record.
+    """
+
+    parts: dict[str, Any]
+    facts: dict[str, Any]
+
+    def part(self, name: str) -> Any:
+        """Raises a UsageError if a file, of which they are, has neither this part nor images."""
+        if name not in self.parts:
+            raise UsageError(
+                f"reference {self.facts['file']} has no {' and '.join(MOMENTS.get(name, [name]))}, "
+                "and no images to make them of; give one that has, such as `jetflow evaluate "
+                "--make_reference` writes, or leave the metric out"
+            )
+        return self.parts[name]
 
 
 class Statistics:
@@ -71,11 +92,40 @@ class Statistics:
         self.arrays["features"][slot[slot >= 0]] = pooled[slot >= 0]
         self.arrays["done"] += len(index)
 
-    def gaussian(self, name: str) -> Gaussian:
-        """Mean and covariance of "pooled" or "spatial", with N − 1; zero for a single image."""
-        mean = self.arrays[f"{name}_sum"] / self.done
-        scatter = self.arrays[f"{name}_outer"] - self.done * np.outer(mean, mean)
-        return Gaussian(mean, scatter / max(self.done - 1, 1))
+    def collect(
+        self,
+        network: inception.Network,
+        batching: Batching,
+        batches: Iterable[Batch],
+        name: str,
+        save: Callable[[], None] = lambda: None,
+    ) -> "Statistics":
+        """These statistics, with the features of the images in some batches added.
+
+        Args:
+            name: what the images are, for a progress bar.
+            save: called after each `SAVED_EVERY` images.
+        """
+        arrays = jax.device_put(network.arrays, sharding.replicated(batching.mesh))
+        saved = self.done
+        for (pooled, spatial), _, index in batching.results(
+            lambda batch: _features(arrays, batch.image),
+            batches, total=len(self._slot), name=name, done=saved,
+        ):  # fmt: skip
+            self.add(index, pooled, spatial)
+            if self.done - saved >= SAVED_EVERY:
+                saved = self.done
+                save()
+        return self
+
+    def parts(self) -> dict[str, Any]:
+        """As `Features` have them; of a gaussian mean and covariance, with N − 1."""
+        parts: dict[str, Any] = {"features": self.arrays["features"]}
+        for name in SIZES:
+            mean = self.arrays[f"{name}_sum"] / self.done
+            scatter = self.arrays[f"{name}_outer"] - self.done * np.outer(mean, mean)
+            parts[name] = Gaussian(mean, scatter / max(self.done - 1, 1))  # zero of a single image
+        return parts
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write all that was added, on the first process; `settings` is what it depends on."""
@@ -87,18 +137,14 @@ class Statistics:
         """Go on from what `save` wrote with the same settings, if the first process finds it."""
         if hosts.is_first() and path.exists():
             try:
-                with np.load(path, allow_pickle=False) as file:
-                    if json.loads(str(file["settings"])) == json.loads(json.dumps(settings)):
-                        self.arrays = {name: file[name] for name in self.arrays}
-            except (
-                OSError,
-                EOFError,
-                KeyError,
-                ValueError,
-                zipfile.BadZipFile,
-                zlib.error,
-            ) as error:
-                logging.warning("%s is damaged (%s): all samples are drawn again", path, error)
+                file = Npz(path, "the file", "statistics of samples")
+                if file.facts("settings") == json.loads(json.dumps(settings)):
+                    self.arrays = {
+                        name: file.array(name, array.dtype.char, array.shape)
+                        for name, array in self.arrays.items()
+                    }
+            except UsageError as error:
+                logging.warning("%s: all samples are drawn again", error)
         if jax.process_count() > 1:
             self.arrays = {name: _agreed(array) for name, array in self.arrays.items()}
 
@@ -109,99 +155,7 @@ def _agreed(array: np.ndarray) -> np.ndarray:
     return np.array(bits).view(array.dtype)
 
 
-def collect(
-    network: inception.Network,
-    batches: Iterable[Batch],
-    statistics: Statistics,
-    *,
-    mesh: Mesh,
-    batch_size: int,
-    total: int,
-    name: str,
-    save: Callable[[], None] = lambda: None,
-) -> Statistics:
-    """The statistics, with the features of the images in these batches added.
-
-    Args:
-        batches: as for `over_batches`, and so are batch_size, total and name.
-        save: called after each `SAVED_EVERY` images.
-    """
-    arrays = jax.device_put(network.arrays, sharding.replicated(mesh))
-    saved = statistics.done
-    for (pooled, spatial), _, index in over_batches(
-        lambda batch: _features(arrays, batch.image),
-        batches, mesh=mesh, batch_size=batch_size, total=total, name=name, done=saved,
-    ):  # fmt: skip
-        statistics.add(index, pooled, spatial)
-        if statistics.done - saved >= SAVED_EVERY:
-            saved = statistics.done
-            save()
-    return statistics
-
-
 @jax.jit
 def _features(arrays, images):
-    outputs = inception.activations(arrays, images)
-    return outputs["2048"], outputs["spatial"].reshape(len(images), -1)
-
-
-def in_batches(
-    chunks: Iterable[UInt8[np.ndarray, "_ H W C"]],
-    *,
-    batch_size: int,
-    rows: Int[np.ndarray, "R"],
-    num_classes: int = 0,
-    start: int = 0,
-) -> Iterator[Batch]:
-    """Images that every process has, in chunks of at most a batch, as this process's rows.
-
-    Args:
-        num_classes: labels take turns, image i has i % num_classes; 0 for none.
-        start: the number of the first image.
-    """
-    for images in chunks:
-        padding = batch_size - len(images)
-        index = np.pad(start + np.arange(len(images)), (0, padding), constant_values=-1)[rows]
-        label = index % num_classes if num_classes else np.full(len(rows), NO_LABEL)
-        start += len(images)
-        images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
-        yield Batch(images[rows], label.astype(np.int32), index.astype(np.int32))
-
-
-def images_of(path: Path, field: str, chunk: int) -> tuple[int, Iterator[np.ndarray]]:
-    """How many images an .npz has, and the images, so many at a time.
-
-    Its array "images", or ADM's "arr_0", is uint8 [N, H, W, C], with 1 or 3 channels. It is
-    read as it is needed, and never as a whole.
-
-    Args:
-        field: the option that names the file, for messages.
-
-    Raises:
-        UsageError: if there are no such images.
-    """
-    try:
-        archive = zipfile.ZipFile(path)
-        names = {"images.npy", "arr_0.npy"} & set(archive.namelist())
-        if len(names) != 1:
-            raise ValueError("it has neither images nor arr_0")
-        file = archive.open(names.pop())
-        np.lib.format.read_magic(file)
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(
-            f"{field} {path} cannot be read ({error}); expected an .npz with images, as "
-            "`jetflow sample --npz` writes it"
-        ) from error
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not shape[0] or is_fortran:
-        raise UsageError(
-            f"{field} {path} holds {dtype} {list(shape)}; expected uint8 [N, H, W, 1 or 3]"
-        )
-
-    def chunks() -> Iterator[np.ndarray]:
-        with archive, file:
-            for first in range(0, shape[0], chunk):
-                part = (min(chunk, shape[0] - first), *shape[1:])
-                yield np.frombuffer(file.read(math.prod(part)), np.uint8).reshape(part)
-
-    return shape[0], chunks()
+    pooled, spatial = inception.activations(arrays, images)
+    return pooled, spatial.reshape(len(images), -1)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Num
 
 from jetflow import hosts
 from jetflow.files import write_atomically
+from jetflow.options import expanded
 from jetflow.pth import read_pth
 from jetflow.types import AnyArray, UsageError
 
@@ -31,14 +32,14 @@ URL = (
     "weights-inception-2015-12-05-6726825d.pth"
 )
 NAME = URL.rpartition("/")[2]
+RULE = "python tests/inception_rule.py rule.pth in a clone, then --inception_weights rule.pth"
 PUBLISHED = "6726825d"  # how the SHA-256 of the published file begins
 
 SIZE = 299  # pixels
 RESIZE = f"bilinear to {SIZE}x{SIZE} as in TensorFlow 1, no half-pixel centres"
 BATCH_NORM_EPSILON = 1e-3
 SPATIAL_CHANNELS = 7  # of the spatial features, as in ADM's evaluator
-SHAPES = {"64": (64,), "192": (192,), "768": (768,), "2048": (2048,), "logits": (1008,),
-          "spatial": (17, 17, SPATIAL_CHANNELS)}  # fmt: skip
+SHAPES = [(2048,), (17, 17, SPATIAL_CHANNELS)]  # of an image's features
 
 # A block is the concatenation of its branches, a branch a chain of convolutions or pools. "a|b" are
 # two convolutions side by side; "/2" has stride 2 and no padding, all others keep the size.
@@ -58,10 +59,8 @@ BLOCKS = {
     "Mixed_6d": _C, "Mixed_6e": _C, "Mixed_7a": _D, "Mixed_7b": (*_E, _AVERAGE),
     "Mixed_7c": (*_E, _MAXIMUM),
 }  # fmt: skip
-STEM = (
-    ("Conv2d_1a_3x3/2", "Conv2d_2a_3x3/1", "Conv2d_2b_3x3", "maximum/2"),  # "/1": no padding
-    ("Conv2d_3b_1x1", "Conv2d_4a_3x3/1", "maximum/2"),
-)
+STEM = ("Conv2d_1a_3x3/2", "Conv2d_2a_3x3/1", "Conv2d_2b_3x3", "maximum/2",  # "/1": no padding
+        "Conv2d_3b_1x1", "Conv2d_4a_3x3/1", "maximum/2")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,10 +98,12 @@ def load(path: Path | None = None) -> Network:
     """
     if path is None:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        path = Path(cache).expanduser() / "jetflow" / NAME
+        path = expanded("inception_weights", cache) / "jetflow" / NAME
         if not path.exists():
             _download(path)
     try:
+        if not path.is_file():
+            raise OSError("it is no file")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -132,7 +133,8 @@ def _download(path: Path) -> None:
     except OSError as error:  # of the disk or of the network
         raise UsageError(
             f"the weights of the FID's network cannot be downloaded ({error}); on a machine with "
-            f"internet, get {URL}, and give the file with --inception_weights PATH/{NAME}"
+            f"internet, get {URL}, and give the file with --inception_weights PATH/{NAME}; or try "
+            f"it offline with weights made by a rule: {RULE}"
         ) from error
 
 
@@ -143,16 +145,15 @@ def _folded(path: Path, tensors: Mapping[str, np.ndarray]) -> Any:
         arrays = fold(dict(tensors))
         image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
         outputs = jax.eval_shape(activations, arrays, image)
-        fits = {name: array.shape[1:] for name, array in outputs.items()} == SHAPES
+        if [array.shape[1:] for array in outputs] == SHAPES:
+            return arrays
     except KeyError as error:
-        fits, problem = False, f"it has no {error.args[0]}"
+        problem = f"it has no {error.args[0]}"
     except (TypeError, ValueError):  # shapes that do not fit each other
-        fits = False
-    if not fits:
-        raise UsageError(
-            f"{path} is not of the FID's Inception-v3: {problem}; expected {NAME}, from {URL}"
-        )
-    return arrays
+        pass
+    raise UsageError(
+        f"{path} is not of the FID's Inception-v3: {problem}; expected {NAME}, from {URL}"
+    )
 
 
 def fold(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -174,7 +175,6 @@ def fold(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
         kernel = tensors[f"{name}.conv.weight"].transpose(2, 3, 1, 0) * gain
         bias = norm["bias"] - norm["running_mean"] * gain
         folded[name] = {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
-    folded["fc"] = {"kernel": tensors["fc.weight"].T.astype(np.float32)}
     return folded
 
 
@@ -195,34 +195,26 @@ def resize(images: Float[AnyArray, "B H W C"]) -> Float[Array, "B S S C"]:
     return images
 
 
-def activations(weights: Any, images: Num[AnyArray, "B H W C"]) -> dict[str, Float[Array, "B ..."]]:
+def activations(
+    weights: Any, images: Num[AnyArray, "B H W C"]
+) -> tuple[Float[Array, "B P"], Float[Array, "B Q Q S"]]:
     """What the network computes of images with values 0..255 and 1 or 3 channels.
 
     Args:
         weights: as `fold` makes them.
 
     Returns:
-        "64", "192", "768", "2048": features averaged over the image, by their number; the FID is of
-        the last. "logits": of 1008 classes, without bias. "spatial": [B, 17, 17, 7], the sFID's.
+        The features of the FID, averaged over the image, and those of the sFID.
     """
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))  # gray is the same in all channels
     x = (resize(images.astype(jnp.float32)) - 128) / 128
-    features = {}
-    for size, steps in zip(("64", "192"), STEM, strict=True):
-        x = _chain(weights, "", steps, x)
-        features[size] = x.mean((1, 2))
+    x = _chain(weights, "", STEM, x)
+    spatial = x
     for name, branches in BLOCKS.items():
         outputs = [_chain(weights, f"{name}.", branch.split(), x) for branch in branches]
-        if name == "Mixed_6d":
-            features["spatial"] = outputs[0][..., :SPATIAL_CHANNELS]
+        spatial = outputs[0][..., :SPATIAL_CHANNELS] if name == "Mixed_6d" else spatial
         x = jnp.concatenate(outputs, axis=-1)
-        if name == "Mixed_6e":
-            features["768"] = x.mean((1, 2))
-    features["2048"] = x.mean((1, 2))
-    features["logits"] = jnp.matmul(
-        features["2048"], weights["fc"]["kernel"], precision=jax.lax.Precision.HIGHEST
-    )
-    return features
+    return x.mean((1, 2)), spatial
 
 
 def _chain(weights, prefix: str, steps, x):

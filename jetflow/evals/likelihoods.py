@@ -1,9 +1,12 @@
-"""Held-out likelihood in bits per dimension, independent of batch size, mesh and order."""
+"""Likelihoods of images in bits per dimension, independent of batch size, mesh and order.
+
+And Bayes' rule by them: the label under which an image is most likely.
+"""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,11 +17,11 @@ from jax.stages import Lowered
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jetflow import sharding
-from jetflow.data.dataset import Dataset, eval_batches
+from jetflow.data.dataset import Dataset
 from jetflow.evals import records
-from jetflow.evals.batched import over_batches
+from jetflow.evals.batching import Batching
 from jetflow.flows.stack import check_labels
-from jetflow.likelihood import eval_parts, importance_weighted
+from jetflow.likelihood import eval_parts, eval_step, importance_weighted
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
 from jetflow.types import Batch, Flow
 
@@ -55,7 +58,7 @@ def bits_per_dim(
 
 
 def lower(flow: Flow, variables: Any, batch: Batch, mesh: Mesh, noise: Noise = UNIFORM) -> Lowered:
-    """The program of `measure`, before it is compiled; for arrays, or their shapes alone."""
+    """The program of a `Density`, before it is compiled; for arrays, or their shapes alone."""
     label = batch.label if flow.num_classes else None
     key = key_for(0, 0, Purpose.EVALUATE)
     with sharding.on(mesh):
@@ -70,6 +73,17 @@ def _bits_and_parts(flow, noise, variables, images, label, key, index):
     return bits, parts.T
 
 
+@functools.partial(jax.jit, static_argnames=("flow", "noise"))
+def _bits_by_label(flow, noise, variables, images, key, index):
+    """Bits per dimension under every label, [B, Y]: one label at a time, for the whole batch."""
+    x = noise.add_by_example(images, keys_by_example(key, index), flow.pixel_scale)
+
+    def under(label):
+        return eval_step(flow, variables, x, jnp.full(len(x), label, jnp.int32))
+
+    return jax.lax.map(under, jnp.arange(flow.num_classes)).T
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Likelihood:
     """A likelihood with its uncertainty.
@@ -77,13 +91,14 @@ class Likelihood:
     Attributes:
         bits: per dimension, of each draw of the noise and each example.
         parts: what the prior, the preprocessing and each block contribute to their mean.
-        dimensions: of an example.
+        noise, data: of which noise, and of which split.
         conditional: whether they are of images given their labels, p(x | y).
     """
 
     bits: Float[np.ndarray, "K N"]
     parts: Float[np.ndarray, "P"]
-    dimensions: int
+    noise: Noise
+    data: Dataset
     conditional: bool
 
     @property
@@ -107,78 +122,94 @@ class Likelihood:
     def importance_weighted(self) -> float:
         """The mean over examples of the bound that combines all draws of an example.
 
-        Only for uniform noise: the mean of p over gaussian noise bounds nothing.
+        nan for gaussian noise: the mean of p over it bounds nothing.
         """
-        return float(importance_weighted(self.bits, self.dimensions).mean())
+        if self.noise.kind != "uniform":
+            return math.nan
+        return float(importance_weighted(self.bits, math.prod(self.data.image_shape)).mean())
+
+    def record(self, *, step: int, weights: str) -> dict[str, Any]:
+        """The record of it, see `records.record`."""
+        prior, pixels, *blocks = map(records.finite, self.parts)
+        facts: dict[str, Any] = {"draws": len(self.bits), "conditional": self.conditional}
+        facts |= {"importance_weighted": records.finite(self.importance_weighted)}
+        facts |= {"parts": {"prior": prior, "pixels": pixels, "blocks": blocks}}
+        facts |= {"noise": {"kind": self.noise.kind, "std": self.noise.std}}
+        facts |= {"data": self.data.facts(), "step": step, "weights": weights}
+        return records.record(metric_name(self.noise), self.mean, self.standard_error, **facts)
 
 
-def measure(
-    flow: Flow,
-    variables: Any,
-    dataset: Dataset,
-    *,
-    mesh: Mesh,
-    noise: Noise = UNIFORM,
-    seed: int = 0,
-    draws: int = 1,
-    batch_size: int = 128,
-    poll: Callable[[], None] = lambda: None,
-) -> Likelihood:
-    """Bits per dimension over a whole split, which is read once for all draws.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Density:
+    """The density p of a flow, averaged over draws of a noise.
 
-    Args:
+    Attributes:
+        flow, variables: the flow.
+        batching: how images are divided, which changes rounding errors alone.
         noise: uniform dequantisation, or the noise of training.
-        seed: draw d of example i depends on (seed, d, i) alone.
-        batch_size: over all devices of the mesh.
-        poll: called after each batch; may raise to stop.
+        seed, draws: draw d of example i depends on (seed, d, i) alone.
     """
-    keys = [key_for(seed, draw, Purpose.EVALUATE) for draw in range(draws)]
 
-    def program(batch: Batch) -> Any:
-        label = batch.label if flow.num_classes else None
-        return [
-            _bits_and_parts(flow, noise, variables, batch.image, label, key, batch.index)
-            for key in keys
-        ]
+    flow: Flow
+    variables: Any
+    batching: Batching
+    noise: Noise = UNIFORM
+    seed: int = 0
+    draws: int = 1
 
-    rows = sharding.local_rows(mesh, batch_size)
-    batches = eval_batches(dataset, batch_size=batch_size, rows=rows)
-    bits, parts = np.full((draws, len(dataset)), np.nan), []
-    for results, _, index in over_batches(
-        program, batches, mesh=mesh, batch_size=batch_size, total=len(dataset), name="likelihood"
-    ):
-        bits[:, index] = [values for values, _ in results]
-        parts += [shares.sum(0, dtype=np.float64) for _, shares in results]
-        poll()
-    return Likelihood(
-        bits,
-        np.sum(parts, axis=0) / bits.size,
-        math.prod(dataset.image_shape),
-        bool(flow.num_classes and dataset.num_classes),
-    )
+    @property
+    def keys(self) -> list[Key[Array, ""]]:
+        """One a draw."""
+        return [key_for(self.seed, draw, Purpose.EVALUATE) for draw in range(self.draws)]
+
+    def likelihood(self, dataset: Dataset, poll: Callable[[], None] = lambda: None) -> Likelihood:
+        """Bits per dimension over a whole split, which is read once for all draws.
+
+        Args:
+            poll: called after each batch; may raise to stop.
+        """
+
+        def program(batch: Batch) -> Any:
+            label = batch.label if self.flow.num_classes else None
+            return [
+                _bits_and_parts(
+                    self.flow, self.noise, self.variables, batch.image, label, key, batch.index
+                )
+                for key in self.keys
+            ]
+
+        bits, parts = np.full((self.draws, len(dataset)), np.nan), []
+        for results, _, index in self.batching.results(
+            program, self.batching.of_data(dataset), total=len(dataset), name="likelihood"
+        ):
+            bits[:, index] = [values for values, _ in results]
+            parts += [shares.sum(0, dtype=np.float64) for _, shares in results]
+            poll()
+        conditional = bool(self.flow.num_classes and dataset.num_classes)
+        return Likelihood(bits, np.sum(parts, axis=0) / bits.size, self.noise, dataset, conditional)
+
+    def answers(self, batches: Iterable[Batch], total: int) -> Float[np.ndarray, "N"]:
+        """1 for each image whose label is argmax over y of p(x | y), else 0; nan where p is not
+        finite. With equally frequent labels this is Bayes' rule as a classifier.
+
+        Args:
+            batches: this process's rows of each batch, with `total` images in all.
+        """
+
+        def program(batch: Batch) -> Any:
+            arguments = (self.flow, self.noise, self.variables, batch.image)
+            return [_bits_by_label(*arguments, key, batch.index) for key in self.keys]
+
+        right = np.full(total, np.nan)
+        for results, label, index in self.batching.results(
+            program, batches, total=total, name="accuracy"
+        ):
+            bits = importance_weighted(np.stack(results), math.prod(self.flow.image_shape))
+            finite = np.isfinite(bits).all(1)  # the least of nan would be the first label's
+            right[index] = np.where(finite, bits.argmin(1) == label, np.nan)
+        return right
 
 
 def metric_name(noise: Noise) -> str:
     """ "bpd" for dequantised images; data with gaussian noise has a likelihood of its own name."""
     return "bpd" if noise.kind == "uniform" else "noised_bpd"
-
-
-def record(
-    likelihood: Likelihood, noise: Noise, dataset: Dataset, *, step: int, weights: str
-) -> dict[str, Any]:
-    """The record of a likelihood, see `records.record`."""
-    prior, pixels, *blocks = map(records.finite, likelihood.parts)
-    bound = likelihood.importance_weighted if noise.kind == "uniform" else None
-    return records.record(
-        metric_name(noise),
-        likelihood.mean,
-        likelihood.standard_error,
-        draws=len(likelihood.bits),
-        importance_weighted=records.finite(bound),
-        conditional=likelihood.conditional,
-        parts={"prior": prior, "pixels": pixels, "blocks": blocks},
-        noise={"kind": noise.kind, "std": noise.std},
-        data=dataset.facts(),
-        step=step,
-        weights=weights,
-    )

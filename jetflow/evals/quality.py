@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,14 +11,18 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jetflow import hosts, sharding, workdir
-from jetflow.data.dataset import eval_batches, load
+from jetflow.archive import Images, read_images
 from jetflow.evals import distances, inception, reference
-from jetflow.evals.features import Statistics, collect, images_of, in_batches
+from jetflow.evals.batching import Batching
+from jetflow.evals.features import Features, Statistics
 from jetflow.evals.records import record
 from jetflow.evals.settings import DISTANCES, NEIGHBOURS, EvaluateOptions, run_data, source
 from jetflow.files import check_writable
+from jetflow.npz import Npz
 from jetflow.pictures import labels_in_turn
 from jetflow.types import Batch, TrainedFlow, UsageError
+
+PARTS = {"fid": "pooled", "sfid": "spatial"}  # of `Features`; the other metrics: "features"
 
 
 def drawn_batches(
@@ -42,10 +46,7 @@ def drawn_batches(
                 statistics.arrays["not_finite"] += (~drawn.finite).sum()
             yield drawn.images(model.noise.kind)
 
-    rows = sharding.local_rows(model.mesh, options.batch_size)
-    return in_batches(
-        chunks(), batch_size=options.batch_size, rows=rows, num_classes=classes, start=start
-    )
+    return Batching(model.mesh, options.batch_size).of_images(chunks(), classes, start)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,59 +56,52 @@ class Quality:
     model: TrainedFlow
     options: EvaluateOptions
 
+    @property
+    def batching(self) -> Batching:
+        return Batching(self.model.mesh, self.options.batch_size)
+
+    @functools.cached_property
+    def given(self) -> Images:
+        """The images of the option `samples`."""
+        assert self.options.samples
+        file = Npz(self.options.samples, "samples", "an .npz of `jetflow sample --npz`")
+        return read_images(file, self.options.batch_size)
+
     @functools.cached_property
     def network(self) -> inception.Network:
         return inception.load(self.options.inception_weights)
 
     def check(self, metrics: Collection[str]) -> None:
         """Raise a UsageError if these metrics lack something, before any sample is drawn."""
-        options = self.options
-        for metric in (metric for metric in metrics if metric in DISTANCES):
-            if metric not in NEIGHBOURS:
-                self.reference.part("spatial" if metric == "sfid" else "pooled")
-                continue
-            num = options.num_samples
-            if options.samples:
-                num, _ = images_of(options.samples, "samples", options.batch_size)
-            for count in (len(self.reference.part("features")), min(num, options.num_features)):
-                distances.check_count(count, NEIGHBOURS[metric])
+        options, compared = self.options, [name for name in metrics if name in DISTANCES]
+        num = self.given.num if compared and options.samples else options.num_samples
+        for metric in compared:
+            real = self.reference.part(PARTS.get(metric, "features"))
+            for k in [NEIGHBOURS[metric]] if metric in NEIGHBOURS else []:
+                distances.check_count(min(len(real), num, options.num_features), k)
 
     def measure(self, metric: str) -> list[dict[str, Any]]:
         """The records of a metric: one, or of a pair of numbers two."""
-        statistics, samples = self.samples
-        if metric in ("fid", "sfid"):
-            name = "pooled" if metric == "fid" else "spatial"
-            real, made = self.reference.part(name), statistics.gaussian(name)
-            values, facts = {metric: distances.frechet_distance(made, real)}, {}
+        part, error, facts = PARTS.get(metric, "features"), None, {}
+        real, made = self.reference.part(part), self.samples.part(part)
+        if metric in PARTS:
+            values = {metric: distances.frechet_distance(made, real)}
+        elif metric == "kid":
+            mean, error, facts = distances.kernel_distance(real, made, seed=self.options.seed)
+            values = {metric: mean}
         else:
-            real, made = self.reference.part("features"), statistics.arrays["features"]
-            if metric == "kid":
-                kid = distances.kernel_distance(real, made, seed=self.options.seed)
-                values = {metric: kid.mean}
-                facts = {"subsets": kid.subsets, "subset_size": kid.size}
-            else:
-                values = getattr(distances, metric)(real, made, NEIGHBOURS[metric])
-                features = {"samples": len(made), "reference": len(real)}
-                facts = {"k": NEIGHBOURS[metric], "features": features}
-        return [
-            record(
-                name,
-                value,
-                kid.standard_error if metric == "kid" else None,
-                **facts,
-                network=self.network.facts(),
-                samples=samples | {"not_finite": int(statistics.arrays["not_finite"][0])},
-                reference=self.reference.facts,
-                **source(self.model),
-            )
-            for name, value in values.items()
-        ]
+            values = getattr(distances, metric)(real, made, NEIGHBOURS[metric])
+            features = {"samples": len(made), "reference": len(real)}
+            facts = {"k": NEIGHBOURS[metric], "features": features}
+        facts |= {"network": self.network.facts(), "samples": self.samples.facts}
+        facts |= {"reference": self.reference.facts, **source(self.model)}
+        return [record(name, value, error, **facts) for name, value in values.items()]
 
     def suffix(self) -> str:
         """What a result's name ends in: the settings that are not as by default."""
         options, settings = self.options, self.options.changed("num_features")
         if options.samples:
-            settings["samples"] = self.samples[1]["checksum"]
+            settings["samples"] = self.samples.facts["checksum"]
         else:
             settings |= options.changed_sampling()
         if options.changed("reference", "reference_data", "reference_split"):
@@ -117,62 +111,54 @@ class Quality:
         return workdir.suffix(settings, {})
 
     @functools.cached_property
-    def samples(self) -> tuple[Statistics, dict[str, Any]]:
-        """Statistics of the samples, and where these come from, for the record."""
+    def samples(self) -> Features:
         options = self.options
         if options.samples:
-            num, chunks = images_of(options.samples, "samples", options.batch_size)
-            statistics = self._of_file(chunks, num, "samples")
-            with np.load(options.samples, allow_pickle=False) as file:
-                if "finite" in file:
-                    statistics.arrays["not_finite"] += (~file["finite"].astype(bool)).sum()
+            statistics, broken = self._of_images(self.given, "samples"), self.given.not_finite
             digest = reference.checksum(options.samples)
-            return statistics, {"images": num, "file": str(options.samples), "checksum": digest}
-        num, drawn = options.num_samples, options.sampling(self.model)
-        drawn["num_features"] = options.num_features
+            facts = {"images": self.given.num, "file": str(options.samples), "checksum": digest}
+            return Features(statistics.parts(), facts | {"not_finite": broken})
+        drawn = options.sampling(self.model) | {"num_features": options.num_features}
         settings = drawn | {"step": self.model.step, "weights_sha256": self.network.sha256}
         name = f"samples-{self.model.step:08d}{workdir.suffix(options.changed_sampling(), {})}"
         path = self.model.workdir / "evals" / f"{name}.partial.npz"
-        statistics = Statistics(num, options.num_features)
+        statistics = Statistics(options.num_samples, options.num_features)
         statistics.resume(path, settings)
         batches = drawn_batches(self.model, options, statistics)
         save = functools.partial(statistics.save, path, settings)
-        self._collect(batches, statistics, num, "samples", save=save)
+        statistics.collect(self.network, self.batching, batches, "samples", save)
         if hosts.is_first():
             path.unlink(missing_ok=True)
         labels = "each equally often" if self.model.flow.num_classes else None
-        return statistics, {"images": num, "labels": labels, **drawn}
+        facts = {"images": options.num_samples, "labels": labels, **drawn}
+        facts["not_finite"] = int(statistics.arrays["not_finite"][0])
+        return Features(statistics.parts(), facts)
 
     @functools.cached_property
-    def reference(self) -> reference.Reference:
+    def reference(self) -> Features:
         path, options = self._reference_path(), self.options
         if not path.exists():
-            folder = self.model.workdir / "evals"
-            others = ", ".join(sorted(map(str, folder.glob("reference-*"))))
+            others = sorted(map(str, (self.model.workdir / "evals").glob("reference-*")))
             raise UsageError(
                 f"reference {path} does not exist; make it with `jetflow evaluate --workdir "
                 f"{self.model.workdir} --make_reference`, or give another"
-                + (f", such as {others}" if others else "")
+                + (f", such as {', '.join(others)}" if others else "")
             )
-        measure = functools.partial(self._of_file, name="reference")
-        needs_images = bool({*options.measured()} & {*NEIGHBOURS})
-        return reference.read(
-            path, self.network, measure, chunk=options.batch_size, images=needs_images
-        )
+        measure = functools.partial(self._of_images, name="reference")
+        needed = bool({*options.measured()} & {*NEIGHBOURS})
+        chunk = options.batch_size
+        return reference.read(path, self.network, measure, chunk=chunk, images=needed)
 
     def make_reference(self) -> Path:
         """Write the reference file that the options ask for."""
         options, path = self.options, self._reference_path()
         sharding.check_batch("batch_size", options.batch_size, self.model.mesh)
         check_writable("reference", path)
-        if options.reference_data:
-            data = load(options.reference_data, self._reference_split(), data_dir=options.data_dir)
-        else:
-            data = run_data(self.model, self._reference_split(), options.data_dir)
-        rows = sharding.local_rows(self.model.mesh, options.batch_size)
-        batches = eval_batches(data, batch_size=options.batch_size, rows=rows)
-        statistics = Statistics(len(data), options.num_features)
-        self._collect(batches, statistics, len(data), "reference")
+        split, name = self._reference_split(), options.reference_data
+        data = run_data(self.model, split, options.data_dir, name)
+        statistics = Statistics(len(data), options.num_features).collect(
+            self.network, self.batching, self.batching.of_data(data), "reference"
+        )
         if hosts.is_first():
             reference.write(path, statistics, self.network, data.facts())
         hosts.agreed(True)  # the others wait for the file
@@ -189,16 +175,8 @@ class Quality:
         name = f"reference-{quote(data, safe='')}-{quote(self._reference_split(), safe='')}.npz"
         return self.model.workdir / "evals" / name
 
-    def _of_file(self, chunks: Iterable[np.ndarray], num: int, name: str) -> Statistics:
-        """Statistics of images that all processes read."""
-        rows = sharding.local_rows(self.model.mesh, self.options.batch_size)
-        batches = in_batches(chunks, batch_size=self.options.batch_size, rows=rows)
-        return self._collect(batches, Statistics(num, self.options.num_features), num, name)
-
-    def _collect(
-        self, batches: Iterable[Batch], statistics: Statistics, num: int, name: str, **fields: Any
-    ) -> Statistics:
-        return collect(
-            self.network, batches, statistics, mesh=self.model.mesh,
-            batch_size=self.options.batch_size, total=num, name=name, **fields,
-        )  # fmt: skip
+    def _of_images(self, images: Images, name: str) -> Statistics:
+        """Statistics of the images of a file, which all processes read."""
+        batches = self.batching.of_images(images.chunks)
+        statistics = Statistics(images.num, self.options.num_features)
+        return statistics.collect(self.network, self.batching, batches, name)

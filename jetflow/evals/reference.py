@@ -2,60 +2,37 @@
 
 import hashlib
 import json
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
+from jetflow.archive import Images, read_images
 from jetflow.evals.distances import Gaussian
-from jetflow.evals.features import SIZES, Statistics, images_of
+from jetflow.evals.features import MOMENTS, SIZES, Features, Statistics
 from jetflow.evals.inception import Network
 from jetflow.files import write_atomically
+from jetflow.npz import Npz
 from jetflow.types import UsageError
 
-# What measures images: the chunks of them, and their number -> their statistics.
-Measure = Callable[[Iterator[UInt8[np.ndarray, "_ H W C"]], int], Statistics]
+Measure = Callable[[Images], Statistics]
 
-MOMENTS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM names them
-
-
-class Reference(NamedTuple):
-    """Statistics of real images.
-
-    Attributes:
-        parts: the gaussians "pooled", for the FID, and "spatial", for the sFID, and the "features"
-            of some images; those of them that the file has.
-        facts: where they come from, for the record.
-    """
-
-    parts: dict[str, Any]
-    facts: dict[str, Any]
-
-    def part(self, name: str) -> Any:
-        """Raises a UsageError if the file has neither this part nor images."""
-        if name not in self.parts:
-            raise UsageError(
-                f"reference {self.facts['file']} has no {' and '.join(MOMENTS.get(name, [name]))}, "
-                "and no images to make them of; give one that has, such as `jetflow evaluate "
-                "--make_reference` writes, or leave the metric out"
-            )
-        return self.parts[name]
+DATA = {"name", "version", "split", "resize", "checksum"}  # of the facts about data
+EXPECTED = "an .npz of `jetflow evaluate --make_reference`, or of ADM's evaluator"
 
 
 def write(path: Path, statistics: Statistics, network: Network, data: dict[str, Any]) -> None:
     """A reference file: moments under ADM's names, some features, and where all comes from."""
-    arrays: dict[str, Any] = {"features": statistics.arrays["features"]}
+    arrays = statistics.parts()
     for name, keys in MOMENTS.items():
-        arrays |= zip(keys, statistics.gaussian(name), strict=True)
+        arrays |= zip(keys, arrays.pop(name), strict=True)
     facts = {"data": data, "images": statistics.done, "network": network.facts()}
     with write_atomically(path) as file:
         np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
 
 
-def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: bool) -> Reference:
+def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: bool) -> Features:
     """The reference of a file: of `write`, or of ADM's evaluator.
 
     Args:
@@ -67,19 +44,17 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
         UsageError: if it cannot be read, or was made with another network. A file that does not
             name its network, such as ADM's, is taken as made with the published one.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = set(file.files)
-            # Images are read later, and never as a whole.
-            arrays = {name: file[name] for name in names - {"images", "arr_0"}}
-        facts = json.loads(str(arrays.get("facts", "{}")))
-        record = {"file": str(path), "checksum": checksum(path), "data": None, "images": None}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(
-            f"reference {path} cannot be read ({error}); expected an .npz of `jetflow evaluate "
-            "--make_reference`, or of ADM's evaluator"
-        ) from error
-    parts: dict[str, Any] = _gaussians(path, arrays)
+    file = Npz(path, "reference", EXPECTED)
+    parts: dict[str, Any] = {
+        name: Gaussian(*(
+            _numbers(file, key, (SIZES[name],) * axes).astype(np.float64)
+            for axes, key in enumerate(keys, 1)
+        ))
+        for name, keys in MOMENTS.items() if all(key in file for key in keys)
+    }  # fmt: skip
+    if images and "features" in file:
+        parts["features"] = _numbers(file, "features", (None, SIZES["pooled"]))
+    facts = _facts(file)
     made_with = facts.pop("network", {"published_weights": True} if parts else {})
     for name, value in made_with.items():
         if value != network.facts().get(name):
@@ -89,32 +64,33 @@ def read(path: Path, network: Network, measure: Measure, *, chunk: int, images: 
                 "leave out --inception_weights"
             )
     has_moments = "pooled" in parts
-    if "features" in arrays:
-        parts["features"] = arrays["features"]
-    if names & {"images", "arr_0"} and (images or not has_moments):
-        count, chunks = images_of(path, "reference", chunk)
-        statistics = measure(chunks, count)
-        parts = {name: statistics.gaussian(name) for name in MOMENTS} | parts
-        parts["features"] = statistics.arrays["features"]
+    is_lacking = images and "features" not in parts
+    if not has_moments or (is_lacking and ("images" in file or "arr_0" in file)):
+        given = read_images(file, chunk)
+        parts = measure(given).parts() | parts
         if not has_moments:  # else the moments are of more images than the file has
-            facts["images"] = count
-    elif not has_moments:
-        raise UsageError(f"reference {path} has neither mu and sigma nor images (arr_0)")
-    return Reference(parts, record | facts)
+            facts["images"] = given.num
+    return Features(parts, {"file": str(path), "checksum": checksum(path)} | facts)
 
 
-def _gaussians(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Gaussian]:
-    gaussians = {}
-    for name, keys in MOMENTS.items():
-        if set(keys) <= set(arrays):
-            size, shapes = SIZES[name], [list(arrays[key].shape) for key in keys]
-            if shapes != [[size], [size, size]]:
-                raise UsageError(
-                    f"reference {path} has {keys[0]} {shapes[0]} and {keys[1]} {shapes[1]}; "
-                    f"expected {size} features"
-                )
-            gaussians[name] = Gaussian(*(arrays[key].astype(np.float64) for key in keys))
-    return gaussians
+def _numbers(file: Npz, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    array = file.array(name, "dfe", shape)
+    if not np.isfinite(array).all():
+        raise file.fault(f"{name} is not finite")
+    return array
+
+
+def _facts(file: Npz) -> dict[str, Any]:
+    """Where the content is from: its data and number of images, if it says so, and its network."""
+    facts = {"data": None, "images": None} | (file.facts("facts") if "facts" in file else {})
+    data = facts["data"]
+    if not (
+        (data is None or (isinstance(data, dict) and set(data) >= DATA))
+        and isinstance(facts["images"], int | None)
+        and isinstance(facts.get("network", {}), dict)
+    ):
+        raise file.fault("facts: other fields")
+    return {name: facts[name] for name in ("data", "images", "network") if name in facts}
 
 
 def checksum(path: Path) -> str:

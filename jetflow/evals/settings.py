@@ -7,7 +7,7 @@ from typing import Any
 from jetflow.data.dataset import Dataset, load
 from jetflow.evals import inception
 from jetflow.noise import LARGEST_SEED
-from jetflow.options import option
+from jetflow.options import LARGEST_BATCH, MOST_DRAWS, MOST_SAMPLES, DataOptions, option
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.types import TrainedFlow, UsageError
 
@@ -18,7 +18,7 @@ METRICS = (*LIKELIHOODS, "sample_accuracy", *DISTANCES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(SamplingOptions):
+class EvaluateOptions(SamplingOptions, DataOptions):
     """What is measured, of which images, and how samples are drawn."""
 
     metrics: tuple[str, ...] | None = option(
@@ -32,10 +32,14 @@ class EvaluateOptions(SamplingOptions):
     split: str | None = option(
         None, "of likelihoods and accuracy; default: the test split of the run's config"
     )
-    draws: int | None = option(None, "noise draws an example; default: the run's", least=1)
+    draws: int | None = option(
+        None, "noise draws an example; default: the run's", least=1, most=MOST_DRAWS
+    )
     seed: int = option(0, "of the draws, and of samples", least=0, most=LARGEST_SEED)
-    batch_size: int = option(128, "images at a time; changes rounding errors alone", least=1)
-    num_samples: int = option(50_000, "images drawn", least=2)
+    batch_size: int = option(
+        128, "images at a time; changes rounding errors alone", least=1, most=LARGEST_BATCH
+    )
+    num_samples: int = option(50_000, "images drawn", least=2, most=MOST_SAMPLES)
     samples: Path | None = option(None, "an .npz of `jetflow sample` to take images from")
     reference: Path | None = option(
         None, "an .npz of make_reference or of ADM's evaluator; default: that of make_reference"
@@ -53,14 +57,6 @@ class EvaluateOptions(SamplingOptions):
     num_features: int = option(
         10_000, "images of each side that kid and the metrics by neighbours take", least=2
     )
-    data_dir: Path | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.metrics is not None and not self.metrics:
-            raise UsageError(f"metrics is empty; expected some of {', '.join(METRICS)}")
 
     def measured(self) -> tuple[str, ...]:
         """The metrics, or the default ones."""
@@ -83,13 +79,15 @@ def source(model: TrainedFlow) -> dict[str, Any]:
     return {"step": model.step, "weights": model.weights}
 
 
-def run_data(model: TrainedFlow, split: str, data_dir: Path | None) -> Dataset:
-    """A split of the data set of a run.
+def run_data(
+    model: TrainedFlow, split: str, data_dir: Path | None, name: str | None = None
+) -> Dataset:
+    """A split of a data set, by default of that of a run.
 
     Raises:
         UsageError: if the run names none.
     """
-    name = model.config["data"]["name"]
+    name = name or model.config["data"]["name"]
     if not name:
         raise UsageError(
             f"{model.workdir} names no data set; convert it again with --data NAME, to another "

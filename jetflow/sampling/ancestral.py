@@ -18,8 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from jetflow import likelihood, sharding
 from jetflow.flows.stack import check_labels
 from jetflow.noise import keys_by_example
-from jetflow.sampling.decoding import check_decoding, decodings
-from jetflow.sampling.guidance import check_guidance, check_guided
+from jetflow.sampling.decoding import check_decoding, check_guidance, check_guided, decodings
 from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError
 
 # Of XLA. By default it may keep more bits of a bfloat16 value than there are, in one program other

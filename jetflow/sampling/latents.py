@@ -44,11 +44,9 @@ def decode(
     label: Int[AnyArray, "N"] | None,
     batch_size: int = 64,
 ) -> Drawn:
-    """The images of latents, so many at a time; the sweeps are the most of a batch."""
-    batches = [sampler.decode(*part) for part in _parts(batch_size, z, label)]
-    sweeps = tuple(map(max, *(drawn.sweeps for drawn in batches), batches[0].sweeps))
-    pixels = np.concatenate([drawn.pixels for drawn in batches])
-    return Drawn(pixels, sweeps, max(drawn.residual for drawn in batches))
+    """The images of latents, so many at a time; it does not say what sweeps they took."""
+    parts = [sampler.decode(*part).pixels for part in _parts(batch_size, z, label)]
+    return Drawn(np.concatenate(parts))
 
 
 def _parts(batch_size: int, *arrays: Any) -> Iterator[list[Any]]:
@@ -102,14 +100,12 @@ def trace(
     for latents, part_label in _parts(batch_size, z, label):
         placed = sampler.place(latents), sampler.place(part_label)
         with sharding.on(sampler.mesh):
-            tokens = gather(
-                _stages(
-                    sampler.flow, sampler.variables, *placed, sampler.guidance, sampler.decoding
-                )
+            stages = _stages(
+                sampler.flow, sampler.variables, *placed, sampler.guidance, sampler.decoding
             )
-        stages = sampler.flow.as_image(jnp.asarray(tokens[:, : len(latents)]))
+        tokens = jnp.asarray(gather(stages)[:, : len(latents)])
         last = [sampler.decode(latents, part_label).pixels[None]] if sampler.denoise else []
-        parts.append(np.concatenate([stages, *last]))
+        parts.append(np.concatenate([sampler.flow.as_image(tokens), *last]))
     return np.concatenate(parts, axis=1)
 
 

@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jetflow.noise import Noise
 from jetflow.options import Options, option
-from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW
-from jetflow.types import Guidance, UsageError
+from jetflow.sampling.ancestral import Sampler
+from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW, decodings
+from jetflow.types import Flow, Guidance, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,23 @@ class SamplingOptions(Options):
         names = {field.name for field in dataclasses.fields(SamplingOptions)}
         return cls(**{name: section[name] for name in names & set(section)} | fields)
 
-    def prescribed_guidance(self) -> Guidance:
-        return Guidance(self.guidance, self.guide_what, self.attention_temperature, self.annealed)
+    def sampler(
+        self, flow: Flow, variables: Any, noise: Noise, mesh: Mesh | None = None
+    ) -> Sampler:
+        """The sampler of a flow that was trained with `noise`; method "auto" by windows.
+
+        Raises:
+            UsageError: on options that this flow does not have.
+        """
+        guidance = Guidance(
+            self.guidance, self.guide_what, self.attention_temperature, self.annealed
+        )
+        how = decodings(
+            flow, "jacobi" if self.method == "auto" else self.method, window=self.window,
+            tolerance=self.tolerance, cache_dtype=self.cache_dtype,
+        )  # fmt: skip
+        std = self.denoised_std(noise)
+        return Sampler(flow, variables, guidance, self.temperature, std, how, mesh)
 
     def denoised_std(self, noise: Noise) -> float:
         """σ of the denoising step after a training with `noise`; 0 for none.

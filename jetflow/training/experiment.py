@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,14 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from jetflow import optim, sharding
+from jetflow import configs, optim, sharding
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.flows.build import build
-from jetflow.noise import LARGEST_SEED, Noise
+from jetflow.noise import Noise
+from jetflow.options import LARGEST
 from jetflow.sampling.ancestral import Sampler
-from jetflow.sampling.decoding import decodings
-from jetflow.sampling.guidance import check_guidance
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
 from jetflow.training.step import Trainer, TrainState, create_state
@@ -79,16 +77,8 @@ class Run:
 
     def sampler(self, variables: Any) -> Sampler:
         """Draws samples as `config.eval` asks."""
-        options, flow = SamplingOptions.of(self.config.eval.to_dict()), self.trainer.flow
-        return Sampler(
-            flow,
-            variables,
-            guidance=options.prescribed_guidance(),
-            temperature=options.temperature,
-            denoise=options.denoised_std(self.trainer.noise),
-            decoding=decodings(flow),
-            mesh=self.mesh,
-        )
+        options, trainer = SamplingOptions.of(self.config.eval.to_dict()), self.trainer
+        return options.sampler(trainer.flow, variables, trainer.noise, self.mesh)
 
     def lower_step(self, state: TrainState, batch: Batch) -> Lowered:
         """The training step, before it is compiled; for arrays, or their shapes alone."""
@@ -141,7 +131,7 @@ def set_up(
     Raises:
         UsageError: on the first thing that cannot work, with the field's name and a remedy.
     """
-    _check_numbers(config)
+    configs.check(config)
     sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
     mesh = sharding.make_mesh(**sizes, devices=devices)
     train = config.train
@@ -172,6 +162,8 @@ def set_up(
     abstract = jax.eval_shape(create)
     shardings = sharding.state_shardings(mesh, abstract, config.mesh.rules)
     abstract = sharding.placed(abstract, shardings)
+    if devices is None:
+        sharding.check_memory(abstract, mesh)
     return Run(config, trainer, mesh, train_data, test_data, total_steps, create, abstract)
 
 
@@ -187,14 +179,17 @@ def count_steps(train: Config, examples: int) -> int:
         )
     [(unit, length)] = lengths.items()
     images = {"steps": length * train.batch_size, "epochs": length * examples, "images": length}
-    return math.ceil(images[unit] / train.batch_size)
+    steps = -(-images[unit] // train.batch_size)
+    if steps > LARGEST:
+        raise UsageError(
+            f"config.train.{unit} is {length}, of {steps} steps; expected {LARGEST} or fewer"
+        )
+    return steps
 
 
 def _check_samples(section: Config, flow: Flow, noise: Noise) -> None:
     try:
-        options = SamplingOptions.of(section.to_dict())
-        check_guidance(flow, options.prescribed_guidance())
-        options.denoised_std(noise)
+        SamplingOptions.of(section.to_dict()).sampler(flow, {}, noise)
     except UsageError as error:
         raise UsageError(f"config.eval.{error}") from error
 
@@ -209,28 +204,3 @@ def _check_labels(config: Config, data: pipeline.Dataset) -> None:
             f"config.noise.label_drop is {config.noise.label_drop}, but the flow has no labels;"
             " set config.data.labels=True, or the drop to 0"
         )
-
-
-# (a range in words, whether a value is in it) -> the fields that must be
-_RANGES: dict[tuple[str, Callable[[float], bool]], str] = {
-    ("1 or more", lambda value: value >= 1):
-        "train.batch_size train.accumulation train.log_every train.checkpoint_every "
-        "train.keep_checkpoints eval.batch_size eval.draws eval.samples "
-        "flow.width flow.num_couplings flow.block_depth flow.num_blocks",
-    ("0 or more", lambda value: value >= 0):
-        "data.workers train.eval_every train.keep_every train.sample_every optim.min_lr "
-        "optim.weight_decay optim.clip_norm",
-    (f"0 to {LARGEST_SEED}", lambda value: 0 <= value <= LARGEST_SEED): "train.seed",
-    ("a finite number above 0", lambda value: value > 0): "optim.lr optim.eps flow.pixel_scale",
-    ("a finite number above 1", lambda value: value > 1): "flow.scale_factor",
-    ("0 <= value < 1", lambda value: 0 <= value < 1): "train.ema_decay optim.b1 optim.b2",
-}  # fmt: skip
-
-
-def _check_numbers(config: Config) -> None:
-    for (expected, holds), fields in _RANGES.items():
-        for name in fields.split():
-            section, field = name.split(".")
-            value = config[section].get(field)  # a kind of flow has only some of the fields
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise UsageError(f"config.{name} is {value}; expected {expected}")

@@ -18,10 +18,11 @@ from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.evals import records
+from jetflow.evals.batching import Batching
 from jetflow.files import METRICS, read_json
 from jetflow.hosts import Stopped, StopSignal
 from jetflow.noise import Noise, Purpose, key_for
-from jetflow.options import Options, option
+from jetflow.options import DataOptions, option
 from jetflow.pictures import labels_in_turn, samples_grid, save_png
 from jetflow.sampling.ancestral import draw_all, not_finite
 from jetflow.training.experiment import Run, set_up
@@ -37,14 +38,11 @@ class Diverged(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(Options):
+class TrainOptions(DataOptions):
     """What `train` takes, as flags."""
 
     config: Any = option(example="configs/NAME.py")
     workdir: Path = option(help="the folder of the run", example="runs/NAME")
-    data_dir: Path | None = option(
-        None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
-    )
     extend: bool = option(False, "go on with the run in --workdir to a greater length")
 
 
@@ -210,18 +208,16 @@ class Session:
         section, data = self.run.config.eval, self.run.test_data
         draws = section.draws if self._is_last(step) else 1
         with self.reporter.pause():
-            likelihood = bpd.measure(
+            density = bpd.Density(
                 self.run.trainer.flow,
                 state.variables(),
-                data,
-                mesh=self.run.mesh,
-                noise=noise,
+                Batching(self.run.mesh, section.batch_size),
+                noise,
                 draws=draws,
-                batch_size=section.batch_size,
-                poll=self.poll,
             )
+            likelihood = density.likelihood(data, self.poll)
         weights = "params" if state.ema is None else "ema"
-        result = bpd.record(likelihood, noise, data, step=step, weights=weights)
+        result = likelihood.record(step=step, weights=weights)
         workdirs.write_result(self.workdir, result)
         self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
         if not self._is_last(step) or noise.kind != "uniform":

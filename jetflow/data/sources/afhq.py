@@ -5,24 +5,22 @@ and resized anew.
 """
 
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from jetflow.data.archives import ImageMember
-from jetflow.data.source import Archive, Contents, at_sizes
+from jetflow.data.archives import entries, image
+from jetflow.data.source import Archive, Contents, Member, at_sizes
 
 CLASSES = ("cat", "dog", "wild")
 _NAME = re.compile(r"(?:.*/)?(train|val|test)/(cat|dog|wild)/[^/.][^/]*")
 
 
 def _contents(paths: Sequence[Path], notes: Path) -> Contents:
-    splits: dict[str, list[ImageMember]] = {}
-    with zipfile.ZipFile(paths[0]) as archive:
-        sizes = {member.filename: member.compress_size for member in archive.infolist()}
-    for match in filter(None, map(_NAME.fullmatch, sorted(sizes))):
-        member = ImageMember(paths[0], match[0], sizes[match[0]], CLASSES.index(match[2]), None)
-        splits.setdefault({"val": "validation"}.get(match[1], match[1]), []).append(member)
+    splits: dict[str, list[Member]] = {}
+    for entry in sorted(entries(paths[0])):
+        if match := _NAME.fullmatch(entry.name):
+            split = {"val": "validation"}.get(match[1], match[1])
+            splits.setdefault(split, []).append(image(entry, entry.name, CLASSES.index(match[2])))
     return Contents(CLASSES, splits)
 
 

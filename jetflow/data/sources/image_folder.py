@@ -1,27 +1,32 @@
 """Any tree of images, with one sub-folder per class or without classes.
 
 Cut to squares and resized, in the order of their names. Where the tree has a folder `train`, that
-is the split of this name, and `val`, `validation` and `test` beside it are others; otherwise all
-images are one tree. Of a single split, one image of 20 is held out as `test`: those for which the
-first 8 bytes of the SHA-256 of the path below the tree ("cats/1.jpg"), as a big-endian number, are
-a multiple of that, and the one for which they are lowest.
+is the split of this name, and `validation` and `test` beside it are others; `Training`, `val`,
+`valid`, `test_set` and the like are taken for them. Otherwise all images are one tree: then one
+image of 20 is held out as `test`: those for which the first 8 bytes of the SHA-256 of the path
+below the tree ("cats/1.jpg"), as a big-endian number, are a multiple of that, and the one for which
+they are lowest. A class is a sub-folder of the training images that has a readable one; numbered
+ones are in the order of their numbers.
 """
 
-import os
+import contextlib
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image as pillow
 
-from jetflow.data.archives import ImageMember
-from jetflow.data.source import Archive, Contents, Source, at_sizes, name_hash
+from jetflow.data.archives import Entry, entries, image
+from jetflow.data.images import Unreadable, decode
+from jetflow.data.source import Archive, Contents, Member, Source, at_sizes, name_hash
 from jetflow.types import NO_LABEL, UsageError
 
 SIZES = range(4, 1025)
 HELD_OUT = 20
-# A `val` and a `validation` beside each other would be one split: only the first is taken.
-_SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+_SPLITS = {"train": "train(ing)?", "validation": "val(id(ation)?)?|dev", "test": "test(ing)?"}
+_SUFFIX = "([-_ ]?(set|data|images?|split))?"
 
 
 def find(name: str) -> Source:
@@ -30,53 +35,87 @@ def find(name: str) -> Source:
     Raises:
         UsageError: the name is malformed.
     """
-    tree, _, size = name.removeprefix("folder").removeprefix("/").partition("/")
-    if not tree or tree.startswith(".") or not size.isdecimal() or int(size) not in SIZES:
+    root, _, size = name.removeprefix("folder").removeprefix("/").partition("/")
+    if not root or root.startswith(".") or not size.isdecimal() or int(size) not in SIZES:
         raise UsageError(
             f"data set {name!r} is none; expected folder/NAME/SIZE, as in folder/pets/64, with a "
             f"size of {SIZES.start} to {SIZES.stop - 1} and the images below NAME in --manual_dir"
         )
-    archive = Archive(tree, "a folder of images")
+    archive = Archive(root, "a folder of images")
     [source] = at_sizes(
-        f"folder/{tree}", [int(size)], contents=_contents, about=__doc__, archives=(archive,),
+        f"folder/{root}", [int(size)], contents=_contents, about=__doc__, archives=(archive,),
         resize=None,
     )  # fmt: skip
     return source
 
 
 def _contents(paths: Sequence[Path], notes: Path) -> Contents:
-    roots = {
-        split: paths[0] / name
-        for split, names in _SPLITS.items()
-        for name in reversed(names)
-        if (paths[0] / name).is_dir()
-    }
-    roots = roots if "train" in roots else {"train": paths[0]}
-    files = {split: sorted(_files(root)) for split, root in roots.items()}
-    classes = _classes([(roots[split], name) for split in files for name, _ in files[split]])
+    root, files = paths[0], list(entries(paths[0]))
+    prefixes = _prefixes(root, files)
+    classes = _classes(root, files, prefixes["train"])
     number = {name: label for label, name in enumerate(classes)}
-    splits = {
-        split: [
-            ImageMember(roots[split] / name, name, size, number.get(name.split("/")[0], NO_LABEL))
-            for name, size in some
-        ]
-        for split, some in files.items()
+    splits: dict[str, list[Member]] = {split: [] for split in prefixes}
+    left_out = Counter[str]()
+    for file in files:
+        split = next((s for s, prefix in prefixes.items() if file.name.startswith(prefix)), "")
+        prefix = prefixes.get(split, "")
+        top = _top(file.name, prefix)
+        if split and (split == "train" or not classes or top in number):
+            splits[split].append(image(file, file.name, number.get(top, NO_LABEL)))
+        elif _is_image(root / file.name):
+            left_out[str(root / prefix / top)] += 1
+    splits = {split: members for split, members in splits.items() if members}
+    if list(splits) == ["train"]:
+        splits = _divided(splits["train"], prefixes["train"])
+    return Contents(classes, splits, left_out)
+
+
+def _top(name: str, prefix: str) -> str:
+    """The first folder below a prefix; "" of a file that lies in none."""
+    folder, slash, _ = name.removeprefix(prefix).partition("/")
+    return folder if slash else ""
+
+
+def _prefixes(root: Path, files: Sequence[Entry]) -> dict[str, str]:
+    """What the names of each split's files begin with; "" of the only one, which has all."""
+    tops = sorted({_top(file.name, "") for file in files})
+    folders = {
+        split: [top for top in tops if re.fullmatch(pattern + _SUFFIX, top, re.IGNORECASE)]
+        for split, pattern in _SPLITS.items()
     }
-    return Contents(classes, splits if len(splits) > 1 else _divided(splits["train"]))
+    folders = {split: names for split, names in folders.items() if names}
+    if not folders:
+        return {"train": ""}
+    chosen = {split: split if split in names else names[0] for split, names in folders.items()}
+    if "train" not in chosen:
+        raise UsageError(
+            f"{root} has a split {', '.join(chosen.values())} and no folder train; call that of "
+            "the training images so, or the others otherwise if they are classes"
+        )
+    text = ", ".join(f"split {split} is folder {top}" for split, top in chosen.items())
+    print(f"{root}: {text}", file=sys.stderr)
+    return {split: f"{top}/" for split, top in chosen.items()}
 
 
-def _classes(files: Sequence[tuple[Path, str]]) -> list[str]:
-    """The sub-folders of the trees of (root, name); none where images lie beside them."""
-    tops = {name.split("/")[0] for _, name in files if "/" in name}
-    beside = (root / name for root, name in files if "/" not in name)
-    if tops and (image := next(filter(_is_image, beside), None)):
-        text = f"{image} lies beside folders of images, so these are not taken for classes"
+def _classes(root: Path, files: Sequence[Entry], prefix: str) -> list[str]:
+    """The sub-folders that have a readable image; none where images lie beside them."""
+    inside = [(_top(file.name, prefix), file) for file in files if file.name.startswith(prefix)]
+    beside = [file for top, file in inside if not top] if any(top for top, _ in inside) else []
+    if first := next((file.name for file in beside if _is_image(root / file.name)), ""):
+        text = f"{root / first} lies beside folders of images, so these are not taken for classes"
         print(text, file=sys.stderr)
         return []
-    return sorted(tops)
+    classes = set[str]()
+    for top, file in inside:
+        if top and top not in classes:
+            with contextlib.suppress(Unreadable):
+                decode(file.read())
+                classes.add(top)
+    return sorted(classes, key=int if all(map(str.isdecimal, classes)) else str)
 
 
 def _is_image(path: Path) -> bool:
+    """By its first bytes."""
     try:
         with pillow.open(path):
             return True
@@ -84,22 +123,12 @@ def _is_image(path: Path) -> bool:
         return False
 
 
-def _files(root: Path) -> Iterator[tuple[str, int]]:
-    """(path below root, size) of all files but hidden and special ones."""
-    for parent, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(parent, name) for name in names if not name.startswith(".")):
-            if not path.exists():  # a link to nothing: to be listed as unreadable
-                yield path.relative_to(root).as_posix(), 0
-            elif path.is_file():
-                yield path.relative_to(root).as_posix(), path.stat().st_size
-
-
-def _divided(members: Sequence[ImageMember]) -> dict[str, list[ImageMember]]:
+def _divided(members: Sequence[Member], prefix: str) -> dict[str, list[Member]]:
     """Some of the images held out as `test`, at least one of two."""
-    hashes = [name_hash(member.name) for member in members]
+    names = [image.name.removeprefix(prefix) for member in members for image in member.images]
+    hashes = list(map(name_hash, names))
     lowest = min(hashes) if hashes[1:] else None
-    splits: dict[str, list[ImageMember]] = {"train": [], "test": []}
+    splits: dict[str, list[Member]] = {"train": [], "test": []}
     for member, value in zip(members, hashes, strict=True):
         is_held_out = value == lowest or value % HELD_OUT == 0
         splits["test" if is_held_out else "train"].append(member)

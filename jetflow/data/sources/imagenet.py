@@ -7,52 +7,47 @@ where it is a folder of tars. The whole has no official validation split: here i
 as a big-endian number, are a multiple of that.
 """
 
-import dataclasses
 import io
 import json
-import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tqdm import tqdm
-
-from jetflow.data.archives import TarMember, is_gzip, tar_files
-from jetflow.data.source import Archive, Contents, at_sizes
-from jetflow.data.sources.imagenet_small import flat_tar
-from jetflow.files import write_atomically
-from jetflow.types import NO_LABEL, UsageError
+from jetflow.data.archives import entries, image, images_of_tar, opened
+from jetflow.data.source import Archive, Contents, Member, at_sizes
+from jetflow.files import read_json, write_atomically
+from jetflow.types import UsageError
 
 
-def _inner_tars(
-    path: Path, on_read: Callable[[int], object] = lambda position: None
-) -> list[TarMember]:
-    """The tars in a tar, without their labels."""
-    return [
-        TarMember(path, PurePosixPath(member.name).name, member.size, NO_LABEL, member.offset_data)
-        for member in tar_files(path, on_read)
-        if member.name.endswith(".tar")
-    ]
-
-
-def _labelled(path: Path, tars: Sequence[TarMember]) -> tuple[list[str], list[TarMember]]:
-    """The classes in alphabetical order, and their tars in the order of the archive."""
-    classes = sorted(tar.name.removesuffix(".tar") for tar in tars)
+def _classes(path: Path, notes: Path) -> tuple[list[str], list[Member]]:
+    """The classes in alphabetical order, and their tars in the order of the archive or folder."""
+    # Noted for the next start: if the archive is compressed, it takes a pass over all of it.
+    note = notes / f"{path.name}.json"
+    if not note.exists():
+        tars = [entry for entry in entries(path) if entry.name.endswith(".tar")]
+        fields = [(PurePosixPath(tar.name).name, tar.offset, tar.size) for tar in tars]
+        with write_atomically(note) as file:
+            file.write(json.dumps(fields).encode())
+    tars = read_json(note, list)
+    classes = sorted(name.removesuffix(".tar") for name, *_ in tars)
     if not classes or len(set(classes)) < len(classes):
         raise UsageError(f"{path} holds no tars of classes, n01440764.tar say, or one twice")
     number = {f"{name}.tar": label for label, name in enumerate(classes)}
-    return classes, [dataclasses.replace(tar, label=number[tar.name]) for tar in tars]
+    archive = None if path.is_dir() else opened(path)
+    return classes, [
+        Member(size, images_of_tar(archive or path / name, offset, size, name, number[name]))
+        for name, offset, size in tars
+    ]
 
 
 def _contents_1k(paths: Sequence[Path], notes: Path) -> Contents:
     train_path, validation_path, devkit = paths
-    classes, train = _labelled(train_path, _inner_tars(train_path))
+    classes, train = _classes(train_path, notes)
     labels = _validation_labels(devkit, classes)
-    validation = [
-        # "ILSVRC2012_val_00000001.JPEG" has the first label
-        dataclasses.replace(member, label=labels[int(Path(member.name).stem.split("_")[-1]) - 1])
-        for member in flat_tar(validation_path)
-    ]
+    validation = []
+    for entry in entries(validation_path):  # "ILSVRC2012_val_00000001.JPEG" has the first label
+        label = labels[int(PurePosixPath(entry.name).stem.split("_")[-1]) - 1]
+        validation.append(image(entry, f"{validation_path.name}/{entry.name}", label))
     return Contents(classes, {"train": train, "validation": validation})
 
 
@@ -61,12 +56,10 @@ def _validation_labels(devkit: Path, classes: Sequence[str]) -> list[int]:
     import scipy.io  # needed only here, once
 
     wanted = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
-    with tarfile.open(devkit) as tar:
-        members = {PurePosixPath(member.name).name: member for member in tar}
-        if missing := set(wanted) - set(members):
-            raise UsageError(f"{devkit} has no {min(missing)}; is it the devkit for tasks 1 and 2?")
-        files: Any = [tar.extractfile(members[name]) for name in wanted]
-        meta, truth = (file.read() for file in files)
+    files = {PurePosixPath(entry.name).name: entry.read for entry in entries(devkit)}
+    if missing := set(wanted) - set(files):
+        raise UsageError(f"{devkit} has no {min(missing)}; is it the devkit for tasks 1 and 2?")
+    meta, truth = (files[name]() for name in wanted)
     synsets: Any = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     names = {int(each["ILSVRC2012_ID"]): str(each["WNID"]) for each in synsets}
     labels = [names[int(number)] for number in truth.split()]
@@ -79,31 +72,8 @@ def _validation_labels(devkit: Path, classes: Sequence[str]) -> list[int]:
 
 
 def _contents_21k(paths: Sequence[Path], notes: Path) -> Contents:
-    [path] = paths
-    if path.is_dir():
-        files = sorted(path.glob("*.tar"))
-        tars = [TarMember(file, file.name, file.stat().st_size, NO_LABEL) for file in files]
-    elif is_gzip(path):
-        tars = _tars_of_compressed(path, notes / "tars.json")
-    else:
-        tars = _inner_tars(path)
-    classes, train = _labelled(path, tars)
+    classes, train = _classes(paths[0], notes)
     return Contents(classes, {"train": train, "validation": []})
-
-
-def _tars_of_compressed(path: Path, note: Path) -> list[TarMember]:
-    """Noted for the next start: it takes a pass over the whole archive."""
-    state = path.stat()
-    archive = [path.name, state.st_size, state.st_mtime_ns]
-    if note.exists() and (known := json.loads(note.read_text()))["archive"] == archive:
-        return [TarMember(path, *tar) for tar in known["tars"]]
-    title = f"{path.name} is compressed: first pass"
-    with tqdm(total=state.st_size, desc=title, unit="B", unit_scale=True) as bar:
-        tars = _inner_tars(path, lambda position: bar.update(position - bar.n))
-    with write_atomically(note) as file:
-        fields = [(tar.name, tar.size, tar.label, tar.offset) for tar in tars]
-        file.write(json.dumps({"archive": archive, "tars": fields}).encode())
-    return tars
 
 
 def _whole(name: str, archive: Archive, num_classes: int, **splits: int) -> tuple:

@@ -11,21 +11,15 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from jetflow.data.archives import ImageMember, batches, tar_files
+from jetflow.data.archives import batches, entries, image
 from jetflow.data.source import Archive, Contents, Source
 
 
 def _old_contents(paths: Sequence[Path], notes: Path) -> Contents:
-    train, validation = paths
-    return Contents((), {"train": flat_tar(train), "validation": flat_tar(validation)})
-
-
-def flat_tar(path: Path) -> list[ImageMember]:
-    """The images of a tar."""
-    return [
-        ImageMember(path, f"{path.name}/{member.name}", member.size, offset=member.offset_data)
-        for member in tar_files(path)
-    ]
+    train, validation = (
+        [image(entry, f"{path.name}/{entry.name}") for entry in entries(path)] for path in paths
+    )
+    return Contents((), {"train": train, "validation": validation})
 
 
 def _old(size: int, train_bytes: int, validation_bytes: int) -> Source:

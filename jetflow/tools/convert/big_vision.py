@@ -1,19 +1,19 @@
 """big_vision's checkpoints: an .npz of parameters, or a folder of one zarr array for each."""
 
+import math
 import os
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jetflow.npz import ROOM, Npz
 from jetflow.types import UsageError
 
 PREFIX = "params/"
 POINTER = "-LAST"  # CHECKPOINT-LAST holds the suffix of the newest folder CHECKPOINT-SUFFIX
 COMPLETE = {"fill_missing_data_reads": False}  # a chunk that is not there is damage, no zeros
-EXPECTED = (
-    "expected an .npz, a checkpoint.bv-… folder, or a workdir with the pointer checkpoint.bv-LAST"
-)
+EXPECTED = "an .npz, a checkpoint.bv-… folder, or a workdir with the pointer checkpoint.bv-LAST"
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -29,23 +29,21 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = Path(path)
     try:
         tensors = _read_npz(path) if path.is_file() else _read_folder(_newest(path))
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:240]
-        raise UsageError(f"{path} cannot be read ({reason}); {EXPECTED}") from error
+        raise UsageError(f"{path} cannot be read ({reason}); expected {EXPECTED}") from error
     if not tensors:
-        raise UsageError(f"{path} holds no parameters; {EXPECTED}")
+        raise UsageError(f"{path} holds no parameters; expected {EXPECTED}")
     return tensors
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise UsageError(f"{path} holds one array; {EXPECTED}")
-        prefix = PREFIX if any(name.startswith(PREFIX) for name in file.files) else ""
-        names = [name for name in file.files if name.startswith(prefix)]
-        return {name.removeprefix(prefix): file[name] for name in names}
+    file = Npz(path, "the checkpoint", EXPECTED)
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in file.names) else ""
+    names = [name for name in file.names if name.startswith(prefix)]
+    return {name.removeprefix(prefix): file.array(name) for name in names}
 
 
 def _newest(path: Path) -> Path:
@@ -56,11 +54,13 @@ def _newest(path: Path) -> Path:
             return path
         pointers = sorted(path.glob("*" + POINTER))
     if len(pointers) != 1 or not pointers[0].is_file():
-        raise UsageError(f"{path} is no checkpoint of big_vision; {EXPECTED}")
+        raise UsageError(f"{path} is no checkpoint of big_vision; expected {EXPECTED}")
     stem = pointers[0].name.removesuffix(POINTER)
     folder = pointers[0].with_name(f"{stem}-{pointers[0].read_text().strip()}")
     if not folder.is_dir():
-        raise UsageError(f"{pointers[0]} points to {folder}, which is not there; {EXPECTED}")
+        raise UsageError(
+            f"{pointers[0]} points to {folder}, which is not there; expected {EXPECTED}"
+        )
     return folder
 
 
@@ -73,4 +73,14 @@ def _read_folder(folder: Path) -> dict[str, np.ndarray]:
         opened[array.name.replace("~", "/").removeprefix(PREFIX)] = tensorstore.open(
             {"driver": "zarr", "kvstore": kvstore, **COMPLETE}, open=True, read=True
         )
-    return {name: np.asarray(array.result().read().result()) for name, array in opened.items()}
+    arrays = {name: array.result() for name, array in opened.items()}
+    stored = sum(file.stat().st_size for file in folder.glob("*/*"))
+    if sum(map(_bytes, arrays.values())) > stored + ROOM:
+        raise ValueError("its arrays are far larger than their files")
+    return {name: np.asarray(array.read().result()) for name, array in arrays.items()}
+
+
+def _bytes(array: Any) -> int:
+    """What an array takes in memory, or a single chunk of it, where that is more."""
+    chunk = array.chunk_layout.read_chunk.shape
+    return array.dtype.numpy_dtype.itemsize * max(math.prod(array.shape), math.prod(chunk))

@@ -56,15 +56,12 @@ class Table(NamedTuple):
                 ]
         return None, []
 
-    def constant(self, name: str) -> Callable[[np.ndarray], np.ndarray] | None:
-        rules = (rule for pattern, rule in self.constants.items() if _match(pattern, name))
-        return next(rules, None)
 
-
-def from_published(table: Table, tensors: Tensors, abstract: Variables) -> Variables:
+def from_published(file: Any, table: Table, tensors: Tensors, abstract: Variables) -> Variables:
     """The variables that the tensors are.
 
     Args:
+        file: the checkpoint, for messages.
         tensors: by name.
         abstract: the variables' shapes and types.
 
@@ -75,20 +72,24 @@ def from_published(table: Table, tensors: Tensors, abstract: Variables) -> Varia
     variables: dict[str, Any] = flatten_dict(abstract, sep="/")  # type: ignore[assignment]
     sources = {path: table.names(path, leaf.shape) for path, leaf in variables.items()}
     expected = {name for _, layers in sources.values() for names in layers for name in names}
-    constants = {name: table.constant(name) for name in tensors if name not in expected}
-    _refuse("nothing fills", [path for path, (row, _) in sources.items() if row is None])
-    _refuse("missing", sorted(expected - set(tensors)))
-    _refuse("unknown", [repr(name) for name, rule in constants.items() if rule is None])
-    _refuse("not of real numbers", [
+    constants = {
+        name: next((rule for key, rule in table.constants.items() if _match(key, name)), None)
+        for name in tensors
+        if name not in expected
+    }
+    _refuse(file, "nothing fills", [path for path, (row, _) in sources.items() if row is None])
+    _refuse(file, "missing", sorted(expected - set(tensors)))
+    _refuse(file, "unknown", [repr(name) for name, rule in constants.items() if rule is None])
+    _refuse(file, "not of real numbers", [
         f"{name} ({array.dtype})" for name, array in tensors.items()
         if array.dtype.kind not in "fiub" and array.dtype != jnp.bfloat16
     ])  # fmt: skip
-    _refuse("not as in the published model", [
+    _refuse(file, "not as in the published model", [
         name for name, rule in constants.items()
         if rule and not np.array_equal(tensors[name], rule(tensors[name]))
     ])  # fmt: skip
-    filled = {path: _assemble(table, tensors, *source) for path, source in sources.items()}
-    _refuse("of another shape", [
+    filled = {name: _assemble(file, table, tensors, *source) for name, source in sources.items()}
+    _refuse(file, "of another shape", [
         f"{path} (is {array.shape}, expected {variables[path].shape})"
         for path, array in filled.items() if array.shape != variables[path].shape
     ])  # fmt: skip
@@ -111,7 +112,7 @@ def to_published(table: Table, variables: Variables) -> Tensors:
 
 
 def _assemble(
-    table: Table, tensors: Tensors, row: Row | None, layers: Sequence[Sequence[str]]
+    file: Any, table: Table, tensors: Tensors, row: Row | None, layers: Sequence[Sequence[str]]
 ) -> np.ndarray:
     assert row is not None
     try:
@@ -120,7 +121,8 @@ def _assemble(
     except (IndexError, ValueError) as error:
         shapes = ", ".join(f"{name} {tensors[name].shape}" for names in layers for name in names)
         raise UsageError(
-            f"the tensors {shapes} do not fit: {error}; check that the checkpoint is of this model"
+            f"{file}: the tensors {shapes[:400]} do not fit: {error}; check that the checkpoint is "
+            "of this model"
         ) from error
 
 
@@ -130,10 +132,11 @@ def _match(pattern: str, name: str) -> re.Match[str] | None:
     return re.fullmatch(regex, name)
 
 
-def _refuse(reason: str, names: Sequence[str]) -> None:
+def _refuse(file: Any, reason: str, names: Sequence[str]) -> None:
     if names:
+        shown = ", ".join(name[:100] for name in names[:8])
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise UsageError(
-            f"the tensors are not those of the model; {reason}: {', '.join(names[:8])}{more}; "
-            "check that the checkpoint is of this model and saved whole, in real numbers"
+            f"{file}: the tensors are not those of the model; {reason}: {shown}{more}; check that "
+            "the checkpoint is of this model and saved whole, in real numbers"
         )

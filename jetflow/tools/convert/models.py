@@ -1,7 +1,7 @@
 """Published checkpoints as jetflow's flows and variables, and TarFlow's back."""
 
+import dataclasses
 import itertools
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -14,155 +14,156 @@ from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.flows.build import build
 from jetflow.flows.pixels import Pixels
 from jetflow.flows.stack import Stack
+from jetflow.options import Options, option
 from jetflow.pth import read_pth, write_pth
 from jetflow.tools.convert import big_vision, tables
-from jetflow.tools.convert.mapping import Table, Tensors, Variables, from_published, to_published
+from jetflow.tools.convert.mapping import Tensors, Variables, from_published, to_published
 from jetflow.training.step import abstract_variables
 from jetflow.types import Flow, UsageError
 
 HEAD_DIM = 64  # of every published TarFlow, whose files do not say it
+GAUSSIAN_SCALE, UNIFORM_SCALE = 127.5, 128.0  # pixel scales, by the noise of the training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TarflowSizes(Options):
+    """What the tensors of a TarFlow do not say."""
+
+    image_size: int = option(help="height and width in pixels", least=1, example="64")
+    channels: int = option(help="of the image", least=1, example="3")
+    patch_size: int = option(help="in pixels", least=1, example="2")
+    pixel_scale: float | None = option(
+        None,
+        "pixels v enter as v / pixel_scale - 1; default: as published, 127.5 with gaussian noise, "
+        "128 with uniform noise",
+        least=1.0,
+    )
+    head_dim: int = option(HEAD_DIM, "features of an attention head", least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JetSizes(Options):
+    """What the tensors of a Jet do not say."""
+
+    image_shape: tuple[int, ...] = option(help="height,width,channels", least=1, example="64,64,3")
+    patch_size: int = option(help="in pixels", least=1, example="4")
+    num_heads: int = option(help="attention heads", least=1, example="8")
+    kinds: tuple[str, ...] = option(
+        help="the cycle of the splits",
+        choices=("channels", "spatial"),
+        example="channels,channels,channels,channels,spatial",
+    )
+    scale_factor: float = option(2.0, "bound on a coupling's scale", least=0.01)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.image_shape) != 3:
+            raise UsageError(
+                f"image_shape is {self.image_shape}; expected (height, width, channels)"
+            )
 
 
 class Published(NamedTuple):
-    """A published model.
-
-    Attributes:
-        section: what `jetflow.build` makes its flow of.
-        image_shape, num_classes: the flow's.
-        variables: the flow's.
-    """
+    """A published model: the config section that makes its flow, the flow, and its variables."""
 
     section: dict[str, Any]
-    image_shape: tuple[int, int, int]
-    num_classes: int
+    flow: Stack
     variables: Variables
-
-    @property
-    def flow(self) -> Stack:
-        return build(self.section, image_shape=self.image_shape, num_classes=self.num_classes)
 
 
 def tarflow(path: str | os.PathLike, **sizes: Any) -> tuple[Stack, Variables]:
-    """The flow and variables of a state dict of apple/ml-tarflow; arguments as `read_tarflow`."""
-    published = read_tarflow(path, **sizes)
-    return published.flow, published.variables
+    """The flow and variables of a state dict of apple/ml-tarflow.
+
+    The file does not tell the noise of its training: give `pixel_scale=128` for the one published
+    model with uniform noise.
+
+    Args:
+        path: a .pth file, in PyTorch's zip or legacy format.
+        sizes: of `TarflowSizes`, such as image_size=64, channels=3, patch_size=2.
+
+    Raises:
+        UsageError: if the file cannot be read, or its tensors are not of such a model.
+    """
+    return read_tarflow(path, TarflowSizes(**sizes))[1:]
 
 
 def jet(path: str | os.PathLike, **sizes: Any) -> tuple[Stack, Variables]:
-    """The flow and variables of a Jet of google-research/big_vision; arguments as `read_jet`."""
-    published = read_jet(path, **sizes)
-    return published.flow, published.variables
+    """The flow and variables of a Jet of google-research/big_vision.
+
+    Args:
+        path: an .npz with or without the prefix `params/`, a `checkpoint.bv-…` folder, or a workdir
+            with the pointer `checkpoint.bv-LAST`.
+        sizes: of `JetSizes`, such as image_shape=(64, 64, 3), patch_size=4, num_heads=8,
+            kinds=("channels",) * 4 + ("spatial",), scale_factor=2.0.
+
+    Raises:
+        UsageError: if the checkpoint cannot be read, or its tensors are not of such a model.
+    """
+    return read_jet(path, JetSizes(**sizes))[1:]
 
 
-def read_tarflow(
-    path: str | os.PathLike,
-    *,
-    image_size: int,
-    channels: int,
-    patch_size: int,
-    pixel_scale: float = 127.5,
-    head_dim: int = HEAD_DIM,
-) -> Published:
+def read_tarflow(path: str | os.PathLike, sizes: TarflowSizes) -> Published:
     """The model of a state dict of apple/ml-tarflow.
 
     Blocks, depths, width, classes and the volume-preserving variant are read off the tensors. The
     published sampler takes the label -1 for the index of its last class; here it means no label
     (the mean over the class embeddings) in sampling as it does in training.
-
-    Args:
-        path: a .pth file, in PyTorch's zip or legacy format.
-        image_size: height and width in pixels.
-        channels: of the image.
-        patch_size: in pixels.
-        pixel_scale: pixels v become v / pixel_scale - 1: 127.5 in the models trained with gaussian
-            noise, 128 in that with uniform noise. The file does not tell them apart; all but one of
-            the published models have gaussian noise, hence the default.
-        head_dim: features of an attention head; 64 in the published models.
-
-    Raises:
-        UsageError: if the file cannot be read, or its tensors are not of such a model.
     """
-    _check_positive(image_size=image_size, channels=channels, patch_size=patch_size)
-    _check_positive(pixel_scale=pixel_scale, head_dim=head_dim)
     tensors = read_pth(path)
     width, features = _shape(path, tensors, "blocks.0.proj_in.weight", 2)
     tokens, _ = _shape(path, tensors, "blocks.0.pos_embed", 2)
     outputs, _ = _shape(path, tensors, "blocks.0.proj_out.weight", 2)
     classes = "blocks.0.class_embed"
     num_classes = _shape(path, tensors, classes, 3)[0] if classes in tensors else 0
-    image_shape = (image_size, image_size, channels)
-    pixels = Pixels(image_shape, patch_size, pixel_scale, "chw")
-    _check_patches(f"image_size {image_size}, channels {channels}", pixels, (tokens, features))
     blocks = _count(tensors, "blocks.")
     depths = [_count(tensors, f"blocks.{block}.attn_blocks.") for block in range(blocks)]
     section = {
         "kind": "tarflow",
-        "patch_size": patch_size,
+        "patch_size": sizes.patch_size,
         "width": width,
         "num_blocks": blocks,
         "layers_per_block": tuple(depths),
-        "head_dim": head_dim,
+        "head_dim": sizes.head_dim,
         "volume_preserving": outputs == features,
-        "pixel_scale": pixel_scale,
+        "pixel_scale": sizes.pixel_scale or GAUSSIAN_SCALE,
     }
-    return _published(
-        path, tables.TARFLOW, tensors, Published(section, image_shape, num_classes, {})
-    )
+    image_shape = (sizes.image_size, sizes.image_size, sizes.channels)
+    _check_patches(image_shape, sizes.patch_size, (tokens, features))
+    flow = build(section, image_shape=image_shape, num_classes=num_classes)
+    variables = from_published(path, tables.TARFLOW, tensors, abstract_variables(flow))
+    return Published(section, flow, variables)
 
 
-def read_jet(
-    path: str | os.PathLike,
-    *,
-    image_shape: Sequence[int],
-    patch_size: int,
-    num_heads: int,
-    kinds: Sequence[str],
-    scale_factor: float = 2.0,
-) -> Published:
+def read_jet(path: str | os.PathLike, sizes: JetSizes) -> Published:
     """The model of a Jet checkpoint of google-research/big_vision.
 
     Couplings, their depth and width are read off the tensors, and so are the splits.
-
-    Args:
-        path: an .npz with or without the prefix `params/`, a `checkpoint.bv-…` folder, or a workdir
-            with the pointer `checkpoint.bv-LAST`.
-        image_shape: (height, width, channels).
-        patch_size: in pixels.
-        num_heads: attention heads.
-        kinds: the cycle of the couplings' splits, "channels" or "spatial".
-        scale_factor: a coupling scales a dimension by less than this.
-
-    Raises:
-        UsageError: if the checkpoint cannot be read, or its tensors are not of such a model.
     """
-    if len(image_shape) != 3:
-        raise UsageError(f"image_shape is {image_shape}; expected (height, width, channels)")
-    height, width, channels = image_shape
-    _check_positive(height=height, width=width, channels=channels)
-    _check_positive(patch_size=patch_size, scale_factor=scale_factor)
     tensors = big_vision.read(path)
-    couplings, half, features = _shape(path, tensors, "couplings/dnn/init_proj/kernel", 3)
+    couplings, half, width = _shape(path, tensors, "couplings/dnn/init_proj/kernel", 3)
     _, _, tokens, _ = _shape(path, tensors, "couplings/dnn/posemb", 4)
     query = "couplings/dnn/vit/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
     heads = _shape(path, tensors, query, 4)[2]
-    pixels = Pixels((height, width, channels), patch_size, 127.5, "hwc")
-    _check_patches(f"image_shape {tuple(image_shape)}", pixels, (tokens, 2 * half))
-    if num_heads != heads:
-        raise UsageError(f"num_heads is {num_heads}, but {path} has {heads}; set it to that")
+    height, image_width, channels = sizes.image_shape
+    image_shape = (height, image_width, channels)
+    _check_patches(image_shape, sizes.patch_size, (tokens, 2 * half))
+    if sizes.num_heads != heads:
+        raise UsageError(f"num_heads is {sizes.num_heads}, but {path} has {heads}; set it to that")
     section = {
         "kind": "jet",
-        "patch_size": patch_size,
-        "width": features,
-        "num_heads": num_heads,
+        "patch_size": sizes.patch_size,
+        "width": width,
+        "num_heads": heads,
         "num_couplings": couplings,
         "block_depth": _count(tensors, "couplings/dnn/vit/encoderblock_"),
-        "kinds": tuple(kinds),
-        "scale_factor": scale_factor,
+        "kinds": tuple(sizes.kinds),
+        "scale_factor": sizes.scale_factor,
     }
-    published = Published(section, (height, width, channels), 0, {})
-    published = _published(path, tables.jet(num_heads, features), tensors, published)
-    _check_kinds(path, tensors, kinds)
-    return published
+    flow = build(section, image_shape=image_shape)
+    table = tables.jet(heads, width)
+    variables = from_published(path, table, tensors, abstract_variables(flow))
+    _check_kinds(path, tensors, sizes.kinds)
+    return Published(section, flow, variables)
 
 
 def to_tarflow(path: Path, flow: Flow, variables: Variables) -> None:
@@ -186,15 +187,6 @@ def to_tarflow(path: Path, flow: Flow, variables: Variables) -> None:
         tensors[f"blocks.{block}.attn_mask"] = np.tril(np.ones((tokens, tokens), np.float32))
     tensors.setdefault("var", np.ones(flow.latent_shape, np.float32))
     write_pth(path, tensors)
-
-
-def _published(path: Any, table: Table, tensors: Tensors, published: Published) -> Published:
-    """The model with its variables."""
-    wanted = abstract_variables(published.flow)
-    try:
-        return published._replace(variables=from_published(table, tensors, wanted))
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
 
 
 def _check_kinds(path: Any, tensors: Tensors, kinds: Sequence[str]) -> None:
@@ -230,21 +222,16 @@ def _shape(path: Any, tensors: Tensors, name: str, axes: int) -> tuple[int, ...]
     return shape
 
 
-def _check_patches(image: str, pixels: Pixels, stored: tuple[int, int]) -> None:
+def _check_patches(
+    image_shape: tuple[int, int, int], patch_size: int, stored: tuple[int, int]
+) -> None:
     """Raise unless an image makes the (tokens, features) that the checkpoint has."""
-    tokens, features = pixels.token_shape
+    tokens, features = Pixels(image_shape, patch_size, 1.0, "hwc").token_shape
     if (tokens, features) != stored:
         raise UsageError(
-            f"{image} and patch_size {pixels.patch_size} make {tokens} patches of {features} "
-            f"features, but the checkpoint has {stored[0]} of {stored[1]}; correct them"
+            f"images of {image_shape} and patch_size {patch_size} make {tokens} patches of "
+            f"{features} features, but the checkpoint has {stored[0]} of {stored[1]}; correct them"
         )
-
-
-def _check_positive(**values: float | int) -> None:
-    """Raise a UsageError for the first that is not a number above 0."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UsageError(f"{name} is {value}; expected a number above 0")
 
 
 def _count(tensors: Tensors, prefix: str) -> int:

@@ -88,7 +88,7 @@ def cost(text: str, devices: int, slices: int = 1) -> Cost:
     """
     program = hlo.parse(text)
     flops = hbm_bytes = 0.0
-    exchanges: dict[tuple[str, str], Collective] = {}
+    exchanges: dict[tuple[str, str], tuple[int, float]] = {}  # how often, and bytes
     unknown = 0
     for computation, times, is_fused in hlo.executions(program):
         for instruction in computation.values():
@@ -102,20 +102,14 @@ def cost(text: str, devices: int, slices: int = 1) -> Cost:
                 kind, size = exchange
                 # An asynchronous one is spread over several fusions, all with its channel.
                 channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
-                part = exchanges.get((kind, channel), Collective(kind, 0, 0.0))
-                exchanges[kind, channel] = Collective(
-                    kind, max(times, part.count), max(size, part.bytes)
-                )
-    return Cost(flops, hbm_bytes, _by_kind(list(exchanges.values())), unknown)
-
-
-def _by_kind(exchanges: list[Collective]) -> tuple[Collective, ...]:
-    totals = []
-    for kind in sorted({one.kind for one in exchanges}):
-        same = [one for one in exchanges if one.kind == kind]
-        sent = float(sum(one.count * one.bytes for one in same))
-        totals.append(Collective(kind, sum(one.count for one in same), sent))
-    return tuple(totals)
+                count, most = exchanges.get((kind, channel), (0, 0.0))
+                exchanges[kind, channel] = max(times, count), max(size, most)
+    collectives = []
+    for kind in sorted({kind for kind, _ in exchanges}):
+        counts = [(count, size) for (name, _), (count, size) in exchanges.items() if name == kind]
+        sent = float(sum(count * size for count, size in counts))
+        collectives.append(Collective(kind, sum(count for count, _ in counts), sent))
+    return Cost(flops, hbm_bytes, tuple(collectives), unknown)
 
 
 # Collectives

@@ -62,16 +62,12 @@ def find(topology: str) -> Tpu:
         UsageError: if there is no such topology; names those that exist.
     """
     generation, _, shape = topology.partition(":")
-    if generation not in TPUS:
+    if generation not in TPUS or shape not in TPUS[generation].topologies:
         known = "; ".join(f"{name}:{' '.join(tpu.topologies)}" for name, tpu in TPUS.items())
         raise UsageError(
             f"topology is {topology!r}; expected GENERATION:SHAPE, as in v5e:4x4, of {known}"
         )
-    tpu = TPUS[generation]
-    if shape not in tpu.topologies:
-        known = ", ".join(f"{generation}:{shape}" for shape in tpu.topologies)
-        raise UsageError(f"topology is {topology!r}; those of {generation} are {known}")
-    return tpu
+    return TPUS[generation]
 
 
 def devices(topology: str, slices: int = 1) -> Sequence[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jetflow import sharding
+from jetflow import configs, sharding
 from jetflow.data import dataset, sources
 from jetflow.evals import likelihoods
 from jetflow.nn.transformer import REMAT_POLICIES
@@ -139,6 +139,7 @@ def fit(
     Args:
         progress: called with each plan that is tried.
     """
+    configs.check(config)
     policies = REMAT_POLICIES if program == "train" else (config.flow.remat,)
     axes = {name: config.mesh[name] for name in sharding.AXES}
     mesh = sharding.make_mesh(**axes, devices=tpus.devices(topology, slices))

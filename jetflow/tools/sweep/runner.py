@@ -19,9 +19,9 @@ from jetflow import configs, hosts, pictures, sharding
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.files import write_json
-from jetflow.mesh import mesh_option, read_mesh
+from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import Model, load_model
-from jetflow.options import kind_of, option
+from jetflow.options import checked
 from jetflow.sweeps import Point, Sweep, is_of_training, read
 from jetflow.tools.report.document import report
 from jetflow.tools.sweep.store import Store
@@ -33,11 +33,8 @@ OWN = ("metrics", "data_dir", "make_reference")  # options that the sweep itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PointOptions(EvaluateOptions):
+class PointOptions(EvaluateOptions, ModelOptions):
     """The settings of a point that are not of its training."""
-
-    step: int | None = option(None, "of the checkpoint; default: the newest")
-    mesh: tuple[str, ...] = mesh_option()
 
 
 def sweep(
@@ -107,7 +104,7 @@ class Runner:
             try:
                 self._options(point)
                 if not self.run:
-                    self._config(point)
+                    configs.check(self._config(point))
             except UsageError as error:
                 raise UsageError(f"point {point.name}: {error}") from error
 
@@ -267,9 +264,7 @@ class Runner:
                 nearest = difflib.get_close_matches(name, known, n=1)
                 remedy = f"did you mean {nearest[0]}?" if nearest else "expected one of evaluation"
                 raise UsageError(f"{name} is no option that a sweep sets; {remedy}")
-            kind, is_tuple = kind_of(PointOptions, name)
-            parts = [value] if isinstance(value, str) else value
-            options[name] = tuple(parts) if is_tuple else Path(value) if kind is Path else value
+            options[name] = checked(PointOptions, name, value)
         return PointOptions(**options)
 
 

@@ -1,7 +1,0 @@
-"""`python -m jetflow.cli`: the command line without its script."""
-
-import sys
-
-from jetflow.cli import main
-
-sys.exit(main())
