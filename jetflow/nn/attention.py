@@ -199,5 +199,6 @@ def _splash(
         jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))).swapaxes(1, 2)
         for x in (query / math.sqrt(head_dim), key, value)
     ]
-    mixed = jax.vmap(functools.partial(splash, segment_ids=ids))(*rows)
+    with jax.named_scope("causal" if causal else "full"):  # which the plan of a run reads
+        mixed = jax.vmap(functools.partial(splash, segment_ids=ids))(*rows)
     return mixed.swapaxes(1, 2)[:, :tokens].astype(query.dtype)
