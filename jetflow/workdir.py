@@ -36,12 +36,14 @@ FREE = (
     "config.train.checkpoint_every",
     "config.train.keep_checkpoints",
     "config.train.keep_every",
+    "config.flow.attention",
     "config.mesh",
     "config.data.workers",
     "config.resolved.defaults",
 )
 LENGTH = ("config.train.steps", "config.train.epochs", "config.train.images")
 LENGTH += ("config.resolved.total_steps",)
+LATER = {"config.flow.precision": "default"}  # fields that older runs do not have, and their value
 
 
 def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, str]:
@@ -205,13 +207,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def note_environment(workdir: Path, step: int, *, total_steps: int) -> None:
+def note_environment(workdir: Path, step: int, **facts: Any) -> None:
     """Add this environment to those of a run, from `step` on, unless it is the last one of them.
 
     Args:
-        total_steps: the length of the run; part of what may change from some step on.
+        facts: of the run, which may change from some step on: its length, its attention.
     """
-    current = environment() | {"total_steps": total_steps}
+    current = environment() | facts
     known = read_environments(workdir)
     if not known or {**known[-1], "from_step": None} != {"from_step": None, **current}:
         write_json(workdir / ENVIRONMENT, [*known, {"from_step": step, **current}])
@@ -230,7 +232,7 @@ def differences(
 
     What the data resolved to counts only where the old tree has it: version 0.1 recorded less.
     """
-    old, new = flat(old, root), flat(new, root)
+    old, new = LATER | flat(old, root), LATER | flat(new, root)
     return {
         name: (old.get(name), new.get(name))
         for name in {**old, **new}

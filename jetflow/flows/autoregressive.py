@@ -60,6 +60,10 @@ class AutoregressiveBlock(nn.Module):
     backward: bool
     volume_preserving: bool
 
+    @property
+    def net(self) -> CausalTransformer:
+        return self.transformer
+
     def setup(self):
         tokens, features = self.token_shape
         width, dtype = self.transformer.width, self.transformer.dtype

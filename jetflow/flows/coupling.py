@@ -189,6 +189,10 @@ class Couplings(nn.Module):
         }
 
     @property
+    def net(self) -> Encoder:
+        return self.layers.net
+
+    @property
     def logdet_cap(self) -> float:
         """The least upper bound of the log-determinant of one example, in nats."""
         halves = self.num_couplings * math.prod(self.grid) * self.features / 2

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows.pixels import Pixels
+from jetflow.nn.attention import Choice, choose
 from jetflow.types import BlockInputs, BlockOutputs, Decoding, Flow, Guidance, UsageError
 
 
@@ -19,8 +20,8 @@ class Stack(nn.Module):
 
     Attributes:
         pixels: the preprocessing.
-        blocks: modules with `forward_blocks(x, label)` and
-            `inverse_blocks(z, label, guidance, decoding)`.
+        blocks: modules with `forward_blocks(x, label)`,
+            `inverse_blocks(z, label, guidance, decoding)` and their `net`.
         num_classes: 0 for a flow without labels.
         learned_prior: keep the prior variance of each latent dimension in the collection
             `prior`, as the mean square of the latents; else the prior is standard normal.
@@ -61,6 +62,20 @@ class Stack(nn.Module):
     def logdet_cap(self) -> float | None:
         caps = [getattr(block, "logdet_cap", math.inf) for block in self.blocks]
         return None if math.inf in caps else sum(caps)
+
+    def attention_on(self, platform: str) -> Choice:
+        """The form of attention that its nets take on a platform."""
+        net = self.blocks[0].net
+        if getattr(net, "net", "vit") == "conv":
+            return Choice("none", "the nets convolve")
+        return choose(
+            net.attention,
+            platform=platform,
+            dtype=net.dtype,
+            tokens=self.latent_shape[0],
+            head_dim=net.width // net.num_heads,
+            precision=self.precision or "default",
+        )
 
     def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "... H W C"]:
         x, _ = self.pixels.inverse(tokens.reshape(-1, *self.latent_shape))

@@ -26,6 +26,9 @@ class Choice(NamedTuple):
     method: str
     reason: str = ""
 
+    def __str__(self) -> str:
+        return self.method + (f" ({self.reason})" if self.reason else "")
+
 
 class KVCache(NamedTuple):
     """Keys and values of a layer, of all tokens so far.

@@ -14,6 +14,7 @@ from jetflow import configs, optim, sharding
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.flows.build import build
+from jetflow.nn.attention import Choice
 from jetflow.noise import Noise
 from jetflow.options import LARGEST
 from jetflow.sampling.ancestral import Sampler
@@ -46,6 +47,11 @@ class Run:
     total_steps: int
     create: Callable[[], TrainState]
     abstract_state: TrainState
+
+    @property
+    def attention(self) -> Choice:
+        """The form of attention that the nets take on the devices of the mesh."""
+        return self.trainer.flow.attention_on(self.mesh.devices.flat[0].platform)
 
     @property
     def resolved_config(self) -> dict[str, Any]:

@@ -38,7 +38,8 @@ OF_TOKENS = {
 }
 # Data sets of other names with the same classes in the same order.
 SAME_CLASSES = {"imagenet32_new": "imagenet64_new", "afhq_v2": "afhq"}
-COMPUTATION = ("dtype", "remat", "scan")  # fields of a flow that its parameters do not depend on
+# Fields of a flow that its parameters do not depend on.
+COMPUTATION = ("dtype", "precision", "attention", "remat", "scan")
 
 Shape = tuple[int, ...]
 

@@ -86,7 +86,9 @@ def train(
         before = hosts.agreed(_length(workdir, run.total_steps)) if extend else run.total_steps
         claim.begin(run.resolved_config, extend=extend)
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
-        workdirs.note_environment(workdir, start, total_steps=run.total_steps)
+        workdirs.note_environment(
+            workdir, start, total_steps=run.total_steps, attention=str(run.attention)
+        )
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
             if before < run.total_steps:
                 text = f"extended from {before} to {run.total_steps} steps: from step {start} on, "
@@ -283,7 +285,7 @@ class Session:
         )
         return (
             f"{run.config.flow.kind} with {count:,} parameters on {sharding.describe(run.mesh)}; "
-            f"the state takes {held:,.1f} MB a device\n"
+            f"the state takes {held:,.1f} MB a device; attention: {run.attention}\n"
             f"train on {run.train_data.describe()}\n"
             f"test on {run.test_data.describe()}\n"
             + (f"all {total} steps were done before" if start >= total else plan)
