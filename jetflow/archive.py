@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,11 +14,12 @@ from jaxtyping import Bool, Int, UInt8
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.files import write_atomically
+from jetflow.files import naming, read_or_set_aside, write_atomically, write_json
 from jetflow.npz import ROOM, Npz
 from jetflow.sampling.ancestral import Drawn
 from jetflow.types import UsageError
 
+PROGRESS = "progress.json"
 NUMBERS = 16  # bytes by image that a measurement of them needs for its order
 
 
@@ -51,32 +53,32 @@ class Archive:
         self._path = path
         self._folder = path.with_name(path.name + ".partial")
         self._settings = json.loads(json.dumps({"num": num, **settings}))
-        self.done = self._resumed()
+        self._rows = {"images": np.dtype((np.uint8, image_shape)), "finite": np.dtype(bool)}
         self._folder.mkdir(parents=True, exist_ok=True)
-        mode = "r+" if (self._folder / "progress.json").exists() else "w+"
-        self._images, self._finite = (
-            np.lib.format.open_memmap(self._folder / f"{name}.npy", mode, dtype, (num, *shape))
-            for name, dtype, shape in (("images", np.uint8, image_shape), ("finite", bool, ()))
-        )
+        self.done = self._resumed()
+        for name, row in self._rows.items():
+            with open(self._folder / name, "ab") as file:
+                file.truncate(self.done * row.itemsize)  # without what a kill left behind
         self._save_progress()
 
     @property
     def finite(self) -> Bool[np.ndarray, "K"]:
         """Which of its images are finite."""
-        return np.array(self._finite[: self.done])
+        return np.fromfile(self._folder / "finite", bool, self.done)
 
     def append(self, images: UInt8[np.ndarray, "B H W C"], finite: Bool[np.ndarray, "B"]) -> None:
         """The next images, and which are finite; on disk when this returns."""
-        new = slice(self.done, self.done + len(images))
-        for array, values in ((self._images, images), (self._finite, finite)):
-            array[new] = values
-            array.flush()
+        for name, values in (("images", images), ("finite", finite)):
+            with naming(self._path), open(self._folder / name, "ab") as file:
+                file.write(values.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
         self.done += len(images)
         self._save_progress()
 
     def first(self, num: int) -> UInt8[np.ndarray, "_ H W C"]:
         """The first images, at most `num`."""
-        return np.array(self._images[: min(num, self.done)])
+        return np.fromfile(self._folder / "images", self._rows["images"], min(num, self.done))
 
     def finish(self, labels: Int[np.ndarray, "N"] | None) -> None:
         """Make the .npz of what was appended, and remove the folder."""
@@ -84,35 +86,41 @@ class Archive:
             write_atomically(self._path) as whole,
             zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
         ):
-            for name in ("images.npy", "finite.npy"):
-                archive.write(self._folder / name, name)
+            for name, row in self._rows.items():
+                header = {"descr": row.base.str, "fortran_order": False}
+                header["shape"] = (self.done, *row.shape)
+                with (
+                    archive.open(f"{name}.npy", "w", force_zip64=True) as member,
+                    open(self._folder / name, "rb") as rows,
+                ):
+                    np.lib.format.write_array_header_1_0(member, header)
+                    shutil.copyfileobj(rows, member, 2**20)
             if labels is not None:
                 with archive.open("labels.npy", "w") as file:
                     np.lib.format.write_array(file, np.asarray(labels, np.int32))
-        del self._images, self._finite
         shutil.rmtree(self._folder)
 
     def _resumed(self) -> int:
         """How many images the folder has, if they have the same settings."""
-        path = self._folder / "progress.json"
-        if not path.exists():
+        shape = {"settings": dict, "done": int}
+        progress = read_or_set_aside(self._folder / PROGRESS, shape, None)
+        if progress is None:
             return 0
-        progress = json.loads(path.read_text())
-        before = progress["settings"]
+        before, done = progress["settings"], progress["done"]
         names = {**before, **self._settings}
         differing = [name for name in names if before.get(name) != self._settings.get(name)]
         if differing:
             raise UsageError(
-                f"{self._folder} holds {progress['done']} images of another sampling "
+                f"{self._folder} holds {done} images of another sampling "
                 f"({', '.join(differing)} differ); give the same settings, or another --npz, or "
                 "delete it"
             )
-        return progress["done"]
+        files = [(self._folder / name, row.itemsize) for name, row in self._rows.items()]
+        whole = [path.stat().st_size // size for path, size in files if path.exists()]
+        return max(0, min(done, *whole)) if len(whole) == len(files) else 0
 
     def _save_progress(self) -> None:
-        content = {"settings": self._settings, "done": self.done}
-        with write_atomically(self._folder / "progress.json") as file:
-            file.write(json.dumps(content).encode())
+        write_json(self._folder / PROGRESS, {"settings": self._settings, "done": self.done})
 
 
 class Images(NamedTuple):

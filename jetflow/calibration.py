@@ -1,10 +1,8 @@
 """The windows that decode each block of a TarFlow fastest on this machine, measured once."""
 
 import dataclasses
-import functools
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
 from jetflow import hosts, sharding
-from jetflow.files import read_json, write_json
+from jetflow.files import if_possible, read_or_set_aside, write_json
 from jetflow.flows.stack import Stack
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.sampling.decoding import WINDOW
-from jetflow.types import Decoding, UsageError
+from jetflow.types import Decoding
 
 REPEATS = 3
-SMALLEST_WINDOW = 8  # of those that are tried
-PATIENCE = 2  # windows in a row that are slower than the one before, until the search ends
 
 
 def fastest(
@@ -51,96 +46,55 @@ def fastest(
         "cache_dtype": base.cache_dtype,
         "guidance": None if sampler.guidance is None else dataclasses.asdict(sampler.guidance),
     }
-    known = _read(path)
+    known = read_or_set_aside(path, [{"conditions": dict, "windows": [int]}], [])
     before = [entry["windows"] for entry in known if entry["conditions"] == conditions]
+    before = [some for some in before if len(some) == sampler.flow.decoded_blocks and min(some) > 0]
     windows = hosts.agreed(list(before[0]) if before else [])
     if not windows:
-        _note(f"measuring how each block decodes fastest, for {path}")
-        windows, seconds = calibrate(sampler, base, batch_size)
-        entry = {"conditions": conditions, "windows": windows, "seconds": seconds}
-        try:
-            write_json(path, [*known, entry])
-        except OSError as error:  # somebody else's run, or one on a disk that is read-only
-            logging.warning("the measurement is not kept (%s)", error)
-        _note(f"windows of the blocks: {', '.join(map(str, windows))}")
+        hosts.note(f"measuring how each block decodes fastest, for {path}")
+        windows = hosts.agreed(calibrate(sampler, base, batch_size))
+        with if_possible("the measurement"):
+            write_json(path, [*known, {"conditions": conditions, "windows": windows}])
+        hosts.note(f"windows of the blocks: {', '.join(map(str, windows))}")
     return tuple(dataclasses.replace(base, window=window) for window in windows)
 
 
-def _note(text: str) -> None:
-    if hosts.is_first():
-        print(text, file=sys.stderr, flush=True)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The calibrations so far; a damaged file counts as none, since they can be measured again."""
-    try:
-        known = read_json(path, list) if path.exists() else []
-        if all({"conditions", "windows"} <= entry.keys() for entry in known):
-            return known
-    except (UsageError, AttributeError):
-        pass
-    logging.warning("%s is damaged, and will be written anew", path)
-    return []
-
-
-def calibrate(
-    sampler: Sampler, base: Decoding, batch_size: int
-) -> tuple[list[int], list[dict[int, float]]]:
+def calibrate(sampler: Sampler, base: Decoding, batch_size: int) -> list[int]:
     """The window with which each block of a TarFlow decodes fastest on this device.
 
     Each block gets the tokens that it gets in sampling, and so needs as many sweeps.
-
-    Returns:
-        The window of each block, and for each block the seconds by window.
     """
     flow, params = sampler.flow, sampler.variables["params"]
     assert isinstance(flow, Stack)
     index = np.arange(batch_size)
     label = sampler.place(index % flow.num_classes if flow.num_classes else None)
     z = sampler.place(sampler.latents(jax.random.key(0), index))
-    measured = []
-    numbers = reversed(range(len(flow.blocks)))
-    total, hidden = len(flow.blocks), None if hosts.is_first() else True
-    for number in tqdm(numbers, "measuring", total, unit=" blocks", disable=hidden, leave=False):
-        decode = functools.partial(
-            _decode_block, flow.blocks[number], {"params": params[f"blocks_{number}"]}, z, label,
-            sampler.guidance,
-        )  # fmt: skip
+    best, hidden = [], None if hosts.is_first() else True
+    numbers, total = reversed(range(len(flow.blocks))), len(flow.blocks)
+    bar = tqdm(numbers, "measuring", total, unit=" blocks", disable=hidden, leave=False)
+    with sharding.on(sampler.mesh):
+        for number in bar:
+            block, variables = flow.blocks[number].clone(name=None), params[f"blocks_{number}"]
+            inputs = block, {"params": variables}, z, label, sampler.guidance
 
-        def seconds(window: int, decode=decode) -> float:
-            decoding = dataclasses.replace(base, window=window)
-            return hosts.agreed(statistics.median(timed(lambda: decode(decoding), REPEATS)))
+            def seconds(window: int, inputs=inputs) -> float:
+                decoding = dataclasses.replace(base, window=window)
+                return statistics.median(timed(lambda: _decode(*inputs, decoding), REPEATS))
 
-        with sharding.on(sampler.mesh):
-            measured.append(seconds_by_window(seconds, flow.latent_shape[0]))
-            z = decode(base)
-    measured = measured[::-1]
-    return [min(times, key=times.__getitem__) for times in measured], measured
+            best.append(min(windows(flow.latent_shape[0]), key=seconds))
+            z = _decode(*inputs, base)[0]
+    return best[::-1]
 
 
-def seconds_by_window(seconds: Callable[[int], float], tokens: int) -> dict[int, float]:
-    """The time of a block's decoding by window.
-
-    Token by token and the default window of jacobi come first, so that the best is no slower than
-    either; then smaller windows, halved until they only get slower.
-    """
+def windows(tokens: int) -> list[int]:
+    """Those that are tried: token by token, the default of jacobi, and its halves."""
     widest = max(1, min(WINDOW, tokens - 1))
-    times = {window: seconds(window) for window in dict.fromkeys((1, widest))}
-    slower, last = 0, times[widest]
-    window = 2 ** ((widest - 1).bit_length() - 1) if widest > 2 else 0
-    while window >= SMALLEST_WINDOW and slower < PATIENCE:
-        times[window] = seconds(window)
-        slower = 0 if times[window] < last else slower + 1
-        window, last = window // 2, times[window]
-    return times
+    halves = [2**power for power in range(3, WINDOW.bit_length()) if 2**power < widest]
+    return list(dict.fromkeys([1, widest, *reversed(halves)]))
 
 
-def _decode_block(block, variables, z, label, guidance, decoding):
-    """The inverse of one block; the blocks that are alike share a program."""
-    return _jitted_block(block.clone(name=None), variables, z, label, guidance, decoding)[0]
-
-
-_jitted_block = jax.jit(
+# The inverse of one block; the blocks that are alike share a program.
+_decode = jax.jit(
     lambda block, variables, *inputs: block.apply(variables, *inputs, method="inverse_blocks")[:1],
     static_argnums=0,
     compiler_options=AS_WRITTEN,

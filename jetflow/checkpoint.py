@@ -7,12 +7,15 @@ its type, shape and checksum, sealed by a digest. No tree types are stored: code
 of the optimizer can restore the params.
 """
 
-import gc
+import contextlib
+import functools
+import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
-from logging import ERROR, getLogger
+from logging import getLogger
 from typing import Any, TypeVar
 
 import jax
@@ -23,9 +26,11 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Shaped
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jetflow import checksums, hosts
+from jetflow.fields import differences, shown
+from jetflow.files import naming
 from jetflow.types import AnyArray, UsageError
 
 T = TypeVar("T")
@@ -59,33 +64,46 @@ class Checkpoints:
     ):
         path = os.fspath(directory)
         self.directory = epath.Path(path if "://" in path else os.path.abspath(path))
-        newest = preservation_policy.LatestN(keep)
-        milestones = [preservation_policy.EveryNSteps(keep_every)] if keep_every else []
-        self._policy = preservation_policy.AnyPreservationPolicy([newest, *milestones])
+        kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+        self._policy = policies.AnyPreservationPolicy(kept)
         self._manager: ocp.CheckpointManager | None = None  # which would create the directory
-        self._sound: dict[
-            int, dict
-        ] = {}  # step -> its arrays, as this object wrote or verified them
+        self._sound: dict[int, dict] = {}  # step -> arrays, as this object wrote or verified them
         self._damaged: set[int] = set()
-        # Keeps Orbax's reports of its progress and its options off the terminal.
-        self._quiet = lambda line: "/orbax/" not in line.pathname or line.levelno >= ERROR
-        logging.get_absl_logger().addFilter(self._quiet)
+        _hush_orbax()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
-        try:
-            if self._manager is not None:
-                self._manager.close()
-        finally:
+        if self._manager is not None:
+            self._guarded(self._manager.close)
             self._manager = None
-            logging.get_absl_logger().removeFilter(self._quiet)
 
     def wait(self) -> None:
-        """Wait until the save in progress is on disk; raise if it failed."""
+        """Wait until the save in progress is on disk.
+
+        Raises:
+            OSError: it failed; the checkpoints before it are as they were.
+        """
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            self._guarded(self._manager.wait_until_finished)
+
+    def check(self) -> None:
+        """Raise as `wait` does if the save has failed, but do not wait for it.
+
+        Several processes find out at the next save, at which they wait for each other.
+        """
+        if self._manager and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def _guarded(self, save: Callable[[], Any]) -> None:
+        """A save that fails is over: Orbax would raise again when its manager is closed."""
+        try:
+            with naming(self.directory):
+                save()
+        except Exception:
+            self._manager = None
+            raise
 
     def steps(self) -> list[int]:
         """The steps on disk, oldest first; a save that was cut short is not among them."""
@@ -95,6 +113,13 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step on disk (its arrays unverified), or None."""
         return max(self.steps(), default=None)
+
+    def config(self) -> dict[str, Any] | None:
+        """The config in the newest sound record; None where there is none."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(Exception):  # as in `_everywhere`
+                return _read_record(self.directory / str(step) / "record")["config"]
+        return None
 
     def save(self, step: int, state: Any, config: dict) -> None:
         """Copy `state` to the host and write it in the background.
@@ -109,19 +134,31 @@ class Checkpoints:
         Args:
             step: the name of the checkpoint.
             state: a dataclass or dict of fields, each any pytree of `jax.Array`s.
-            config: of the run, for people who read the record; anything that JSON can hold.
+            config: of the run, which `config` gives back; anything that JSON can hold.
 
         Raises:
             NotFinite: there are parameters, or averages of them, that are not finite.
+            OSError: it cannot be written, or the one before could not.
         """
         arrays = checksums.flatten(state)
         if not _are_finite([arrays[path] for path in arrays if path.split("/")[0] in WEIGHTS]):
             raise NotFinite("the parameters are not finite")
         content = {"config": config, "arrays": checksums.describe(arrays)}
         record = checksums.seal(json.loads(json.dumps(content)))
-        if self._manager is None:
-            self._manager = _make_manager(self.directory, self._policy)
         self.wait()
+        self._guarded(lambda: self._replace(step, arrays, record))
+        self._sound[step] = record["arrays"]
+
+    def _replace(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
+        self._manager = self._manager or ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy,
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,
+                save_root_metadata=False,
+            ),
+        )
         for damaged in self._damaged.intersection(self._manager.all_steps()):
             self._manager.delete(damaged)
         self._damaged.clear()
@@ -132,7 +169,6 @@ class Checkpoints:
         items = {"state": ocp.args.PyTreeSave(arrays), "record": ocp.args.JsonSave(record)}
         # Without force, Orbax skips a step older than the newest one in silence.
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self._sound[step] = record["arrays"]
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, int]:
         """Read the newest sound checkpoint, or the one of `step`.
@@ -185,7 +221,12 @@ class Checkpoints:
         fields = abstract_state if isinstance(abstract_state, dict) else vars(abstract_state)
         entries = record["arrays"].items()
         stored = {path: entry for path, entry in entries if path.split("/")[0] in fields}
-        _check_fit(stored, checksums.types(wanted), f"checkpoint {step} in {self.directory}")
+        kinds = {path: kind for path, (kind, _) in stored.items()}
+        if differing := differences(kinds, checksums.types(wanted), prefix=""):
+            raise UsageError(
+                f"checkpoint {step} in {self.directory} does not fit this config: "
+                f"{shown(differing)}; use the config of that run, or another --workdir"
+            )
         arrays = _everywhere(lambda: _read_arrays(directory / "state", wanted))
         for path, entry in checksums.describe(arrays).items():
             if entry != stored[path]:
@@ -195,42 +236,16 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
 
 
-def _make_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
-        cleanup_tmp_directories=True,
-        lightweight_initialize=True,
-        save_root_metadata=False,
-    )
-    return ocp.CheckpointManager(directory, options=options)
-
-
 @jax.jit
 def _are_finite(arrays: list[Shaped[AnyArray, "..."]]) -> Bool[Array, ""]:
     return jnp.array([jnp.isfinite(array).all() for array in arrays]).all()
 
 
 def _read_record(directory: epath.Path) -> dict:
-    record = dict(ocp.JsonCheckpointHandler().restore(directory))
+    record = json.loads((directory / "metadata").read_text())
     if record != checksums.seal({"config": record["config"], "arrays": record["arrays"]}):
         raise Damage("its record does not match the record's digest")
     return record
-
-
-def _check_fit(stored: dict[str, list[str]], wanted: dict[str, str], checkpoint: str) -> None:
-    """Raise a UsageError unless the checkpoint holds the wanted arrays, and only them."""
-    absent = ["absent"]
-    differing = [
-        f"{path} is {stored.get(path, absent)[0]} there and {wanted.get(path, 'absent')} here"
-        for path in {**wanted, **stored}
-        if stored.get(path, absent)[0] != wanted.get(path)
-    ]
-    if differing:
-        more = [f"and {len(differing) - 3} more"] if len(differing) > 3 else []
-        raise UsageError(
-            f"{checkpoint} does not fit this config: {'; '.join(differing[:3] + more)}; "
-            "use the config of that run, or another --workdir"
-        )
 
 
 def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
@@ -242,14 +257,12 @@ def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax
     if not wanted:
         return {}
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    restore_args = {
-        path: ocp.ArrayRestoreArgs(
-            sharding=getattr(leaf, "sharding", None) or default,
-            global_shape=leaf.shape,
-            dtype=leaf.dtype,
-        )
+    places = {path: getattr(leaf, "sharding", None) or default for path, leaf in wanted.items()}
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
         for path, leaf in wanted.items()
     }
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
     args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
     restored = ocp.PyTreeCheckpointHandler().restore(directory, args=args)
     return {path: restored[path] for path in wanted}
@@ -259,22 +272,15 @@ def _everywhere(read: Callable[[], T]) -> T:
     """`read()` on this process; if it fails on any process, raises Damage on all of them.
 
     Orbax, TensorStore and JSON raise many types for a damaged file, so any exception counts,
-    except that memory ran out. Orbax reads all arrays at once and raises the first failure;
-    asyncio would print the others, pages of them, when it collects their tasks: so collect now.
+    except that memory ran out.
     """
-    asyncio_logger, hook = getLogger("asyncio"), sys.unraisablehook
     result, cause = None, None
-    asyncio_logger.disabled, sys.unraisablehook = True, lambda _: None
     try:
         result = read()
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
         cause = _explain(error)
-    finally:
-        if result is None:
-            gc.collect()
-        asyncio_logger.disabled, sys.unraisablehook = False, hook
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]
         if failed.size and cause is None:
@@ -282,6 +288,25 @@ def _everywhere(read: Callable[[], T]) -> T:
     if cause:
         raise Damage(cause)
     return result  # type: ignore[return-value]
+
+
+@functools.cache  # once
+def _hush_orbax() -> None:
+    """Keep Orbax off the terminal: its progress, and the errors that it raises besides.
+
+    It reads and writes all arrays at once, and raises the first failure. Of the others TensorStore
+    tells a loop that is closed, and asyncio prints pages when it collects their tasks.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        is_late = "Event loop is closed" in str(unraisable.exc_value)
+        if not (is_late or inspect.iscoroutine(unraisable.object)):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    for logger in (logging.get_absl_logger(), getLogger("asyncio")):
+        logger.addFilter(lambda line: not re.search("/(orbax|asyncio)/", line.pathname))
 
 
 def _explain(error: BaseException) -> str:

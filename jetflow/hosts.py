@@ -5,6 +5,8 @@ Every process runs the same program on its own devices. The first one alone writ
 
 import contextlib
 import functools
+import hashlib
+import itertools
 import json
 import os
 import signal
@@ -12,17 +14,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import filelock
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
+from jetflow.rollcall import STATE, RollCall
 from jetflow.types import UsageError
 
 T = TypeVar("T")
@@ -32,24 +33,28 @@ JOIN_SECONDS = 300  # for all processes to come; then JAX aborts those that are 
 NOTICE_SECONDS = 20  # before a process says that it waits for others
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, after which the others end
 LAST_WORDS_SECONDS = 5
+LONGEST_WAIT = 24 * 3600  # seconds, for what another process has not done yet
 LARGEST_LAG = 60  # seconds until a network disk shows a file that another machine wrote
+MOST_SHOWN = 4  # facts that differ
 
 # What a launcher sets where there are several processes, which `jax.distributed` then finds.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JETFLOW_PROCESSES")
 
+_calls = itertools.count()  # of what all processes must call equally often
+
 
 @contextlib.contextmanager
-def joined(*, saves_at_signals: bool) -> Iterator[None]:
+def joined(facts: Mapping[str, Any], *, saves_at_signals: bool) -> Iterator[None]:
     """With the other processes of this run, if there are any.
 
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or Slurm, MPI or, on a TPU
     pod, JETFLOW_PROCESSES.
 
     A process that fails here ends at once, as the way out of Python would wait for the others: with
-    status 2 for bad input, else 1. The others then end within some two minutes. If some do not come
-    at all, JAX ends those that wait.
+    status 2 for bad input, else 1. The others then end within a minute.
 
     Args:
+        facts: what all of them must be asked for, by name; `compare` says where they are not.
         saves_at_signals: SIGTERM is only noted, for `StopSignal`; otherwise it ends the process.
 
     Raises:
@@ -60,35 +65,18 @@ def joined(*, saves_at_signals: bool) -> Iterator[None]:
     if not launched and "JAX_COORDINATOR_ADDRESS" not in os.environ:
         yield
         return
-    _join()
-    if not saves_at_signals:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has joined with a handler of its own
-    try:
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(sys.stdout if is_first() else nowhere),
-        ):
-            yield
-    except KeyboardInterrupt:
-        raise
-    except Exception as error:
-        _end(error)
-
-
-def _end(error: Exception) -> NoReturn:
-    """Say why this process fails, and end it."""
-    if isinstance(error, UsageError):
-        _print(str(error))
-        if is_first():  # the others, joined through it, mostly fail alike: let them say so
-            time.sleep(LAST_WORDS_SECONDS)
-        os._exit(error.status)
-    if not isinstance(error, jax.errors.JaxRuntimeError):  # which says that another one is gone
-        traceback.print_exception(error)
-    _print(
-        f"process {jax.process_index()} of {jax.process_count()} ends, as it or another one failed "
-        f"({_one_line(error)[:300]}); run the same command on all of them again to go on"
-    )
-    os._exit(1)
+    with RollCall() as roll_call, open(os.devnull, "w") as nowhere:
+        _join()
+        if not saves_at_signals:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has joined with one of its own
+        roll_call.start()
+        try:
+            compare({**_code(), **facts})
+            with contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
+                yield
+            STATE.client.wait_at_barrier("jetflow/end", 1000 * LONGEST_WAIT)
+        except Exception as error:
+            _end(error, roll_call)
 
 
 def _join() -> None:
@@ -114,6 +102,62 @@ def _join() -> None:
         notice.cancel()
 
 
+def _code() -> dict[str, Any]:
+    """What a result depends on besides the command and its data."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    settings = ("jax_enable_x64", "jax_default_matmul_precision")
+    return {
+        **{name.upper(): getattr(jax.config, name) for name in settings},
+        "JAX_NUM_PROCESSES": STATE.num_processes,
+        "the digest of jetflow's code": digest.hexdigest()[:8],
+        "the version of jax": jax.__version__,
+    }
+
+
+def compare(facts: Mapping[str, Any]) -> None:
+    """Let all processes go on only if they have the same facts; all of them must call this.
+
+    Args:
+        facts: values by name, of any kind; their texts are compared.
+
+    Raises:
+        UsageError: on all of them, with the names that differ and both values.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    key, own = f"jetflow/facts/{next(_calls)}", {name: str(fact) for name, fact in facts.items()}
+    STATE.client.key_value_set(f"{key}/{STATE.process_id}", json.dumps(own))
+    differing: dict[str, str] = {}
+    for number in range(1, STATE.num_processes) if STATE.process_id == 0 else ():
+        other = json.loads(_wait_for(f"{key}/{number}"))
+        for name in {**own, **other}:
+            here, there = own.get(name, "absent"), other.get(name, "absent")
+            if here != there:
+                text = f"{name} is {here} on process 0 and {there} on process {number}"
+                differing.setdefault(name, text)
+    if texts := agreed([*differing.values()]):
+        more = [f"and {len(texts) - MOST_SHOWN} more"] if len(texts) > MOST_SHOWN else []
+        raise UsageError(
+            f"the processes of this run differ: {'; '.join(texts[:MOST_SHOWN] + more)}; start "
+            "the same command, with the same code and data, on all of them"
+        )
+
+
+def _end(error: Exception, roll_call: RollCall) -> NoReturn:
+    """Say why this process fails, and end it."""
+    if isinstance(error, UsageError):
+        _print(str(error))
+        if is_first():  # the others, joined through it, mostly fail alike: let them say so
+            time.sleep(LAST_WORDS_SECONDS)
+        os._exit(error.status)
+    another = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+    if not another:
+        traceback.print_exception(error)
+    roll_call.leave(f"it or another one failed ({_one_line(error)[:300]})", another=another)
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and prints.
 
@@ -124,13 +168,20 @@ def is_first() -> bool:
 
 
 def agreed(value: T) -> T:
-    """The first process's value, on all of them: anything that JSON can hold."""
-    if jax.process_count() == 1:
+    """The first process's value, on all of them, which must all ask: anything that JSON can hold.
+
+    The first one goes on at once.
+    """
+    if not jax.distributed.is_initialized():
         return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
-    return json.loads(np.asarray(text).tobytes())
+    key = f"jetflow/agreed/{next(_calls)}"
+    if STATE.process_id == 0:
+        STATE.client.key_value_set(key, json.dumps(value))
+    return json.loads(_wait_for(key))
+
+
+def _wait_for(key: str) -> str:
+    return STATE.client.blocking_key_value_get(key, 1000 * LONGEST_WAIT)
 
 
 def wait_to_see(path: Path | epath.Path) -> None:
@@ -165,6 +216,12 @@ def _warn_of_no_locks(folder: Path, error: str) -> None:
     logging.warning("%s cannot be locked (%s): start no other process there", folder, error)
 
 
+def note(text: str) -> None:
+    """Tell a person how it goes; the first process does."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
 def _print(text: str) -> None:
     print(f"jetflow: {text}", file=sys.stderr, flush=True)
 
@@ -190,49 +247,3 @@ def _make_room_for_devices() -> None:
     if devices > 1:
         threads = max(THREADS_PER_DEVICE * devices, os.cpu_count() or 1)
         os.environ.setdefault("NPROC", str(threads))
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; `signal` is its number."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.signal = number
-
-
-class StopSignal:
-    """Notes SIGTERM and Ctrl-C, so that a run can save before it ends; a second one ends it.
-
-    Any of several processes may get the signal, and all of them stop at the same call of `poll`,
-    which they make equally often: JAX listens for SIGTERM and lets them agree.
-    """
-
-    def __enter__(self) -> "StopSignal":
-        self._number: int | None = None
-        self._several = jax.process_count() > 1
-        self._polls = 0
-        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        for again in self._before:
-            signal.signal(again, signal.SIG_DFL)
-        os.write(2, b"\nstopping as soon as this step, or its compilation, is done; "
-                    b"a second signal ends the run at once\n")  # fmt: skip
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self._number = number
-
-    def poll(self) -> None:
-        """Raise `Stopped` if a signal came."""
-        self._polls += 1
-        if self._several and multihost_utils.reached_preemption_sync_point(self._polls):
-            self._number = signal.SIGTERM
-        if self._number is not None:
-            raise Stopped(self._number)

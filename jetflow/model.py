@@ -13,12 +13,13 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num, UInt8
 
-from jetflow import calibration, sharding
+from jetflow import calibration, hosts, sharding
 from jetflow.archive import collect
 from jetflow.checkpoint import Checkpoints
 from jetflow.evals import evaluation
 from jetflow.evals.likelihoods import UNIFORM, bits_per_dim
-from jetflow.evals.settings import EvaluateOptions
+from jetflow.evals.settings import EvaluateOptions, TrainedFlow
+from jetflow.fields import flat
 from jetflow.files import METRICS, read_metrics
 from jetflow.flows.stack import check_labels
 from jetflow.noise import Noise, Purpose, key_for
@@ -27,28 +28,12 @@ from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, check_guided, draw_all, not_finite
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training.step import abstract_variables
-from jetflow.types import AnyArray, Decoding, Flow, UsageError
+from jetflow.types import AnyArray, Decoding, UsageError
 from jetflow.workdir import read_flow
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Model:
-    """A trained flow.
-
-    Attributes:
-        workdir: of the run.
-        config: the resolved config of its training, a tree of plain values.
-        flow, variables: the flow, with its averaged parameters where the run has them.
-        step: of the checkpoint.
-        mesh: the devices on which the variables lie.
-    """
-
-    workdir: Path
-    config: dict[str, Any]
-    flow: Flow
-    variables: dict[str, Any]
-    step: int
-    mesh: Mesh
+class Model(TrainedFlow):
+    """A trained flow; see `TrainedFlow` for its attributes."""
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.flow.image_shape))
@@ -57,16 +42,6 @@ class Model:
             f"<{self.config['flow']['kind']} of {shape} images{classes}, {self.noise.kind} noise, "
             f"{self.weights} weights of step {self.step} in {self.workdir}>"
         )
-
-    @property
-    def noise(self) -> Noise:
-        """The noise of its training."""
-        return Noise(**self.config["noise"])
-
-    @property
-    def weights(self) -> str:
-        """Which parameters of the training these are: "ema", averaged ones, or "params"."""
-        return "ema" if self.config["train"]["ema_decay"] else "params"
 
     def sampler(self, options: SamplingOptions, batch_size: int) -> Sampler:
         """The sampler for these options; method "auto" is measured for this batch size.
@@ -222,18 +197,29 @@ def _pixels(images: Num[AnyArray, "B H W C"]) -> UInt8[AnyArray, "B H W C"]:
 
 
 def load_model(
-    workdir: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None
+    workdir: str | os.PathLike,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    *,
+    weights: str = "auto",
 ) -> Model:
     """The flow of a run, at its newest sound checkpoint or the one of `step`.
 
     Args:
         mesh: where the variables are laid out; default: all devices.
+        weights: "ema", averaged ones; "params"; or "auto", averaged ones where the run has them.
 
     Raises:
         UsageError: if there is no run, no checkpoint, or none that is sound.
     """
     workdir, mesh = Path(workdir), mesh or sharding.make_mesh()
-    config, flow, weights = read_flow(workdir)
+    config, flow, best = read_flow(workdir)
+    hosts.compare(flat(config))
+    choices = {"auto": best, best: best, "params": "params"}
+    if weights not in choices:
+        has = f"the run in {workdir} has {', '.join(choices)}"
+        raise UsageError(f"weights is {weights!r}, but {has}; ask for one of these")
+    weights = choices[weights]
     abstract = abstract_variables(flow)
     shardings = sharding.state_shardings(mesh, abstract, config.get("mesh", {}).get("rules", ()))
     abstract = sharding.placed(abstract, shardings)
@@ -244,4 +230,4 @@ def load_model(
             raise UsageError(f"the run in {workdir} has no checkpoint yet; step {first} makes one")
         restored, step = checkpoints.restore(wanted, step)
     variables = {"params": restored[weights], **restored["collections"]}
-    return Model(workdir, config, flow, variables, step, mesh)
+    return Model(workdir, config, flow, variables, step, mesh, weights)

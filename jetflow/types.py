@@ -5,12 +5,10 @@ token (patch_size² · C), L layers. Pixels are in pixel units, 0..256; log-dete
 log-likelihoods are in nats, summed over an example, and at least float32.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import flax.struct
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 NO_LABEL = -1
@@ -166,46 +164,3 @@ class Flow(Protocol):
     def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "... H W C"]: ...
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any: ...
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
-
-
-@runtime_checkable
-class TrainedFlow(Protocol):
-    """What an evaluation needs of a `jetflow.Model`.
-
-    Attributes:
-        workdir, config: the folder of its run, and the resolved config.
-        flow, variables, step: the flow, its weights, and the step of their checkpoint.
-        weights: "ema" for averaged weights, else "params".
-        mesh: the devices on which the variables lie.
-        noise: the `Noise` of its training.
-    """
-
-    @property
-    def workdir(self) -> Any: ...
-
-    @property
-    def config(self) -> dict[str, Any]: ...
-
-    @property
-    def flow(self) -> Flow: ...
-
-    @property
-    def variables(self) -> Any: ...
-
-    @property
-    def step(self) -> int: ...
-
-    @property
-    def mesh(self) -> Mesh: ...
-
-    @property
-    def weights(self) -> str: ...
-
-    @property
-    def noise(self) -> Any: ...
-
-    def draw(
-        self, options: Any, *, num: int, label: Any, seed: int, batch_size: int, start: int = 0
-    ) -> Iterator[Any]:
-        """The images start, …, num − 1 in batches of `Drawn`."""
-        ...

@@ -4,18 +4,19 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import jax
 
-from jetflow import hosts
+from jetflow import files, hosts
 from jetflow.checkpoint import Checkpoints
-from jetflow.files import METRICS, read_json, read_metrics, write_json
+from jetflow.fields import differences, shown
 from jetflow.flows.build import build
 from jetflow.types import Flow, UsageError
 
@@ -25,25 +26,48 @@ ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 FORMAT = 1  # of config.json; version 0.1 wrote none
 LONGEST_SUFFIX = 120  # letters, of the at most 255 bytes of a file's name
-MOST_SHOWN = 4  # fields that differ
 PACKAGES = ("jetflow", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+# What the files of a run hold, beside all else; see `files.misfit`.
+SHAPE = {
+    "format?": int,
+    "flow": {"kind": str},
+    "data": dict.fromkeys(("name", "train_split", "test_split"), str),
+    "noise": dict,
+    "train": {"ema_decay": float},
+    "eval": {"draws": int},
+    "resolved": {"image_shape": [int], "num_classes": int, "total_steps": int, "defaults?": dict},
+}
+ENVIRONMENTS = [{"from_step": int}]
+SOURCES = {
+    "data?": dict,
+    "train_data?": dict,
+    "reference?": {"data?": (dict, files.NONE)},
+    "network?": {"weights_sha256": str, "published_weights": bool},
+}
+EVALUATION = SOURCES | {
+    "metric": str,
+    "step": int,
+    "value": files.NUMBER,
+    "standard_error?": files.NUMBER,
+}
+LIKELIHOOD = EVALUATION | {"draws": int, "conditional": bool, "noise": {"kind": str, "std": float}}
+LIKELIHOOD |= {"standard_error": files.NUMBER, "data": {"examples": int, str: (str, int)}}
 
 # The fields that may change when a run goes on, and those that may besides if it is extended.
 FREE = (
-    "config.train.log_every",
-    "config.train.eval_every",
-    "config.train.sample_every",
-    "config.train.checkpoint_every",
-    "config.train.keep_checkpoints",
-    "config.train.keep_every",
-    "config.flow.attention",
-    "config.mesh",
-    "config.data.workers",
-    "config.resolved.defaults",
+    "train.log_every",
+    "train.eval_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "flow.attention",
+    "mesh",
+    "data.workers",
+    "resolved.defaults",
 )
-LENGTH = ("config.train.steps", "config.train.epochs", "config.train.images")
-LENGTH += ("config.resolved.total_steps",)
-LATER = {"config.flow.precision": "default"}  # fields that older runs do not have, and their value
+LENGTH = ("train.steps", "train.epochs", "train.images", "resolved.total_steps")
 
 
 def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, str]:
@@ -53,7 +77,7 @@ def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, st
         overrides: fields of `config.flow` to change.
 
     Raises:
-        UsageError: there is no run, or its config is incomplete.
+        UsageError: there is no run, or `read_config` refuses its config.
     """
     config = read_config(workdir)
     if config is None:
@@ -61,28 +85,51 @@ def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, st
             f"no run in {workdir} (it has no {CONFIG}); "
             f"start one with `jetflow train --config … --workdir {workdir}`"
         )
+    resolved, weights = config["resolved"], "ema" if config["train"]["ema_decay"] else "params"
+    sizes = {"num_classes": resolved["num_classes"], "image_shape": (*resolved["image_shape"],)}
     try:
-        resolved, section, decay = config["resolved"], config["flow"], config["train"]["ema_decay"]
-        sizes = {"num_classes": resolved["num_classes"], "image_shape": (*resolved["image_shape"],)}
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{workdir / CONFIG} is incomplete ({error!r}); restore it") from error
-    return config, build(section | overrides, **sizes), "ema" if decay else "params"
+        return config, build(config["flow"] | overrides, **sizes), weights
+    except UsageError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise UsageError(f"{workdir / CONFIG} describes no flow ({cause}); restore it") from error
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-    """The resolved config of the run in `workdir`, or None if there is no run."""
+    """The resolved config of the run in `workdir`, or None if there is no run.
+
+    The checkpoints hold it too, sealed. That copy decides: it is what the weights were made with.
+
+    Raises:
+        UsageError: config.json cannot be read, or differs from the sealed copy in a field that a
+            run keeps.
+    """
     path = workdir / CONFIG
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        sealed = checkpoints.config()
     if not path.exists():
-        return None
-    config = read_json(path)
+        return sealed
+    try:
+        config = files.read_json(path, SHAPE)
+    except UsageError as error:
+        remedy = ", or delete it: the newest checkpoint has a copy" if sealed else ""
+        raise UsageError(f"{error}{remedy}") from error
     if (format := config.pop("format", 0)) > FORMAT:
         raise UsageError(f"{path} has format {format}, newer than {FORMAT}; update jetflow")
-    return config
+    if sealed is None:
+        return config
+    if differing := differences(sealed, config, FREE + LENGTH):
+        raise UsageError(
+            f"{path} differs from the copy that is sealed in the checkpoint: {shown(differing)}; "
+            "set it back, or delete the file: the copy then counts"
+        )
+    return sealed
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
     """Make `workdir` the folder of a run with this resolved config."""
-    write_json(workdir / CONFIG, {"format": FORMAT, **config})
+    files.write_json(workdir / CONFIG, {"format": FORMAT, **config})
 
 
 @dataclasses.dataclass
@@ -111,21 +158,21 @@ class Claim:
             if differing and self._has_steps():
                 raise UsageError(
                     f"{self.workdir} holds a run with another config: {shown(differing)}; "
-                    + _remedy(self.workdir, set(differing))
+                    + _remedy(self.workdir, differing)
                 )
-        if existing != config:
-            write_config(self.workdir, config)
+        write_config(self.workdir, config)
         self.begun = True
 
     def _has_steps(self) -> bool:
         with Checkpoints(self.workdir / "checkpoints") as checkpoints:
-            return bool(checkpoints.steps() or read_metrics(self.workdir / METRICS))
+            return bool(checkpoints.steps() or files.read_metrics(self.workdir / files.METRICS))
 
 
-def _remedy(workdir: Path, names: set[str]) -> str:
-    if {"config.resolved.total_steps"} < names <= set(LENGTH):
+def _remedy(workdir: Path, differing: Iterable[str]) -> str:
+    names = {name.removeprefix("config.") for name in differing}
+    if {"resolved.total_steps"} < names <= set(LENGTH):
         return "give that length, or --extend to train to the new one"
-    if all(name.startswith("config.resolved.") for name in names):
+    if all(name.startswith("resolved.") for name in names):
         return "its data set has changed: prepare the old one again, or give another --workdir"
     return (
         "give that config to go on with it, or another --workdir for a new run, which can "
@@ -141,7 +188,8 @@ def claimed(workdir: Path) -> Iterator[Claim]:
     several processes the first one holds it.
 
     Raises:
-        UsageError: a process trains here, a sweep lives here, or the folder cannot be written.
+        UsageError: a process trains here, or a sweep lives here.
+        OSError: the folder cannot be written.
     """
     claim = Claim(workdir)
     if not hosts.is_first():
@@ -151,14 +199,8 @@ def claimed(workdir: Path) -> Iterator[Claim]:
         raise UsageError(f"{workdir} holds a sweep; give another --workdir")
     lock = workdir / LOCK
     made = [path for path in (lock, workdir, *workdir.parents) if not path.exists()]
-    with contextlib.ExitStack() as stack:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            mine = stack.enter_context(hosts.locked(lock, wait=False))
-        except OSError as error:
-            raise UsageError(
-                f"--workdir {workdir} cannot be written ({error}); give a folder that can"
-            ) from error
+    workdir.mkdir(parents=True, exist_ok=True)
+    with hosts.locked(lock, wait=False) as mine:
         if not mine or not lock.exists():  # one that could not start has just removed it
             raise UsageError(
                 f"another process trains in {workdir}; wait for its end, or give another --workdir"
@@ -192,7 +234,7 @@ def suffix(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
 def write_result(workdir: Path, result: dict[str, Any], suffix: str = "") -> Path:
     """Write the result of an evaluation, which has a metric and a step."""
     path = result_path(workdir, result["metric"], result["step"], suffix)
-    write_json(path, result)
+    files.write_json(path, result)
     return path
 
 
@@ -213,45 +255,13 @@ def note_environment(workdir: Path, step: int, **facts: Any) -> None:
     Args:
         facts: of the run, which may change from some step on: its length, its attention.
     """
-    current = environment() | facts
-    known = read_environments(workdir)
+    current, path = environment() | facts, workdir / ENVIRONMENT
+    known = files.read_or_set_aside(path, ENVIRONMENTS, [])
     if not known or {**known[-1], "from_step": None} != {"from_step": None, **current}:
-        write_json(workdir / ENVIRONMENT, [*known, {"from_step": step, **current}])
+        files.write_json(path, [*known, {"from_step": step, **current}])
 
 
-def read_environments(workdir: Path) -> list[dict[str, Any]]:
-    """The environments of a run, in the order of its steps; [] where none was noted."""
-    path = workdir / ENVIRONMENT
-    return read_json(path, list) if path.exists() else []
-
-
-def differences(
-    old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = FREE, root: str = "config"
-) -> dict[str, tuple[Any, Any]]:
-    """The fields of two trees that differ, with both values, except `free` ones and those below.
-
-    What the data resolved to counts only where the old tree has it: version 0.1 recorded less.
-    """
-    old, new = LATER | flat(old, root), LATER | flat(new, root)
-    return {
-        name: (old.get(name), new.get(name))
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-        and not any(f"{name}.".startswith(f"{field}.") for field in free)
-        and (name in old or not name.startswith(f"{root}.resolved."))
-    }
-
-
-def shown(differing: dict[str, tuple[Any, Any]]) -> str:
-    """Differences for a person: the first ones, and the number of the others."""
-    texts = [f"{name} is {old} there and {new} here" for name, (old, new) in differing.items()]
-    more = [f"and {len(texts) - MOST_SHOWN} more"] if len(texts) > MOST_SHOWN else []
-    return ", ".join(texts[:MOST_SHOWN] + more)
-
-
-def flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
-    """The leaves of a tree of dicts by their names, such as "config.optim.lr"."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    leaves = [flat(node, f"{prefix}.{key}") for key, node in tree.items()]
-    return {name: value for branch in leaves for name, value in branch.items()}
+def scan_environments(workdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The environments of a run, in the order of its steps, and what is wrong with their file."""
+    known, wrong = files.scan_json(workdir.glob(ENVIRONMENT), ENVIRONMENTS)
+    return [*itertools.chain.from_iterable(known)], wrong

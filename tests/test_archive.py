@@ -18,9 +18,8 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "some" / "images"  # a name without suffix stays as it is
     first = archive(path)
     first.append(IMAGES[:3], FINITE[:3])
-    first._images[3:5] = 7  # a kill between the images of a batch and the note of them
-    first._images.flush()
-    del first
+    with (path.with_name("images.partial") / "images").open("ab") as file:
+        file.write(bytes(99))  # a kill between the images of a batch and the note of them
     second = archive(path)
     assert second.done == 3
     np.testing.assert_array_equal(second.finite, FINITE[:3])

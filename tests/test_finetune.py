@@ -17,11 +17,12 @@ from tiny_runs import FLOWS, STEPS, assert_same, read_state, remains
 from jetflow import checksums
 from jetflow.checkpoint import Checkpoints
 from jetflow.data.dataset import Dataset
-from jetflow.files import read_metrics, write_json
+from jetflow.files import write_json
 from jetflow.flows import coupling
 from jetflow.model import load_model
 from jetflow.training.experiment import Run, set_up
-from jetflow.training.log import SPEED, Reporter
+from jetflow.training.finetune import Side, make_plan
+from jetflow.training.log import Reporter
 from jetflow.training.resample import between_grids, between_spatial_splits
 from jetflow.types import UsageError
 
@@ -146,16 +147,14 @@ def test_which_weights(tmp_path):
     averaged, raw = tmp_path / "averaged", tmp_path / "raw"
     old = leave(prepare("jet"), averaged)
     new, table = begin("jet", averaged, init_weights="params")
-    assert_trees_all_equal(new.params, old.params)
+    assert_trees_all_equal((new.params, new.ema), (old.params, old.params))
     assert table.startswith("weights of")
-    assert_trees_all_equal(begin("jet", averaged, init_weights="ema")[0].params, old.ema)
+    assert_trees_all_equal(load_model(averaged, weights="ema").variables["params"], old.ema)
     leave(prepare("jet", train__ema_decay=0.0), raw)
-    new, _ = begin("jet", raw)
-    assert_trees_all_equal(new.params, old.params)
-    assert_trees_all_equal(new.ema, old.params)
-    for weights, message in (("ema", "it has no averaged weights"), ("all", "expected one of")):
-        with pytest.raises(UsageError, match=message):
-            begin("jet", raw, init_weights=weights)
+    assert_trees_all_equal(load_model(raw).variables["params"], old.params)
+    for weights in ("ema", "all"):
+        with pytest.raises(UsageError, match=f"weights is '{weights}', but .* has auto, params"):
+            load_model(raw, weights=weights)
 
 
 def test_splits_of_a_jet_come_from_the_source(tmp_path):
@@ -216,39 +215,40 @@ def test_position_embeddings_of_a_tarflow_follow_their_places(shape, tmp_path):
     assert fates(table)["prior/variance"] == resampled
 
 
-def embeddings(params):
-    flat = checksums.flatten(params)
-    return {path: array for path, array in flat.items() if path.endswith("class_embedding")}
+def side(name, *arguments, data="toy", **fields) -> Side:
+    run = prepare(name, *arguments, **fields)
+    return Side(run.trainer.flow, run.config.to_dict() | {"data": {"name": data}})
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "fate"),
+    ("name", "old", "new", "fate", "why"),
     [
-        ("jet", (3, "a/8"), (3, "a/16"), "loaded: the classes of a"),
-        ("tarflow", (3, "afhq/64"), (3, "afhq_v2/128"), "loaded: the classes of afhq"),
-        ("jet", (3, "a"), (3, "b"), "fresh: 3 classes of b, not the 3 of a"),
-        ("tarflow", (3, ""), (3, "b"),
-         "fresh: 3 classes of b, not the 3 of data that its config does not name"),
-        ("jet", (3, "a"), (5, "a"), "fresh: 5 classes of a, not the 3 of a"),
-        ("tarflow", (0, "a"), (3, "a"), "fresh: that run has no labels"),
-        ("jet", (3, "a"), (0, "a"), "dropped: this flow has no labels"),
+        ("jet", (3, "a/8"), (3, "a/16"), "loaded", "the classes of a"),
+        ("tarflow", (3, "afhq/64"), (3, "afhq_v2/128"), "loaded", "the classes of afhq"),
+        ("jet", (3, "a"), (3, "b"), "fresh", "3 classes of b, not the 3 of a"),
+        ("tarflow", (3, ""), (3, "b"), "fresh", "not the 3 of data that its config does not name"),
+        ("jet", (3, "a"), (5, "a"), "fresh", "5 classes of a, not the 3 of a"),
+        ("tarflow", (0, "a"), (3, "a"), "fresh", "that run has no labels"),
+        ("jet", (3, "a"), (0, "a"), "dropped", "this flow has no labels"),
     ],
-)  # fmt: skip
-def test_class_embeddings(name, old, new, fate, tmp_path):
-    before = leave(prepare(name, (8, 8, 1), old[0], data__name=old[1]), tmp_path).ema
-    run = prepare(name, (8, 8, 1), new[0], data__name=new[1], init_from=tmp_path)
-    state, table = run.fresh_state()
-    row = "blocks_0/layers/net/class_embedding" if name == "jet" else "blocks_*/class_embedding (2)"
-    assert fates(table)[row] == fate
-    before, after = embeddings(before), embeddings(state.params)
-    expected = {
-        "loaded": before,
-        "fresh": embeddings(prepare(name, (8, 8, 1), new[0]).fresh_state()[0].params),
-        "dropped": {},
-    }[fate.partition(":")[0]]
-    assert_trees_all_equal(after, expected)
-    total = sum(array.size for array in (after or before).values())
-    assert re.search(rf"\b{total:,} {fate.partition(':')[0]}\b", table) or "loaded" in fate
+)
+def test_class_embeddings(name, old, new, fate, why):
+    sides = [side(name, (8, 8, 1), classes, data=data) for classes, data in (old, new)]
+    plan = make_plan(*sides)
+    actual = {each for path, each in plan.items() if path.endswith("class_embedding")}
+    assert {each.fate for each in actual} == {fate} and all(why in each.why for each in actual)
+    assert {each.fate for each in {*plan.values()} - actual} == {"loaded"}
+
+
+def test_fresh_embeddings_are_those_of_a_fresh_training(tmp_path):
+    old = leave(prepare("jet", (8, 8, 1), 3, data__name="a"), tmp_path)
+    new, table = begin("jet", tmp_path, (8, 8, 1), 5, data__name="a")
+    fresh, _ = prepare("jet", (8, 8, 1), 5).fresh_state()
+    old, new, fresh = (checksums.flatten(tree) for tree in (old.ema, new.params, fresh.params))
+    for path, array in new.items():
+        source = fresh if path.endswith("class_embedding") else old
+        np.testing.assert_array_equal(array, source[path])
+    assert f"{5 * 5 * 32:,} fresh, 0 dropped" in table
 
 
 @pytest.mark.parametrize(
@@ -257,14 +257,12 @@ def test_class_embeddings(name, old, new, fate, tmp_path):
         ((8, 8, 1), {"flow__width": 64}, "config.flow.width is 32 there and 64 here, "
          "params/blocks_0/layers/net/layers/mlp_in/bias is 5x1x128 there and 5x1x256 here"),
         ((8, 8, 1), {"flow__num_heads": 4}, "config.flow.num_heads is 2 there and 4 here; set"),
-        ((8, 8, 3), {}, "the number of colour channels is 1 there and 3 here, params/"),
+        ((8, 8, 3), {}, "config.channels is 1 there and 3 here, params/"),
     ],
 )  # fmt: skip
-def test_other_differences_are_refused(shape, fields, message, tmp_path):
-    leave(prepare("jet"), tmp_path)
-    with pytest.raises(UsageError, match=re.escape(message)) as refusal:
-        begin("jet", tmp_path, shape, **fields)
-    assert str(refusal.value).startswith(f"config.init_from is {tmp_path}: it holds another flow")
+def test_other_differences_are_refused(shape, fields, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        make_plan(side("jet"), side("jet", shape, **fields))
 
 
 # Whole trainings.
@@ -338,11 +336,7 @@ def test_all_meshes_start_alike(name, tmp_path):
     _, printed = process.communicate(timeout=900)
     assert process.returncode == 0, printed
     assert "on 8 x cpu (data 2 and fsdp 2 and tensor 2)" in printed
-    several, one = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("eight", "one"))
-    for a, b in zip(several, one, strict=True):
-        assert a.keys() == b.keys()
-        for metric in b.keys() - set(SPEED):
-            assert a[metric] == pytest.approx(b[metric], rel=1e-5), metric
+    tiny_runs.assert_metrics_near(tmp_path / "eight", tmp_path / "one", rel=1e-5)
     (_, a), (_, b) = read_state(tmp_path / "eight"), read_state(tmp_path / "one")
     frozen = [path for path in b if path.startswith(("params", "ema")) and "position" in path]
     assert frozen and all(a[path].tobytes() == b[path].tobytes() for path in frozen)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jetflow
+from jetflow import hosts
 from jetflow.cli import main
 from jetflow.data.dataset import eval_batches, load
 from jetflow.types import UsageError
@@ -132,6 +133,12 @@ def test_images_beside_folders_have_no_classes(pets, prepare, capsys):
     assert "pets/one.jpg lies beside folders of images" in capsys.readouterr().err
 
 
+def test_classes_below_a_single_folder_are_hinted_at(pets, prepare, capsys):
+    pets(*images("pets/cat", "pets/dog"))
+    assert prepare().splits["train"].num_classes == 1
+    assert "one class, pets" in capsys.readouterr().err
+
+
 def test_links_and_special_files(pets, prepare):
     root = pets(*images("real/a", "linked"))
     (root / "b").symlink_to(root / "real" / "a")
@@ -209,6 +216,23 @@ def test_a_tree_that_is_another_is_refused_or_prepared_anew(pets, prepare, chang
     images_now = sum(path.suffix == ".jpg" for path in root.rglob("*"))
     assert sum(lengths(after).values()) == images_now
     assert lengths(prepare()) == lengths(after)
+
+
+def test_what_another_process_made_meanwhile_is_compared_too(pets, prepare, monkeypatch, tmp_path):
+    root = pets(*images("a", "b"))
+    (tmp_path / "other").mkdir()
+    locked = hosts.locked
+
+    def overtaken(*args, **kwargs):
+        monkeypatch.setattr(hosts, "locked", locked)
+        root.rename(tmp_path / "other" / "pets")
+        pets(*images("c"))
+        prepare()
+        return locked(*args, **kwargs)
+
+    monkeypatch.setattr(hosts, "locked", overtaken)
+    with pytest.raises(UsageError, match=r"pets/a.*--overwrite"):
+        prepare()
 
 
 def test_a_tree_that_was_moved_or_is_gone_is_the_same(pets, prepare, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import small_network
 
 from jetflow.archive import read_images
-from jetflow.evals import inception, reference
+from jetflow.evals import features, inception
 from jetflow.npz import Npz
 from jetflow.types import UsageError
 
@@ -170,14 +170,14 @@ NO_REFERENCE = {
 }  # fmt: skip
 
 
-def read_reference(path, *, features=True):
+def read_reference(path, *, images=True):
     network = small_network.network(inception.PUBLISHED)
 
-    def measure(images):
-        assert sum(map(len, images.chunks)) == images.num
+    def measure(given):
+        assert sum(map(len, given.chunks)) == given.num
         return small_network.collected(8)
 
-    return reference.read(path, network, measure, chunk=8, images=features)
+    return features.read_reference(path, network, measure, chunk=8, images=images)
 
 
 def read_samples(path):
@@ -216,7 +216,7 @@ def test_only_what_is_needed_is_read(tmp_path):
     for name in ("features", "labels", "images"):
         path.write_bytes(bomb(name, "(2147483648,)", "'|u1'", 2**31, **members))
         with memory.bounded():
-            assert set(read_reference(path, features=False).parts) == {"pooled"}
+            assert set(read_reference(path, images=False).parts) == {"pooled"}
     path.write_bytes(bomb("labels", "(2147483648,)", "'|u1'", 2**31, images=array(IMAGES)))
     with memory.bounded():
         np.testing.assert_array_equal(read_samples(path)[1], IMAGES)

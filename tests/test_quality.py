@@ -1,6 +1,5 @@
 """Samples against real images: statistics, references, and the metrics that compare them."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,12 +13,11 @@ import tiny_runs
 
 from jetflow import cli, load_model
 from jetflow.data import dataset as pipeline
-from jetflow.evals import features, inception, reference
+from jetflow.evals import features, inception
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.features import Statistics
 from jetflow.evals.settings import DISTANCES, EvaluateOptions
 from jetflow.model import Model
-from jetflow.options import Options, option
 from jetflow.types import UsageError
 
 STEP = tiny_runs.STEPS
@@ -55,13 +53,12 @@ def test_each_image_counts_once(batch_size):
     np.testing.assert_allclose(kept, direct[index], atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", [["data=8"], ["data=2", "fsdp=2", "tensor=2"]])
-def test_eight_devices_find_the_same(axes, tmp_path):
+def test_eight_devices_find_the_same(tmp_path):
     out = tmp_path / "eight.npz"
     process = subprocess.run(
-        [sys.executable, small_network.__file__, out, "16", *axes],
+        [sys.executable, small_network.__file__, out, "16", "data=2", "fsdp=2", "tensor=2"],
         env=tiny_runs.environment(JAX_NUM_CPU_DEVICES="8", NPROC="32"),
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     expected = small_network.collected(16).arrays
@@ -101,13 +98,13 @@ def read(path, *, images=False, name=inception.PUBLISHED):
         return small_network.collected(8)
 
     network = small_network.network(name)
-    return reference.read(path, network, measure, chunk=8, images=images)
+    return features.read_reference(path, network, measure, chunk=8, images=images)
 
 
 def test_reference_is_read_as_written(tmp_path):
     statistics, path = small_network.collected(8), tmp_path / "some" / "reference.npz"
     data = pipeline.load("digits", "test").facts()
-    reference.write(path, statistics, small_network.network("a"), data)
+    features.write_reference(path, statistics, small_network.network("a"), data)
     parts, facts = read(path, images=True, name="a")
     for name in ("pooled", "spatial"):
         for actual, expected in zip(parts[name], statistics.parts()[name], strict=True):
@@ -168,12 +165,9 @@ def test_command(model, capsys):
     assert cli.main(["evaluate", "--workdir", str(model.workdir), *arguments]) == 0
     said = capsys.readouterr().out
     names = ["fid", "sfid", "kid", "precision", "recall", "density", "coverage"]
+    ending = f"{STEP:08d}-inception=aaaaaaaa,num_samples=30.json"
     by_name = {
-        name: json.loads(
-            (
-                model.workdir / f"evals/{name}-{STEP:08d}-inception=aaaaaaaa,num_samples=30.json"
-            ).read_text()
-        )
+        name: json.loads((model.workdir / "evals" / f"{name}-{ending}").read_text())
         for name in names
     }
     data = pipeline.load("digits", "train[:40]")
@@ -205,7 +199,7 @@ def test_real_images_are_at_no_distance(model, tmp_path):
     values = {name: result["value"] for name, result in results.items()}
     assert abs(values["fid"]) < 1e-6 and abs(values["sfid"]) < 1e-6
     assert values["precision"] == values["recall"] == values["coverage"] == 1
-    ending = f"inception=aaaaaaaa,samples={reference.checksum(path)}"
+    ending = f"inception=aaaaaaaa,samples={features.checksum(path)}"
     assert (model.workdir / f"evals/fid-{STEP:08d}-{ending}.json").exists()
 
 
@@ -249,19 +243,6 @@ def test_killed_evaluation_goes_on(model, monkeypatch):
         assert resumed[name]["value"] == pytest.approx(result["value"], rel=1e-9, abs=1e-9), name
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Options):
-    """Outside of jetflow, where annotations are checked."""
-
-    strength: float = option(0.0)
-    file: Path | None = option(None)
-
-
-def test_settings_are_named_as_those_of_the_command_line():
-    changed = Settings(strength=1, file="a.npz").changed()
-    assert str(changed["strength"]) == "1.0" and changed["file"] == Path("a.npz")
-
-
 def test_images_that_are_not_finite_are_counted(model):
     result = measure(model, num_samples=16, temperature=1e38)["fid"]
     assert result["samples"]["not_finite"] == 16
@@ -287,10 +268,13 @@ def test_what_is_missing_is_noticed_before_samples_are_drawn(fields, message, mo
         measure(model, metrics=("fid", "density_coverage"), **fields)
 
 
-def test_bad_samples_are_refused_before_the_reference_is_measured(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("makes_reference", [False, True])
+def test_bad_samples_are_refused_before_the_reference_is_measured(
+    makes_reference, model, tmp_path, monkeypatch
+):
     given = {name: tmp_path / f"{name}.npz" for name in ("samples", "reference")}
     np.savez(given["reference"], arr_0=small_network.images())
     given["samples"].write_bytes(b"text")
     monkeypatch.setattr(Statistics, "collect", lambda *_, **__: 1 / 0)
     with pytest.raises(UsageError, match=r"samples\.npz cannot be read"):
-        measure(model, **given)
+        measure(model, make_reference=makes_reference, **given)

@@ -44,7 +44,7 @@ def test_speed_is_that_of_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     with Reporter(tmp_path, start_step=100, total_steps=1000) as reporter:
         clock[0] += 10
-        reporter.waited(0.5)
+        reporter.waited += 0.5
         reporter.log(120, {"bpd": 3.5}, "bpd", 16)
         with reporter.pause():
             clock[0] += 1000

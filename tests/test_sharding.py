@@ -1,7 +1,6 @@
 """The mesh, and where the arrays of a run lie on it."""
 
 import dataclasses
-import functools
 import re
 import shutil
 
@@ -14,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from jetflow import sharding
 from jetflow.flows.build import build
+from jetflow.noise import Noise
 from jetflow.training.log import SPEED, read_metrics
-from jetflow.training.step import create_state
+from jetflow.training.step import Trainer
 from jetflow.types import UsageError
 
 
@@ -114,8 +114,9 @@ def test_the_state_of_a_device_falls_with_their_number():
     """Parameters, their average, and both moments of the optimizer, of a published flow."""
     section = dict(kind="tarflow", patch_size=2, width=768, num_blocks=8, layers_per_block=8)
     flow = build(section, image_shape=(64, 64, 3))
-    make = functools.partial(create_state, flow, optax.adam(1e-4), seed=0, use_ema=True)
-    state = jax.eval_shape(make)
+    rate = optax.constant_schedule(1e-4)
+    trainer = Trainer(flow, optax.adam(rate), rate, Noise(), seed=0, ema_decay=0.9)
+    state = jax.eval_shape(trainer.first_state)
     total = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
     for fsdp in (1, 8, 64):  # small arrays are on every device
         mesh = sharding.make_mesh(data=1, fsdp=fsdp, devices=chips(1, fsdp))

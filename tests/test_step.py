@@ -36,7 +36,7 @@ def trainer(flow, **fields) -> Trainer:
 
 
 def initial_state(flow, ema: bool = False) -> TrainState:
-    """As `state.create` makes it, but on random parameters."""
+    """As `Trainer.first_state` makes it, but on random parameters."""
     variables = flow_laws.random_variables(flow, jnp.float32)
     params = variables.pop("params")
     average = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, params) if ema else None

@@ -1,6 +1,5 @@
 """Training: stopped and resumed to the same bits, extended, and what it writes and prints."""
 
-import json
 import math
 import re
 import shutil
@@ -96,7 +95,7 @@ INTERRUPTIONS = [
 def test_interrupted_runs_end_the_same(name, trained, tmp_path, capsys):
     expected = remains(trained(name))
     assert expected.step == STEPS
-    for plant, number, step in INTERRUPTIONS if name == "tarflow" else INTERRUPTIONS[1:3]:
+    for plant, number, step in INTERRUPTIONS if name == "tarflow" else INTERRUPTIONS[1:2]:
         with pytest.MonkeyPatch.context() as patch:
             plant(patch, number)
             assert tiny_runs.train(name, tmp_path) == 128 + number
@@ -109,12 +108,6 @@ def test_interrupted_runs_end_the_same(name, trained, tmp_path, capsys):
     headline = "all 12 steps were done before" if step == STEPS else f"resumed at step {step} of 12"
     assert headline in capsys.readouterr().err
     assert_same(remains(tmp_path), expected)
-
-
-def test_volume_preserving_runs_keep_their_prior(trained):
-    state = remains(trained("volume preserving")).state
-    (path,) = (path for path in state if path.startswith("collections/prior/"))
-    assert not np.allclose(state[path], 1.0)
 
 
 def test_a_killed_start_leaves_no_stale_metrics(trained, tmp_path, monkeypatch):
@@ -199,7 +192,7 @@ def test_an_ended_run_is_extended(trained, tmp_path, capsys):
     rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
     assert [*rates] == [1, 4, 8, 12, 16, 18]
     assert rates[16] > rates[12] > 0  # where the first schedule ended, the new one is on its way
-    noted = workdirs.read_environments(tmp_path)
+    noted = workdirs.scan_environments(tmp_path)[0]
     assert [(one["from_step"], one["total_steps"]) for one in noted] == [(0, 12), (12, 18)]
 
 
@@ -284,35 +277,14 @@ def test_messages(tmp_path, capsys):
     """Off a terminal: plain lines, each of which is to stay."""
     assert tiny_runs.train("tarflow", tmp_path) == 0
     text = capsys.readouterr().err
-    assert "\r" not in text
-    lines = text.splitlines()
-    headline = r"tarflow with [\d,]+ parameters on 1 x cpu; the state takes 0\.\d MB a device"
-    assert re.fullmatch(headline, lines[0])
-    assert lines[1:4] == [
-        "train on digits 1.0.0 train: 1,500 images of 8x8x1, 10 classes",
-        "test on digits 1.0.0 test: 297 images of 8x8x1, 10 classes",
-        f"{STEPS} steps of 16 images each",
-    ]
-    progress = [line for line in lines if re.match(r"step \d+/", line)]
-    pattern = r"step (\d+)/12 \(\d+%\)  noised_bpd \d\.\d{3}  [\d,]+ images/s  "
-    pattern += r"(?:waiting \d+% for data  )?ETA \d\d:\d\d"
-    assert [int(re.fullmatch(pattern, line)[1]) for line in progress] == [1, 4, 8, 12]
-    held_out = [line for line in lines if "held-out noised_bpd" in line]
-    assert [line.partition(":")[0] for line in held_out] == ["step 6", "step 12"]
-    assert any(line.startswith("done: step 12, held-out bpd ") for line in lines)
-    last = dict(line.split(maxsplit=1) for line in lines[-4:])
-    assert list(last) == ["samples", "evaluation", "metrics", "checkpoints"]
-    for place in last.values():
-        path = Path(place.partition(",")[0])
-        assert path.exists() and tmp_path in path.parents
-
-
-def test_the_workdir_knows_its_config(trained):
-    config = json.loads((trained("jet") / "config.json").read_text())
-    assert (config["flow"]["num_couplings"], config["train"]["ema_decay"]) == (5, 0.9)
-    resolved = config["resolved"]
-    assert (resolved["image_shape"], resolved["num_classes"]) == ([8, 8, 1], 10)
-    assert (resolved["total_steps"], resolved["data_version"]) == (STEPS, "1.0.0")
+    assert "\r" not in text and "1,500 images of 8x8x1, 10 classes" in text
+    progress = re.findall(r"^step (\d+)/12 .* images/s .*ETA \d\d:\d\d$", text, re.M)
+    assert progress == ["1", "4", "8", "12"]
+    assert re.findall(r"^step (\d+): held-out noised_bpd", text, re.M) == ["6", "12"]
+    assert re.search("^done: step 12, held-out bpd ", text, re.M)
+    for line in text.splitlines()[-4:]:
+        place = Path(line.split(maxsplit=1)[1].partition(",")[0])
+        assert place.exists() and tmp_path in place.parents
 
 
 @pytest.mark.parametrize(
@@ -351,19 +323,12 @@ PLAIN_SAMPLES = {"eval__guidance": 0.0, "eval__denoise": False}  # faster to com
 
 def test_bfloat16(trained, tmp_path):
     assert tiny_runs.train("tarflow", tmp_path, flow__dtype="bfloat16", **PLAIN_SAMPLES) == 0
-    for half, whole in zip(
-        read_metrics(tmp_path / "metrics.jsonl"),
-        read_metrics(trained("tarflow") / "metrics.jsonl"),
-        strict=True,
-    ):
-        assert half != whole
-        for name in set(half) - set(SPEED):
-            assert half[name] == pytest.approx(whole[name], rel=0.02), name
+    tiny_runs.assert_metrics_near(tmp_path, trained("tarflow"), rel=0.02)
     _, state = tiny_runs.read_state(tmp_path)
-    assert all(np.isfinite(array.astype(np.float64)).all() for array in state.values())
-    assert {array.dtype for path, array in state.items() if path.startswith("params")} == {
-        np.dtype("float32")
-    }
+    _, exact = tiny_runs.read_state(trained("tarflow"))
+    for path, array in state.items():
+        assert array.dtype == exact[path].dtype and np.isfinite(array.astype(float)).all(), path
+    assert any((array != exact[path]).any() for path, array in state.items())
 
 
 def test_four_devices(trained, tmp_path):
@@ -372,9 +337,4 @@ def test_four_devices(trained, tmp_path):
     _, printed = process.communicate(timeout=900)
     assert process.returncode == 0, printed
     assert "on 4 x cpu (data 2 and fsdp 2); the state takes" in printed
-    actual = read_metrics(tmp_path / "metrics.jsonl")
-    expected = read_metrics(trained("tarflow") / "metrics.jsonl")
-    for several, one in zip(actual, expected, strict=True):
-        assert several.keys() == one.keys()
-        for name in set(one) - set(SPEED):
-            assert several[name] == pytest.approx(one[name], rel=1e-5), name
+    tiny_runs.assert_metrics_near(tmp_path, trained("tarflow"), rel=1e-5)

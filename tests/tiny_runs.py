@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from jetflow import cli, configs
 from jetflow.checkpoint import Checkpoints
@@ -152,6 +153,15 @@ def read_state(workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
     paths, _ = jax.tree_util.tree_flatten_with_path(restored)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): a for path, a in paths}
     return step, {path: np.asarray(array) for path, array in named.items()}
+
+
+def assert_metrics_near(workdir: Path, expected: Path, rel: float) -> None:
+    """Those of two runs, but for their speed."""
+    lines = (read_metrics(path / "metrics.jsonl") for path in (workdir, expected))
+    for actual, wanted in zip(*lines, strict=True):
+        for name in SPEED:
+            actual.pop(name, None), wanted.pop(name, None)
+        assert actual == pytest.approx(wanted, rel=rel, abs=1e-7)
 
 
 def assert_same(actual: Remains, expected: Remains) -> None:

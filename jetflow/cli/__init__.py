@@ -9,9 +9,13 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jetflow import hosts
 from jetflow.cli.flags import Command, help_text, parse
+from jetflow.fields import flat
+from jetflow.files import disk_errors_explained
+from jetflow.options import Options
 from jetflow.tools.plan.devices import silence_libtpu
 from jetflow.types import UsageError
 
@@ -27,12 +31,14 @@ SUMMARIES = {
     "convert": "Make a workdir of a published checkpoint, or with --reverse a .pth of a workdir.",
 }
 HELP = {"-h", "--help", "--helpfull"}
+LOCAL = {"data_dir", "manual_dir"}  # options that may differ from machine to machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Exit status 2 means bad input, with one line that says what to do."""
     try:
-        status = _run(list(sys.argv[1:] if argv is None else argv))
+        with disk_errors_explained():
+            status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
     except UsageError as error:
@@ -62,13 +68,21 @@ def _run(argv: list[str]) -> int:
         print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
         return 0
     options = parse(command, argv)
-    with hosts.joined(saves_at_signals=argv[0] == "train"):
+    joined = hosts.joined(facts(argv[0], options), saves_at_signals=argv[0] == "train")
+    with joined, disk_errors_explained():
         return command.run(options) or 0
 
 
 def _ended(why: str, status: int) -> int:
     print(f"jetflow: {' '.join(why.splitlines())}", file=sys.stderr)
     return status
+
+
+def facts(name: str, options: Options) -> dict[str, Any]:
+    """What several processes of a run must be asked for alike; their disks may differ."""
+    given = {f"--{name}": value for name, value in vars(options).items() if name not in LOCAL}
+    config = given.pop("--config", None)
+    return {"the command": name, **(flat(config.to_dict()) if config else {}), **given}
 
 
 def find(argv: Sequence[str]) -> tuple[Command, list[str]]:

@@ -27,7 +27,7 @@ def run(options: CommandOptions) -> None:
         print(f"reference written to {Quality(model, options).make_reference()}")
     for result, path in results(model, options):
         print(f"step {model.step}: {describe(result)}")
-        print(f"written to {path}")
+        print(f"written to {path}" if path else "nothing was kept: the workdir cannot be written")
 
 
 COMMAND = Command("jetflow evaluate --workdir runs/digits --metrics bpd", CommandOptions, run)

@@ -1,7 +1,6 @@
 """`jetflow sample`: images from a trained flow, as a picture and as arrays."""
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
@@ -204,8 +203,8 @@ def _trace(options: SampleOptions, model: Model, num: int) -> UInt8[np.ndarray, 
 
 def _complain(finite: Bool[np.ndarray, "N"]) -> None:
     """Tell a person of images that are not finite."""
-    if hosts.is_first() and (complaint := not_finite(finite)):
-        print(f"jetflow: {complaint}", file=sys.stderr)
+    if complaint := not_finite(finite):
+        hosts.note(f"jetflow: {complaint}")
 
 
 COMMAND = Command(

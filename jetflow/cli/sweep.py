@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jetflow import hosts
+from jetflow import hosts, signals
 from jetflow.cli.flags import Command
 from jetflow.options import DataOptions, option, spelled
 from jetflow.sweeps import read
@@ -59,18 +59,18 @@ def run(options: SweepOptions) -> int:
         return 0
     try:
         records = runner.sweep(**arguments)
-    except hosts.Stopped as stopped:
-        runner.note("the sweep stopped: run the same command again to go on")
+    except signals.Stopped as stopped:
+        hosts.note("the sweep stopped: run the same command again to go on")
         return 128 + stopped.signal
     if hosts.is_first():
         print(columns(**sweep_page(options.workdir)["table"]))
         print(f"the page: {options.workdir}/report.html")
     status = {record["number"]: record["status"] for record in records}
     if elsewhere := sum(point.number not in status for point in points):
-        runner.note(f"other processes are at {elsewhere} points: "
+        hosts.note(f"other processes are at {elsewhere} points: "
                     f"`jetflow report {options.workdir}` when done")  # fmt: skip
     if failed := sum(status.get(point.number) == "failed" for point in points):
-        runner.note(f"failed: {failed} of {len(points)} points; the same command tries them again")
+        hosts.note(f"failed: {failed} of {len(points)} points; the same command tries them again")
     return FAILED if failed else 0
 
 

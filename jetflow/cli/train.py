@@ -1,8 +1,6 @@
 """`jetflow train`: a flow from a config file."""
 
-import sys
-
-from jetflow import hosts
+from jetflow import hosts, signals
 from jetflow.cli.flags import Command
 from jetflow.training.loop import Diverged, TrainOptions, train
 
@@ -13,11 +11,10 @@ def run(options: TrainOptions) -> int:
     """The exit status is 0, `DIVERGED`, or 128 + the number of the signal that stopped it."""
     try:
         train(**vars(options))
-    except hosts.Stopped as stopped:
+    except signals.Stopped as stopped:
         return 128 + stopped.signal
     except Diverged as error:
-        if hosts.is_first():
-            print(f"jetflow: {error}", file=sys.stderr)
+        hosts.note(f"jetflow: {error}")
         return DIVERGED
     return 0
 

@@ -126,7 +126,7 @@ def read(path: Path, offset: int = 0, size: int = -1) -> bytes:
 def _unzipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     try:
         return archive.read(member)
-    except DAMAGE as error:
+    except (*DAMAGE, RuntimeError) as error:  # as where it is encrypted, or of unknown compression
         raise Unreadable(f"damaged in the zip: {error}") from error
 
 

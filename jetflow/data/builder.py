@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import secrets
 import shutil
 import sys
@@ -44,7 +45,7 @@ SHARD_BYTES, SHARD_MEMBERS = 512 * 2**20, 4096
 
 
 def is_prepared(folder: Path) -> bool:
-    return (folder / "dataset_info.json").exists()
+    return os.path.exists(folder / "dataset_info.json")  # False for a name that is too long
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,20 +83,18 @@ class Preparation:
         """
         paths = self.source.paths(self.manual_dir)
         origin = _origin(paths)
-        if self._is_done():
-            self._check(origin)
-            return
         try:
-            if self.folder.exists() and not is_prepared(self.folder):
-                raise FileExistsError("there is a directory without a complete data set: delete it")
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked(), large_files():
-                if not self._is_done():
-                    partial = self._begin(origin)
-                    self._make(paths, partial)
-                    if self.options.overwrite:
-                        shutil.rmtree(self.folder, ignore_errors=True)
-                    partial.rename(self.folder)
+            if not self._is_done():
+                if self.folder.exists() and not is_prepared(self.folder):
+                    raise FileExistsError("a directory without a complete data set: delete it")
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                with self._locked(), large_files():
+                    if not self._is_done():
+                        partial = self._begin(origin)
+                        self._make(paths, partial)
+                        if self.options.overwrite:
+                            shutil.rmtree(self.folder, ignore_errors=True)
+                        partial.rename(self.folder)
         except OSError as error:
             if not self._is_done():  # else, on a disk without locks, another process was first
                 raise UsageError(
@@ -103,6 +102,7 @@ class Preparation:
                     "make room and make it writable, and run the same command again, which keeps "
                     "what is finished, or set --data_dir or TFDS_DATA_DIR to another directory"
                 ) from error
+        self._check(origin)  # also of what another process has made meanwhile
 
     def _is_done(self) -> bool:
         return is_prepared(self.folder) and not self.options.overwrite
@@ -119,7 +119,7 @@ class Preparation:
 
     def _check(self, origin: str) -> None:
         record = self.folder / ORIGIN
-        before = record.read_text("utf-8") if record.exists() else origin
+        before = record.read_text("utf-8", "replace") if record.exists() else origin
         if changed := set(before.splitlines()) ^ set(origin.splitlines()):
             names = sorted({line.split("\t")[0] for line in changed})
             raise UsageError(
@@ -135,7 +135,7 @@ class Preparation:
         own = "" if self.source.archives else f".{secrets.token_hex(4)}"
         partial = self.folder.with_name(f"{self.folder.name}.partial{own}")
         record = partial / ORIGIN
-        if record.exists() and record.read_text("utf-8") != origin:
+        if record.exists() and record.read_bytes() != origin.encode():
             print(f"{partial} was begun with other archives; starting anew", file=sys.stderr)
             shutil.rmtree(partial)
         for path in partial.glob("*.incomplete"):  # of a kill
@@ -146,9 +146,6 @@ class Preparation:
         return partial
 
     def _make(self, paths: Sequence[Path], folder: Path) -> None:
-        for archive, path in zip(self.source.archives, paths, strict=True):
-            if difference := archive.difference(path):
-                print(difference, file=sys.stderr)
         place = " and ".join(map(str, paths))
         try:
             contents = self.source.contents(paths, folder / "notes")
@@ -157,7 +154,7 @@ class Preparation:
         except DAMAGE as error:
             raise UsageError(
                 f"an archive of {self.source.name} is damaged, or not what its name says: {place} "
-                f"({error}); bring it again, and run the same command"
+                f"({' '.join(str(error).split())}); bring it again, and run the same command"
             ) from error
         except MemoryError as error:
             raise UsageError(
@@ -167,10 +164,8 @@ class Preparation:
         left_out = [line for note in notes for line in note["left_out"]]
         for split in ("train", *filter(contents.splits.get, self.source.splits)):
             if not any(note["counts"].get(split) for note in notes):
-                first = f"; left out were {len(left_out):,} files, first {left_out[0]!r}"
-                raise UsageError(
-                    f"{place} has not one readable image for split {split}{first * bool(left_out)}"
-                )
+                first = f"; left out were {len(left_out):,} files, first {left_out[:1]}"
+                raise UsageError(f"{place} has not one readable image for split {split}{first}")
         (folder / UNREADABLE).write_text("".join(f"{line}\n" for line in left_out), "utf-8")
         facts = {"origin": one_line(place), "checksums": checksums}
         shards.write_metadata(self.source, contents, notes, folder, **facts)

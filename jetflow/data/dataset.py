@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
+from jetflow import hosts
 from jetflow.data import reading, shards, sources
 from jetflow.data.builder import UNREADABLE, Preparation, PrepareOptions, is_prepared
 from jetflow.data.shards import Records, opened
@@ -119,11 +120,9 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
     if not is_prepared(folder):
         manual_dir = _root(data_dir) / MANUAL
         if source.archives:
-            present = f"; its archives are in {manual_dir}" if source.is_in(manual_dir) else ""
             raise UsageError(
                 f"data set {name!r} was not found in {folder}; prepare it once with `jetflow "
-                f"prepare {name} --manual_dir DIR`, DIR with {'; '.join(map(str, source.archives))}"
-                + present
+                f"prepare {name} --manual_dir DIR`: {source.needs(manual_dir)}"
             )
         print(f"preparing data set {name} in {folder} (once)", file=sys.stderr, flush=True)
         Preparation(source, folder, manual_dir).run()
@@ -145,6 +144,9 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         ) from error
     features = builder.info.features
     metadata = builder.info.metadata or {}
+    sums = {info.name: info.num_examples for info in builder.info.splits.values()}
+    sums |= metadata.get("checksums", {})
+    hosts.compare({f"the checksum of {name} {part}": sum for part, sum in sums.items()})
     return Dataset(
         name=name,
         version=str(builder.version),
@@ -196,7 +198,7 @@ def prepare(name: str, **fields: Any) -> Prepared:
     }
     counts = {split: len(dataset) for split, dataset in splits.items()}
     file = folder / UNREADABLE
-    unreadable = file.read_text("utf-8").splitlines() if file.exists() else []
+    unreadable = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
     return Prepared(folder, splits, unreadable, source.differences(counts, len(unreadable)))
 
 

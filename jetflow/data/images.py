@@ -47,7 +47,7 @@ def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as file:
             if (pixels := file.width * file.height) > max_pixels:
-                raise Unreadable(f"{pixels:,} pixels are above --max_pixels {max_pixels:,}")
+                raise Unreadable(f"{pixels:,} pixels: --max_pixels is {max_pixels:,}; raise it")
             file.load()
             return _as_rgb(_upright(file))
     except (Unreadable, MemoryError):  # the machine lacks memory: the file may be whole
@@ -95,7 +95,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")  # a copy of what is RGB already
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size C"]:

@@ -97,9 +97,11 @@ def read_by_workers(batches: grain.IterDataset, count: int) -> Generator[Batch, 
     iterator = iter(batches.mp_prefetch(workers, worker_init_fn=_end_with_parent))
     closed = threading.Event()
     threading.Thread(target=_kill_stopped, args=(closed,), daemon=True).start()
+    # It would unblock the signals when it starts; at the end it warns of what a lost worker left.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+    resource_tracker.ensure_running()
     # The trainer answers Ctrl-C and SIGTERM: it needs its workers until it has saved. A handler in
     # them would come too late, as they take seconds to start.
-    resource_tracker.ensure_running()  # it would unblock the signals when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         try:

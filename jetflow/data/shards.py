@@ -3,6 +3,7 @@
 A shard has the images of a part of a split, decoded: an ArrayRecord file of `tf.train.Example`s.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -26,8 +27,9 @@ _Example: Any = vars(tf_example_pb2)["Example"]  # made at import: no type check
 
 def written(note: Path, files: Mapping[str, Path]) -> dict[str, Any] | None:
     """What `write` noted of a shard; None if it is not written, or not whole any more."""
-    facts = read_json(note) if note.exists() else None
-    return facts if facts and facts["bytes"] == _bytes(files) else None
+    with contextlib.suppress(UsageError):  # it is damaged
+        facts = read_json(note)
+        return facts if facts.get("bytes") == _bytes(files) else None
 
 
 def _bytes(files: Mapping[str, Path]) -> dict[str, int]:
@@ -163,9 +165,10 @@ def opened(name: str, folder: Path) -> Any:  # TFDS's decorators hide its signat
     """TFDS's builder of prepared data whose files are there as a whole."""
     try:
         builder: Any = tfds.builder_from_directory(folder)
+        sizes = dict(builder.info.metadata or {}).get("files", {})
     except Exception as error:  # TFDS raises nearly any type for files that are no JSON
         raise _damaged(name, folder, error) from error
-    for file, size in (builder.info.metadata or {}).get("files", {}).items():
+    for file, size in sizes.items():
         path = folder / file
         if not path.exists() or path.stat().st_size != size:
             raise _damaged(name, path, f"not there with {size:,} bytes")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,14 +79,7 @@ class Archive(NamedTuple):
     def find(self, folder: Path) -> Path | None:
         """Its path, or that of another one with the same content; None where there is neither."""
         paths = (folder / name for name in (self.name, *self.instead))
-        return next((path for path in paths if path.exists()), None)
-
-    def difference(self, path: Path) -> str:
-        """A line if a file has another size than the published one."""
-        size = path.stat().st_size
-        if path.name != self.name or self.size in (size, str(self.size)):
-            return ""
-        return f"{path} has {size:,} bytes; the published file has {self.size:,}"
+        return next((path for path in paths if os.path.exists(path)), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,17 +175,21 @@ class Source:
         Raises:
             UsageError: some are missing.
         """
-        if self.is_in(folder):
-            return [path for archive in self.archives if (path := archive.find(folder))]
+        if not self.is_in(folder):
+            raise UsageError(
+                f"data set {self.name!r} lacks archives: {self.needs(folder)}; put them there, or "
+                "give another --manual_dir"
+            )
+        return [path for archive in self.archives if (path := archive.find(folder))]
+
+    def needs(self, folder: Path) -> str:
+        """What it needs in a folder, and what is there, for an error message."""
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         names[8:] = [f"{len(names) - 8} more"] if len(names) > 8 else []
         present = ", ".join(names) or ("nothing" if folder.is_dir() else "no such folder")
         homepage = f" (from {self.homepage})" if self.homepage else ""
         wanted = "; ".join(map(str, self.archives))
-        raise UsageError(
-            f"data set {self.name!r} lacks archives: expected in {folder}: {wanted}{homepage}; "
-            f"found there: {present}; put them there, or give another --manual_dir"
-        )
+        return f"expected in {folder}: {wanted}{homepage}; found there: {present}"
 
 
 def made(

@@ -16,9 +16,10 @@ from jetflow.evals.batching import Batching
 from jetflow.evals.likelihoods import Density, Likelihood
 from jetflow.evals.quality import Quality, drawn_batches
 from jetflow.evals.records import finite, record
-from jetflow.evals.settings import DISTANCES, EvaluateOptions, run_data, source
+from jetflow.evals.settings import DISTANCES, EvaluateOptions, TrainedFlow, run_data, source
+from jetflow.files import if_possible
 from jetflow.noise import Noise
-from jetflow.types import TrainedFlow, UsageError
+from jetflow.types import UsageError
 from jetflow.workdir import suffix, write_result
 
 
@@ -36,8 +37,10 @@ def evaluate(model: TrainedFlow, options: EvaluateOptions) -> list[dict[str, Any
     return [result for result, _ in results(model, options)]
 
 
-def results(model: TrainedFlow, options: EvaluateOptions) -> Iterator[tuple[dict[str, Any], Path]]:
-    """The records of `evaluate` with their files, each as soon as it is measured."""
+def results(
+    model: TrainedFlow, options: EvaluateOptions
+) -> Iterator[tuple[dict[str, Any], Path | None]]:
+    """The records of `evaluate`, each as soon as it is measured, and its file if it has one."""
     sharding.check_batch("batch_size", options.batch_size, model.mesh)
     quality, likelihood = Quality(model, options), _Likelihoods(model, options)
     metrics = options.measured()
@@ -48,7 +51,10 @@ def results(model: TrainedFlow, options: EvaluateOptions) -> Iterator[tuple[dict
         else:
             measured, ending = [likelihood.measure(metric)], likelihood.suffix(metric)
         for result in measured:
-            yield result, write_result(model.workdir, result, ending)
+            path = None
+            with if_possible("the result"):
+                path = write_result(model.workdir, result, ending)
+            yield result, path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 All in float64, in memory that does not grow with the number of images.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,16 +16,20 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
 from jetflow import hosts, sharding
+from jetflow.archive import Images, read_images
 from jetflow.evals import inception
 from jetflow.evals.batching import Batching
 from jetflow.evals.distances import Gaussian
-from jetflow.files import write_atomically
+from jetflow.evals.inception import Network
+from jetflow.files import if_possible, write_atomically
 from jetflow.npz import Npz
 from jetflow.types import Batch, UsageError
 
 SIZES = {"pooled": 2048, "spatial": 17 * 17 * 7}  # features of the FID, and of the sFID
 MOMENTS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM names them
 SAVED_EVERY = 5000  # images
+DATA = {"name", "version", "split", "resize", "checksum"}  # of the facts about data
+EXPECTED = "an .npz of `jetflow evaluate --make_reference`, or of ADM's evaluator"
 
 
 class Features(NamedTuple):
@@ -94,7 +99,7 @@ class Statistics:
 
     def collect(
         self,
-        network: inception.Network,
+        network: Network,
         batching: Batching,
         batches: Iterable[Batch],
         name: str,
@@ -130,7 +135,7 @@ class Statistics:
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write all that was added, on the first process; `settings` is what it depends on."""
         if hosts.is_first():
-            with write_atomically(path) as file:
+            with if_possible("what a kill would cost"), write_atomically(path) as file:
                 np.savez(file, settings=np.array(json.dumps(settings)), **self.arrays)
 
     def resume(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -159,3 +164,89 @@ def _agreed(array: np.ndarray) -> np.ndarray:
 def _features(arrays, images):
     pooled, spatial = inception.activations(arrays, images)
     return pooled, spatial.reshape(len(images), -1)
+
+
+def write_reference(
+    path: Path, statistics: Statistics, network: Network, data: dict[str, Any]
+) -> None:
+    """A reference file: moments under ADM's names, some features, and where all comes from."""
+    arrays = statistics.parts()
+    for name, keys in MOMENTS.items():
+        arrays |= zip(keys, arrays.pop(name), strict=True)
+    facts = {"data": data, "images": statistics.done, "network": network.facts()}
+    with write_atomically(path) as file:
+        np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
+
+
+def read_reference(
+    path: Path,
+    network: Network,
+    measure: Callable[[Images], Statistics],
+    *,
+    chunk: int,
+    images: bool,
+) -> Features:
+    """The reference of a file: of `write_reference`, or of ADM's evaluator.
+
+    Args:
+        measure: computes statistics of images, where the file has some and they are needed.
+        chunk: how many images at a time.
+        images: whether some images' features are needed, besides the moments.
+
+    Raises:
+        UsageError: if it cannot be read, or was made with another network. A file that does not
+            name its network, such as ADM's, is taken as made with the published one.
+    """
+    file = Npz(path, "reference", EXPECTED)
+    parts: dict[str, Any] = {
+        name: Gaussian(*(
+            _numbers(file, key, (SIZES[name],) * axes).astype(np.float64)
+            for axes, key in enumerate(keys, 1)
+        ))
+        for name, keys in MOMENTS.items() if all(key in file for key in keys)
+    }  # fmt: skip
+    if images and "features" in file:
+        parts["features"] = _numbers(file, "features", (None, SIZES["pooled"]))
+    facts = _facts(file)
+    made_with = facts.pop("network", {"published_weights": True} if parts else {})
+    for name, value in made_with.items():
+        if value != network.facts().get(name):
+            raise UsageError(
+                f"reference {path} was made with {name} {value}, but this evaluation has "
+                f"{network.facts().get(name)}; make a reference with --make_reference, or give or "
+                "leave out --inception_weights"
+            )
+    has_moments = "pooled" in parts
+    is_lacking = images and "features" not in parts
+    if not has_moments or (is_lacking and ("images" in file or "arr_0" in file)):
+        given = read_images(file, chunk)
+        parts = measure(given).parts() | parts
+        if not has_moments:  # else the moments are of more images than the file has
+            facts["images"] = given.num
+    return Features(parts, {"file": str(path), "checksum": checksum(path)} | facts)
+
+
+def _numbers(file: Npz, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    array = file.array(name, "dfe", shape)
+    if not np.isfinite(array).all():
+        raise file.fault(f"{name} is not finite")
+    return array
+
+
+def _facts(file: Npz) -> dict[str, Any]:
+    """Where the content is from: its data and number of images, if it says so, and its network."""
+    facts = {"data": None, "images": None} | (file.facts("facts") if "facts" in file else {})
+    data = facts["data"]
+    if not (
+        (data is None or (isinstance(data, dict) and set(data) >= DATA))
+        and isinstance(facts["images"], int | None)
+        and isinstance(facts.get("network", {}), dict)
+    ):
+        raise file.fault("facts: other fields")
+    return {name: facts[name] for name in ("data", "images", "network") if name in facts}
+
+
+def checksum(path: Path) -> str:
+    """The first 16 hex digits of the file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import sys
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,8 +119,7 @@ def load(path: Path | None = None) -> Network:
 
 
 def _download(path: Path) -> None:
-    if hosts.is_first():
-        print(f"downloading {URL} to {path} (once, 95 MB)", file=sys.stderr, flush=True)
+    hosts.note(f"downloading {URL} to {path} (once, 95 MB)")
     try:
         with write_atomically(path) as file, urllib.request.urlopen(URL, timeout=60) as answer:
             digest = hashlib.sha256()

@@ -12,15 +12,28 @@ from jaxtyping import UInt8
 
 from jetflow import hosts, sharding, workdir
 from jetflow.archive import Images, read_images
-from jetflow.evals import distances, inception, reference
+from jetflow.evals import distances, inception
 from jetflow.evals.batching import Batching
-from jetflow.evals.features import Features, Statistics
+from jetflow.evals.features import (
+    Features,
+    Statistics,
+    checksum,
+    read_reference,
+    write_reference,
+)
 from jetflow.evals.records import record
-from jetflow.evals.settings import DISTANCES, NEIGHBOURS, EvaluateOptions, run_data, source
+from jetflow.evals.settings import (
+    DISTANCES,
+    NEIGHBOURS,
+    EvaluateOptions,
+    TrainedFlow,
+    run_data,
+    source,
+)
 from jetflow.files import check_writable
 from jetflow.npz import Npz
 from jetflow.pictures import labels_in_turn
-from jetflow.types import Batch, TrainedFlow, UsageError
+from jetflow.types import Batch, UsageError
 
 PARTS = {"fid": "pooled", "sfid": "spatial"}  # of `Features`; the other metrics: "features"
 
@@ -67,6 +80,10 @@ class Quality:
         file = Npz(self.options.samples, "samples", "an .npz of `jetflow sample --npz`")
         return read_images(file, self.options.batch_size)
 
+    def count_samples(self) -> int:
+        """How many samples are compared; raises a UsageError if their file cannot be read."""
+        return self.given.num if self.options.samples else self.options.num_samples
+
     @functools.cached_property
     def network(self) -> inception.Network:
         return inception.load(self.options.inception_weights)
@@ -74,7 +91,7 @@ class Quality:
     def check(self, metrics: Collection[str]) -> None:
         """Raise a UsageError if these metrics lack something, before any sample is drawn."""
         options, compared = self.options, [name for name in metrics if name in DISTANCES]
-        num = self.given.num if compared and options.samples else options.num_samples
+        num = self.count_samples() if compared else 0
         for metric in compared:
             real = self.reference.part(PARTS.get(metric, "features"))
             for k in [NEIGHBOURS[metric]] if metric in NEIGHBOURS else []:
@@ -115,7 +132,7 @@ class Quality:
         options = self.options
         if options.samples:
             statistics, broken = self._of_images(self.given, "samples"), self.given.not_finite
-            digest = reference.checksum(options.samples)
+            digest = checksum(options.samples)
             facts = {"images": self.given.num, "file": str(options.samples), "checksum": digest}
             return Features(statistics.parts(), facts | {"not_finite": broken})
         drawn = options.sampling(self.model) | {"num_features": options.num_features}
@@ -147,20 +164,21 @@ class Quality:
         measure = functools.partial(self._of_images, name="reference")
         needed = bool({*options.measured()} & {*NEIGHBOURS})
         chunk = options.batch_size
-        return reference.read(path, self.network, measure, chunk=chunk, images=needed)
+        return read_reference(path, self.network, measure, chunk=chunk, images=needed)
 
     def make_reference(self) -> Path:
         """Write the reference file that the options ask for."""
         options, path = self.options, self._reference_path()
         sharding.check_batch("batch_size", options.batch_size, self.model.mesh)
         check_writable("reference", path)
+        self.count_samples()  # a bad file of them is refused first
         split, name = self._reference_split(), options.reference_data
         data = run_data(self.model, split, options.data_dir, name)
         statistics = Statistics(len(data), options.num_features).collect(
             self.network, self.batching, self.batching.of_data(data), "reference"
         )
         if hosts.is_first():
-            reference.write(path, statistics, self.network, data.facts())
+            write_reference(path, statistics, self.network, data.facts())
         hosts.agreed(True)  # the others wait for the file
         hosts.wait_to_see(path)
         return path

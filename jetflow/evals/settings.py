@@ -1,15 +1,20 @@
 """What an evaluation is asked for: its metrics, the images, and how samples are drawn."""
 
+import abc
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jetflow.data.dataset import Dataset, load
 from jetflow.evals import inception
-from jetflow.noise import LARGEST_SEED
+from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.options import LARGEST_BATCH, MOST_DRAWS, MOST_SAMPLES, DataOptions, option
+from jetflow.sampling.ancestral import Drawn
 from jetflow.sampling.sampling_options import SamplingOptions
-from jetflow.types import TrainedFlow, UsageError
+from jetflow.types import Flow, UsageError
 
 LIKELIHOODS = ("bpd", "noised_bpd", "bpd_gap", "noised_bpd_gap", "accuracy")  # of real images
 NEIGHBOURS = {"kid": 1, "precision_recall": 3, "density_coverage": 5}  # that a feature must have
@@ -69,9 +74,42 @@ class EvaluateOptions(SamplingOptions, DataOptions):
         names = [field.name for field in dataclasses.fields(SamplingOptions)]
         return self.changed(*names, "num_samples", "seed")
 
-    def sampling(self, model: TrainedFlow) -> dict[str, Any]:
+    def sampling(self, model: "TrainedFlow") -> dict[str, Any]:
         """What samples depend on, but for the flow, for the record."""
         return self.used(model.noise) | {"num_samples": self.num_samples, "seed": self.seed}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TrainedFlow(abc.ABC):
+    """A flow at a checkpoint of its run, as a `jetflow.Model` is.
+
+    Attributes:
+        workdir: of the run.
+        config: the resolved config of its training, a tree of plain values.
+        flow, variables: the flow, with its averaged parameters where the run has them.
+        step: of the checkpoint.
+        mesh: the devices on which the variables lie.
+        weights: which parameters of the training these are: "ema", averaged ones, or "params".
+    """
+
+    workdir: Path
+    config: dict[str, Any]
+    flow: Flow
+    variables: dict[str, Any]
+    step: int
+    mesh: Mesh
+    weights: str
+
+    @property
+    def noise(self) -> Noise:
+        """The noise of its training."""
+        return Noise(**self.config["noise"])
+
+    @abc.abstractmethod
+    def draw(
+        self, options: Any, *, num: int, label: Any, seed: int, batch_size: int, start: int = 0
+    ) -> Iterator[Drawn]:
+        """The images start, …, num − 1 in batches."""
 
 
 def source(model: TrainedFlow) -> dict[str, Any]:

@@ -90,15 +90,22 @@ class Sampler:
         self, key: Key[Array, ""], index: Int[AnyArray, "B"], label: Int[AnyArray, "B"] | None
     ) -> Drawn:
         """The images of these numbers: image i depends on the key, its label and i alone."""
-        return self._decoded(self._prior_noise(key, index), self.place(label), len(index))
+        return self.decode(self.latents(key, index), label)
 
     def latents(self, key: Key[Array, ""], index: Int[AnyArray, "B"]) -> Float[np.ndarray, "B T D"]:
         """Noise of the prior for the images of these numbers, on the host."""
-        return gather(self._prior_noise(key, index))[: len(index)]
+        with sharding.on(self.mesh):
+            z = _latents(self.flow, self.variables, key, self.place(index), self.temperature)
+        return gather(z)[: len(index)]
 
     def decode(self, z: Float[AnyArray, "B T D"], label: Int[AnyArray, "B"] | None) -> Drawn:
         """The images of latents."""
-        return self._decoded(self.place(z), self.place(label), len(z))
+        with sharding.on(self.mesh):
+            inputs = self._inputs(self.place(z), self.place(label))
+            decoded = _decode(*inputs, denoising=self.denoise > 0)
+        x, sweeps, residuals = gather(decoded)
+        sweeps = tuple(sweeps.tolist()) if self.flow.decoded_blocks else ()
+        return Drawn(x[: len(z)], sweeps, float(residuals.max()))
 
     def place(self, array: AnyArray | None) -> Array | None:
         """A batch split over the mesh, its last row repeated to fill all parts."""
@@ -108,17 +115,6 @@ class Sampler:
         if missing:
             array = np.concatenate([array, *[np.asarray(array[-1:])] * missing])
         return jax.device_put(array, sharding.batch_sharding(self.mesh))
-
-    def _prior_noise(self, key, index) -> Float[Array, "B T D"]:
-        with sharding.on(self.mesh):
-            return _latents(self.flow, self.variables, key, self.place(index), self.temperature)
-
-    def _decoded(self, z, label, num: int) -> Drawn:
-        with sharding.on(self.mesh):
-            decoded = _decode(*self._inputs(z, label), denoising=self.denoise > 0)
-        x, sweeps, residuals = gather(decoded)
-        sweeps = tuple(sweeps.tolist()) if self.flow.decoded_blocks else ()
-        return Drawn(x[:num], sweeps, float(residuals.max()))
 
     def lower(self, z: Any, label: Any) -> Lowered:
         """The program of `decode`, before it is compiled; for arrays, or their shapes alone."""

@@ -27,7 +27,7 @@ def decodings(
         window, tolerance, cache_dtype: see `Decoding`; the first two are for "jacobi".
 
     Raises:
-        UsageError: on an unknown method, one that the flow does not have, or a bad setting of it.
+        UsageError: on an unknown method, or one that the flow does not have.
     """
     if method not in METHODS:
         raise UsageError(f"method is {method!r}; expected {' or '.join(METHODS)}")
@@ -38,19 +38,13 @@ def decodings(
     how = Decoding(cache_dtype=cache_dtype)
     if method == "jacobi":
         how = Decoding(window, tolerance, cache_dtype)
-    return check_decoding(flow, (how,) * flow.decoded_blocks)
+    return (how,) * flow.decoded_blocks
 
 
-def check_decoding(
-    flow: Flow, decoding: tuple[Decoding, ...] | None
-) -> tuple[Decoding, ...] | None:
-    """The `Decoding` of each block, if it is one.
-
-    Raises:
-        UsageError: on a number out of range, or not as many as there are blocks.
-    """
+def check_decoding(flow: Flow, decoding: tuple[Decoding, ...] | None) -> None:
+    """Raise a UsageError on a number out of range, or not as many as there are blocks."""
     if decoding is None:
-        return None
+        return
     if len(decoding) != flow.decoded_blocks:
         raise UsageError(
             f"there are {len(decoding)} decodings for the {flow.decoded_blocks} blocks that are "
@@ -63,7 +57,6 @@ def check_decoding(
             raise UsageError(f"tolerance is {how.tolerance}; expected 0 or more")
         if how.cache_dtype not in (None, "float32", "bfloat16"):
             raise UsageError(f"cache_dtype is {how.cache_dtype!r}; expected float32 or bfloat16")
-    return decoding
 
 
 def check_guidance(flow: Flow, guidance: Guidance | None) -> Guidance | None:

@@ -136,7 +136,7 @@ def _untrained(config: Config, mesh: Mesh) -> Model:
     flow = run.trainer.flow
     shardings = sharding.state_shardings(mesh, abstract_variables(flow), config.mesh.rules)
     init = jax.jit(functools.partial(init_variables, flow), out_shardings=shardings)
-    return Model(Path(), run.resolved_config, flow, init(jax.random.key(0)), 0, mesh)
+    return Model(Path(), run.resolved_config, flow, init(jax.random.key(0)), 0, mesh, "params")
 
 
 def _sampling(sampler: Sampler, method: str, batch_size: int, repeats: int) -> Sampling:

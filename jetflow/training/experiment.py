@@ -1,7 +1,6 @@
 """A config made into the objects of a training run, and checked before anything is written."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from jetflow import configs, optim, sharding
+from jetflow import configs, hosts, optim, sharding
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
+from jetflow.fields import differences, flat
 from jetflow.flows.build import build
 from jetflow.nn.attention import Choice
 from jetflow.noise import Noise
@@ -20,9 +20,8 @@ from jetflow.options import LARGEST
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
-from jetflow.training.step import Trainer, TrainState, create_state
+from jetflow.training.step import Trainer, TrainState
 from jetflow.types import Batch, Config, Flow, UsageError
-from jetflow.workdir import flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Run:
         mesh: of all devices.
         train_data, test_data: the splits that are trained on, and held out.
         total_steps: the length of the training.
-        create: makes the state before the first step.
         abstract_state: shapes and shardings of the training state.
     """
 
@@ -45,7 +43,6 @@ class Run:
     train_data: pipeline.Dataset
     test_data: pipeline.Dataset
     total_steps: int
-    create: Callable[[], TrainState]
     abstract_state: TrainState
 
     @property
@@ -56,30 +53,24 @@ class Run:
     @property
     def resolved_config(self) -> dict[str, Any]:
         """The config, and what it depends on beyond itself: enough to rebuild the flow."""
+        config = self.config.to_dict()
+        differing = differences(config.pop("defaults", {}), config, prefix="")
         resolved = {
             "image_shape": self.train_data.image_shape,
             "num_classes": self.trainer.flow.num_classes,
             "total_steps": self.total_steps,
             "data_version": self.train_data.version,
             "train_examples": len(self.train_data),
+            "train_checksum": self.train_data.known_checksum,  # None for a part of a split
+            "defaults": {name: default for name, (default, _) in differing.items()},
         }
-        config = self.config.to_dict()
-        if defaults := config.pop("defaults", None):  # of the fields that the config changes
-            fields = flat(config)
-            resolved["defaults"] = {
-                name.removeprefix("config."): value
-                for name, value in flat(defaults).items()
-                if fields.get(name) != value
-            }
         return {**config, "resolved": resolved}
 
     def abstract_batch(self, size: int) -> Batch:
         """The shapes and shardings of a global batch."""
-        abstract = functools.partial(
-            jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(self.mesh)
-        )
-        number = abstract((size,), jnp.int32)
-        return Batch(abstract((size, *self.train_data.image_shape), jnp.uint8), number, number)
+        shape, rows = (size, *self.train_data.image_shape), sharding.batch_sharding(self.mesh)
+        number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
+        return Batch(jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows), number, number)
 
     def sampler(self, variables: Any) -> Sampler:
         """Draws samples as `config.eval` asks."""
@@ -114,9 +105,8 @@ class Run:
             UsageError: if `config.init_from` is no run whose weights this flow can start from.
         """
         if not self.config.init_from:
-            return jax.jit(self.create, out_shardings=self._shardings)(), ""
-        flow = self.trainer.flow
-        return finetune.first_state(self.config, flow, self.create, self.mesh, self._shardings)
+            return jax.jit(self.trainer.first_state, out_shardings=self._shardings)(), ""
+        return finetune.first_state(self.config, self.trainer, self.mesh, self._shardings)
 
     @property
     def _shardings(self) -> TrainState:
@@ -137,40 +127,32 @@ def set_up(
     Raises:
         UsageError: on the first thing that cannot work, with the field's name and a remedy.
     """
+    hosts.compare(flat(config.to_dict()))
     configs.check(config)
     sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
     mesh = sharding.make_mesh(**sizes, devices=devices)
-    train = config.train
+    train, data = config.train, config.data
     sharding.check_batch("config.train.batch_size", train.batch_size, mesh, train.accumulation)
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     count_steps(train, examples=1)  # for what it refuses, before any data is prepared
     noise = Noise(**config.noise)
-    train_data, test_data = (
-        load(config.data.name, split) for split in (config.data.train_split, config.data.test_split)
-    )
+    train_data, test_data = (load(data.name, s) for s in (data.train_split, data.test_split))
     _check_labels(config, train_data)
-    classes = train_data.num_classes if config.data.labels else 0
+    classes = train_data.num_classes if data.labels else 0
     flow = build(config.flow, image_shape=train_data.image_shape, num_classes=classes)
     _check_samples(config.eval, flow, noise)
     total_steps = count_steps(train, len(train_data))
     tx, schedule = optim.adam(total_steps=total_steps, **config.optim)
     trainer = Trainer(
-        flow=flow,
-        tx=tx,
-        schedule=schedule,
-        noise=noise,
-        seed=train.seed,
-        accumulation=train.accumulation,
-        ema_decay=train.ema_decay,
-        multipliers=config.optim.multipliers,
-    )
-    create = functools.partial(create_state, flow, tx, seed=train.seed, use_ema=train.ema_decay > 0)
-    abstract = jax.eval_shape(create)
+        flow, tx, schedule, noise, train.seed, train.accumulation, train.ema_decay,
+        config.optim.multipliers,
+    )  # fmt: skip
+    abstract = jax.eval_shape(trainer.first_state)
     shardings = sharding.state_shardings(mesh, abstract, config.mesh.rules)
     abstract = sharding.placed(abstract, shardings)
     if devices is None:
         sharding.check_memory(abstract, mesh)
-    return Run(config, trainer, mesh, train_data, test_data, total_steps, create, abstract)
+    return Run(config, trainer, mesh, train_data, test_data, total_steps, abstract)
 
 
 def count_steps(train: Config, examples: int) -> int:

@@ -6,19 +6,23 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.files import METRICS, read_metrics, write_atomically
+from jetflow.files import METRICS, naming, scan_metrics, set_aside, write_atomically
 
 SPEED = ("images_per_second", "data_wait_share")  # metrics that an equal run need not have equal
+START = 1  # SessionLog.START
+_Event: Any = vars(event_pb2)["Event"]  # made at import: no type checker sees it
 NOTABLE_WAIT = 0.05  # share of the time, from which on the progress shows it
 
 
@@ -29,6 +33,10 @@ class Reporter:
 
     Opened for a run that resumes at `start_step`, it first drops what was written of later steps,
     so that an interrupted run leaves the same metrics as an uninterrupted one.
+
+    Attributes:
+        waited: seconds since the last `log` in which the devices had nothing to do, for want of
+            data; to be added to.
     """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
@@ -37,20 +45,25 @@ class Reporter:
         self._written = _drop_after(path, start_step) if first else set()
         self._file = path.open("a") if first else open(os.devnull, "w")  # noqa: SIM115
         self._stream = sys.stderr if first else self._file
-        self._events = SummaryWriter(
-            str(workdir), purge_step=start_step + 1, flush_secs=20, write_to_disk=first
-        )
+        self._path = path
+        # Written at once: a thread of its own would end on a full disk, and adding to it hang.
+        self._events = EventsWriter(str(workdir / "events")) if first else None
+        self._add_event(start_step + 1, session_log={"status": START})
         self._live = self._stream.isatty()
-        self._bar = self._new_bar(total_steps, "training", initial=start_step)
-        self._clock = _Clock(start_step)
+        self._bar = tqdm(
+            total=total_steps, desc="training", initial=start_step, file=self._stream, leave=False,
+            dynamic_ncols=True, disable=not self._live,
+        )  # fmt: skip
+        self._lap_step, self._lap_start = start_step, time.perf_counter()
+        self.waited = 0.0
 
     def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *_) -> None:
         self._bar.close()
-        self._file.close()
-        self._events.close()
+        with contextlib.suppress(OSError):  # all is written; what a full disk refused stays out
+            self._file.close()
 
     def has(self, step: int, name: str) -> bool:
         """Whether metric `name` of `step` was written, now or before an interruption."""
@@ -62,15 +75,23 @@ class Reporter:
         if broken:
             self.say(f"step {step}: not finite: {', '.join(broken)}")
         values = {name: None if name in broken else value for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         self._written |= {(step, name) for name in metrics}
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        scalars = [one for name in metrics for one in summary.scalar(name, metrics[name]).value]
+        self._add_event(step, summary={"value": scalars})
 
     def picture(self, step: int, name: str, grid: UInt8[np.ndarray, "H W 3"]) -> None:
         """An image for TensorBoard."""
-        self._events.add_image(name, grid, step, dataformats="HWC")
+        self._add_event(step, summary=summary.image(name, grid, dataformats="HWC"))
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        """An event for TensorBoard; the first one tells it to forget what came from `step` on."""
+        if self._events:
+            with naming(self._path.with_name("events")):
+                self._events.write_event(_Event(wall_time=time.time(), step=step, **content))
+                self._events.flush()
 
     def progress(self, step: int, text: str) -> None:
         """Move the bar of a terminal to a step."""
@@ -83,7 +104,10 @@ class Reporter:
         The speed is in images per second, without the time in `pause`, and in the share of the time
         in which the devices waited for data.
         """
-        rate, waiting = self._clock.lap(step)
+        now = time.perf_counter()
+        seconds = max(now - self._lap_start, 1e-9)
+        rate, waiting = max(step - self._lap_step, 1e-9) / seconds, self.waited / seconds
+        self._lap_step, self._lap_start, self.waited = step, now, 0.0
         speed = rate * batch_size
         self.write(step, {**metrics, **dict(zip(SPEED, (speed, waiting), strict=True))})
         if not self._live:
@@ -95,61 +119,25 @@ class Reporter:
                 f"{wait}ETA {eta}"
             )
 
-    def waited(self, seconds: float) -> None:
-        """Note for how long the devices had nothing to do, for want of data."""
-        self._clock.waited += seconds
-
-    def pause(self) -> "_Clock":
-        """A context whose time does not count as training."""
-        return self._clock
-
     @contextlib.contextmanager
-    def stage(self, title: str, batches: int) -> Iterator[Callable[[], Any]]:
-        """A pause with a progress bar of its own; yields what counts a batch."""
-        with self._clock, self._new_bar(batches, title) as bar:
-            yield bar.update
+    def pause(self) -> Iterator[None]:
+        """A context whose time does not count as training."""
+        start = time.perf_counter()
+        yield
+        self._lap_start += time.perf_counter() - start
 
     def say(self, text: str) -> None:
         """A line that stays."""
         tqdm.write(text, file=self._stream)
         self._stream.flush()
 
-    def _new_bar(self, total: int, title: str, initial: int = 0) -> tqdm:
-        return tqdm(
-            total=total, desc=title, initial=initial, file=self._stream, leave=False,
-            dynamic_ncols=True, disable=not self._live,
-        )  # fmt: skip
-
-
-class _Clock:
-    """Steps per second of training; stands still inside `with clock:`.
-
-    Attributes:
-        waited: seconds since the last lap in which the devices waited for data.
-    """
-
-    def __init__(self, step: int):
-        self._step, self._start = step, time.perf_counter()
-        self.waited = 0.0
-
-    def __enter__(self) -> None:
-        self._pause_start = time.perf_counter()
-
-    def __exit__(self, *_) -> None:
-        self._start += time.perf_counter() - self._pause_start
-
-    def lap(self, step: int) -> tuple[float, float]:
-        """Steps per second since the last lap, and the share of its time that was `waited`."""
-        now = time.perf_counter()
-        seconds = max(now - self._start, 1e-9)
-        lap = max(step - self._step, 1e-9) / seconds, self.waited / seconds
-        self._step, self._start, self.waited = step, now, 0.0
-        return lap
-
 
 def _drop_after(path: Path, step: int) -> set[tuple[int, str]]:
     """Keep the metrics up to `step`, and return which (step, name) there are."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    lines, wrong = scan_metrics(path)
+    kept = [line for line in lines if line["step"] <= step]
     with write_atomically(path) as file:
         file.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
+        if wrong:
+            set_aside(path, wrong[0])
     return {(int(line["step"]), name) for line in kept for name in line}

@@ -4,33 +4,31 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jetflow import hosts, sharding
 from jetflow import workdir as workdirs
+from jetflow.archive import collect
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.evals import likelihoods as bpd
 from jetflow.evals import records
 from jetflow.evals.batching import Batching
-from jetflow.files import METRICS, read_json
-from jetflow.hosts import Stopped, StopSignal
+from jetflow.files import METRICS, read_json, read_or_set_aside
 from jetflow.noise import Noise, Purpose, key_for
 from jetflow.options import DataOptions, option
 from jetflow.pictures import labels_in_turn, samples_grid, save_png
-from jetflow.sampling.ancestral import draw_all, not_finite
+from jetflow.sampling.ancestral import Drawn, draw_all, not_finite
+from jetflow.signals import Stopped, StopSignal
 from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import Reporter
 from jetflow.training.step import Metrics, TrainState
 from jetflow.types import Batch, Config, UsageError
-
-SAMPLES_AT_ONCE = 64
 
 
 class Diverged(Exception):
@@ -72,17 +70,13 @@ def train(
     workdir = Path(workdir)
     run = set_up(config, functools.partial(pipeline.load, data_dir=data_dir))
     section = run.config.train
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        keep=section.keep_checkpoints,
-        keep_every=section.keep_every or None,
-    )
+    keep = {"keep": section.keep_checkpoints, "keep_every": section.keep_every or None}
+    checkpoints = Checkpoints(workdir / "checkpoints", **keep)
     # The claim is the last to go: a save in progress ends before another process may clean up.
     with StopSignal() as stop, workdirs.claimed(workdir) as claim, checkpoints:
         # What cannot start must leave nothing behind: the first state comes before `begin`.
         begins = hosts.agreed(checkpoints.latest() is None)
-        fresh, origin = run.fresh_state() if begins else (None, "")
-        # The first process's answer, and a barrier: `begin` rewrites what is read here.
+        fresh, table = run.fresh_state() if begins else (None, "")
         before = hosts.agreed(_length(workdir, run.total_steps)) if extend else run.total_steps
         claim.begin(run.resolved_config, extend=extend)
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
@@ -90,11 +84,13 @@ def train(
             workdir, start, total_steps=run.total_steps, attention=str(run.attention)
         )
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
+            notes = [table] if table else []
             if before < run.total_steps:
-                text = f"extended from {before} to {run.total_steps} steps: from step {start} on, "
-                text += "the learning rate follows the schedule of the new length"
-                origin = f"{origin}\n{text}" if origin else text
-            Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, origin)
+                notes += [
+                    f"extended from {before} to {run.total_steps} steps: from step {start} on, the "
+                    "learning rate follows the schedule of the new length"
+                ]
+            Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, notes)
 
 
 def _length(workdir: Path, steps: int) -> int:
@@ -120,16 +116,14 @@ class Session:
     poll: Callable[[], None]
     _pending: tuple[int, Metrics] | None = None
 
-    def go(self, state: TrainState, start: int, origin: str = "") -> None:
+    def go(self, state: TrainState, start: int, notes: list[str]) -> None:
         """Train from step `start` to the end.
 
         Args:
-            origin: where the state comes from, if not from this config alone; for the headline.
+            notes: where the state comes from, if not from this config alone.
         """
-        self.reporter.say(self._headline(state, start))
-        if origin:
-            self.reporter.say(origin)
-        if origin and not start:
+        self.reporter.say("\n".join([self._headline(state, start), *notes]))
+        if notes and not start:
             self._save(state, start)  # the run that it starts from may go on, or be deleted
         step, total = start, self.run.total_steps
         batches: Ahead[Batch, Batch] | None = None
@@ -150,10 +144,11 @@ class Session:
                 self._pending = (step, metrics)
                 if batches and step < total:
                     batch, waited = batches.after(metrics)
-                    self.reporter.waited(waited)
+                    self.reporter.waited += waited
                 self._look(state, step)
                 if step % self.run.config.train.checkpoint_every == 0:
                     self._save(state, step)
+                self.checkpoints.check()
                 self.poll()
         except Stopped:
             self._save(state, step, wait=True)
@@ -189,7 +184,8 @@ class Session:
 
         A resumed run makes up for those of its first step that are missing.
         """
-        section, noise, last = self.run.config.train, self.run.trainer.noise, self._is_last(step)
+        section, noise = self.run.config.train, self.run.trainer.noise
+        last = step == self.run.total_steps
 
         def due(every: int) -> bool:
             return last or bool(step and every and step % every == 0)
@@ -198,56 +194,47 @@ class Session:
         noises = [noise] + ([bpd.UNIFORM] if last and noise.kind != "uniform" else [])
         for noise in noises if due(section.eval_every) else []:
             name = bpd.metric_name(noise)
-            written = hosts.is_first() and workdirs.result_path(self.workdir, name, step).exists()
-            if not hosts.agreed(resumed and written and self.reporter.has(step, f"test_{name}")):
+            path = workdirs.result_path(self.workdir, name, step)
+            written = resumed and read_or_set_aside(path, workdirs.LIKELIHOOD, None) is not None
+            if not hosts.agreed(written and self.reporter.has(step, f"test_{name}")):
                 self._flush()
-                self._evaluate(state, step, noise)
+                self._evaluate(state, step, noise, last)
         if due(section.sample_every) and not hosts.agreed(resumed and self._picture(step).exists()):
             self._flush()
             self._sample(state, step)
 
-    def _evaluate(self, state: TrainState, step: int, noise: Noise) -> None:
-        section, data = self.run.config.eval, self.run.test_data
-        draws = section.draws if self._is_last(step) else 1
+    def _evaluate(self, state: TrainState, step: int, noise: Noise, last: bool) -> None:
+        section, data, flow = self.run.config.eval, self.run.test_data, self.run.trainer.flow
         with self.reporter.pause():
             density = bpd.Density(
-                self.run.trainer.flow,
-                state.variables(),
-                Batching(self.run.mesh, section.batch_size),
-                noise,
-                draws=draws,
-            )
+                flow, state.variables(), Batching(self.run.mesh, section.batch_size), noise,
+                draws=section.draws if last else 1,
+            )  # fmt: skip
             likelihood = density.likelihood(data, self.poll)
-        weights = "params" if state.ema is None else "ema"
-        result = likelihood.record(step=step, weights=weights)
+        result = likelihood.record(step=step, weights="params" if state.ema is None else "ema")
         workdirs.write_result(self.workdir, result)
-        self.reporter.write(step, {f"test_{bpd.metric_name(noise)}": likelihood.mean})
-        if not self._is_last(step) or noise.kind != "uniform":
+        if not self.reporter.has(step, name := f"test_{bpd.metric_name(noise)}"):
+            self.reporter.write(step, {name: likelihood.mean})
+        if not last or noise.kind != "uniform":
             self.reporter.say(f"step {step}: held-out {records.describe(result)}")
 
     def _sample(self, state: TrainState, step: int) -> None:
-        flow, noise, num = (
-            self.run.trainer.flow,
-            self.run.trainer.noise,
-            self.run.config.eval.samples,
-        )
+        flow, num = self.run.trainer.flow, self.run.config.eval.samples
         labels = labels_in_turn(num, flow.num_classes)
         sampler, key = self.run.sampler(state.variables()), key_for(0, 0, Purpose.SAMPLE)
-        batches = []
-        with self.reporter.stage("samples", math.ceil(num / SAMPLES_AT_ONCE)) as count:
-            for drawn in draw_all(sampler, key, num=num, label=labels, batch_size=SAMPLES_AT_ONCE):
-                batches.append(drawn)
-                count()
-                self.poll()
-        if complaint := not_finite(np.concatenate([drawn.finite for drawn in batches])):
+        batches = draw_all(sampler, key, num=num, label=labels)
+        with self.reporter.pause():
+            drawn = collect(self._polled(batches), self.run.trainer.noise.kind, num=num, keep=num)
+        if complaint := not_finite(drawn.finite):
             self.reporter.say(f"step {step}: {complaint}")
-        images = [drawn.images(noise.kind) for drawn in batches]
-        grid = samples_grid(np.concatenate(images), labels)
+        grid = samples_grid(drawn.images, labels)
         self.reporter.picture(step, "samples", grid)
         save_png(self._picture(step), grid)
 
-    def _is_last(self, step: int) -> bool:
-        return step == self.run.total_steps
+    def _polled(self, batches: Iterable[Drawn]) -> Iterator[Drawn]:
+        for drawn in batches:
+            yield drawn
+            self.poll()
 
     def _picture(self, step: int) -> Path:
         return self.workdir / "samples" / f"step_{step:08d}.png"
@@ -276,19 +263,16 @@ class Session:
         run, total = self.run, self.run.total_steps
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
         held = sharding.bytes_per_device(state) / 1e6
-        source = f", from {run.config.init_from}" if run.config.init_from else ""
-        each = f"of {run.config.train.batch_size} images each"
-        plan = (
-            f"resumed at step {start} of {total}, {each}"
-            if start
-            else f"{total} steps {each}{source}"
-        )
+        plan = f"resumed at step {start} of {total}" if start else f"{total} steps"
+        plan += f" of {run.config.train.batch_size} images each"
+        if run.config.init_from and not start:
+            plan += f", from {run.config.init_from}"
+        if start >= total:
+            plan = f"all {total} steps were done before"
         return (
             f"{run.config.flow.kind} with {count:,} parameters on {sharding.describe(run.mesh)}; "
             f"the state takes {held:,.1f} MB a device; attention: {run.attention}\n"
-            f"train on {run.train_data.describe()}\n"
-            f"test on {run.test_data.describe()}\n"
-            + (f"all {total} steps were done before" if start >= total else plan)
+            f"train on {run.train_data.describe()}\ntest on {run.test_data.describe()}\n{plan}"
         )
 
     def _conclude(self) -> None:

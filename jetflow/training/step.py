@@ -42,21 +42,6 @@ class TrainState(flax.struct.PyTreeNode):
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
 
 
-def create_state(
-    flow: Flow, tx: optax.GradientTransformation, *, seed: int, use_ema: bool
-) -> TrainState:
-    """The state before the first step. Pure, so that it can be traced for shapes and shardings."""
-    variables = init_variables(flow, key_for(seed, 0, Purpose.INIT))
-    params = variables.pop("params")
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        collections=variables,
-        opt_state=tx.init(params),
-        ema=jax.tree.map(jnp.copy, params) if use_ema else None,
-    )
-
-
 def abstract_variables(flow: Flow) -> dict[str, Any]:
     """The shapes and types of a flow's variables."""
     return jax.eval_shape(functools.partial(init_variables, flow), jax.random.key(0))
@@ -91,6 +76,13 @@ class Trainer:
     accumulation: int = 1
     ema_decay: float = 0.0
     multipliers: optim.Multipliers = ()
+
+    def first_state(self) -> TrainState:
+        """The state before the first step, which can be traced for its shapes alone."""
+        variables = init_variables(self.flow, key_for(self.seed, 0, Purpose.INIT))
+        params = variables.pop("params")
+        ema = jax.tree.map(jnp.copy, params) if self.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, variables, self.tx.init(params), ema)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update from a global batch of uint8 images, with its noise."""

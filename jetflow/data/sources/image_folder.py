@@ -50,7 +50,10 @@ def find(name: str) -> Source:
 
 
 def _contents(paths: Sequence[Path], notes: Path) -> Contents:
-    root, files = paths[0], list(entries(paths[0]))
+    root = paths[0]
+    if not root.is_dir():
+        raise UsageError(f"{root} is a file; expected a folder of images")
+    files = list(entries(root))
     prefixes = _prefixes(root, files)
     classes = _classes(root, files, prefixes["train"])
     number = {name: label for label, name in enumerate(classes)}
@@ -107,11 +110,15 @@ def _classes(root: Path, files: Sequence[Entry], prefix: str) -> list[str]:
         return []
     classes = set[str]()
     for top, file in inside:
-        if top and top not in classes:
+        if top and top not in classes and _is_image(root / file.name):
             with contextlib.suppress(Unreadable):
                 decode(file.read())
                 classes.add(top)
-    return sorted(classes, key=int if all(map(str.isdecimal, classes)) else str)
+    names = sorted(classes)
+    if len(names) == 1 and all(file.name.removeprefix(prefix).count("/") > 1 for _, file in inside):
+        text = f"{root / prefix} has one class, {names[0]}, and all images in folders below it"
+        print(f"{text}; if these are the classes, move them up", file=sys.stderr)
+    return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
 
 
 def _is_image(path: Path) -> bool:

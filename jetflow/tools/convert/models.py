@@ -130,7 +130,7 @@ def read_tarflow(path: str | os.PathLike, sizes: TarflowSizes) -> Published:
     image_shape = (sizes.image_size, sizes.image_size, sizes.channels)
     _check_patches(image_shape, sizes.patch_size, (tokens, features))
     flow = build(section, image_shape=image_shape, num_classes=num_classes)
-    variables = from_published(path, tables.TARFLOW, tensors, abstract_variables(flow))
+    variables = from_published(path, tables.tarflow(depths), tensors, abstract_variables(flow))
     return Published(section, flow, variables)
 
 
@@ -160,7 +160,7 @@ def read_jet(path: str | os.PathLike, sizes: JetSizes) -> Published:
         "scale_factor": sizes.scale_factor,
     }
     flow = build(section, image_shape=image_shape)
-    table = tables.jet(heads, width)
+    table = tables.jet(heads, width, section["block_depth"])
     variables = from_published(path, table, tensors, abstract_variables(flow))
     _check_kinds(path, tensors, sizes.kinds)
     return Published(section, flow, variables)
@@ -181,7 +181,7 @@ def to_tarflow(path: Path, flow: Flow, variables: Variables) -> None:
             f"config.flow.head_dim is {head_dim}, but apple/ml-tarflow divides every width into "
             f"heads of {HEAD_DIM} and would read another model; train with head_dim {HEAD_DIM}"
         )
-    tensors = to_published(tables.TARFLOW, variables)
+    tensors = to_published(tables.tarflow([net.num_layers for net in nets]), variables)
     tokens, _ = flow.latent_shape
     for block in range(len(blocks)):
         tensors[f"blocks.{block}.attn_mask"] = np.tril(np.ones((tokens, tokens), np.float32))

@@ -20,7 +20,7 @@ from jetflow.tools.convert.models import (
     read_tarflow,
 )
 from jetflow.types import UsageError
-from jetflow.workdir import read_config, write_config
+from jetflow.workdir import CONFIG, write_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,10 @@ def _make_run(
     options: RunOptions, read: Callable[[], Published], noise_std: float = 0.0
 ) -> Published:
     out = options.out
-    check_writable("out", out / "config.json")
-    if read_config(out) is not None or (out / "checkpoints").exists():
+    check_writable("out", out / CONFIG)
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        is_run = (out / CONFIG).exists() or checkpoints.steps()
+    if is_run:
         raise UsageError(f"{out} holds a run already; give another --out")
     published = read()
     if options.data:
@@ -81,14 +83,9 @@ def _make_run(
         "params": variables.pop("params"),
         "collections": variables,
     }
-    try:
-        with Checkpoints(out / "checkpoints") as checkpoints:
-            checkpoints.save(0, state, config)
-        write_config(out, config)  # last, so that a workdir that was cut short is no run
-    except OSError as error:
-        raise UsageError(
-            f"--out {out} cannot be written ({error}); give a path that can"
-        ) from error
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        checkpoints.save(0, state, config)
+    write_config(out, config)
     return published
 
 

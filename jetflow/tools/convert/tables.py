@@ -1,6 +1,6 @@
 """The tensors of the two published models, and which of jetflow's variables they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -33,62 +33,55 @@ def _single(array: np.ndarray) -> np.ndarray:
 
 
 # name of a torch module -> path of the variable; torch keeps [out, in], flax [in, out].
-_LINEAR = {
+_TARFLOW = {
     "proj_in": "proj_in",
+    "attn_blocks.{layer}.attention.norm": "transformer/layers/norm_attention",
     "attn_blocks.{layer}.attention.qkv": "transformer/layers/qkv",
     "attn_blocks.{layer}.attention.proj": "transformer/layers/out",
+    "attn_blocks.{layer}.mlp.norm": "transformer/layers/norm_mlp",
     "attn_blocks.{layer}.mlp.main.0": "transformer/layers/mlp_in",
     "attn_blocks.{layer}.mlp.main.2": "transformer/layers/mlp_out",
     "proj_out": "proj_out",
 }
-_NORMS = {
-    "attn_blocks.{layer}.attention.norm": "transformer/layers/norm_attention",
-    "attn_blocks.{layer}.mlp.norm": "transformer/layers/norm_mlp",
-}
-_BLOCK, _TORCH_BLOCK = "params/blocks_{block}/", "blocks.{block}."
 
 
-def _tarflow_rows() -> list[Row]:
-    rows = [
-        Row("prior/variance", ("var",), _same, _same),
-        Row(f"{_BLOCK}position", (f"{_TORCH_BLOCK}pos_embed",), _same, _same),
-        Row(f"{_BLOCK}class_embedding", (f"{_TORCH_BLOCK}class_embed",), _single,
-            lambda array: array[:, None]),
-    ]  # fmt: skip
-    for name, path in _LINEAR.items():
-        weight, bias = (f"{_TORCH_BLOCK}{name}.{part}" for part in ("weight", "bias"))
-        rows.append(Row(f"{_BLOCK}{path}/kernel", (weight,), np.transpose, np.transpose))
-        rows.append(Row(f"{_BLOCK}{path}/bias", (bias,), _same, _same))
-    for name, path in _NORMS.items():
-        weight, bias = (f"{_TORCH_BLOCK}{name}.{part}" for part in ("weight", "bias"))
-        rows.append(Row(f"{_BLOCK}{path}/scale", (weight,), _same, _same))
-        rows.append(Row(f"{_BLOCK}{path}/bias", (bias,), _same, _same))
-    return rows
+def tarflow(depths: Sequence[int]) -> Table:
+    """The tensors of a TarFlow, whose blocks have so many layers."""
+    rows = {"prior/variance": Row([["var"]], _same, _same)}
+    constants = {"var": np.ones_like}  # a parameter in the volume-preserving variant alone
+    for block, depth in enumerate(depths):
+        ours, theirs = f"params/blocks_{block}/", f"blocks.{block}."
+        rows[f"{ours}position"] = Row([[f"{theirs}pos_embed"]], _same, _same)
+        rows[f"{ours}class_embedding"] = Row(
+            [[f"{theirs}class_embed"]], _single, lambda array: array[:, None]
+        )
+        constants[f"{theirs}attn_mask"] = lambda mask: np.tril(np.ones_like(mask))
+        for name, path in _TARFLOW.items():
+            is_stacked = "{layer}" in name
+            layers = [theirs + name.format(layer=n) for n in range(depth if is_stacked else 1)]
+            weight, turn = ("scale", _same) if "norm" in name else ("kernel", np.transpose)
+            for part, end, change in (("weight", weight, turn), ("bias", "bias", _same)):
+                rows[f"{ours}{path}/{end}"] = Row(
+                    [[f"{layer}.{part}"] for layer in layers], change, change,
+                    axis=0 if is_stacked else None,
+                )  # fmt: skip
+    return Table(rows, constants)
 
 
-TARFLOW = Table(
-    _tarflow_rows(),
-    constants={
-        "blocks.{block}.attn_mask": lambda mask: np.tril(np.ones_like(mask)),
-        "var": np.ones_like,  # a parameter in the volume-preserving variant alone
-    },
-    layer_axis=0,
-)
-
-# path of a Jet's variable, in its net -> published names.
-_VIT = "couplings/dnn/vit/encoderblock_{layer}/"
+# path of a Jet's variable, in its net -> published names; {} is a layer's.
+_ATTENTION = "{}MultiHeadDotProductAttention_0/"
 _JET = {
     "proj_in/kernel": "couplings/dnn/init_proj/kernel",
     "proj_in/bias": "couplings/dnn/init_proj/bias",
-    "layers/norm_attention/scale": _VIT + "LayerNorm_0/scale",
-    "layers/norm_attention/bias": _VIT + "LayerNorm_0/bias",
-    "layers/out/bias": _VIT + "MultiHeadDotProductAttention_0/out/bias",
-    "layers/norm_mlp/scale": _VIT + "LayerNorm_1/scale",
-    "layers/norm_mlp/bias": _VIT + "LayerNorm_1/bias",
-    "layers/mlp_in/kernel": _VIT + "MlpBlock_0/Dense_0/kernel",
-    "layers/mlp_in/bias": _VIT + "MlpBlock_0/Dense_0/bias",
-    "layers/mlp_out/kernel": _VIT + "MlpBlock_0/Dense_1/kernel",
-    "layers/mlp_out/bias": _VIT + "MlpBlock_0/Dense_1/bias",
+    "layers/norm_attention/scale": "{}LayerNorm_0/scale",
+    "layers/norm_attention/bias": "{}LayerNorm_0/bias",
+    "layers/out/bias": _ATTENTION + "out/bias",
+    "layers/norm_mlp/scale": "{}LayerNorm_1/scale",
+    "layers/norm_mlp/bias": "{}LayerNorm_1/bias",
+    "layers/mlp_in/kernel": "{}MlpBlock_0/Dense_0/kernel",
+    "layers/mlp_in/bias": "{}MlpBlock_0/Dense_0/bias",
+    "layers/mlp_out/kernel": "{}MlpBlock_0/Dense_1/kernel",
+    "layers/mlp_out/bias": "{}MlpBlock_0/Dense_1/bias",
     "norm/scale": "couplings/dnn/vit/encoder_norm/scale",
     "norm/bias": "couplings/dnn/vit/encoder_norm/bias",
     "proj_out/kernel": "couplings/dnn/final_proj/kernel",
@@ -97,24 +90,31 @@ _JET = {
 MASKS = {kind: f"{kind}_coupling_masks-FREEZE_ME" for kind in ("channel", "spatial")}
 
 
-def jet(num_heads: int, width: int) -> Table:
+def jet(num_heads: int, width: int, depth: int) -> Table:
     """The tensors of a Jet; in the published arrays the attention heads have their own axis."""
-    net, attention = "params/blocks_0/layers/net/", _VIT + "MultiHeadDotProductAttention_0/"
-    rows = [Row(net + path, (name,), _same) for path, name in _JET.items()]
+    rows: dict[str, Row] = {}
+    net = "params/blocks_0/layers/net/"
+
+    def add(path: str, names: Sequence[str], read: Callable[..., np.ndarray] = _same) -> None:
+        is_stacked = "{}" in names[0]
+        layers = [f"couplings/dnn/vit/encoderblock_{n}/" for n in range(depth if is_stacked else 1)]
+        stacked = [[name.format(layer) for name in names] for layer in layers]
+        rows[net + path] = Row(stacked, read, axis=1 if is_stacked else None)
+
+    for path, name in _JET.items():
+        add(path, [name])
     merge_last = _merge_heads(num_heads, width, slice(-2, None))
     for part in ("kernel", "bias"):
-        names = tuple(f"{attention}{name}/{part}" for name in ("query", "key", "value"))
-        side_by_side = lambda *arrays: np.concatenate([*map(merge_last, arrays)], -1)  # noqa: E731
-        rows.append(Row(f"{net}layers/qkv/{part}", names, side_by_side))
-    rows += [
-        Row(net + "layers/out/kernel", (attention + "out/kernel",),
-            _merge_heads(num_heads, width, slice(1, 3))),
-        Row(net + "position", ("couplings/dnn/posemb",), _single),
-        Row("constants/blocks_0/feature_order", (MASKS["channel"],), _orders),
-        Row("constants/blocks_0/token_order", (MASKS["spatial"],), _orders),
-        Row("constants/blocks_0/spatial", (MASKS["spatial"],), is_split),
-    ]  # fmt: skip
-    return Table(rows, constants={}, layer_axis=1)
+        names = [f"{_ATTENTION}{name}/{part}" for name in ("query", "key", "value")]
+        add(f"layers/qkv/{part}", names, lambda *a: np.concatenate([*map(merge_last, a)], -1))
+    merge = _merge_heads(num_heads, width, slice(1, 3))
+    add("layers/out/kernel", [_ATTENTION + "out/kernel"], merge)
+    add("position", ["couplings/dnn/posemb"], _single)
+    for name, kind, read in (("feature_order", "channel", _orders),
+                             ("token_order", "spatial", _orders),
+                             ("spatial", "spatial", is_split)):  # fmt: skip
+        rows[f"constants/blocks_0/{name}"] = Row([[MASKS[kind]]], read)
+    return Table(rows, constants={})
 
 
 def _merge_heads(num_heads: int, width: int, axes: slice) -> Callable[[np.ndarray], np.ndarray]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from jetflow import hosts
 from jetflow.files import check_writable, write_atomically
@@ -21,6 +22,9 @@ from jetflow.types import UsageError
 from jetflow.workdir import CONFIG, SWEEP
 
 FORMATS = ("html", "md", "csv")
+
+# What Markdown would take for its own: not a _ within a word, and not a - or # but at the start.
+MARKDOWN = re.compile(r"[\\`*<>\[\]|&~]|\b_|_\b|^[-+#=](?![\d.])")
 
 
 def report(
@@ -40,11 +44,12 @@ def report(
     """
     if format not in FORMATS:
         raise UsageError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    check_writable("out", None if out is None else Path(out))
-    content = render(read_page(Path(folder)), format)
+    page = read_page(Path(folder))
     if out is None and format != "html":
-        return content
+        return render(page, format)
     path = Path(folder, "report.html") if out is None else Path(out)
+    check_writable("out", path)
+    content = render(page, format)
     if hosts.is_first():
         with write_atomically(path) as file:
             file.write(content.encode())
@@ -76,7 +81,8 @@ def render(page: dict[str, Any], format: str = "html") -> str:
         return file.getvalue()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jetflow.tools.report"),
-        autoescape=format == "html",
+        autoescape=True,
+        finalize=escaped if format == "md" else None,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -84,20 +90,29 @@ def render(page: dict[str, Any], format: str = "html") -> str:
     environment.tests["number"] = is_number
     environment.globals |= dict(svg=plots.svg, shade=plots.shade, columns=columns, titles=[])
     blocks = environment.get_template(f"{format}.j2").module
-    body = environment.get_template(f"{page['kind']}.j2").render(page, b=blocks)
+    body = Markup(environment.get_template(f"{page['kind']}.j2").render(page, b=blocks))
     document = environment.get_template(f"page.{format}").render(page, body=body)
     return re.sub(r"\n{3,}", "\n\n", document)
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[Any]], best: int | None = None) -> str:
+def escaped(value: Any) -> Markup:
+    """A value as Markdown that shows it as it is, in one line."""
+    if isinstance(value, Markup):
+        return value
+    return Markup(re.sub(r"\s*[\r\n]\s*", " ", MARKDOWN.sub(r"\\\g<0>", str(value))))
+
+
+def columns(
+    header: Sequence[str], rows: Sequence[Sequence[Any]], best: int | None = None
+) -> Markup:
     """A table of Markdown in aligned columns; the best row is bold."""
-    lines = [[" ".join(text(cell).split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [[escaped(text(cell)) for cell in row] for row in (header, *rows)]
     if best is not None:
-        lines[best] = [f"**{cell}**" for cell in lines[best]]
-    widths = [max(3, *map(len, column)) for column in zip(header, *lines, strict=True)]
-    lines = [list(header), ["-" * width for width in widths], *lines]
+        lines[best + 1] = [Markup(f"**{cell}**") for cell in lines[best + 1]]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, [Markup("-" * width) for width in widths])
     padded = [map(str.ljust, line, widths) for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    return Markup("\n".join(f"| {' | '.join(line)} |" for line in padded))
 
 
 def is_number(value: Any) -> bool:
@@ -113,7 +128,7 @@ def text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"({', '.join(map(text, value))})"
     if not is_number(value) or not math.isfinite(value):
-        return str(value)
+        return value if isinstance(value, Markup) else str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

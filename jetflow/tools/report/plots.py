@@ -14,6 +14,7 @@ MARKED = 16  # points; a longer line has no markers
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
     "axes.spines.top": False,

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jetflow.files import METRICS, read_json, read_metrics
+from jetflow.fields import flat
+from jetflow.files import METRICS, scan_json, scan_metrics
 from jetflow.pictures import MOST_ROWS
 from jetflow.training.step import abstract_variables
 from jetflow.types import UsageError
-from jetflow.workdir import flat, read_environments, read_flow
+from jetflow.workdir import EVALUATION, read_flow, scan_environments
 
 POINTS = 250  # of a curve; a longer one is drawn as the means of so many stretches
 PICTURES = 8  # sample grids, from the first to the last
@@ -30,21 +31,24 @@ def run_page(workdir: Path) -> dict[str, Any]:
         UsageError: if there is no run.
     """
     config, flow, _ = read_flow(workdir)
-    metrics, results = read_metrics(workdir / METRICS), read_evaluations(workdir)
-    if not metrics and not results:
+    metrics, damaged = scan_metrics(workdir / METRICS)
+    results, wrong = scan_json(sorted((workdir / "evals").glob("*.json")), EVALUATION)
+    environments, also_wrong = scan_environments(workdir)
+    damaged += wrong + also_wrong
+    if not metrics and not results and not damaged:
         raise UsageError(f"the run in {workdir} has neither metrics nor evaluations yet; train it")
+    results.sort(key=lambda result: (-result["step"], result["metric"]))
     parameters = jax.tree.leaves(abstract_variables(flow)["params"])
     names = list(dict.fromkeys(name for line in metrics for name in line))
-    grids = sorted((workdir / "samples").glob("step_*.png"))
+    pictures = sorted((workdir / "samples").glob("step_*.png"))
+    grids = [path for path in pictures if path.stem[5:].isdecimal() and path.is_file()]
     chosen = (
         np.unique(np.linspace(0, len(grids) - 1, PICTURES).round().astype(int)) if grids else []
     )
-    environments = {
-        f"from step {one.pop('from_step'):,}": one for one in read_environments(workdir)
-    }
     return dict(
         kind="run",
         title=f"Run {workdir.resolve().name}",
+        damaged=damaged,
         parameters=sum(math.prod(leaf.shape) for leaf in parameters),
         step=max((line["step"] for line in metrics), default=None),
         evaluations=[_evaluation(result) for result in results],
@@ -53,8 +57,10 @@ def run_page(workdir: Path) -> dict[str, Any]:
         grids=[(grids[i], int(grids[i].stem.removeprefix("step_"))) for i in chosen],
         num_grids=len(grids),
         most_rows=MOST_ROWS,
-        fields=[(name[1:], value) for name, value in flat(config, "").items()],
-        environments=side_by_side(environments),
+        fields=[*flat(config, "").items()],
+        environments=side_by_side(
+            {f"from step {one.pop('from_step'):,}": one for one in environments}
+        ),
         data=[names, *([line.get(name) for name in names] for line in metrics)],
         **described(config, results),
     )
@@ -63,7 +69,7 @@ def run_page(workdir: Path) -> dict[str, Any]:
 def described(config: dict[str, Any] | None, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A config with the fields that differ from its defaults, and the data sets and networks of
     evaluations."""
-    fields = {name[1:]: value for name, value in flat(config, "").items()}
+    fields = flat(config or {}, "")
     defaults = config and config["resolved"].get("defaults")
     sources = [*results, *(result["reference"] for result in results if "reference" in result)]
     sets = [source.get(key) for source in sources for key in ("data", "train_data")]
@@ -85,19 +91,11 @@ def side_by_side(columns: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     return dict(header=["", *columns], rows=rows) if columns else None
 
 
-def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
-    """The records of all evaluations, the last step first."""
-    paths = sorted((workdir / "evals").glob("*.json"))
-    results = [read_json(path) for path in paths]
-    results = [result for result in results if {"metric", "value", "step"} <= result.keys()]
-    return sorted(results, key=lambda result: (-result["step"], result["metric"]))
-
-
 def _evaluation(result: dict[str, Any]) -> dict[str, Any]:
     """A record with its data, and with all that it says of how it was measured, as settings."""
     data = result.get("data") or result.get("reference", {}).get("data") or {}
     rest = flat({name: value for name, value in result.items() if name not in SHOWN}, "")
-    settings = {name[1:]: value for name, value in rest.items() if value not in (None, "", [])}
+    settings = {name: value for name, value in rest.items() if value not in (None, "", [])}
     names = [str(data[key]) for key in DATA_FIELDS[:3] if key in data]
     return {**result, "where": " ".join(names), "settings": settings}
 

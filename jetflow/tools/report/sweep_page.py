@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 from jetflow.sweeps import short_names
 from jetflow.tools.report.run_page import described, side_by_side
 from jetflow.tools.sweep.store import Store
+from jetflow.types import UsageError
 from jetflow.workdir import read_config
 
 HIGHER_IS_BETTER = {"accuracy", "sample_accuracy", "precision", "recall", "density", "coverage"}
@@ -36,7 +37,7 @@ class Axis(NamedTuple):
 
 def sweep_page(path: Path) -> dict[str, Any]:
     """The values of the page of a sweep, also of one that has not ended."""
-    content, records = Store(path).content(), Store(path).records()
+    content, (records, damaged) = Store(path).content(), Store(path).scan()
     known = {record["number"]: record for record in records}
     unmeasured = {"name": "", "status": "not measured yet"}
     each = [
@@ -54,10 +55,16 @@ def sweep_page(path: Path) -> dict[str, Any]:
     environments: dict[str, list[int]] = {}
     for record in records:
         environments.setdefault(json.dumps(record["environment"]), []).append(record["number"])
-    configs = (read_config(path / one["workdir"]) for one in records if "workdir" in one)
+    config = None
+    for workdir in dict.fromkeys(one["workdir"] for one in records if "workdir" in one):
+        try:
+            config = config or read_config(path / workdir)
+        except UsageError as error:
+            damaged.append(str(error))
     return dict(
         content,
         kind="sweep",
+        damaged=damaged,
         title=content["title"].rstrip("."),
         recipe=content["config"],
         main=metrics[0] if metrics else "",
@@ -73,11 +80,10 @@ def sweep_page(path: Path) -> dict[str, Any]:
             {f"{len(n)} points from {n[0]} on": json.loads(e) for e, n in environments.items()}
         ),
         data=_data(each),
-        higher_is_better=HIGHER_IS_BETTER,
-        **described(
-            next(filter(None, configs), None),
-            [result for record in records for result in record.get("results", [])],
-        ),
+        direction={
+            m: f"{'higher' if m in HIGHER_IS_BETTER else 'lower'} is better" for m in metrics
+        },
+        **described(config, [result for record in records for result in record.get("results", [])]),
     )
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import math
 import os
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -15,10 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jetflow import configs, hosts, pictures, sharding
+from jetflow import configs, hosts, pictures, sharding, signals
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
-from jetflow.files import write_json
+from jetflow.fields import flat
+from jetflow.files import disk_errors_explained, write_json
 from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import Model, load_model
 from jetflow.options import checked
@@ -114,14 +114,17 @@ class Runner:
         Points of a given run that name no step are measured at one checkpoint, the newest when the
         sweep began: a run that is trained on mixes no two.
         """
+        run, recipe = self.run and str(self.run), {} if self.run else self._config().to_dict()
+        recipe.pop("defaults", None)
+        content = self.sweep.content(run, recipe)
+        points = zip((point.name for point in self.sweep.points), content["points"], strict=True)
+        hosts.compare(flat(content | {"points": dict(points)}, "the sweep."))
         self.check()
         meshes = []
         for point in self.sweep.points:
             options = self._options(point)
             meshes.append(read_mesh(options.mesh))
             sharding.check_batch(f"point {point.name}: batch_size", options.batch_size, meshes[-1])
-        run, recipe = self.run and str(self.run), {} if self.run else self._config().to_dict()
-        recipe.pop("defaults", None)
         with self.store.locked(SWEEP, wait=True):
             step = hosts.agreed(self.store.step(run) or -1)
             if self.run and any("step" not in self.sweep.settings(p) for p in self.sweep.points):
@@ -138,11 +141,12 @@ class Runner:
         with self.store.locked(point.name, wait=False) as mine:
             if not mine or hosts.agreed(self.store.is_done(point)):
                 return
-            note(f"point {point.name}, one of {len(self.sweep.points)}")
+            hosts.note(f"point {point.name}, one of {len(self.sweep.points)}")
             start, record = time.perf_counter(), {"number": point.number, "name": point.name}
             try:
-                record |= {"status": "done", **self._measure(point)}
-            except hosts.Stopped:
+                with disk_errors_explained():
+                    record |= {"status": "done", **self._measure(point)}
+            except signals.Stopped:
                 raise
             except Exception as error:
                 if jax.process_count() > 1:
@@ -151,7 +155,7 @@ class Runner:
                     traceback.print_exc()
                 text = str(error) if known else f"{type(error).__name__}: {error}"
                 record |= {"status": "failed", "error": text}
-                note(f"point {point.name} failed: {text}")
+                hosts.note(f"point {point.name} failed: {text}")
             record |= {"seconds": time.perf_counter() - start, "environment": environment()}
             write_json(self.store.record_path(point), record)
 
@@ -266,9 +270,3 @@ class Runner:
                 raise UsageError(f"{name} is no option that a sweep sets; {remedy}")
             options[name] = checked(PointOptions, name, value)
         return PointOptions(**options)
-
-
-def note(text: str) -> None:
-    """Tell a person how the sweep is going."""
-    if hosts.is_first():
-        print(text, file=sys.stderr, flush=True)

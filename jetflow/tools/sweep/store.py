@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from jetflow import hosts
-from jetflow.files import read_json, write_json
+from jetflow.fields import differences, shown
+from jetflow.files import NONE, NUMBER, read_json, read_or_set_aside, scan_json, write_json
 from jetflow.sweeps import Point
 from jetflow.types import UsageError
-from jetflow.workdir import CONFIG, SWEEP, differences, shown
+from jetflow.workdir import CONFIG, SOURCES, SWEEP
 
 # Not compared when a sweep goes on; points are compared apart, as new ones may come last.
 FREE = ("title", "description", "repeats", "points", "recipe.mesh", "recipe.data.workers")
+
+TEXT = (str, NONE)
+CONTENT = {"title": str, "description": str, "fixed": dict, "config": TEXT, "run": TEXT}
+CONTENT |= {"metrics": [str], "repeats": [str], "points": [{str: {"label": str}}]}
+RECORD = {"number": int, "name": str, "status": str, "seconds": float, "environment": dict}
+RECORD |= {"error?": str, "workdir?": str, "results?": [SOURCES]}
+RECORD |= {"metrics?": {str: NUMBER}, "errors?": {str: NUMBER}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Store:
         """Make it the folder of this sweep, or go on with it.
 
         Raises:
-            UsageError: if it holds another sweep, or cannot be written.
+            UsageError: if it holds another sweep.
         """
         old = self.content() if (self.path / SWEEP).exists() else content
         if old["run"] != content["run"]:
@@ -34,7 +42,7 @@ class Store:
             raise UsageError(
                 f"the sweep in {self.path} was begun {begun}; go on so, or give another --workdir"
             )
-        differing = differences(old, content, [f"sweep.{name}" for name in FREE], "sweep")
+        differing = differences(old, content, FREE, "sweep.")
         texts = [shown(differing)] if differing else []
         if content["points"][: len(old["points"])] != old["points"]:
             texts.append("its points are others, or in another order (new ones go last)")
@@ -49,11 +57,11 @@ class Store:
         """The content of the sweep.
 
         Raises:
-            UsageError: if the folder holds none.
+            UsageError: if the folder holds none, or its file cannot be read.
         """
         if not (self.path / SWEEP).exists():
             raise UsageError(f"no sweep in {self.path}; start one with `jetflow sweep`")
-        return read_json(self.path / SWEEP)
+        return read_json(self.path / SWEEP, CONTENT)
 
     def step(self, run: str | None) -> int | None:
         """The checkpoint of the run that the points are measured at, once that is known."""
@@ -66,33 +74,33 @@ class Store:
         return self.path / "points" / f"{point.name}.json"
 
     def is_done(self, point: Point) -> bool:
-        """Whether it was measured; a failed point is to be tried again."""
-        path = self.record_path(point)
-        return path.exists() and read_json(path)["status"] == "done"
+        """Whether it was measured; a failed point is to be tried again, and so is one whose record
+        cannot be read."""
+        record = read_or_set_aside(self.record_path(point), RECORD, None)
+        return record is not None and record["status"] == "done"
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all points that were measured or failed, by their numbers."""
-        records = [read_json(path) for path in (self.path / "points").glob("*.json")]
-        return sorted(records, key=lambda record: record["number"])
+        return self.scan()[0]
+
+    def scan(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The records that can be read, and what is wrong with the others."""
+        records, wrong = scan_json(sorted((self.path / "points").glob("*.json")), RECORD)
+        return sorted(records, key=lambda record: record["number"]), wrong
 
     @contextlib.contextmanager
     def locked(self, name: str, *, wait: bool) -> Iterator[bool]:
         """Whether this process has a lock of the sweep, as `hosts.locked` gives it.
 
         Raises:
-            UsageError: if the folder is that of a run, or cannot be written.
+            UsageError: if the folder is that of a run.
+            OSError: if it cannot be written.
         """
         if not hosts.is_first():
             yield hosts.agreed(False)
             return
         if (self.path / CONFIG).exists():
             raise UsageError(f"{self.path} holds a run; give the sweep a --workdir of its own")
-        with contextlib.ExitStack() as stack:
-            try:
-                (self.path / "locks").mkdir(parents=True, exist_ok=True)
-                mine = stack.enter_context(hosts.locked(self.path / "locks" / name, wait=wait))
-            except OSError as error:
-                raise UsageError(
-                    f"--workdir {self.path} cannot be written ({error}); give a folder that can"
-                ) from error
+        (self.path / "locks").mkdir(parents=True, exist_ok=True)
+        with hosts.locked(self.path / "locks" / name, wait=wait) as mine:
             yield hosts.agreed(mine)

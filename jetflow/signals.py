@@ -1,0 +1,53 @@
+"""Signals that ask a run to stop, and what it raises when it does."""
+
+import os
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; `signal` is its number."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C, so that a run can save before it ends; a second one ends it.
+
+    Any of several processes may get the signal, and all of them stop at the same call of `poll`,
+    which they make equally often: JAX listens for SIGTERM and lets them agree.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self._number: int | None = None
+        self._several = jax.process_count() > 1
+        self._polls = 0
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        for again in self._before:
+            signal.signal(again, signal.SIG_DFL)
+        os.write(2, b"\nstopping as soon as this step, or its compilation, is done; "
+                    b"a second signal ends the run at once\n")  # fmt: skip
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._number = number
+
+    def poll(self) -> None:
+        """Raise `Stopped` if a signal came."""
+        self._polls += 1
+        if self._several and multihost_utils.reached_preemption_sync_point(self._polls):
+            self._number = signal.SIGTERM
+        if self._number is not None:
+            raise Stopped(self._number)
