@@ -14,13 +14,14 @@ from jaxtyping import Bool, Int, UInt8
 from tqdm import tqdm
 
 from jetflow import hosts
+from jetflow.fields import differences, shown
 from jetflow.files import naming, read_or_set_aside, write_atomically, write_json
 from jetflow.npz import ROOM, Npz
 from jetflow.sampling.ancestral import Drawn
 from jetflow.types import UsageError
 
-PROGRESS = "progress.json"
-NUMBERS = 16  # bytes by image that a measurement of them needs for its order
+SETTINGS = "settings.json"
+AT_ONCE = 256  # images
 
 
 class Archive:
@@ -50,77 +51,63 @@ class Archive:
         image_shape: tuple[int, int, int],
         settings: Mapping[str, Any],
     ):
-        self._path = path
-        self._folder = path.with_name(path.name + ".partial")
-        self._settings = json.loads(json.dumps({"num": num, **settings}))
-        self._rows = {"images": np.dtype((np.uint8, image_shape)), "finite": np.dtype(bool)}
+        self._path, self._folder = path, path.with_name(path.name + ".partial")
+        self._row = np.dtype([("images", np.uint8, image_shape), ("finite", bool)])
+        settings = json.loads(json.dumps({"num": num, **settings}))
+        before = read_or_set_aside(self._folder / SETTINGS, dict, None)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.done = self._resumed()
-        for name, row in self._rows.items():
-            with open(self._folder / name, "ab") as file:
-                file.truncate(self.done * row.itemsize)  # without what a kill left behind
-        self._save_progress()
+        with open(self._folder / "rows", "ab" if before else "wb") as file:
+            self.done = file.tell() // self._row.itemsize
+            if before and (differing := differences(before, settings, prefix="")):
+                raise UsageError(
+                    f"{self._folder} holds {self.done} images of another sampling "
+                    f"({shown(differing)}); give the same settings, or another --npz, or delete it"
+                )
+            file.truncate(self.done * self._row.itemsize)  # without what a kill left behind
+        write_json(self._folder / SETTINGS, settings)
 
     @property
     def finite(self) -> Bool[np.ndarray, "K"]:
         """Which of its images are finite."""
-        return np.fromfile(self._folder / "finite", bool, self.done)
+        return np.array(self._rows()["finite"])
 
     def append(self, images: UInt8[np.ndarray, "B H W C"], finite: Bool[np.ndarray, "B"]) -> None:
         """The next images, and which are finite; on disk when this returns."""
-        for name, values in (("images", images), ("finite", finite)):
-            with naming(self._path), open(self._folder / name, "ab") as file:
-                file.write(values.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-        self.done += len(images)
-        self._save_progress()
+        rows = np.empty(len(images), self._row)
+        rows["images"], rows["finite"] = images, finite
+        with naming(self._path), open(self._folder / "rows", "ab") as file:
+            file.write(rows.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        self.done += len(rows)
 
     def first(self, num: int) -> UInt8[np.ndarray, "_ H W C"]:
         """The first images, at most `num`."""
-        return np.fromfile(self._folder / "images", self._rows["images"], min(num, self.done))
+        return np.array(self._rows()["images"][:num])
 
     def finish(self, labels: Int[np.ndarray, "N"] | None) -> None:
         """Make the .npz of what was appended, and remove the folder."""
+        rows = self._rows()
         with (
             write_atomically(self._path) as whole,
             zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
         ):
-            for name, row in self._rows.items():
-                header = {"descr": row.base.str, "fortran_order": False}
-                header["shape"] = (self.done, *row.shape)
-                with (
-                    archive.open(f"{name}.npy", "w", force_zip64=True) as member,
-                    open(self._folder / name, "rb") as rows,
-                ):
-                    np.lib.format.write_array_header_1_0(member, header)
-                    shutil.copyfileobj(rows, member, 2**20)
+            for name in rows.dtype.names:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    header = np.lib.format.header_data_from_array_1_0(rows[name])
+                    np.lib.format.write_array_header_1_0(file, header | {"fortran_order": False})
+                    for start in range(0, len(rows), AT_ONCE):
+                        file.write(rows[name][start : start + AT_ONCE].tobytes())
             if labels is not None:
                 with archive.open("labels.npy", "w") as file:
                     np.lib.format.write_array(file, np.asarray(labels, np.int32))
         shutil.rmtree(self._folder)
 
-    def _resumed(self) -> int:
-        """How many images the folder has, if they have the same settings."""
-        shape = {"settings": dict, "done": int}
-        progress = read_or_set_aside(self._folder / PROGRESS, shape, None)
-        if progress is None:
-            return 0
-        before, done = progress["settings"], progress["done"]
-        names = {**before, **self._settings}
-        differing = [name for name in names if before.get(name) != self._settings.get(name)]
-        if differing:
-            raise UsageError(
-                f"{self._folder} holds {done} images of another sampling "
-                f"({', '.join(differing)} differ); give the same settings, or another --npz, or "
-                "delete it"
-            )
-        files = [(self._folder / name, row.itemsize) for name, row in self._rows.items()]
-        whole = [path.stat().st_size // size for path, size in files if path.exists()]
-        return max(0, min(done, *whole)) if len(whole) == len(files) else 0
-
-    def _save_progress(self) -> None:
-        write_json(self._folder / PROGRESS, {"settings": self._settings, "done": self.done})
+    def _rows(self) -> np.ndarray:
+        """What it has, read from the disk where it is needed."""
+        if not self.done:
+            return np.zeros(0, self._row)
+        return np.memmap(self._folder / "rows", self._row, "r", shape=self.done)
 
 
 class Images(NamedTuple):
@@ -148,7 +135,7 @@ def read_images(file: Npz, chunk: int) -> Images:
     num, *shape = file.shape(name, "B", (None,) * 4)
     if not num or 0 in shape or shape[-1] not in (1, 3):
         raise file.fault(f"{name} is {[num, *shape]}, not [N, H, W, 1 or 3]")
-    if max(num * NUMBERS, chunk * math.prod(shape)) > ROOM:
+    if max(16 * num, chunk * math.prod(shape)) > ROOM:  # 16 bytes an image for their order
         raise file.fault(f"{num:,} images of {shape}, {chunk} at a time, need too much memory")
     file.verify(name)
     finite = file.array("finite", "?", (num,)) if "finite" in file else np.ones(num, bool)

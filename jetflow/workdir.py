@@ -155,17 +155,14 @@ class Claim:
         existing = read_config(self.workdir)
         if existing is not None:
             differing = differences(existing, config, FREE + LENGTH if extend else FREE)
-            if differing and self._has_steps():
+            saved = any(self.workdir.glob("checkpoints/*"))
+            if differing and (saved or files.read_metrics(self.workdir / files.METRICS)):
                 raise UsageError(
                     f"{self.workdir} holds a run with another config: {shown(differing)}; "
                     + _remedy(self.workdir, differing)
                 )
         write_config(self.workdir, config)
         self.begun = True
-
-    def _has_steps(self) -> bool:
-        with Checkpoints(self.workdir / "checkpoints") as checkpoints:
-            return bool(checkpoints.steps() or files.read_metrics(self.workdir / files.METRICS))
 
 
 def _remedy(workdir: Path, differing: Iterable[str]) -> str:

@@ -18,8 +18,8 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "some" / "images"  # a name without suffix stays as it is
     first = archive(path)
     first.append(IMAGES[:3], FINITE[:3])
-    with (path.with_name("images.partial") / "images").open("ab") as file:
-        file.write(bytes(99))  # a kill between the images of a batch and the note of them
+    with (path.with_name("images.partial") / "rows").open("ab") as file:
+        file.write(bytes(40))  # a kill within an image
     second = archive(path)
     assert second.done == 3
     np.testing.assert_array_equal(second.finite, FINITE[:3])
@@ -37,7 +37,7 @@ def test_it_goes_on_where_it_stopped(tmp_path):
 def test_images_of_other_settings_are_not_mixed(tmp_path, changed):
     path = tmp_path / "images.npz"
     archive(path).append(IMAGES[:2], FINITE[:2])
-    message = f"images.npz.partial holds 2 images of another sampling .{next(iter(changed))} differ"
+    message = f"images.npz.partial holds 2 images of another sampling .{next(iter(changed))} is"
     with pytest.raises(UsageError, match=message):
         archive(path, **changed)
     assert archive(path).done == 2

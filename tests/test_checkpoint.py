@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from etils import epath
 
 from jetflow import checkpoint, checksums
 from jetflow.checkpoint import Checkpoints, NotFinite
@@ -19,7 +18,7 @@ from jetflow.training.step import TrainState
 from jetflow.types import UsageError
 
 # A failed restore must not litter the terminal with the tracebacks of Orbax's other reads.
-quiet = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 CONFIG = {"flow": {"width": 64}, "optim": {"lr": 3e-4}, "kinds": ["channels", "spatial"]}
 
@@ -167,21 +166,6 @@ def biggest_file(directory):
     return max(files, key=lambda path: path.stat().st_size)
 
 
-def test_a_bit_that_orbax_misses(tmp_path, warnings):
-    save_steps(tmp_path, 1, 2)
-    flip(biggest_file(tmp_path / "2" / "state"))
-    flat = checksums.flatten(make_state(2))
-    raw = checkpoint._read_arrays(epath.Path(tmp_path / "2" / "state"), flat)
-    bits = lambda array: np.asarray(array).tobytes()  # noqa: E731
-    assert sum(bits(raw[path]) != bits(flat[path]) for path in flat) == 1
-    restored, step = restore(tmp_path)
-    assert step == 1
-    assert_same(restored, make_state(1))
-    (warning,) = warnings
-    assert "checkpoint 2 in" in warning and "the checksum of " in warning
-
-
-# Not `quiet`: once in a thousand reads TensorStore answers when the event loop is closed already.
 @pytest.mark.parametrize("harm", [flip, truncate, lambda path: path.unlink()])
 def test_every_file(tmp_path, harm, warnings):
     """Whichever file is harmed: the state is that of the step, or the step is passed over."""
@@ -210,7 +194,6 @@ def test_a_changed_record(tmp_path, old, new, warnings):
     assert len(warnings) == 1
 
 
-@quiet
 def test_no_fallback_for_a_named_step_nor_where_all_are_damaged(tmp_path, warnings):
     save_steps(tmp_path, 1, 2)
     shutil.rmtree(tmp_path / "2" / "state")
@@ -232,7 +215,7 @@ def test_no_fallback_for_a_named_step_nor_where_all_are_damaged(tmp_path, warnin
         (lambda state: {"params": {**state.params, "half": jnp.zeros((7, 3))}},
          r"params/half is bfloat16\[7,3\] there and float32\[7,3\] here"),
         (lambda state: {"opt_state": optax.sgd(1.0, momentum=0.9).init(state.params)},
-         r"opt_state/0/trace/dense/bias is absent there .*; and \d+ more; use the config"),
+         r"opt_state/0/\S+ is \S+ there and absent here, .*and \d+ more; use the config"),
     ],
 )  # fmt: skip
 def test_another_config_is_not_damage(tmp_path, change, message, warnings):

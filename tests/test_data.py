@@ -20,6 +20,7 @@ from jetflow.data import builder, sources
 from jetflow.data import dataset as pipeline
 from jetflow.data.dataset import Dataset, eval_batches, load, train_batches
 from jetflow.data.sources import photos
+from jetflow.training.experiment import set_up
 from jetflow.types import Batch, UsageError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -208,7 +209,7 @@ def test_another_process_may_finish_first(moment, tmp_path, monkeypatch, digits)
     monkeypatch.setattr(builder, moment, overtaken)
     assert load("digits", "test", data_dir=tmp_path).checksum() == digits.checksum()
     assert getattr(builder, moment) is original  # it did come to the race
-    assert not list(tmp_path.rglob("*incomplete*"))
+    assert not list(tmp_path.rglob("*partial*"))
 
 
 @pytest.mark.parametrize(
@@ -298,6 +299,13 @@ def test_damaged_shards_are_one_line(kind, command, tmp_path, digits, data_dir, 
     prepare = ["prepare", "digits", "--overwrite", f"--data_dir={tmp_path}"]
     assert cli.main(prepare) == 0
     assert load("digits", "train", data_dir=tmp_path).checksum() == "2ce31b9f2230b1fd"
+
+
+def test_a_run_records_what_its_data_is(digits, data_dir):
+    load = functools.partial(pipeline.load, data_dir=data_dir)
+    resolved = set_up(tiny_runs.config("jet"), load).resolved_config["resolved"]
+    assert (resolved["train_examples"], resolved["data_version"]) == (1500, digits.version)
+    assert resolved["train_checksum"] == "2ce31b9f2230b1fd"
 
 
 # The stream of training batches.

@@ -158,6 +158,17 @@ def test_sweep_as_text(sweep):
     assert "a \\| \\<bad\\> one" in content  # one row, whatever the error
 
 
+def test_a_sweep_leaves_out_what_is_damaged_and_shows_names_as_they_are(sweep):
+    whole, cut, *_ = sorted(sweep.glob("points/*.json"))
+    cut.write_text(cut.read_text()[:40])
+    record = json.loads(whole.read_text()) | {"status": "failed", "error": "*a*_b | <i>\n# c"}
+    write_json(whole, record)
+    page = sweep_page(sweep)
+    assert page["measured"] == 2 and len(page["damaged"]) == 1 and cut.name in page["damaged"][0]
+    assert "\\*a\\*\\_b \\| \\<i\\> # c |" in render(page, "md")
+    assert "*a*_b | <i>\n# c" in html_page.read(render(page)).text
+
+
 def test_higher_is_better_where_it_is(tmp_path):
     metrics = [{"accuracy": value} for value in (0.1, 0.3, 0.2)]
     write_sweep(tmp_path, Sweep(axis("a", [1, 2, 3]), ("accuracy",)), metrics)

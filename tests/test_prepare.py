@@ -105,6 +105,9 @@ def test_a_disk_that_takes_no_more_is_one_line(kind, manual, tmp_path, capsys, p
         assert (kept > 0) == (kind == "full")
         subprocess.run(["mount", "-o", "remount,rw,size=50m", str(disk)], check=True)
         assert cli.main(argv) == 0
+        if kind == "full":  # what needs no archive begins anew, so nothing remains of its 63 MB
+            assert cli.main(["prepare", "shapes/256", f"--data_dir={disk}"]) == 2
+            assert not list(disk.glob("shapes/**/*partial*"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

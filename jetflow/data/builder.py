@@ -90,11 +90,11 @@ class Preparation:
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
                 with self._locked(), large_files():
                     if not self._is_done():
-                        partial = self._begin(origin)
-                        self._make(paths, partial)
-                        if self.options.overwrite:
-                            shutil.rmtree(self.folder, ignore_errors=True)
-                        partial.rename(self.folder)
+                        with self._partial(origin) as partial:
+                            self._make(paths, partial)
+                            if self.options.overwrite:
+                                shutil.rmtree(self.folder, ignore_errors=True)
+                            partial.rename(self.folder)
         except OSError as error:
             if not self._is_done():  # else, on a disk without locks, another process was first
                 raise UsageError(
@@ -128,7 +128,8 @@ class Preparation:
                 "one; give --overwrite to prepare it anew, or another --data_dir"
             )
 
-    def _begin(self, origin: str) -> Path:
+    @contextlib.contextmanager
+    def _partial(self, origin: str) -> Iterator[Path]:
         """The folder for what is not finished, without what came of other archives."""
         # What needs no archive has nothing to go on with, and so a folder for each process: on a
         # disk without locks several may be here.
@@ -143,7 +144,11 @@ class Preparation:
         (partial / "notes").mkdir(parents=True, exist_ok=True)
         with write_atomically(record) as file:
             file.write(origin.encode())
-        return partial
+        try:
+            yield partial
+        finally:
+            if own:
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _make(self, paths: Sequence[Path], folder: Path) -> None:
         place = " and ".join(map(str, paths))

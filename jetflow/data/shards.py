@@ -18,7 +18,7 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jetflow.data.source import Contents, Source
-from jetflow.files import read_json, write_atomically
+from jetflow.files import naming, read_json, write_atomically
 from jetflow.types import UsageError
 
 _OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in any order
@@ -55,24 +55,24 @@ def write(
         for split, file in files.items()
     }
     counts, left_out = dict.fromkeys(partial, 0), []
-    try:
-        writers = {
-            split: ArrayRecordWriter(os.fspath(path), _OPTIONS) for split, path in partial.items()
-        }
-        for split, record in records:
-            if isinstance(record, str):
-                left_out.append(record)
-            else:
-                writers[split].write(record)
-                counts[split] += 1
-        for split, writer in writers.items():
-            writer.close()
-            partial[split].rename(files[split])
-    except RuntimeError as error:  # of the writers
-        raise OSError(str(error)) from error
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+    with naming(note.parent.parent):
+        try:
+            writers = {
+                split: ArrayRecordWriter(os.fspath(path), _OPTIONS)
+                for split, path in partial.items()
+            }
+            for split, record in records:
+                if isinstance(record, str):
+                    left_out.append(record)
+                else:
+                    writers[split].write(record)
+                    counts[split] += 1
+            for split, writer in writers.items():
+                writer.close()
+                partial[split].rename(files[split])
+        finally:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
     facts = {"counts": counts, "bytes": _bytes(files), "left_out": left_out}
     with write_atomically(note) as file:
         file.write(json.dumps(facts).encode())

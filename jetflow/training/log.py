@@ -64,6 +64,8 @@ class Reporter:
         self._bar.close()
         with contextlib.suppress(OSError):  # all is written; what a full disk refused stays out
             self._file.close()
+            if self._events:
+                self._events.close()
 
     def has(self, step: int, name: str) -> bool:
         """Whether metric `name` of `step` was written, now or before an interruption."""

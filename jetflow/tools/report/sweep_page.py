@@ -70,7 +70,7 @@ def sweep_page(path: Path) -> dict[str, Any]:
         main=metrics[0] if metrics else "",
         axes=[axis.name for axis in axes],
         measured=sum(point["status"] == "done" for point in each),
-        failures=[(r["name"], r["error"]) for r in records if r["status"] == "failed"],
+        failures=[(r["name"], r.get("error")) for r in records if r["status"] == "failed"],
         table=table(points, axes, metrics),
         each=table(each, axes_of(each), metrics) if repeats else None,
         plots=[_plot(points, axes, *pair) for pair in itertools.product(varying, plotted)],
