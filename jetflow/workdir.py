@@ -62,6 +62,7 @@ FREE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "flow.attention",
     "mesh",
     "data.workers",
     "resolved.defaults",
@@ -258,13 +259,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def note_environment(workdir: Path, step: int, *, total_steps: int) -> None:
+def note_environment(workdir: Path, step: int, **facts: Any) -> None:
     """Add this environment to those of a run, from `step` on, unless it is the last one of them.
 
     Args:
-        total_steps: the length of the run; part of what may change from some step on.
+        facts: of the run, which may change from some step on: its length, its attention.
     """
-    current, path = environment() | {"total_steps": total_steps}, workdir / ENVIRONMENT
+    current, path = environment() | facts, workdir / ENVIRONMENT
     known = files.read_or_set_aside(path, ENVIRONMENTS, [])
     if not known or {**known[-1], "from_step": None} != {"from_step": None, **current}:
         files.write_json(path, [*known, {"from_step": step, **current}])

@@ -152,7 +152,7 @@ def test_forward_flops_by_hand():
 
 
 SMALL = ["plan", f"--config={CONFIGS}/photos_tarflow.py:8", "--topology=v5e:2x2"]
-SMALL += ["--config.flow.num_blocks=2"]  # which compile in half the time of four
+SMALL += ["--config.flow.num_blocks=2", "--config.flow.layers_per_block=(1,)"]  # quick to compile
 
 
 @needs_libtpu
@@ -222,7 +222,10 @@ def test_command_prints_what_does_not_fit(capsys):
     ],
 )
 def test_every_generation(topology, slices, devices, program):
-    config = read("digits_tarflow.py", **{"flow.num_blocks": 2, "flow.width": 64})
+    config = read(
+        "digits_tarflow.py",
+        **{"flow.num_blocks": 2, "flow.width": 64, "flow.layers_per_block": (1,)},
+    )
     plan = jetflow.plan(config, topology, slices=slices, program=program)
     assert plan.devices == devices and plan.fits
     assert plan.memory.total < 2**30
@@ -260,6 +263,7 @@ def test_published_models_fit_as_the_readme_states(index):
 def test_fit_finds_the_largest_batch(capsys):
     argv = ["plan", f"--config={CONFIGS}/photos_tarflow.py:32", "--topology=v5e:2x2", "--fit",
             "--config.flow.width=1024", "--config.flow.num_blocks=1", "--json",
+            "--config.flow.layers_per_block=(1,)",
             "--config.train.batch_size=4096"]  # fmt: skip
     assert cli.main(argv) == 0
     output = capsys.readouterr()

@@ -80,7 +80,9 @@ def train(
         fresh, table = run.fresh_state() if begins else (None, "")
         before = hosts.by_first(lambda: claim.begin(run.resolved_config, extend=extend))
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
-        workdirs.note_environment(workdir, start, total_steps=run.total_steps)
+        workdirs.note_environment(
+            workdir, start, total_steps=run.total_steps, attention=str(run.attention)
+        )
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
             notes = [table] if table else []
             if before < run.total_steps:
@@ -257,7 +259,7 @@ class Session:
             plan = f"all {total} steps were done before"
         return (
             f"{run.config.flow.kind} with {count:,} parameters on {sharding.describe(run.mesh)}; "
-            f"the state takes {held:,.1f} MB a device\n"
+            f"the state takes {held:,.1f} MB a device; attention: {run.attention}\n"
             f"train on {run.train_data.describe()}\ntest on {run.test_data.describe()}\n{plan}"
         )
 
