@@ -74,7 +74,7 @@ def test_a_run_that_is_extended_may_change_its_length_alone(run):
     assert read_config(run)["train"]["steps"] == 30
     with pytest.raises(UsageError, match=r"config.optim.lr is 0.002 there"):
         begin(run, changed(optim__lr=0.2, **length), extend=True)
-    with pytest.raises(UsageError, match="30 steps, and config.train asks for 20"):
+    with pytest.raises(UsageError, match=r"30 steps, and config\.train asks for 20"):
         begin(run, CONFIG, extend=True)
 
 
