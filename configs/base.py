@@ -18,7 +18,9 @@ def jet() -> ConfigDict:
             net="vit",  # of the couplings: vit, or conv, convolutions of as many parameters
             scale_factor=2.0,  # a coupling scales a dimension by less than this
             dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
-            remat="none",  # recomputed in the backward pass: none, dots (all but matmuls), full
+            precision="default",  # of float32 matmuls on TPUs and GPUs: default, high, highest
+            attention="auto",  # xla (written out), splash (TPU), cudnn (GPU), or what suits
+            remat="none",  # recomputed backwards: none, dots (not matmuls), full (layers), block
             scan=True,  # loop over layers, or False: a program of all of them, slow to compile
         )
     )
@@ -43,7 +45,9 @@ def tarflow() -> ConfigDict:
             volume_preserving=False,  # predict shifts only, and learn the prior's variance
             pixel_scale=128.0,  # pixels v become v / pixel_scale - 1; 127.5 with gaussian noise
             dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
-            remat="none",  # recomputed in the backward pass: none, dots (all but matmuls), full
+            precision="default",  # of float32 matmuls on TPUs and GPUs: default, high, highest
+            attention="auto",  # xla (written out), splash (TPU), cudnn (GPU), or what suits
+            remat="none",  # recomputed backwards: none, dots (not matmuls), full (layers), block
             scan=True,  # loop over layers, or False: a program of all of them, slow to compile
         )
     )

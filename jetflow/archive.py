@@ -22,7 +22,6 @@ from jetflow.types import UsageError
 
 SETTINGS = "settings.json"
 AT_ONCE = 256  # images
-NUMBERS = 16  # bytes by image that a measurement of them needs for its order
 
 
 class Archive:
@@ -93,7 +92,7 @@ class Archive:
             write_atomically(self._path) as whole,
             zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
         ):
-            for name in rows.dtype.names:
+            for name in rows.dtype.names or ():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     header = np.lib.format.header_data_from_array_1_0(rows[name])
                     np.lib.format.write_array_header_1_0(file, header | {"fortran_order": False})
@@ -136,7 +135,7 @@ def read_images(file: Npz, chunk: int) -> Images:
     num, *shape = file.shape(name, "B", (None,) * 4)
     if not num or 0 in shape or shape[-1] not in (1, 3):
         raise file.fault(f"{name} is {[num, *shape]}, not [N, H, W, 1 or 3]")
-    if max(num * NUMBERS, chunk * math.prod(shape)) > ROOM:
+    if max(16 * num, chunk * math.prod(shape)) > ROOM:  # 16 bytes an image for their order
         raise file.fault(f"{num:,} images of {shape}, {chunk} at a time, need too much memory")
     file.verify(name)
     finite = file.array("finite", "?", (num,)) if "finite" in file else np.ones(num, bool)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MOST_SHOWN = 4  # fields that differ
+# Fields that the configs of older runs lack, with what counts for those.
+LATER = {"flow.precision": "default", "flow.attention": "auto"}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "config.") -> dict[str, Any]:
@@ -26,6 +28,8 @@ def differences(
     What the data resolved to counts only where the old tree has it: version 0.1 recorded less.
     """
     old, new = flat(old, prefix), flat(new, prefix)
+    later = {f"{prefix}{name}": value for name, value in LATER.items()}
+    old = {name: value for name, value in later.items() if name in new} | old
     return {
         name: (old.get(name, "absent"), new.get(name, "absent"))
         for name in {**old, **new}

@@ -13,16 +13,16 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import filelock
 import jax
 from absl import logging
 from etils import epath
 
+from jetflow.fields import MOST_SHOWN, differences
 from jetflow.rollcall import STATE, RollCall
 from jetflow.types import UsageError
 
@@ -35,7 +35,6 @@ HEARTBEAT_SECONDS = 30  # without a sign of life from a process, after which the
 LAST_WORDS_SECONDS = 5
 LONGEST_WAIT = 24 * 3600  # seconds, for what another process has not done yet
 LARGEST_LAG = 60  # seconds until a network disk shows a file that another machine wrote
-MOST_SHOWN = 4  # facts that differ
 
 # What a launcher sets where there are several processes, which `jax.distributed` then finds.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JETFLOW_PROCESSES")
@@ -75,8 +74,13 @@ def joined(facts: Mapping[str, Any], *, saves_at_signals: bool) -> Iterator[None
             with contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
                 yield
             STATE.client.wait_at_barrier("jetflow/end", 1000 * LONGEST_WAIT)
+        except UsageError as error:
+            _print(str(error))
+            if is_first():  # the others, joined through it, mostly fail alike: let them say so
+                time.sleep(LAST_WORDS_SECONDS)
+            os._exit(error.status)
         except Exception as error:
-            _end(error, roll_call)
+            roll_call.leave(error)
 
 
 def _join() -> None:
@@ -95,7 +99,7 @@ def _join() -> None:
         )
     except ValueError as error:
         raise UsageError(
-            f"the processes of this run cannot join ({_one_line(error)}); set "
+            f"the processes of this run cannot join ({' '.join(str(error).split())}); set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each of them"
         ) from error
     finally:
@@ -129,33 +133,23 @@ def compare(facts: Mapping[str, Any]) -> None:
         return
     key, own = f"jetflow/facts/{next(_calls)}", {name: str(fact) for name, fact in facts.items()}
     STATE.client.key_value_set(f"{key}/{STATE.process_id}", json.dumps(own))
-    differing: dict[str, str] = {}
-    for number in range(1, STATE.num_processes) if STATE.process_id == 0 else ():
-        other = json.loads(_wait_for(f"{key}/{number}"))
-        for name in {**own, **other}:
-            here, there = own.get(name, "absent"), other.get(name, "absent")
-            if here != there:
+
+    def check() -> None:
+        differing: dict[str, str] = {}
+        for number in range(1, STATE.num_processes):
+            other = json.loads(_wait_for(f"{key}/{number}"))
+            for name, (here, there) in differences(own, other, prefix="").items():
                 text = f"{name} is {here} on process 0 and {there} on process {number}"
                 differing.setdefault(name, text)
-    if texts := agreed([*differing.values()]):
-        more = [f"and {len(texts) - MOST_SHOWN} more"] if len(texts) > MOST_SHOWN else []
-        raise UsageError(
-            f"the processes of this run differ: {'; '.join(texts[:MOST_SHOWN] + more)}; start "
-            "the same command, with the same code and data, on all of them"
-        )
+        if differing:
+            more = [f"and {len(differing) - MOST_SHOWN} more"] * (len(differing) > MOST_SHOWN)
+            raise UsageError(
+                "the processes of this run differ: "
+                f"{'; '.join([*differing.values()][:MOST_SHOWN] + more)}; start the same command, "
+                "with the same code and data, on all of them"
+            )
 
-
-def _end(error: Exception, roll_call: RollCall) -> NoReturn:
-    """Say why this process fails, and end it."""
-    if isinstance(error, UsageError):
-        _print(str(error))
-        if is_first():  # the others, joined through it, mostly fail alike: let them say so
-            time.sleep(LAST_WORDS_SECONDS)
-        os._exit(error.status)
-    another = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-    if not another:
-        traceback.print_exception(error)
-    roll_call.leave(f"it or another one failed ({_one_line(error)[:300]})", another=another)
+    by_first(check)
 
 
 def is_first() -> bool:
@@ -178,6 +172,21 @@ def agreed(value: T) -> T:
     if STATE.process_id == 0:
         STATE.client.key_value_set(key, json.dumps(value))
     return json.loads(_wait_for(key))
+
+
+def by_first(call: Callable[[], T]) -> T:
+    """What a call gives on the first process, or its UsageError, on all of them."""
+    result: Any = None
+    refusal = ""
+    if STATE.process_id == 0:
+        try:
+            result = call()
+        except UsageError as error:
+            refusal = str(error)
+    result, refusal = agreed([result, refusal])
+    if refusal:
+        raise UsageError(refusal)
+    return result
 
 
 def _wait_for(key: str) -> str:
@@ -224,10 +233,6 @@ def note(text: str) -> None:
 
 def _print(text: str) -> None:
     print(f"jetflow: {text}", file=sys.stderr, flush=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _whole_number(name: str) -> int | None:

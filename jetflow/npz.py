@@ -1,7 +1,6 @@
 """NumPy's .npz files: what is needed of them is read, and checked before memory is taken for it."""
 
 import contextlib
-import functools
 import io
 import json
 import math
@@ -57,7 +56,8 @@ class Npz:
         return name in self._entries
 
     def fault(self, reason: str) -> UsageError:
-        """The error for a file whose content is not as it should be."""
+        """The error, in one line, for a file whose content is not as it should be."""
+        reason = "".join(filter(str.isprintable, " ".join(reason.split())))[:200]
         return UsageError(f"{self._file} cannot be read ({reason}); expected {self._expected}")
 
     def shape(self, name: str, types: str = "", shape: Shape | None = None) -> tuple[int, ...]:
@@ -73,8 +73,9 @@ class Npz:
             and all(wanted in (None, n) for wanted, n in zip(shape, found, strict=True))
         )
         if not matches or (types and dtype.char not in types):
-            wanted = "" if shape is None else f" {list(shape)}".replace("None", "N")
-            raise self.fault(f"{name} is {dtype} {list(found)}, not {np.dtype(types[0])}{wanted}")
+            wanted = [str(np.dtype(letter)) for letter in types[:1]]
+            wanted += [] if shape is None else [str(list(shape)).replace("None", "N")]
+            raise self.fault(f"{name} is {dtype} {list(found)}, not {' '.join(wanted)}")
         return found
 
     def array(self, name: str, types: str = "", shape: Shape | None = None) -> np.ndarray:
@@ -98,7 +99,7 @@ class Npz:
     def verify(self, name: str) -> None:
         """Read an array once in small parts, which compares it with its checksum."""
         with self._reading(name), self._open(name) as file:
-            for _ in iter(functools.partial(file.read, BLOCK), b""):
+            while file.read(BLOCK):
                 pass
 
     def rows(self, name: str, count: int) -> Iterator[np.ndarray]:
@@ -138,9 +139,9 @@ class Npz:
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[None]:
-        """Errors as one line: a damaged file raises many types."""
+        """A damaged file raises errors of many types."""
         try:
             yield
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = str(error) or type(error).__name__
             raise self.fault(f"{name}: {reason}" if name else reason) from error

@@ -164,15 +164,14 @@ def _is(value: Any, kind: Any) -> bool:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         return is_number and math.isfinite(value)
     if kind is Path:
-        return isinstance(value, str | Path) and is_path(str(value))
+        return isinstance(value, str | Path) and _is_path(str(value))
     return isinstance(value, kind)
 
 
-def is_path(text: str) -> bool:
-    """Whether a file can have this path."""
-    sizes = [len(os.fsencode(part)) for part in Path(text).parts]
-    is_short = max(sizes, default=0) <= LONGEST_NAME and len(os.fsencode(text)) <= LONGEST_PATH
-    return bool(text) and "\0" not in text and is_short
+def _is_path(text: str) -> bool:
+    names = [len(os.fsencode(part)) for part in Path(text).parts]
+    is_short = max(names, default=0) <= LONGEST_NAME and len(os.fsencode(text)) <= LONGEST_PATH
+    return is_short and "\0" not in text
 
 
 def expanded(name: str, path: str | os.PathLike) -> Path:
@@ -190,7 +189,7 @@ def expanded(name: str, path: str | os.PathLike) -> Path:
 
 
 def _range(least: int | float, most: int | float) -> str:
-    least_text, most_text = (f"{end:g}" if isinstance(end, float) else end for end in (least, most))
+    low, high = (f"{end:g}" if isinstance(end, float) else str(end) for end in (least, most))
     if math.isinf(most):
-        return f"{least_text} or more"
-    return f"{most_text} or less" if math.isinf(least) else f"{least_text} to {most_text}"
+        return f"{low} or more"
+    return f"{high} or less" if math.isinf(least) else f"{low} to {high}"

@@ -74,7 +74,7 @@ class _Tensor:
 
 
 def _damaged(what: str) -> UsageError:
-    return UsageError(f"is damaged: {what}; copy or download it again")
+    return UsageError(f"is damaged: {what[: 2 * SHOWN]}; copy or download it again")
 
 
 def read_pth(path: str | os.PathLike) -> dict[str, np.ndarray]:

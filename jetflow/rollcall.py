@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from typing import Any, NoReturn
 
 import jax
@@ -33,8 +34,7 @@ class RollCall(threading.Thread):
         self._began = self._answered = time.time()  # when process 0 last passed on the signs
         self._heard: dict[int, tuple[str, float]] = {}  # the last sign of each, and when it came
         self._set_handler: Any = ctypes.CDLL(None).signal
-        abort = "JAX failed, as the lines above say"
-        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self.leave(abort))
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self.leave())
 
     def __enter__(self) -> "RollCall":
         # One of Python's own would not run any more: it only leaves a note for the main thread.
@@ -67,31 +67,39 @@ class RollCall(threading.Thread):
 
     def lost(self) -> str | None:
         """The process that has been silent for longest, in words, if one has been for long."""
-        when, who = self._began, ""
-        if self._heard:
-            number, (_, when) = min(self._heard.items(), key=lambda item: item[1][1])
-            if self._answered - when < SILENCE_SECONDS:
-                number, when = 0, self._answered
-                if self.is_alive() and time.time() - when < SILENCE_SECONDS:
-                    return None
-            who = "this one" if number == STATE.process_id else f"process {number}"
-        clock = time.strftime("%H:%M:%S", time.localtime(when))
-        return f"{f'nothing was heard of {who}' if who else _absent()} since {clock}"
+        if not self._heard:
+            return f"{_absent()} since {_clock(self._began)}"
+        number, (_, when) = min(self._heard.items(), key=lambda item: item[1][1])
+        if self._answered - when < SILENCE_SECONDS:
+            number, when = 0, self._answered
+            if self.is_alive() and time.time() - when < SILENCE_SECONDS:
+                return None
+        who = "this one" if number == STATE.process_id else f"process {number}"
+        return f"nothing was heard of {who} since {_clock(when)}"
 
-    def leave(self, cause: str, *, another: bool = True) -> NoReturn:
-        """End this process with one line: which one is lost, or else the cause, and what to do.
-
-        Args:
-            another: wait a while, for another one may be lost just now.
-        """
+    def leave(self, error: Exception | None = None) -> NoReturn:
+        """End this process with one line: which other one is lost, or its own error; what to do."""
         with self._leaving:
-            end = time.monotonic() + another * (SILENCE_SECONDS + 2 * BEAT_SECONDS)
+            seconds = SILENCE_SECONDS + 2 * BEAT_SECONDS  # until one that has ended is missed
+            of_jax = error is None or isinstance(error, jax.errors.JaxRuntimeError)
+            if not of_jax and "Gloo" not in str(error):
+                traceback.print_exception(error)
+                seconds = 0
+            end = time.monotonic() + seconds
             while not (lost := self.lost()) and time.monotonic() < end:
                 time.sleep(BEAT_SECONDS / 4)
-            me = f"process {STATE.process_id} of {STATE.num_processes}"
-            remedy = "run the same command on all of them again to go on"
-            print(f"jetflow: {me} ends, as {lost or cause}; {remedy}", file=sys.stderr, flush=True)
+            cause = " ".join(str(error).split())[:300] if error else "see the lines above"
+            print(
+                f"jetflow: process {STATE.process_id} of {STATE.num_processes} ends, as "
+                f"{lost or f'it or another one failed ({cause})'}; "
+                "run the same command on all of them again to go on",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
             os._exit(1)
+
+
+def _clock(when: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(when))
 
 
 def _absent() -> str:

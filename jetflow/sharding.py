@@ -32,8 +32,8 @@ RULES = (
     (r"", "fsdp"),
 )
 
-# Where the named axes of activations are split, as the nets name them.
-ACTIVATION_RULES = (("batch", BATCH_AXES), ("heads", "tensor"), ("mlp", "tensor"))
+# Where the named axes of activations and kernels are split, as the nets name them.
+NAMED_AXES = (("batch", BATCH_AXES), ("heads", "tensor"), ("mlp", "tensor"), ("embed", "fsdp"))
 
 
 def make_mesh(
@@ -89,7 +89,7 @@ def on(mesh: Mesh | None) -> Iterator[None]:
     if mesh is None:
         yield
         return
-    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(NAMED_AXES):
         yield
 
 

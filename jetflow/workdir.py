@@ -62,6 +62,7 @@ FREE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "flow.attention",
     "mesh",
     "data.workers",
     "resolved.defaults",
@@ -138,20 +139,27 @@ class Claim:
     workdir: Path
     begun: bool = False
 
-    def begin(self, config: dict[str, Any], *, extend: bool = False) -> None:
-        """Make it the folder of a run with this resolved config.
+    def begin(self, config: dict[str, Any], *, extend: bool = False) -> int:
+        """Make it the folder of a run with this resolved config; the first process alone.
 
         Args:
-            extend: whether the length of the run may change.
+            extend: whether the run may become longer.
+
+        Returns:
+            The steps of the run that lives here, or of this one.
 
         Raises:
             UsageError: another run lives here and has made steps; the message names the fields
                 that differ, but for those of `FREE`.
         """
-        if not hosts.is_first():
-            return
         config = json.loads(json.dumps(config))
         existing = read_config(self.workdir)
+        steps, before = (each["resolved"]["total_steps"] for each in (config, existing or config))
+        if extend and steps < before:
+            raise UsageError(
+                f"{self.workdir} holds a run of {before} steps, and config.train asks for {steps}; "
+                "--extend only makes a run longer"
+            )
         if existing is not None:
             differing = differences(existing, config, FREE + LENGTH if extend else FREE)
             saved = any(self.workdir.glob("checkpoints/*"))
@@ -162,6 +170,7 @@ class Claim:
                 )
         write_config(self.workdir, config)
         self.begun = True
+        return before
 
 
 def _remedy(workdir: Path, differing: Iterable[str]) -> str:
@@ -188,9 +197,14 @@ def claimed(workdir: Path) -> Iterator[Claim]:
         OSError: the folder cannot be written.
     """
     claim = Claim(workdir)
-    if not hosts.is_first():
+    with contextlib.ExitStack() as stack:
+        hosts.by_first(lambda: stack.enter_context(_held(claim)))
         yield claim
-        return
+
+
+@contextlib.contextmanager
+def _held(claim: Claim) -> Iterator[None]:
+    workdir = claim.workdir
     if (workdir / SWEEP).exists():
         raise UsageError(f"{workdir} holds a sweep; give another --workdir")
     lock = workdir / LOCK
@@ -202,7 +216,7 @@ def claimed(workdir: Path) -> Iterator[Claim]:
                 f"another process trains in {workdir}; wait for its end, or give another --workdir"
             )
         try:
-            yield claim
+            yield
         finally:
             with contextlib.suppress(OSError):  # another process has put something in
                 for path in [] if claim.begun else made:
@@ -245,13 +259,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def note_environment(workdir: Path, step: int, *, total_steps: int) -> None:
+def note_environment(workdir: Path, step: int, **facts: Any) -> None:
     """Add this environment to those of a run, from `step` on, unless it is the last one of them.
 
     Args:
-        total_steps: the length of the run; part of what may change from some step on.
+        facts: of the run, which may change from some step on: its length, its attention.
     """
-    current, path = environment() | {"total_steps": total_steps}, workdir / ENVIRONMENT
+    current, path = environment() | facts, workdir / ENVIRONMENT
     known = files.read_or_set_aside(path, ENVIRONMENTS, [])
     if not known or {**known[-1], "from_step": None} != {"from_step": None, **current}:
         files.write_json(path, [*known, {"from_step": step, **current}])

@@ -87,20 +87,19 @@ def alone(start, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({}, "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROC"),
-        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two' in the environment; expected a"),
-    ],
-)
-def test_a_process_that_cannot_know_the_others_is_refused(environment, message, monkeypatch):
-    for name, value in {"JAX_COORDINATOR_ADDRESS": "localhost:1", **environment}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=message), hosts.joined({}, saves_at_signals=True):
-        pass
+def test_a_process_that_cannot_know_the_others_is_refused(monkeypatch):
+    command = ["sample", "--workdir", "nothing"]
+    process = tiny_runs.start(command, JAX_COORDINATOR_ADDRESS="localhost:1")
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 2 and errors.count("\n") == 1
+    assert "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and" in errors
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UsageError, match="is 'two' in the environment; expected a whole number"):
+        hosts.joined({}, saves_at_signals=True).__enter__()
 
 
+SWEEP = ["sweep", "--sweep", tiny_runs.ROOT / "configs" / "sweeps" / "guidance.py"]
 CONFIG = ("train", "--config", tiny_runs.ROOT / "configs" / "digits_tarflow.py")
 
 
@@ -295,6 +294,23 @@ def test_when_a_process_of_a_training_dies_the_others_end(start, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "other", "fact"),
+    [
+        (["evaluate"], ["evaluate", "--draws", 3], "--draws is None"),
+        (["sample"], ["sample", "--num", 3], "--num is None"),
+        (["sample"], ["evaluate"], "the command is sample"),
+        (SWEEP, [*SWEEP, "--fix", "seed=1"], "--fix is None"),
+    ],
+)
+def test_commands_that_differ_end(start, tmp_path, line, other, fact):
+    group = start([*line, "--workdir", tmp_path], [*other, "--workdir", tmp_path])
+    for _, errors in finish(group, status=2):
+        assert f"{fact} on process 0 and " in errors.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [False, True])
 def test_trainings_that_differ_leave_the_workdir_alone(start, alone, tmp_path, begun):
     """Also where a run goes on; bad input that they share ends both alike."""
@@ -307,6 +323,9 @@ def test_trainings_that_differ_leave_the_workdir_alone(start, alone, tmp_path, b
     for _, errors in finish(start(train("tarflow", workdir), longer), status=2):
         assert "config.train.steps is 12 on process 0 and 14 on process 1" in errors
         assert "config.optim.lr" in errors and "Traceback" not in errors
+    if begun:
+        for _, errors in finish(start(train("tarflow", workdir, optim__lr=0.1)), status=2):
+            assert "holds a run with another config: config.optim.lr is" in errors
     for _, errors in finish(start(train("tarflow", workdir, train__batch_size=15)), status=2):
         assert "config.train.batch_size 15 is not divisible" in errors
         assert "Traceback" not in errors

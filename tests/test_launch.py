@@ -166,7 +166,7 @@ def test_job_set(capsys, topology, slices, label, chips, hosts, compute_type):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v5e:5x5", "jetflow", "train"], "those of v5e are"),
+        (["--topology=v5e:5x5", "jetflow", "train"], "v5e:5x5"),
         (["--topology=v5e:4x4"], "expected one such as jetflow train"),
         (["--topology=v5e:4x4", "--slices=0", "jetflow", "train"], "--slices is 0"),
     ],

@@ -163,7 +163,12 @@ NO_REFERENCE = {
     "no facts": (lambda: moments(facts="{"), "facts"),
     "a list of facts": (lambda: moments(facts="[1]"), "facts"),
     "text for a network": (lambda: moments(facts='{"network": "x"}'), "facts"),
+    "another network": (
+        lambda: moments(facts=json.dumps({"network": {"resize": "\n" * 10**6}})),
+        "resize",
+    ),
     "facts of no data": (lambda: moments(facts='{"data": {"name": "a"}}'), "facts"),
+    "facts of data alone": (lambda: moments(facts=json.dumps({"data": DATA})), "facts"),
     "facts of no number": (lambda: moments(facts='{"images": "many"}'), "facts"),
     "facts of a gigabyte": (lambda: moments(facts=npy("()", "'<U268435456'")), "facts"),
     "facts of bytes": (lambda: moments(facts=np.array(b"{}")), "facts"),

@@ -112,7 +112,7 @@ def test_reference_is_read_as_written(tmp_path):
     np.testing.assert_array_equal(parts["features"], statistics.arrays["features"])
     assert facts["data"] == data and facts["images"] == 23
     assert len(facts["checksum"]) == 16
-    with pytest.raises(UsageError, match=r"made with weights_sha256 aaaa.* has bbbb"):
+    with pytest.raises(UsageError, match=r"made with weights_sha256 'aaaa.* has 'bbbb"):
         read(path, name="b")
 
 

@@ -20,8 +20,8 @@ from jetflow import cli
 from jetflow.data import dataset as pipeline
 from jetflow.data import reading
 from jetflow.data.reading import Ahead
+from jetflow.files import read_metrics
 from jetflow.tools import throughput
-from jetflow.training.log import read_metrics
 
 # Worker processes.
 

@@ -72,18 +72,6 @@ def test_rules_of_the_config_come_first():
     }
 
 
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ((("kernel", "diagonal"),), "'diagonal'; expected one of replicated, fsdp, columns, rows"),
-        ((("(", "fsdp"),), "'(', which is no regex"),
-    ],
-)
-def test_bad_rules(rules, message):
-    with pytest.raises(UsageError, match=re.escape(message)):
-        specs({"x": (1024, 512)}, rules=rules)
-
-
 def test_slices_are_joined_by_data_alone_and_nodes_of_gpus_by_any_axis():
     mesh = sharding.make_mesh(data=-1, fsdp=4, devices=chips(2, 8, "tpu"))
     assert dict(mesh.shape) == {"data": 4, "fsdp": 4, "tensor": 1}

@@ -244,13 +244,14 @@ def test_a_failure_ends_processes_that_are_joined(sweep, monkeypatch):
 
 @pytest.fixture
 def training(tmp_path):
-    """The file of a sweep of two trainings of a tiny Jet, each measured twice."""
+    """The file of a sweep of two trainings of a tiny Jet, on other images, each measured twice."""
     fixed = {f"config.{name}": value for name, value in tiny_runs.FLOWS["jet"][1].items()}
     path = tmp_path / "sweep.py"
     path.write_text(
-        '"""Two nets."""\n\nfrom jetflow.sweeps import Sweep, axis, product\n\n\n'
+        '"""Two splits."""\n\nfrom jetflow.sweeps import Sweep, axis, product\n\n\n'
         "def get_sweep():\n"
-        "    grid = product(axis('config.flow.net', ['vit', 'conv']), axis('seed', [0, 1]))\n"
+        "    splits = {name: f'train[:{name}%]' for name in ('90', '50')}\n"
+        "    grid = product(axis('config.data.train_split', splits), axis('seed', [0, 1]))\n"
         f"    config = '{tiny_runs.ROOT}/configs/photos_jet.py'\n"
         f"    return Sweep(grid, ('bpd',), config, fixed={fixed!r}, pictures=4)\n"
     )
@@ -260,27 +261,31 @@ def training(tmp_path):
 def test_a_sweep_trains_each_run_once(training, tmp_path, capsys, compilation_cache):
     workdir = tmp_path / "swept"
     records = jetflow.sweep(training, workdir)
-    assert sorted(run.name for run in (workdir / "runs").iterdir()) == ["net=conv", "net=vit"]
+    assert sorted(run.name for run in (workdir / "runs").iterdir()) == [
+        "train_split=50",
+        "train_split=90",
+    ]
     assert capsys.readouterr().err.count("done: step 12") == 2
-    assert [record["workdir"] for record in records] == ["runs/net=vit"] * 2 + ["runs/net=conv"] * 2
+    places = ["runs/train_split=90"] * 2 + ["runs/train_split=50"] * 2
+    assert [record["workdir"] for record in records] == places
     assert len({record["metrics"]["bpd"] for record in records}) == 4
-    assert records[0]["parameters"] != records[2]["parameters"]
     page = html_page.read((workdir / "report.html").read_text())
     assert "flow.num_couplings325" in page.text  # the field, its default, its value
-    html_page.read(jetflow.report(workdir / "runs" / "net=vit").read_text())
+    html_page.read(jetflow.report(workdir / "runs" / "train_split=90").read_text())
 
 
 def test_a_failed_training_is_tried_once_a_call(training, tmp_path, monkeypatch):
     tried = []
 
     def diverge(config, workdir, **_):
-        tried.append((workdir.name, config.flow.net, config.train.steps))
+        tried.append((workdir.name, config.data.train_split, config.train.steps))
         raise Diverged("it diverged")
 
     monkeypatch.setattr(runner, "train", diverge)
     for count in (1, 2):
         records = jetflow.sweep(training, tmp_path / "swept")
-        assert tried == [("net=vit", "vit", 12), ("net=conv", "conv", 12)] * count
+        runs = [(f"train_split={part}", f"train[:{part}%]", 12) for part in (90, 50)]
+        assert tried == runs * count
     assert [record["error"] for record in records] == ["it diverged"] * 4
     recipe = (
         "from configs import photos_jet\n\n\ndef get_config():\n"
@@ -300,7 +305,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(
     """A kill in the first training, and one between two points."""
     jetflow.sweep(training, tmp_path / "whole")
     killed, arguments = tmp_path / "killed", ["sweep", "--sweep", str(training), "--workdir"]
-    for reached in ("runs/net=vit/checkpoints/5", "points/000,net=vit,seed=0.json"):
+    for reached in ("runs/train_split=90/checkpoints/5", "points/000,train_split=90,seed=0.json"):
         process = tiny_runs.start([*arguments, str(killed)])
         while not (killed / reached).exists() and process.poll() is None:
             time.sleep(0.01)

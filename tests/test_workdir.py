@@ -69,11 +69,13 @@ def test_any_other_change_is_refused(run, values, message):
 
 
 def test_a_run_that_is_extended_may_change_its_length_alone(run):
-    longer = changed(train__epochs=0, train__steps=30, resolved__total_steps=30)
-    begin(run, longer, extend=True)
+    length = {"train__epochs": 0, "train__steps": 30, "resolved__total_steps": 30}
+    begin(run, changed(**length), extend=True)
     assert read_config(run)["train"]["steps"] == 30
     with pytest.raises(UsageError, match=r"config.optim.lr is 0.002 there"):
-        begin(run, changed(optim__lr=0.2), extend=True)
+        begin(run, changed(optim__lr=0.2, **length), extend=True)
+    with pytest.raises(UsageError, match=r"30 steps, and config\.train asks for 20"):
+        begin(run, CONFIG, extend=True)
 
 
 def test_a_run_without_steps_gives_way(run):

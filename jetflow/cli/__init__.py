@@ -65,7 +65,7 @@ def _run(argv: list[str]) -> int:
         return 0
     command, argv = find(argv)
     if HELP & set(argv):
-        print(SUMMARIES[argv[0].split()[0]], help_text(command), sep="\n\n")
+        print(help_text(command))
         return 0
     options = parse(command, argv)
     joined = hosts.joined(facts(argv[0], options), saves_at_signals=argv[0] == "train")

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int
 
 from jetflow import hosts, pictures
 from jetflow.archive import Archive, Collected, collect
@@ -84,11 +84,16 @@ class SampleOptions(SamplingOptions, ModelOptions, DataOptions):
 def run(options: SampleOptions) -> None:
     model = load_model(options.workdir, options.step, read_mesh(options.mesh))
     num = options.num or (64 if options.mode == "samples" else 8)
+    sampler = model.sampler(options, min(options.batch_size, num))
     if options.mode == "samples":
-        _draw(options, model, num)
+        _draw(options, model, sampler, num)
         return
     mode = {"reconstruct": _reconstruct, "interpolate": _interpolate, "trace": _trace}
-    frames = mode[options.mode](options, model, num)
+    stages = mode[options.mode](options, model, sampler, num)
+    _complain(stages[-1].finite)
+    frames = np.stack([stage.images(model.noise.kind) for stage in stages])
+    if options.mode == "interpolate":
+        frames = frames.swapaxes(0, 1)  # an image a frame
     if options.out.suffix == ".gif":
         pictures.save_gif(options.out, [pictures.strips(frame[None]) for frame in frames])
     else:
@@ -97,10 +102,9 @@ def run(options: SampleOptions) -> None:
     print(f"{options.mode} of step {model.step}: {options.out}")
 
 
-def _draw(options: SampleOptions, model: Model, num: int) -> None:
+def _draw(options: SampleOptions, model: Model, sampler: Sampler, num: int) -> None:
     """Samples to a picture, and to an .npz if one is asked for."""
     label = _labels(options, model, num)
-    sampler = model.sampler(options, min(options.batch_size, num))
     check_guided(sampler.guidance, label)
     archive = _archive(options, model, num) if options.npz and hosts.is_first() else None
     start, clock = hosts.agreed(archive.done if archive else 0), time.perf_counter()
@@ -148,8 +152,8 @@ def _report(sampler: Sampler, drawn: Collected) -> None:
         )
 
 
-def _reconstruct(options: SampleOptions, model: Model, num: int) -> UInt8[np.ndarray, "F N H W C"]:
-    """Two frames: the originals, and what is decoded from their latents."""
+def _reconstruct(options: SampleOptions, model: Model, sampler: Sampler, num: int) -> list[Drawn]:
+    """The originals, and what is decoded from their latents."""
     if options.images:
         images = pictures.read_pictures(options.images, model.flow.image_shape)
         label = check_labels(model.flow, options.label, len(images))
@@ -158,47 +162,39 @@ def _reconstruct(options: SampleOptions, model: Model, num: int) -> UInt8[np.nda
         dataset = pipeline.load(data["name"], data["test_split"], data_dir=options.data_dir)
         batch = next(pipeline.eval_batches(dataset, batch_size=min(num, len(dataset))))
         images, label = batch.image, batch.label if model.flow.num_classes else None
-    sampler = model.sampler(options, min(options.batch_size, len(images)))
-    kind = model.noise.kind
-    z, _ = latents.encode(sampler, images, label, kind, options.batch_size)
+    z, _ = latents.encode(sampler, images, label, model.noise.kind, options.batch_size)
     drawn = latents.decode(sampler, z, label, options.batch_size)
-    _complain(drawn.finite)
-    error = drawn.pixels - (images + latents.centre(kind))
+    centre = images + latents.centre(model.noise.kind)
+    error = drawn.pixels - centre
     print(
         f"error of {len(images)} reconstructions, in pixel values 0..255: "
         f"largest {np.abs(error).max():.1e}, root mean square {np.sqrt((error**2).mean()):.1e}"
     )
-    return np.stack([images, drawn.images(kind)])
+    return [Drawn(centre), drawn]
 
 
-def _interpolate(options: SampleOptions, model: Model, num: int) -> UInt8[np.ndarray, "F 1 H W C"]:
-    """A frame a point of the path."""
-    sampler = model.sampler(options, min(options.batch_size, num))
+def _interpolate(options: SampleOptions, model: Model, sampler: Sampler, num: int) -> list[Drawn]:
+    """The points of the path."""
     label = check_labels(model.flow, options.label, num)
     check_guided(sampler.guidance, label)
     if options.images:
         images = pictures.read_pictures(options.images, model.flow.image_shape)
-        ends, _ = latents.encode(
-            sampler, images, None if label is None else label[:2], model.noise.kind
-        )
+        of_ends = None if label is None else label[:2]
+        ends, _ = latents.encode(sampler, images, of_ends, model.noise.kind)
     else:
         ends = sampler.latents(key_for(options.seed, 0, Purpose.SAMPLE), np.arange(2))
     path = latents.interpolate(ends[0], ends[1], num)
-    drawn = latents.decode(sampler, path, label, options.batch_size)
-    _complain(drawn.finite)
-    return drawn.images(model.noise.kind)[:, None]
+    return [latents.decode(sampler, path, label, options.batch_size)]
 
 
-def _trace(options: SampleOptions, model: Model, num: int) -> UInt8[np.ndarray, "F N H W C"]:
-    """A frame a stage, of the images that plain sampling gives."""
-    sampler = model.sampler(options, min(options.batch_size, num))
+def _trace(options: SampleOptions, model: Model, sampler: Sampler, num: int) -> list[Drawn]:
+    """Stages of the images that plain sampling gives."""
     label = _labels(options, model, num)
     check_guided(sampler.guidance, label)
     z = sampler.latents(key_for(options.seed, 0, Purpose.SAMPLE), np.arange(num))
     stages = latents.trace(sampler, z, label, options.batch_size)
-    _complain(np.isfinite(stages[-1]).all(axis=(1, 2, 3)))
     shown = np.linspace(0, len(stages) - 1, min(len(stages), LARGEST_STRIP)).round().astype(int)
-    return np.stack([Drawn(stages[stage]).images(model.noise.kind) for stage in shown])
+    return [Drawn(stages[stage]) for stage in shown]
 
 
 def _complain(finite: Bool[np.ndarray, "N"]) -> None:

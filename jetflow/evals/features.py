@@ -209,12 +209,12 @@ def read_reference(
         parts["features"] = _numbers(file, "features", (None, SIZES["pooled"]))
     facts = _facts(file)
     made_with = facts.pop("network", {"published_weights": True} if parts else {})
-    for name, value in made_with.items():
-        if value != network.facts().get(name):
+    for name, expected in network.facts().items():
+        if (value := made_with.get(name, expected)) != expected:
             raise UsageError(
-                f"reference {path} was made with {name} {value}, but this evaluation has "
-                f"{network.facts().get(name)}; make a reference with --make_reference, or give or "
-                "leave out --inception_weights"
+                f"reference {path} was made with {name} {value!r:.80}, but this evaluation has "
+                f"{expected!r}; make a reference with --make_reference, or give or leave out "
+                "--inception_weights"
             )
     has_moments = "pooled" in parts
     is_lacking = images and "features" not in parts
@@ -239,7 +239,7 @@ def _facts(file: Npz) -> dict[str, Any]:
     data = facts["data"]
     if not (
         (data is None or (isinstance(data, dict) and set(data) >= DATA))
-        and isinstance(facts["images"], int | None)
+        and isinstance(facts["images"], int if data else int | None)
         and isinstance(facts.get("network", {}), dict)
     ):
         raise file.fault("facts: other fields")

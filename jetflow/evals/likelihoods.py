@@ -168,6 +168,7 @@ class Density:
         Args:
             poll: called after each batch; may raise to stop.
         """
+        keys = self.keys
 
         def program(batch: Batch) -> Any:
             label = batch.label if self.flow.num_classes else None
@@ -175,7 +176,7 @@ class Density:
                 _bits_and_parts(
                     self.flow, self.noise, self.variables, batch.image, label, key, batch.index
                 )
-                for key in self.keys
+                for key in keys
             ]
 
         bits, parts = np.full((self.draws, len(dataset)), np.nan), []
@@ -195,10 +196,11 @@ class Density:
         Args:
             batches: this process's rows of each batch, with `total` images in all.
         """
+        keys = self.keys
 
         def program(batch: Batch) -> Any:
             arguments = (self.flow, self.noise, self.variables, batch.image)
-            return [_bits_by_label(*arguments, key, batch.index) for key in self.keys]
+            return [_bits_by_label(*arguments, key, batch.index) for key in keys]
 
         right = np.full(total, np.nan)
         for results, label, index in self.batching.results(

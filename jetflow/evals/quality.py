@@ -12,15 +12,9 @@ from jaxtyping import UInt8
 
 from jetflow import hosts, sharding, workdir
 from jetflow.archive import Images, read_images
-from jetflow.evals import distances, inception
+from jetflow.evals import distances, features, inception
 from jetflow.evals.batching import Batching
-from jetflow.evals.features import (
-    Features,
-    Statistics,
-    checksum,
-    read_reference,
-    write_reference,
-)
+from jetflow.evals.features import Features, Statistics
 from jetflow.evals.records import record
 from jetflow.evals.settings import (
     DISTANCES,
@@ -108,8 +102,8 @@ class Quality:
             values = {metric: mean}
         else:
             values = getattr(distances, metric)(real, made, NEIGHBOURS[metric])
-            features = {"samples": len(made), "reference": len(real)}
-            facts = {"k": NEIGHBOURS[metric], "features": features}
+            counts = {"samples": len(made), "reference": len(real)}
+            facts = {"k": NEIGHBOURS[metric], "features": counts}
         facts |= {"network": self.network.facts(), "samples": self.samples.facts}
         facts |= {"reference": self.reference.facts, **source(self.model)}
         return [record(name, value, error, **facts) for name, value in values.items()]
@@ -132,7 +126,7 @@ class Quality:
         options = self.options
         if options.samples:
             statistics, broken = self._of_images(self.given, "samples"), self.given.not_finite
-            digest = checksum(options.samples)
+            digest = features.checksum(options.samples)
             facts = {"images": self.given.num, "file": str(options.samples), "checksum": digest}
             return Features(statistics.parts(), facts | {"not_finite": broken})
         drawn = options.sampling(self.model) | {"num_features": options.num_features}
@@ -164,7 +158,7 @@ class Quality:
         measure = functools.partial(self._of_images, name="reference")
         needed = bool({*options.measured()} & {*NEIGHBOURS})
         chunk = options.batch_size
-        return read_reference(path, self.network, measure, chunk=chunk, images=needed)
+        return features.read_reference(path, self.network, measure, chunk=chunk, images=needed)
 
     def make_reference(self) -> Path:
         """Write the reference file that the options ask for."""
@@ -178,7 +172,7 @@ class Quality:
             self.network, self.batching, self.batching.of_data(data), "reference"
         )
         if hosts.is_first():
-            write_reference(path, statistics, self.network, data.facts())
+            features.write_reference(path, statistics, self.network, data.facts())
         hosts.agreed(True)  # the others wait for the file
         hosts.wait_to_see(path)
         return path

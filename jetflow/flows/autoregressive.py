@@ -60,6 +60,10 @@ class AutoregressiveBlock(nn.Module):
     backward: bool
     volume_preserving: bool
 
+    @property
+    def net(self) -> CausalTransformer:
+        return self.transformer
+
     def setup(self):
         tokens, features = self.token_shape
         width, dtype = self.transformer.width, self.transformer.dtype
@@ -82,7 +86,10 @@ class AutoregressiveBlock(nn.Module):
     ) -> BlockOutputs:
         """All tokens at once."""
         x = self._in_order(x)
-        log_scale, shift = self._predict(x, label)
+        predict = AutoregressiveBlock._predict
+        if self.transformer.remat == "block":
+            predict = nn.remat(predict)
+        log_scale, shift = predict(self, x, label)
         z, logdet = affine.normalise(x, log_scale, shift)
         scale = affine.root_mean_square(z)
         return BlockOutputs(self._in_order(z), logdet, logdet[None], scale[None])

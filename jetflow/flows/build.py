@@ -1,6 +1,7 @@
 """A config section or its values to a flow."""
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,12 +13,14 @@ from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.flows.coupling import Coupling, Couplings
 from jetflow.flows.pixels import Pixels
 from jetflow.flows.stack import Stack
+from jetflow.nn.attention import METHODS
 from jetflow.nn.causal import CausalTransformer
 from jetflow.nn.encoder import Encoder
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.types import UsageError
 
 NETS = ("vit", "conv")
+PRECISIONS = ("default", "high", "highest")
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float64")}
 
 
@@ -34,6 +37,8 @@ def jet(
     scale_factor: float = 2.0,
     net: str = "vit",
     dtype: str = "float32",
+    precision: str = "default",
+    attention: str = "auto",
     remat: str = "none",
     scan: bool = True,
 ) -> Stack:
@@ -53,12 +58,13 @@ def jet(
         out_features=features,
         num_classes=num_classes,
         dtype=_dtype(dtype),
+        attention=_one_of("attention", attention, METHODS),
         remat=_one_of("remat", remat, tuple(REMAT_POLICIES)),
         scan=scan,
     )
     coupling = Coupling(encoder, scale_factor)
     couplings = Couplings(coupling, pixels.grid, features, num_couplings, tuple(kinds))
-    return Stack(pixels, (couplings,), num_classes)
+    return Stack(pixels, (couplings,), num_classes, precision=_precision(precision))
 
 
 def tarflow(
@@ -73,6 +79,8 @@ def tarflow(
     volume_preserving: bool = False,
     pixel_scale: float = 128.0,
     dtype: str = "float32",
+    precision: str = "default",
+    attention: str = "auto",
     remat: str = "none",
     scan: bool = True,
 ) -> Stack:
@@ -94,10 +102,18 @@ def tarflow(
         raise UsageError(
             f"config.flow.layers_per_block is {layers_per_block!r}; expected numbers above 0"
         )
-    options = {"dtype": _dtype(dtype), "remat": _one_of("remat", remat, tuple(REMAT_POLICIES))}
+    net = functools.partial(
+        CausalTransformer,
+        width,
+        num_heads=width // head_dim,
+        dtype=_dtype(dtype),
+        attention=_one_of("attention", attention, METHODS),
+        remat=_one_of("remat", remat, tuple(REMAT_POLICIES)),
+        scan=scan,
+    )
     blocks = tuple(
         AutoregressiveBlock(
-            CausalTransformer(width, depth, width // head_dim, scan=scan, **options),
+            net(num_layers=depth),
             pixels.token_shape,
             num_classes,
             backward=index % 2 == 1,
@@ -105,7 +121,7 @@ def tarflow(
         )
         for index, depth in enumerate(depths)
     )
-    return Stack(pixels, blocks, num_classes, learned_prior=volume_preserving)
+    return Stack(pixels, blocks, num_classes, volume_preserving, _precision(precision))
 
 
 FLOWS: dict[str, Callable[..., Stack]] = {"jet": jet, "tarflow": tarflow}
@@ -162,6 +178,10 @@ def _dtype(name: str) -> jnp.dtype:
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UsageError(f"config.flow.dtype is {name!r}, which needs JAX_ENABLE_X64=1; set it")
     return dtype
+
+
+def _precision(name: str) -> str | None:
+    return None if _one_of("precision", name, PRECISIONS) == "default" else name
 
 
 def _divides(field: str, value: int, other: str, whole: int) -> None:

@@ -189,6 +189,10 @@ class Couplings(nn.Module):
         }
 
     @property
+    def net(self) -> Encoder:
+        return self.layers.net
+
+    @property
     def logdet_cap(self) -> float:
         """The least upper bound of the log-determinant of one example, in nats."""
         halves = self.num_couplings * math.prod(self.grid) * self.features / 2
@@ -228,6 +232,8 @@ class Couplings(nn.Module):
 
     def _scan(self, body, x, *, reverse: bool):
         net = self.layers.net
+        if net.remat == "block":
+            body = nn.remat(body, prevent_cse=not net.scan)
         scanned = nn.scan(
             body,
             variable_axes={"params": 0},

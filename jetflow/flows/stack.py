@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -10,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows.pixels import Pixels
+from jetflow.nn.attention import Choice, choose
 from jetflow.types import BlockInputs, BlockOutputs, Decoding, Flow, Guidance, UsageError
 
 
@@ -18,17 +20,19 @@ class Stack(nn.Module):
 
     Attributes:
         pixels: the preprocessing.
-        blocks: modules with `forward_blocks(x, label)` and
-            `inverse_blocks(z, label, guidance, decoding)`.
+        blocks: modules with `forward_blocks(x, label)`,
+            `inverse_blocks(z, label, guidance, decoding)` and their `net`.
         num_classes: 0 for a flow without labels.
         learned_prior: keep the prior variance of each latent dimension in the collection
             `prior`, as the mean square of the latents; else the prior is standard normal.
+        precision: of all products, as `jax.default_matmul_precision` takes it; None for as it is.
     """
 
     pixels: Pixels
     blocks: tuple[nn.Module, ...]
     num_classes: int = 0
     learned_prior: bool = False
+    precision: str | None = None
 
     def setup(self):
         if self.learned_prior:
@@ -59,6 +63,20 @@ class Stack(nn.Module):
         caps = [getattr(block, "logdet_cap", math.inf) for block in self.blocks]
         return None if math.inf in caps else sum(caps)
 
+    def attention_on(self, platform: str) -> Choice:
+        """The form of attention that its nets take on a platform."""
+        net = self.blocks[0].net
+        if getattr(net, "net", "vit") == "conv":
+            return Choice("none", "the nets convolve")
+        return choose(
+            net.attention,
+            platform=platform,
+            dtype=net.dtype,
+            tokens=self.latent_shape[0],
+            head_dim=net.width // net.num_heads,
+            precision=self.precision or "default",
+        )
+
     def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "... H W C"]:
         x, _ = self.pixels.inverse(tokens.reshape(-1, *self.latent_shape))
         return x.reshape(*tokens.shape[:-2], *self.image_shape)
@@ -88,7 +106,8 @@ class Stack(nn.Module):
         x, total = self.pixels.forward(x)
         blocks = []
         for block in self.blocks:
-            blocks.append(block.forward_blocks(x, label))
+            with jax.default_matmul_precision(self.precision):
+                blocks.append(block.forward_blocks(x, label))
             x, total = blocks[-1].z, total + blocks[-1].logdet
         logdets, scales = zip(*[block[2:] for block in blocks], strict=True)
         return BlockOutputs(x, total, jnp.concatenate(logdets), jnp.concatenate(scales))
@@ -97,7 +116,8 @@ class Stack(nn.Module):
         x, total, blocks = z, jnp.zeros(z.shape[0]), []
         for index in reversed(range(len(self.blocks))):
             each = decoding[index] if decoding else None
-            blocks.append(self.blocks[index].inverse_blocks(x, label, guidance, each))
+            with jax.default_matmul_precision(self.precision):
+                blocks.append(self.blocks[index].inverse_blocks(x, label, guidance, each))
             x, total = blocks[-1].x, total + blocks[-1].logdet
         x, logdet = self.pixels.inverse(x)
         tokens = jnp.concatenate([block.tokens for block in blocks])

@@ -44,6 +44,7 @@ class CausalTransformer(nn.Module):
     Attributes:
         width, num_layers, num_heads: num_heads divides width.
         dtype: of the net.
+        attention: of `__call__`, as `attention.choose` takes it.
         remat, scan: of the layers of `__call__`, see `through_layers`.
     """
 
@@ -51,6 +52,7 @@ class CausalTransformer(nn.Module):
     num_layers: int
     num_heads: int
     dtype: jnp.dtype
+    attention: str
     remat: str
     scan: bool
 
@@ -64,6 +66,7 @@ class CausalTransformer(nn.Module):
             kernel_init=KERNEL_INIT,
             bias_init=bias_init,
             dtype=self.dtype,
+            attention=self.attention,
         )
 
     def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jetflow.nn.transformer import (
+    Dense,
     TransformerLayer,
     at_least_float32,
     class_token,
@@ -34,6 +35,7 @@ class Encoder(nn.Module):
         out_features: features of an output token; the output layer starts at zero.
         num_classes: 0 for a net without class embedding.
         dtype: of the net; the output is computed in at least float32.
+        attention: of "vit", as `attention.choose` takes it.
         remat, scan: of the layers, see `through_layers`.
     """
 
@@ -45,6 +47,7 @@ class Encoder(nn.Module):
     out_features: int
     num_classes: int
     dtype: jnp.dtype
+    attention: str
     remat: str
     scan: bool
 
@@ -80,6 +83,7 @@ class Encoder(nn.Module):
             kernel_init=KERNEL_INIT,
             bias_init=lambda fan_in: nn.initializers.normal(stddev=1e-6),
             dtype=self.dtype,
+            attention=self.attention,
             name="layers",
         )
 
@@ -103,15 +107,15 @@ class ConvolutionLayer(nn.Module):
     def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
         width = x.shape[-1]
         x = split_over_mesh(x, "batch", None, None)
-        options = {"dtype": self.dtype, "kernel_init": KERNEL_INIT}
+        options = (self.dtype, KERNEL_INIT, nn.initializers.zeros_init())
         norm_conv, norm_mlp = (
             layer_norm(NORM_EPSILON, self.dtype, name) for name in ("norm_conv", "norm_mlp")
         )
         around = neighbourhoods(norm_conv(x).reshape(-1, *self.grid, width))
-        x = x + nn.Dense(width, name="conv", **options)(around).reshape(x.shape)
-        hidden = nn.Dense(3 * width // 2, name="mlp_in", **options)(norm_mlp(x))
+        x = x + Dense(width, *options, ("embed", None), name="conv")(around).reshape(x.shape)
+        hidden = Dense(3 * width // 2, *options, ("embed", "mlp"), name="mlp_in")(norm_mlp(x))
         hidden = jax.nn.gelu(split_over_mesh(hidden, "batch", None, "mlp"))
-        return x + nn.Dense(width, name="mlp_out", **options)(hidden)
+        return x + Dense(width, *options, ("mlp", "embed"), name="mlp_out")(hidden)
 
 
 def neighbourhoods(x: Float[Array, "B R C W"]) -> Float[Array, "B R C F"]:

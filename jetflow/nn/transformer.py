@@ -4,23 +4,29 @@ The two published nets differ in the layer-norm epsilon, the form of GELU and th
 `encoder.py` and `causal.py` state their choices.
 """
 
-import math
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.spmd import with_logical_constraint
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
+
+from jetflow.nn import attention
+from jetflow.nn.attention import KVCache, attend, attend_cached
 
 Initializer = Callable[..., Array]
+Axes: TypeAlias = tuple[str | None, str | None]  # names of a kernel's two axes
 
-# What the backward pass keeps of a layer: everything, the weight matmuls' results, or its input.
+# What the backward pass keeps of a layer: everything, the weight matmuls' results, or its input;
+# or, of a whole coupling or block of layers, its input alone.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "block": None,
 }
 
 
@@ -42,8 +48,8 @@ def through_layers(
     def body(layer, x, _):
         return layer(x), None
 
-    if remat != "none":  # a loop already prevents common-subexpression elimination
-        body = nn.remat(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    if policy := REMAT_POLICIES[remat]:  # a loop already prevents that programs share what is equal
+        body = nn.remat(body, policy=policy, prevent_cse=not scan)
     scanned = nn.scan(
         body,
         variable_axes={"params": 0},
@@ -66,7 +72,7 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.
 
 
 def split_over_mesh(x: Array, *axes: str | None) -> Array:
-    """Lay `x` over the mesh by its axes' names, batch, heads or mlp; without a mesh, as it was."""
+    """Lay `x` over the mesh by its axes' names: batch, heads, mlp or embed; without, as it was."""
     return with_logical_constraint(x, axes)
 
 
@@ -93,16 +99,84 @@ def side_by_side(init: Initializer, count: int) -> Initializer:
     return stacked
 
 
-class KVCache(NamedTuple):
-    """Keys and values of a layer, of all tokens so far.
+def product(x: Float[Array, "B *T I"], kernel: Float[Array, "I O"], axes: Axes) -> Array:
+    """x·kernel, in the dtype of x.
 
-    Each layer has arrays of its own, which a loop updates in place: of one array for all layers
-    it would copy the whole at each token. With heads before tokens, one token's attention is a
-    product of matrices as they lie in memory.
+    Where the mesh splits "embed", the kernel is gathered for the product and its gradient is
+    scattered after it. XLA's own way is a partial product for each part, which reads all
+    activations for each of them.
+    """
+    if attention.parts("embed") == 1:
+        return x @ kernel.astype(x.dtype)
+    return _gathered_product(x, kernel, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gathered_product(x, kernel, axes: Axes):
+    return x @ _whole(kernel, x.dtype, axes)
+
+
+def _gathered_product_forward(x, kernel, axes: Axes):
+    return _gathered_product(x, kernel, axes), (x, kernel)  # of the kernel a part is kept
+
+
+def _gathered_product_backward(axes: Axes, kept, dy):
+    x, kernel = kept
+    dx = dy @ _whole(kernel, x.dtype, axes).T
+    return dx, _scattered_gradient(x, dy, axes).astype(kernel.dtype)
+
+
+_gathered_product.defvjp(_gathered_product_forward, _gathered_product_backward)
+
+
+def _whole(kernel: Float[Array, "I O"], dtype, axes: Axes) -> Float[Array, "I O"]:
+    """A kernel in `dtype`, gathered over the axis of the mesh that "embed" is split over."""
+    part = split_over_mesh(kernel.astype(dtype), *axes)
+    return split_over_mesh(part, *(None if axis == "embed" else axis for axis in axes))
+
+
+def _scattered_gradient(x, dy, axes: Axes) -> Float[Array, "I O"]:
+    """xᵀ·dy over all rows of the batch, each device with its part."""
+    x, dy = (a.reshape(len(a), -1, a.shape[-1]) for a in (x, dy))
+    (batch,), (embed,) = (nn.logical_to_mesh_axes((name,)) for name in ("batch", "embed"))
+    inputs, outputs = nn.logical_to_mesh_axes(
+        tuple(None if axis == "embed" else axis for axis in axes)
+    )
+
+    def local(x, dy):
+        gradient = jnp.einsum("bti,bto->io", x, dy)
+        others = [name for name in batch if name != embed]
+        gradient = jax.lax.psum_scatter(
+            gradient, embed, scatter_dimension=axes.index("embed"), tiled=True
+        )
+        return jax.lax.psum(gradient, others)
+
+    specs = (
+        jax.sharding.PartitionSpec(batch, None, inputs),
+        jax.sharding.PartitionSpec(batch, None, outputs),
+    )
+    out = nn.logical_to_mesh_axes(axes)
+    return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(x, dy)
+
+
+class Dense(nn.Module):
+    """x·kernel + bias, computed in `dtype`.
+
+    Attributes:
+        axes: the names of the kernel's axes: "embed", and what the layer inside is split over.
     """
 
-    key: Float[Array, "B N T H"]
-    value: Float[Array, "B N T H"]
+    features: int
+    dtype: jnp.dtype
+    kernel_init: Initializer
+    bias_init: Initializer
+    axes: Axes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+        return product(x.astype(self.dtype), kernel, self.axes) + bias
 
 
 class TransposedDense(nn.Module):
@@ -116,6 +190,7 @@ class TransposedDense(nn.Module):
     dtype: jnp.dtype
     kernel_init: Initializer
     bias_init: Initializer
+    axes: Axes  # as `Dense` has them; the kernel comes as it is to be used
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
@@ -142,6 +217,7 @@ class TransformerLayer(nn.Module):
         kernel_init: initialiser of every kernel.
         bias_init: fan-in → initialiser of the biases.
         dtype: of the matmuls; parameters stay float32.
+        attention: the form that `attention.choose` takes.
         dense: the module of the linear maps.
     """
 
@@ -153,21 +229,27 @@ class TransformerLayer(nn.Module):
     kernel_init: Initializer
     bias_init: Callable[[int], Initializer]
     dtype: jnp.dtype
-    dense: type[nn.Module] = nn.Dense
+    attention: str = "auto"
+    dense: type[nn.Module] = Dense
 
     def setup(self):
         width = self.width
         self.norm_attention = layer_norm(self.norm_epsilon, self.dtype)
-        self.qkv = self._dense(3 * width, width, side_by_side(self.kernel_init, 3))
-        self.out = self._dense(width, width, self.kernel_init)
+        qkv_init = side_by_side(self.kernel_init, 3)
+        self.qkv = self._dense(3 * width, width, qkv_init, ("embed", "heads"))
+        self.out = self._dense(width, width, self.kernel_init, ("heads", "embed"))
         self.norm_mlp = layer_norm(self.norm_epsilon, self.dtype)
-        self.mlp_in = self._dense(4 * width, width, self.kernel_init)
-        self.mlp_out = self._dense(width, 4 * width, self.kernel_init)
+        self.mlp_in = self._dense(4 * width, width, self.kernel_init, ("embed", "mlp"))
+        self.mlp_out = self._dense(width, 4 * width, self.kernel_init, ("mlp", "embed"))
 
-    def _dense(self, features: int, fan_in: int, kernel_init: Initializer) -> nn.Module:
-        return self.dense(
-            features, dtype=self.dtype, kernel_init=kernel_init, bias_init=self.bias_init(fan_in)
-        )
+    def _dense(
+        self,
+        features: int,
+        fan_in: int,
+        kernel_init: Initializer,
+        axes: Axes,
+    ) -> nn.Module:
+        return self.dense(features, self.dtype, kernel_init, self.bias_init(fan_in), axes)
 
     def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
         """All tokens at once."""
@@ -179,7 +261,7 @@ class TransformerLayer(nn.Module):
             split_over_mesh(part.reshape(heads), "batch", None, "heads", None)
             for part in jnp.split(qkv, 3, axis=-1)
         )
-        mixed = attend(query, key, value, self.causal)
+        mixed = attend(query, key, value, causal=self.causal, method=self.attention)
         x = x + self.out(mixed.reshape(x.shape))
         return x + self.mlp(x)
 
@@ -210,43 +292,7 @@ class TransformerLayer(nn.Module):
         return self.mlp_out(jax.nn.gelu(hidden, approximate=self.approximate_gelu))
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T N H"],
-    value: Float[Array, "B T N H"],
-    causal: bool,
-) -> Float[Array, "B T N H"]:
-    """Attention of all tokens to all, or to the earlier ones and themselves."""
-    logits = jnp.einsum("bsnh,btnh->bnst", query, key)
-    visible = jnp.tri(query.shape[1], dtype=bool) if causal else True
-    weights = _softmax(logits, math.sqrt(query.shape[-1]), visible)
-    return jnp.einsum("bnst,btnh->bsnh", weights.astype(value.dtype), value)
-
-
-def attend_cached(
-    query: Float[Array, "B N S H"],
-    cache: KVCache,
-    visible: Bool[Array, "S T"],
-    temperature: Float[Array, "B"],
-) -> Float[Array, "B N S H"]:
-    """Attention of a few query tokens to the visible ones of a cache."""
-    logits = jnp.einsum("bnsh,bnth->bnst", query, cache.key.astype(query.dtype))
-    scale = temperature[:, None, None, None] * math.sqrt(query.shape[-1])
-    weights = _softmax(logits, scale, visible).astype(query.dtype)
-    return jnp.einsum("bnst,bnth->bnsh", weights, cache.value.astype(query.dtype))
-
-
 def _written(
     cache: Float[Array, "B N T H"], new: Float[Array, "B N S H"], start: Array
 ) -> Float[Array, "B N T H"]:
     return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=2)
-
-
-def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Array:
-    """softmax(logits / scale) over the visible positions of the last axis, at least in float32.
-
-    `jax.nn.dot_product_attention` computes it in float32 also for float64 inputs, which would
-    hide errors of that size from the laws that the flows are tested by.
-    """
-    logits = logits.astype(at_least_float32(logits.dtype)) / scale
-    return jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)

@@ -43,14 +43,12 @@ def decodings(
 
 def check_decoding(flow: Flow, decoding: tuple[Decoding, ...] | None) -> None:
     """Raise a UsageError on a number out of range, or not as many as there are blocks."""
-    if decoding is None:
-        return
-    if len(decoding) != flow.decoded_blocks:
+    if decoding is not None and len(decoding) != flow.decoded_blocks:
         raise UsageError(
             f"there are {len(decoding)} decodings for the {flow.decoded_blocks} blocks that are "
             "decoded; expected one a block"
         )
-    for how in decoding:
+    for how in decoding or ():
         if how.window < 1:
             raise UsageError(f"window is {how.window}; expected 1 or more")
         if not 0 <= how.tolerance < math.inf:

@@ -14,6 +14,7 @@ from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
 from jetflow.fields import differences, flat
 from jetflow.flows.build import build
+from jetflow.nn.attention import Choice
 from jetflow.noise import Noise
 from jetflow.options import LARGEST
 from jetflow.sampling.ancestral import Sampler
@@ -43,6 +44,11 @@ class Run:
     test_data: pipeline.Dataset
     total_steps: int
     abstract_state: TrainState
+
+    @property
+    def attention(self) -> Choice:
+        """The form of attention that the nets take on the devices of the mesh."""
+        return self.trainer.flow.attention_on(self.mesh.devices.flat[0].platform)
 
     @property
     def resolved_config(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ OF_TOKENS = {
 # Data sets of other names with the same classes in the same order.
 SAME_CLASSES = {"imagenet32_new": "imagenet64_new", "afhq_v2": "afhq"}
 # Fields that a flow's parameters do not depend on.
-COMPUTATION = ("flow.dtype", "flow.remat", "flow.scan")
+COMPUTATION = ("flow.dtype", "flow.precision", "flow.attention", "flow.remat", "flow.scan")
 
 Shape = tuple[int, ...]
 

@@ -28,7 +28,7 @@ from jetflow.signals import Stopped, StopSignal
 from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import Reporter
 from jetflow.training.step import Metrics, TrainState
-from jetflow.types import Batch, Config, UsageError
+from jetflow.types import Batch, Config
 
 
 class Diverged(Exception):
@@ -70,17 +70,19 @@ def train(
     workdir = Path(workdir)
     run = set_up(config, functools.partial(pipeline.load, data_dir=data_dir))
     section = run.config.train
-    keep = {"keep": section.keep_checkpoints, "keep_every": section.keep_every or None}
-    checkpoints = Checkpoints(workdir / "checkpoints", **keep)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep=section.keep_checkpoints, keep_every=section.keep_every
+    )
     # The claim is the last to go: a save in progress ends before another process may clean up.
     with StopSignal() as stop, workdirs.claimed(workdir) as claim, checkpoints:
         # What cannot start must leave nothing behind: the first state comes before `begin`.
         begins = hosts.agreed(checkpoints.latest() is None)
         fresh, table = run.fresh_state() if begins else (None, "")
-        before = hosts.agreed(_length(workdir, run.total_steps)) if extend else run.total_steps
-        claim.begin(run.resolved_config, extend=extend)
+        before = hosts.by_first(lambda: claim.begin(run.resolved_config, extend=extend))
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
-        workdirs.note_environment(workdir, start, total_steps=run.total_steps)
+        workdirs.note_environment(
+            workdir, start, total_steps=run.total_steps, attention=str(run.attention)
+        )
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
             notes = [table] if table else []
             if before < run.total_steps:
@@ -89,18 +91,6 @@ def train(
                     "learning rate follows the schedule of the new length"
                 ]
             Session(run, workdir, checkpoints, reporter, stop.poll).go(state, start, notes)
-
-
-def _length(workdir: Path, steps: int) -> int:
-    """The steps of the run in `workdir`, which are to become `steps`; these if there is no run."""
-    config = workdirs.read_config(workdir)
-    before = config["resolved"]["total_steps"] if config else steps
-    if steps < before:
-        raise UsageError(
-            f"{workdir} holds a run of {before} steps, and config.train asks for {steps}; "
-            "--extend only makes a run longer"
-        )
-    return before
 
 
 @dataclasses.dataclass
@@ -269,7 +259,7 @@ class Session:
             plan = f"all {total} steps were done before"
         return (
             f"{run.config.flow.kind} with {count:,} parameters on {sharding.describe(run.mesh)}; "
-            f"the state takes {held:,.1f} MB a device\n"
+            f"the state takes {held:,.1f} MB a device; attention: {run.attention}\n"
             f"train on {run.train_data.describe()}\ntest on {run.test_data.describe()}\n{plan}"
         )
 

@@ -48,7 +48,8 @@ _TARFLOW = {
 def tarflow(depths: Sequence[int]) -> Table:
     """The tensors of a TarFlow, whose blocks have so many layers."""
     rows = {"prior/variance": Row([["var"]], _same, _same)}
-    constants = {"var": np.ones_like}  # a parameter in the volume-preserving variant alone
+    # The variance is a parameter in the volume-preserving variant alone.
+    constants: dict[str, Callable[[np.ndarray], np.ndarray]] = {"var": np.ones_like}
     for block, depth in enumerate(depths):
         ours, theirs = f"params/blocks_{block}/", f"blocks.{block}."
         rows[f"{ours}position"] = Row([[f"{theirs}pos_embed"]], _same, _same)

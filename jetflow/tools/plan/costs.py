@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jetflow.nn.attention import LARGEST_BLOCK
 from jetflow.tools.plan import hlo
 from jetflow.tools.plan.hlo import Computation, Instruction, Program, numbers
 
@@ -88,25 +89,28 @@ def cost(text: str, devices: int, slices: int = 1) -> Cost:
     """
     program = hlo.parse(text)
     flops = hbm_bytes = 0.0
-    exchanges: dict[tuple[str, str], tuple[int, float]] = {}  # how often, and bytes
+    exchanges: dict[tuple, tuple[int, float]] = {}  # how often, and bytes
     unknown = 0
     for computation, times, is_fused in hlo.executions(program):
         for instruction in computation.values():
             if instruction.opcode in ("convolution", "dot"):
                 flops += times * _flops(computation, instruction)
+            if instruction.opcode == "custom-call":
+                flops += times * _kernel_flops(computation, instruction)
             if instruction.opcode == "while":
                 unknown += hlo.trip_count(program, computation, instruction) is None
             if not is_fused:
                 hbm_bytes += times * _traffic(program, computation, instruction)
             if exchange := _exchange(computation, instruction, devices, slices):
                 kind, size = exchange
-                # An asynchronous one is spread over several fusions, all with its channel.
+                # An asynchronous one is spread over several fusions of one channel and origin.
                 channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
-                count, most = exchanges.get((kind, channel), (0, 0.0))
-                exchanges[kind, channel] = max(times, count), max(size, most)
+                key = kind, channel, instruction.attribute(r'op_name="([^"]*)"')
+                count, most = exchanges.get(key, (0, 0.0))
+                exchanges[key] = max(times, count), max(size, most)
     collectives = []
-    for kind in sorted({kind for kind, _ in exchanges}):
-        counts = [(count, size) for (name, _), (count, size) in exchanges.items() if name == kind]
+    for kind in sorted({kind for kind, *_ in exchanges}):
+        counts = [(count, size) for (name, *_), (count, size) in exchanges.items() if name == kind]
         sent = float(sum(count * size for count, size in counts))
         collectives.append(Collective(kind, sum(count for count, _ in counts), sent))
     return Cost(flops, hbm_bytes, tuple(collectives), unknown)
@@ -167,6 +171,23 @@ def _flops(computation: Computation, product: Instruction) -> float:
             **{name: text.split("x")[axis] for name, text in window.items() if name in _WINDOW},
         )
     return total / int(product.attribute(r"batch_group_count=(\d+)") or 1)
+
+
+def _kernel_flops(computation: Computation, call: Instruction) -> float:
+    """Of Splash attention, whose kernels XLA does not look into: by its tiles that are not masked.
+
+    Forwards it multiplies twice, backwards five times: the logits and their gradient, and the
+    gradients of queries, keys and values.
+    """
+    kernel = re.match(r"splash_mha_(fwd|dkv)", call.name)
+    if not kernel:
+        return 0.0
+    shapes = [computation[name].result[0].shape for name in call.operands]
+    batch, heads, tokens, head_dim = next(shape for shape in shapes if len(shape) == 4)
+    tiles = -(-tokens // LARGEST_BLOCK)
+    share = (tiles + 1) / (2 * tiles) if call.attribute(r"(/causal/)") else 1.0
+    products = 2 if kernel[1] == "fwd" else 5
+    return products * share * 2.0 * batch * heads * tokens**2 * head_dim
 
 
 def _window_products(

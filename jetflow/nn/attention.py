@@ -1,0 +1,207 @@
+"""One door to attention: written out, or as the fused kernel of the platform.
+
+Written out, the logits [B, N, T, T] go through memory several times, which bounds every
+accelerator. The fused kernels never store them: Splash attention on TPUs, cuDNN's on NVIDIA GPUs.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from jetflow.types import UsageError
+
+METHODS = ("auto", "xla", "splash", "cudnn")
+PLATFORM_OF = {"splash": "tpu", "cudnn": "gpu"}
+LANES, LARGEST_BLOCK = 128, 512  # tokens in a register of a TPU, and in a tile of its kernel
+
+
+class Choice(NamedTuple):
+    """The form of attention that is taken, and why no fused one is, if none is."""
+
+    method: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.method + (f" ({self.reason})" if self.reason else "")
+
+
+class KVCache(NamedTuple):
+    """Keys and values of a layer, of all tokens so far.
+
+    Each layer has arrays of its own, which a loop updates in place: of one array for all layers
+    it would copy the whole at each token. With heads before tokens, one token's attention is a
+    product of matrices as they lie in memory.
+    """
+
+    key: Float[Array, "B N T H"]
+    value: Float[Array, "B N T H"]
+
+
+def choose(
+    method: str, *, platform: str, dtype: jnp.dtype, tokens: int, head_dim: int, precision: str
+) -> Choice:
+    """The form that `method` comes to.
+
+    Args:
+        method: one of `METHODS`; "auto" takes the platform's kernel where that serves.
+        platform: "tpu", "gpu" or "cpu".
+        precision: of the matrix products, as `jax.default_matmul_precision` takes it.
+
+    Raises:
+        UsageError: cuDNN is asked for where it cannot serve.
+    """
+    if method in ("xla", "splash"):
+        return Choice(method)
+    kernel = next((name for name, its in PLATFORM_OF.items() if its == platform), "")
+    dtype, reason = jnp.dtype(dtype), ""
+    if method == "cudnn" and kernel != "cudnn":
+        reason = f"cuDNN is for NVIDIA GPUs, and this is a {platform}"
+    elif not kernel:
+        reason = f"no kernel for a {platform}"
+    elif kernel == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
+        reason = f"cuDNN takes no {dtype.name}"
+    elif kernel == "cudnn" and (head_dim > 128 or head_dim % 8):
+        reason = f"cuDNN takes no head of {head_dim} features, but multiples of 8 up to 128"
+    elif kernel == "splash" and ((head_dim > 64 and head_dim % LANES) or head_dim % 64):
+        reason = f"a head of {head_dim} features is no 64 and no multiple of {LANES}"
+    elif kernel == "splash" and tokens % LANES:
+        reason = f"{tokens} tokens are no multiple of {LANES}"
+    elif kernel == "splash" and dtype == jnp.float32 and precision != "default":
+        reason = f"the gradient of the kernel would not have precision {precision}"
+    elif dtype == jnp.float64:
+        reason = "no kernel computes in float64"
+    if method == "cudnn" and reason:
+        raise UsageError(f"config.flow.attention is 'cudnn', but {reason}; set it to 'auto'")
+    return Choice("xla", reason) if reason else Choice(kernel)
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T N H"],
+    value: Float[Array, "B T N H"],
+    *,
+    causal: bool,
+    method: str,
+) -> Float[Array, "B T N H"]:
+    """Attention of all tokens to all, or to the earlier ones and themselves.
+
+    Fused kernels are for programs that are compiled under a mesh, `sharding.on`, whose devices say
+    for which platform. Elsewhere, where parameters are initialised say, attention is written out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    platform = None if mesh.empty else getattr(mesh.abstract_device, "platform", None)
+    if platform is None:
+        return written_out(query, key, value, causal)
+    tokens, head_dim = query.shape[1], query.shape[3]
+    chosen, _ = choose(
+        method,
+        platform=platform,
+        dtype=query.dtype,
+        tokens=tokens,
+        head_dim=head_dim,
+        precision=jax.config.jax_default_matmul_precision or "default",
+    )
+    if chosen == "cudnn":
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=causal, implementation="cudnn"
+        )
+    # Rows and heads of each device; one image, as at initialisation, cannot be split.
+    is_even = query.shape[0] % parts("batch") == 0 == query.shape[2] % parts("heads")
+    if chosen == "splash" and is_even:
+        kernel = functools.partial(_splash, causal=causal, interpret=platform != "tpu")
+        place = nn.logical_to_mesh_axes(("batch", "heads"))
+        spec = jax.sharding.PartitionSpec(place[0], None, place[1])
+        sharded = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+        return sharded(query, key, value)
+    return written_out(query, key, value, causal)
+
+
+def written_out(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T N H"],
+    value: Float[Array, "B T N H"],
+    causal: bool,
+) -> Float[Array, "B T N H"]:
+    """The definition, with the softmax in at least float32."""
+    logits = jnp.einsum("bsnh,btnh->bnst", query, key)
+    visible = jnp.tri(query.shape[1], dtype=bool) if causal else True
+    weights = _softmax(logits, math.sqrt(query.shape[-1]), visible)
+    return jnp.einsum("bnst,btnh->bsnh", weights.astype(value.dtype), value)
+
+
+def attend_cached(
+    query: Float[Array, "B N S H"],
+    cache: KVCache,
+    visible: Bool[Array, "S T"],
+    temperature: Float[Array, "B"],
+) -> Float[Array, "B N S H"]:
+    """Attention of a few query tokens to the visible ones of a cache."""
+    logits = jnp.einsum("bnsh,bnth->bnst", query, cache.key.astype(query.dtype))
+    scale = temperature[:, None, None, None] * math.sqrt(query.shape[-1])
+    weights = _softmax(logits, scale, visible).astype(query.dtype)
+    return jnp.einsum("bnst,bnth->bnsh", weights, cache.value.astype(query.dtype))
+
+
+def parts(axis: str) -> int:
+    """Into how many parts the mesh that a program is traced for splits a named axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    (over,) = nn.logical_to_mesh_axes((axis,))
+    names = (over,) if isinstance(over, str) else over or ()
+    return math.prod(mesh.shape.get(name, 1) for name in names)
+
+
+def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Array:
+    """softmax(logits / scale) over the visible positions of the last axis, at least in float32.
+
+    `jax.nn.dot_product_attention` computes it in float32 also for float64 inputs, which would
+    hide errors of that size from the laws that the flows are tested by.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / scale
+    return jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+
+
+def _splash(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T N H"],
+    value: Float[Array, "B T N H"],
+    *,
+    causal: bool,
+    interpret: bool,
+) -> Float[Array, "B T N H"]:
+    """Splash attention of one device's rows and heads, with tokens filled up to whole registers."""
+    # Imported where it is needed: it takes half a second.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, tokens, heads, head_dim = query.shape
+    padded = -(-tokens // LANES) * LANES
+    block = next(size for size in (LARGEST_BLOCK, 256, LANES) if padded % size == 0)
+    mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))
+    splash = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            use_fused_bwd_kernel=True,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    # A segment of their own for the tokens of the padding, which come last anyhow if causal.
+    segments = jnp.asarray(jnp.arange(padded) >= tokens, jnp.int32)
+    ids = None if causal or padded == tokens else kernels.SegmentIds(segments, segments)
+    rows = [
+        jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))).swapaxes(1, 2)
+        for x in (query / math.sqrt(head_dim), key, value)
+    ]
+    with jax.named_scope("causal" if causal else "full"):  # which the plan of a run reads
+        mixed = jax.vmap(functools.partial(splash, segment_ids=ids))(*rows)
+    return mixed.swapaxes(1, 2)[:, :tokens].astype(query.dtype)

@@ -1,0 +1,90 @@
+"""The fused forms of attention against the one that is written out, and which one is taken."""
+
+import flow_laws
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jetflow import sharding
+from jetflow.nn.attention import attend, choose
+from jetflow.types import UsageError
+
+FLOAT32 = jnp.dtype("float32")
+OPTIONS = {"dtype": jnp.dtype("bfloat16"), "tokens": 256, "head_dim": 64, "precision": "default"}
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("tokens", [64, 256, 1024])
+@pytest.mark.parametrize("causal", [True, False])
+def test_splash_is_attention(tokens, causal, dtype, rtol):
+    """Interpreted on CPUs: values and gradients."""
+    shape = (1, tokens, 2, 64)
+    inputs = [jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in range(3)]
+    weight = jax.random.normal(jax.random.key(3), shape)
+
+    @jax.jit
+    def both(*inputs):
+        def total(method, *inputs):
+            mixed = attend(*inputs, causal=causal, method=method)
+            return (mixed * weight).sum(), mixed
+
+        gradient = jax.grad(total, argnums=(1, 2, 3), has_aux=True)
+        return [gradient(method, *inputs) for method in ("splash", "xla")]
+
+    with sharding.on(sharding.make_mesh()):
+        assert "splash" in str(jax.make_jaxpr(both)(*inputs))
+        actual, expected = both(*inputs)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("platform", "changed", "method", "reason"),
+    [
+        ("tpu", {}, "splash", ""),
+        ("tpu", {"dtype": FLOAT32}, "splash", ""),
+        ("tpu", {"dtype": FLOAT32, "precision": "highest"}, "xla", "precision highest"),
+        ("tpu", {"tokens": 64}, "xla", "64 tokens"),
+        ("tpu", {"head_dim": 32}, "xla", "32 features"),
+        ("gpu", {}, "cudnn", ""),
+        ("gpu", {"tokens": 63}, "cudnn", ""),
+        ("gpu", {"dtype": FLOAT32}, "xla", "float32"),
+        ("gpu", {"head_dim": 256}, "xla", "256"),
+        ("cpu", {}, "xla", "cpu"),
+    ],
+)
+def test_auto_takes_what_serves(platform, changed, method, reason):
+    chosen = choose("auto", platform=platform, **OPTIONS | changed)
+    assert chosen.method == method and reason in chosen.reason
+    assert bool(chosen.reason) == (method == "xla")
+
+
+def test_cudnn_is_for_gpus():
+    with pytest.raises(UsageError, match="cpu"):
+        choose("cudnn", platform="cpu", **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["jet", "tarflow"])
+def test_products_have_the_precision_that_is_asked_for(name):
+    """In both directions and in the gradient."""
+    for precision, wanted in (("default", 0), ("highest", 1)):
+        flow = getattr(flow_laws, name)(dtype="float32", precision=precision)
+        variables = flow_laws.random_variables(flow, jnp.float32)
+        x = flow_laws.random_images(flow).astype(jnp.float32)
+
+        def likelihood(params, x, flow=flow, variables=variables):
+            variables = variables | {"params": params}
+            z, logdet = flow.apply(variables, x, method="forward")
+            return (z**2).sum() - logdet.sum()
+
+        def inverse(variables, z, flow=flow):
+            return flow.apply(variables, z, method="inverse")
+
+        z = jnp.zeros((3, *flow.latent_shape))
+        lowered = jax.jit(jax.grad(likelihood)).lower(variables["params"], x)
+        for text in (lowered.as_text(), jax.jit(inverse).lower(variables, z).as_text()):
+            products = [line for line in text.splitlines() if "dot_general" in line]
+            assert len(products) > 5
+            assert all(("HIGHEST" in line) == bool(wanted) for line in products)
