@@ -92,7 +92,7 @@ class Archive:
             write_atomically(self._path) as whole,
             zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
         ):
-            for name in rows.dtype.names:
+            for name in rows.dtype.names or ():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     header = np.lib.format.header_data_from_array_1_0(rows[name])
                     np.lib.format.write_array_header_1_0(file, header | {"fortran_order": False})

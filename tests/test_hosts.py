@@ -87,18 +87,16 @@ def alone(start, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({}, "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROC"),
-        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two' in the environment; expected a"),
-    ],
-)
-def test_a_process_that_cannot_know_the_others_is_refused(environment, message, monkeypatch):
-    for name, value in {"JAX_COORDINATOR_ADDRESS": "localhost:1", **environment}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=message), hosts.joined({}, saves_at_signals=True):
-        pass
+def test_a_process_that_cannot_know_the_others_is_refused(monkeypatch):
+    command = ["sample", "--workdir", "nothing"]
+    process = tiny_runs.start(command, JAX_COORDINATOR_ADDRESS="localhost:1")
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 2 and errors.count("\n") == 1
+    assert "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and" in errors
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UsageError, match="is 'two' in the environment; expected a whole number"):
+        hosts.joined({}, saves_at_signals=True).__enter__()
 
 
 SWEEP = ["sweep", "--sweep", tiny_runs.ROOT / "configs" / "sweeps" / "guidance.py"]

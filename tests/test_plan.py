@@ -263,7 +263,6 @@ def test_published_models_fit_as_the_readme_states(index):
 def test_fit_finds_the_largest_batch(capsys):
     argv = ["plan", f"--config={CONFIGS}/photos_tarflow.py:32", "--topology=v5e:2x2", "--fit",
             "--config.flow.width=1024", "--config.flow.num_blocks=1", "--json",
-            "--config.flow.layers_per_block=(1,)",
             "--config.train.batch_size=4096"]  # fmt: skip
     assert cli.main(argv) == 0
     output = capsys.readouterr()

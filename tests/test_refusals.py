@@ -85,7 +85,7 @@ train --config tiny.py --train 3 --workdir new    --config.train.
 train --config tiny.py --workdir new y            unexpected argument 'y'
 train --config tiny.py --workdir new --extend=x   extend
 train --config tiny.py --workdir new --noextend=3  noextend
-train --config tiny.py --workdir file/x           --workdir file/x cannot be written
+train --config tiny.py --workdir file/x           file/x
 train --config tiny.py --workdir LONG             --workdir is
 train --config tiny.py --workdir ''               --workdir is ''; expected a path
 train --config tiny.py --workdir ~nobody_of_us/x  ~nobody_of_us

@@ -57,9 +57,9 @@ def parse(command: Command, argv: Sequence[str]) -> Options:
     texts = {name: text for name, text in texts.items() if text is not None}
     if changes and "config" not in texts:
         raise UsageError(f"--config.{next(iter(changes))} changes a config; give --config FILE.py")
-    for name, field in fields.items():
-        if name not in texts and field.default is dataclasses.MISSING:
-            label, example = _label(command, name), field.metadata["example"]
+    for name in (*command.arguments, *fields):
+        if name not in texts and fields[name].default is dataclasses.MISSING:
+            label, example = _label(command, name), fields[name].metadata["example"]
             expected = command.usage if name in command.arguments else f"{label} {example}"
             raise UsageError(f"{label} is missing; expected {expected}")
     try:
