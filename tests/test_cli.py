@@ -23,16 +23,6 @@ from jetflow.types import UsageError
 CONFIG = str(tiny_runs.ROOT / "configs" / "digits_tarflow.py")
 
 
-def test_data_that_cannot_be_prepared(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    folder = str(tmp_path / "file" / "data")
-    arguments = [*tiny_runs.arguments("tarflow", tmp_path / "run"), "--data_dir", folder]
-    assert cli.main(arguments) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "digits" in message and folder in message
-    assert not (tmp_path / "run").exists()
-
-
 def test_refusals_of_four_devices(tmp_path):
     fields = ["train.batch_size=18", "train.accumulation=8", "eval.batch_size=30", "mesh.fsdp=3"]
     program = "import sys; from jetflow.cli import main\n" + (

@@ -178,6 +178,11 @@ sample --workdir TARFLOW --npz grid.png           expected NAME.png
 sample --workdir TARFLOW --images a.png           --images has no effect
 sample --workdir TARFLOW --mode reconstruct --images file  images has file
 sample --workdir TARFLOW --mode interpolate --images file  interpolate needs two
+sample --workdir TARFLOW --mode reconstruct --guidance 2  --guidance has no effect
+sample --workdir TARFLOW --mode interpolate --guidance 2  the images have no labels
+sample --workdir TARFLOW --npz /dev/null/x        /dev/null/x
+sample --workdir TARFLOW --mesh data:2            --mesh has 'data:2'; expected AXIS=SIZE
+sample --workdir PLAIN --denoise                  denoise needs a flow trained with gaussian noise
 sample --workdir PLAIN --label 1                  trained without labels
 
 evaluate --workdir empty                          no run in empty

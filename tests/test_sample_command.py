@@ -211,31 +211,3 @@ def test_interpolation_between_pictures(trained, tmp_path):
     flags = ["--mode", "interpolate", "--num", 2, "--images", names, "--out", out]
     assert run(trained, "jet", *flags) == 0
     assert (read_picture(out) == pictures.strips(images[None, ..., None])).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "flags", "message"),
-    [
-        ("tarflow", ["--mode", "reconstruct", "--guidance", "2"], "--guidance has no effect"),
-        ("tarflow", ["--images", "a.png"], "--images has no effect in mode samples"),
-        ("tarflow", ["--mode", "interpolate", "--images", "a"], "interpolate needs two"),
-        ("tarflow", ["--mode", "interpolate", "--guidance", "2"], "the images have no labels"),
-        ("tarflow", ["--denoise_std", "0.1"], "without denoise"),
-        ("tarflow", ["--out", "x.gif"], "--out is x.gif; expected NAME.png in mode samples"),
-        ("tarflow", ["--npz", "/dev/null/x"], "--npz /dev/null/x cannot be written"),
-        ("tarflow", ["--label", "10"], "label 10 is out of range"),
-        ("tarflow", ["--mesh", "data:2"], "--mesh has 'data:2'; expected AXIS=SIZE"),
-        ("volume preserving", ["--denoise"], "denoise needs a flow trained with gaussian noise"),
-        ("volume preserving", ["--label", "1"], "trained without labels"),
-        ("jet", ["--method", "auto"], "decoding methods are for TarFlow"),
-    ],
-)
-def test_bad_input(name, flags, message, trained, tmp_path, capsys, monkeypatch):
-    """One line, exit status 2, and nothing written."""
-    monkeypatch.chdir(tmp_path)
-    trained(name)
-    capsys.readouterr()
-    assert run(trained, name, *flags) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-    assert not [*tmp_path.iterdir()]
