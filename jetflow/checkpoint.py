@@ -118,7 +118,7 @@ class Checkpoints:
         """The config in the newest sound record; None where there is none."""
         for step in reversed(self.steps()):
             with contextlib.suppress(Exception):  # as in `_everywhere`
-                return _read_record(self.directory / str(step) / "record")["config"]
+                return _read_record(self.directory / str(step) / "record")["config"] or None
         return None
 
     def save(self, step: int, state: Any, config: dict) -> None:

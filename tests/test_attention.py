@@ -5,9 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_runs
 
-from jetflow import sharding
+from jetflow import configs, sharding
 from jetflow.nn.attention import attend, choose
+from jetflow.tools.plan import costs, devices, roofline
+from jetflow.training.experiment import set_up
 from jetflow.types import UsageError
 
 FLOAT32 = jnp.dtype("float32")
@@ -64,6 +67,26 @@ def test_auto_takes_what_serves(platform, changed, method, reason):
 def test_cudnn_is_for_gpus():
     with pytest.raises(UsageError, match="cpu"):
         choose("cudnn", platform="cpu", **OPTIONS)
+
+
+@pytest.mark.slow
+def test_a_step_for_tpus_has_whole_products_and_fused_attention():
+    """Compiled for sixteen devices between which the weights are split; no TPU is needed."""
+    pytest.importorskip("libtpu", reason="pip install -e '.[tpu]' to compile for TPUs")
+    config = configs.read(str(tiny_runs.ROOT / "configs/imagenet64_tarflow.py:conditional"))
+    changes = {"flow.width": 512, "flow.num_blocks": 1, "flow.layers_per_block": (2,)}
+    for field, value in (changes | {"mesh.fsdp": 16, "train.batch_size": 32}).items():
+        configs.change(config, field, value)
+    run = set_up(config, roofline.load, devices.devices("v5e:4x4", 1))
+    lowered = run.lower_step(run.abstract_state, run.abstract_batch(config.train.batch_size))
+    text = lowered.compile().as_text()
+    assert "splash_mha_fwd" in text and "splash_mha_dkv" in text
+    assert "all-gather" in text
+    moves = [line for line in text.splitlines() if " collective-permute" in line]
+    assert not [line for line in moves if "dot_general" in line]
+    cost = costs.cost(text, 16)
+    formula = 3 * costs.forward_flops(run.abstract_state.params, 1024) * 32 / 16
+    assert formula < cost.flops < 1.4 * formula
 
 
 @pytest.mark.parametrize("name", ["jet", "tarflow"])

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -74,11 +72,6 @@ def warnings(monkeypatch) -> list[str]:
     return lines
 
 
-def run_python(source: str, *args) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", source, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-
-
 # Round trips
 
 
@@ -114,38 +107,6 @@ def test_donation_right_after_saving(tmp_path):
         for _ in range(5):
             state = step(state)
         assert_same(checkpoints.restore(abstract(state))[0], expected)
-
-
-SHARDINGS = """
-import sys, jax, jax.numpy as jnp, numpy as np
-from absl import logging
-logging.set_verbosity(logging.INFO)
-jax.config.update("jax_num_cpu_devices", 4)
-from jax.sharding import NamedSharding, PartitionSpec as P
-from jetflow.checkpoint import Checkpoints
-from jetflow.checksums import checksum
-from jetflow.sharding import make_mesh
-
-mesh = make_mesh(fsdp=2)
-values = np.random.default_rng(0).normal(size=(512, 256)).astype("float32")
-specs = [P(), P("data"), P("fsdp", "data"), P(("data", "fsdp"))]
-places = [jax.devices()[0], *(NamedSharding(mesh, spec) for spec in specs)]
-states = [{"params": jax.device_put(values, place)} for place in places]
-assert len({int(checksum(state["params"])) for state in states}) == 1
-with Checkpoints(sys.argv[1], keep=99) as checkpoints:
-    for step, state in enumerate(states):
-        checkpoints.save(step, state, {})
-    for step in range(len(states)):
-        for state in states:
-            restored = checkpoints.restore(state, step)[0]["params"]
-            assert restored.sharding == state["params"].sharding
-            np.testing.assert_array_equal(restored, values)
-"""
-
-
-def test_other_shardings_and_a_quiet_terminal(tmp_path):
-    result = run_python(SHARDINGS, tmp_path)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 # Damage

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from jetflow.flows import affine
 from jetflow.nn.causal import KERNEL_INIT, Cache, CausalTransformer, bias_init, enlarged
-from jetflow.nn.transformer import at_least_float32, class_token
+from jetflow.nn.dense import at_least_float32
+from jetflow.nn.transformer import class_token
 from jetflow.types import BlockInputs, BlockOutputs, Decoding, Guidance
 
 LARGEST_GUESS = 1e4  # far above any token's value, far below what overflows in a net

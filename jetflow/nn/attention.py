@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from jetflow.nn.dense import at_least_float32, parts
 from jetflow.types import UsageError
 
 METHODS = ("auto", "xla", "splash", "cudnn")
-PLATFORM_OF = {"splash": "tpu", "cudnn": "gpu"}
+KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 LANES, LARGEST_BLOCK = 128, 512  # tokens in a register of a TPU, and in a tile of its kernel
 
 
@@ -57,8 +58,7 @@ def choose(
     """
     if method in ("xla", "splash"):
         return Choice(method)
-    kernel = next((name for name, its in PLATFORM_OF.items() if its == platform), "")
-    dtype, reason = jnp.dtype(dtype), ""
+    kernel, reason = KERNELS.get(platform, ""), ""
     if method == "cudnn" and kernel != "cudnn":
         reason = f"cuDNN is for NVIDIA GPUs, and this is a {platform}"
     elif not kernel:
@@ -66,15 +66,15 @@ def choose(
     elif kernel == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
         reason = f"cuDNN takes no {dtype.name}"
     elif kernel == "cudnn" and (head_dim > 128 or head_dim % 8):
-        reason = f"cuDNN takes no head of {head_dim} features, but multiples of 8 up to 128"
-    elif kernel == "splash" and ((head_dim > 64 and head_dim % LANES) or head_dim % 64):
-        reason = f"a head of {head_dim} features is no 64 and no multiple of {LANES}"
+        reason = f"cuDNN takes heads of 8, 16, … 128 features, not {head_dim}"
+    elif kernel == "splash" and head_dim % 64:
+        reason = f"a head of {head_dim} features is no multiple of 64"
+    elif dtype == jnp.float64:
+        reason = "no kernel computes in float64"
     elif kernel == "splash" and tokens % LANES:
         reason = f"{tokens} tokens are no multiple of {LANES}"
     elif kernel == "splash" and dtype == jnp.float32 and precision != "default":
         reason = f"the gradient of the kernel would not have precision {precision}"
-    elif dtype == jnp.float64:
-        reason = "no kernel computes in float64"
     if method == "cudnn" and reason:
         raise UsageError(f"config.flow.attention is 'cudnn', but {reason}; set it to 'auto'")
     return Choice("xla", reason) if reason else Choice(kernel)
@@ -147,21 +147,13 @@ def attend_cached(
     return jnp.einsum("bnst,bnth->bnsh", weights, cache.value.astype(query.dtype))
 
 
-def parts(axis: str) -> int:
-    """Into how many parts the mesh that a program is traced for splits a named axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    (over,) = nn.logical_to_mesh_axes((axis,))
-    names = (over,) if isinstance(over, str) else over or ()
-    return math.prod(mesh.shape.get(name, 1) for name in names)
-
-
 def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Array:
     """softmax(logits / scale) over the visible positions of the last axis, at least in float32.
 
     `jax.nn.dot_product_attention` computes it in float32 also for float64 inputs, which would
     hide errors of that size from the laws that the flows are tested by.
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / scale
+    logits = logits.astype(at_least_float32(logits.dtype)) / scale
     return jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
 
 

@@ -9,13 +9,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
-from jetflow.nn.transformer import (
-    Initializer,
-    KVCache,
-    TransformerLayer,
-    TransposedDense,
-    through_layers,
-)
+from jetflow.nn.attention import KVCache
+from jetflow.nn.dense import Initializer, TransposedDense
+from jetflow.nn.transformer import TransformerLayer, through_layers
 
 Cache: TypeAlias = tuple[KVCache, ...]  # one a layer
 

@@ -7,15 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jetflow.nn.transformer import (
-    Dense,
-    TransformerLayer,
-    at_least_float32,
-    class_token,
-    layer_norm,
-    split_over_mesh,
-    through_layers,
-)
+from jetflow.nn.dense import Dense, at_least_float32, split_over_mesh
+from jetflow.nn.transformer import TransformerLayer, class_token, layer_norm, through_layers
 
 NORM_EPSILON = 1e-6
 KERNEL = (3, 3)  # tokens of a convolution, both odd
