@@ -47,7 +47,9 @@ class SampleOptions(BenchOptions, SamplingOptions, ModelOptions):
     """Of a trained flow, or of a config's with random weights."""
 
     config: Config = option(None)
-    workdir: Path | None = option(None, "the folder of a run, for its trained flow")
+    workdir: Path | None = option(
+        None, "the folder of a run, for its trained flow; this or config must be given"
+    )
     batch_sizes: tuple[int, ...] = option(
         (8, 64), "images made at a time", least=1, most=LARGEST_BATCH
     )

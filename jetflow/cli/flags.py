@@ -74,20 +74,18 @@ def parse(command: Command, argv: Sequence[str]) -> Options:
 
 def help_text(command: Command) -> str:
     """The usage, and a line for each argument and each flag; those that must be given first."""
-    required, others = [], []
+    lines = []
     for name, field in sorted(command.fields.items()):
-        text = field.metadata["help"] or CONFIG_HELP
+        default, text = field.default, field.metadata["help"] or CONFIG_HELP
         if choices := field.metadata["choices"]:
             text += f" ({', '.join(choices)})"
-        label = _label(command, name)
-        if field.default is dataclasses.MISSING:
-            required.append(f"  {label}: {text} (required)")
-        else:
-            shown = field.default not in (None, False, ())
-            others.append(
-                f"  {label}: {text}" + (f" (default {_as_text(field.default)})" if shown else "")
-            )
-    return "\n".join([f"  {command.usage}", "", *required, *others])
+        if default is dataclasses.MISSING:
+            text += " (required)"
+        elif default not in (None, False, ()):
+            several = isinstance(default, tuple)
+            text += f" (default {','.join(map(str, default)) if several else default})"
+        lines.append((default is not dataclasses.MISSING, f"  {_label(command, name)}: {text}"))
+    return "\n".join([f"  {command.usage}", "", *(line for _, line in sorted(lines))])
 
 
 def _define(command: Command) -> flags.FlagValues:
@@ -146,7 +144,3 @@ def _label(command: Command, name: str) -> str:
     if name not in command.fields:
         return name
     return name.upper() if name in command.arguments else f"--{name}"
-
-
-def _as_text(default: Any) -> str:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

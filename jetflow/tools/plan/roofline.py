@@ -110,9 +110,7 @@ def plan(config: Config, topology: str, *, slices: int = 1, program: str = "trai
         mesh=dict(run.mesh.shape),
         batch_size=size,
         remat=config.flow.remat,
-        parameters=sum(
-            math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params)
-        ),
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         memory=memory,
         model_flops=passes * costs.forward_flops(params, tokens) * size / run.mesh.size,
         steps=steps,
@@ -202,27 +200,22 @@ def _compile(
     if program != "train":
         held = [state.variables(), (), ()]
     params, optimizer, ema = map(sharding.bytes_per_device, held)
+    other = temporaries = cost = None
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         total = _bytes_needed(str(error))
-        spare = tpu.hbm_bytes - total
-        return Memory(params, optimizer, ema, None, None, total, tpu.hbm_bytes, spare), None
-    analysis: Any = compiled.memory_analysis()
-    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    temporaries = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes - outputs
-    total = costs.peak_bytes(compiled)
+    else:
+        analysis: Any = compiled.memory_analysis()
+        outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        temporaries = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes - outputs
+        total = costs.peak_bytes(compiled)
+        other = total - temporaries - params - optimizer - ema
+        cost = costs.cost(compiled.as_text() or "", run.mesh.size, slices)
     memory = Memory(
-        params,
-        optimizer,
-        ema,
-        other=total - temporaries - params - optimizer - ema,
-        temporaries=temporaries,
-        total=total,
-        capacity=tpu.hbm_bytes,
-        spare=tpu.hbm_bytes - total,
+        params, optimizer, ema, other, temporaries, total, tpu.hbm_bytes, tpu.hbm_bytes - total
     )
-    return memory, costs.cost(compiled.as_text() or "", run.mesh.size, slices)
+    return memory, cost
 
 
 def _estimate(cost: costs.Cost, tpu: tpus.Tpu, batch_size: int, steps: int) -> Estimate:
