@@ -19,7 +19,6 @@ import tiny_runs
 from jetflow import cli, hosts
 from jetflow.cli.flags import parse
 from jetflow.data.dataset import load
-from jetflow.types import UsageError
 
 DEVICES = 8
 # Plain samples, for they compile faster.
