@@ -129,6 +129,7 @@ def set_up(
     """
     hosts.compare(flat(config.to_dict()))
     configs.check(config)
+    optim.patterns(config.optim.multipliers)
     sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
     mesh = sharding.make_mesh(**sizes, devices=devices)
     train, data = config.train, config.data
