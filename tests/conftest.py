@@ -34,6 +34,16 @@ def float64():
 
 
 @pytest.fixture
+def optimised():
+    """Programs as users have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def fresh_traces():
     """For tests that replace parts of jetflow: JAX keeps what it has traced of them."""
     jax.clear_caches()

@@ -20,6 +20,7 @@ from jetflow.tools.plan import devices as tpus
 
 CONFIGS = tiny_runs.ROOT / "configs"
 
+pytestmark = pytest.mark.usefixtures("optimised")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install -e '.[tpu]'",
