@@ -85,9 +85,9 @@ def test_a_step_for_tpus_has_whole_products_and_fused_attention():
     assert "all-gather" in text
     moves = [line for line in text.splitlines() if " collective-permute" in line]
     assert not [line for line in moves if "dot_general" in line]
-    cost = costs.cost(text, 16)
-    formula = 3 * costs.forward_flops(run.abstract_state.params, 1024) * 32 / 16
-    assert formula < cost.flops < 1.4 * formula
+    assert "/causal/" in text  # so that the quarter of the tiles that is masked does not count
+    formula = costs.forward_flops(run.abstract_state.params, 1024) * 32 / 16
+    assert 3 * formula < costs.cost(text, 16).flops < 4 * formula
 
 
 @pytest.mark.parametrize("name", ["jet", "tarflow"])

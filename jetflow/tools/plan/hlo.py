@@ -72,7 +72,8 @@ def parse(text: str) -> Program:
     """Computations by name; the one that a program starts with is also under "ENTRY"."""
     program: Program = {}
     computation = Computation()
-    for line in text.splitlines():
+    # Of a kernel, XLA writes what is in its metadata over several lines.
+    for line in re.sub(r'\n(?="|}})', "", text).splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             computation = program[header[2]] = Computation()
             if header[1]:
