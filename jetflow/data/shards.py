@@ -131,6 +131,8 @@ def write_metadata(
     source: Source, contents: Contents, notes: Sequence[dict], folder: Path, **facts
 ) -> None:
     """What TFDS needs to read the shards, and `load` to check them."""
+    method = "short side to {} by a box filter (bicubic where it enlarges), centre crop"
+    resize = source.resize or method.format(source.image_shape[0])
     image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
     classes = [one_line(name) for name in contents.classes]
     label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
@@ -144,7 +146,7 @@ def write_metadata(
         features=tfds.features.FeaturesDict({"image": image, **label}),
         supervised_keys=("image", "label") if label else None,
         homepage=source.homepage,
-        metadata=tfds.core.MetadataDict(resize=source.resize_method, files=files, **facts),
+        metadata=tfds.core.MetadataDict(resize=resize, files=files, **facts),
         disable_shuffling=True,  # the order of the archive is the order on disk
     )
     info.set_file_format("array_record")

@@ -113,13 +113,6 @@ class Source:
     homepage: str = ""
     resize: str | None = "none"
 
-    @property
-    def resize_method(self) -> str:
-        """How the images came to their size, for the record."""
-        size = self.image_shape[0]
-        method = f"short side to {size} by a box filter (bicubic where it enlarges), centre crop"
-        return method if self.resize is None else self.resize
-
     def pixels(self, image: Image, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
         """uint8 [H, W, C] of an image.
 

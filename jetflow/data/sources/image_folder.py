@@ -42,11 +42,10 @@ def find(name: str) -> Source:
             f"size of {SIZES.start} to {SIZES.stop - 1} and the images below NAME in --manual_dir"
         )
     archive = Archive(root, "a folder of images")
-    [source] = at_sizes(
+    return at_sizes(
         f"folder/{root}", [int(size)], contents=_contents, about=__doc__, archives=(archive,),
         is_read=_is_image, resize=None,
-    )  # fmt: skip
-    return source
+    )[0]  # fmt: skip
 
 
 def _contents(paths: Sequence[Path], notes: Path, max_pixels: int) -> Contents:
@@ -110,41 +109,37 @@ def _classes(root: Path, files: Sequence[Entry], prefix: str, max_pixels: int) -
         print(text, file=sys.stderr)
         inside = [("", file) for _, file in inside]
     kept: dict[str, str] = {}
-    for top, file in sorted(inside, key=lambda each: _rank(each[1].name.removeprefix(prefix))):
+
+    def rank(each: tuple[str, Entry]) -> int:
+        value = name_hash(each[1].name.removeprefix(prefix))
+        return value if value % HELD_OUT else 0  # last of all: it would be held out
+
+    for top, file in sorted(inside, key=rank, reverse=True):
         if top not in kept and _is_image(root / file.name):
             with contextlib.suppress(Unreadable):
                 decode(file.read(), max_pixels)
                 kept[top] = file.name
-    names = sorted(kept)
-    if len(names) == 1 and all(file.name.removeprefix(prefix).count("/") > 1 for _, file in inside):
-        text = f"{root / prefix} has one class, {names[0]}, and all images in folders below it"
+    if len(kept) == 1 and all(file.name.removeprefix(prefix).count("/") > 1 for _, file in inside):
+        text = f"{root / prefix} has one class, {min(kept)}, and all images in folders below it"
         print(f"{text}; if these are the classes, move them up", file=sys.stderr)
-    names.sort(key=int if all(map(str.isdecimal, names)) else None)
+    names = sorted(sorted(kept), key=int if all(map(str.isdecimal, kept)) else str)
     return {name: kept[name] for name in names}
 
 
 def _is_image(path: Path) -> bool:
     """By its first bytes."""
-    try:
-        with pillow.open(path):
-            return True
-    except Exception:  # Pillow raises nearly any type on a file that is none
-        return False
-
-
-def _rank(name: str) -> tuple[bool, int]:
-    """Where an image stands in the line for training: those that are held out come last."""
-    value = name_hash(name)
-    return value % HELD_OUT == 0, -value
+    with contextlib.suppress(Exception), pillow.open(path):  # which raises nearly any type
+        return True
+    return False
 
 
 def _divided(members: Sequence[Member], prefix: str, kept: set[str]) -> dict[str, list[Member]]:
     """Some of the images held out as `test`, at least one of those that are not `kept`."""
     names = [image.name for member in members for image in member.images]
-    ranks = {name: _rank(name.removeprefix(prefix)) for name in names if name not in kept}
-    lowest = max((value for _, value in ranks.values()), default=None)
+    hashes = {name: name_hash(name.removeprefix(prefix)) for name in names if name not in kept}
+    lowest = min(hashes.values(), default=0)
     splits: dict[str, list[Member]] = {"train": [], "test": []}
     for member, name in zip(members, names, strict=True):
-        is_held_out = name in ranks and (ranks[name][0] or ranks[name][1] == lowest)
+        is_held_out = name in hashes and (hashes[name] == lowest or hashes[name] % HELD_OUT == 0)
         splits["test" if is_held_out else "train"].append(member)
     return splits
