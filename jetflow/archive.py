@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from tqdm import tqdm
 
 from jetflow import hosts
 from jetflow.fields import differences, shown
@@ -135,8 +134,12 @@ def read_images(file: Npz, chunk: int) -> Images:
     num, *shape = file.shape(name, "B", (None,) * 4)
     if not num or 0 in shape or shape[-1] not in (1, 3):
         raise file.fault(f"{name} is {[num, *shape]}, not [N, H, W, 1 or 3]")
+    chunk = min(chunk, num)
     if max(16 * num, chunk * math.prod(shape)) > ROOM:  # 16 bytes an image for their order
-        raise file.fault(f"{num:,} images of {shape}, {chunk} at a time, need too much memory")
+        raise file.fault(
+            f"{num:,} images of {shape}, {chunk} at a time, need too much memory; "
+            "lower --batch_size"
+        )
     file.verify(name)
     finite = file.array("finite", "?", (num,)) if "finite" in file else np.ones(num, bool)
     return Images(num, int((~finite).sum()), file.rows(name, chunk))
@@ -168,9 +171,9 @@ def collect(
         archive: the batches go on behind its images.
     """
     images, finite = ([archive.first(keep)], [archive.finite]) if archive else ([], [])
-    sweeps, residual, hidden = (), 0.0, None if hosts.is_first() else True
+    sweeps, residual = (), 0.0
     done = archive.done if archive else 0
-    with tqdm(total=num, initial=done, unit=" images", disable=hidden, leave=False) as bar:
+    with hosts.progress(num, "sampling", "images", done) as bar:
         for drawn in batches:
             batch = drawn.images(noise)
             if archive:

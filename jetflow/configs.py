@@ -153,6 +153,7 @@ _TYPES: tuple[tuple[Any, Any, str], ...] = (
     (bool, option(), "data.labels noise.flip"),
     (str, option(), "data.name data.train_split data.test_split"),
     (Path, option(""), "init_from"),
+    (str, option(choices=("auto", "ema", "params")), "init_weights"),
     (tuple[int, ...], option(least=1, most=MOST_LAYERS), "flow.layers_per_block"),
     (tuple[str, ...], option(choices=("channels", "spatial")), "flow.kinds"),
 )  # fmt: skip

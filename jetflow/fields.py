@@ -28,8 +28,8 @@ def differences(
     What the data resolved to counts only where the old tree has it: version 0.1 recorded less.
     """
     old, new = flat(old, prefix), flat(new, prefix)
-    later = {f"{prefix}{name}": value for name, value in LATER.items()}
-    old = {name: value for name, value in later.items() if name in new} | old
+    later = {name: LATER[field] for name in new for field in LATER if name.endswith(f".{field}")}
+    old = later | old
     return {
         name: (old.get(name, "absent"), new.get(name, "absent"))
         for name in {**old, **new}

@@ -132,9 +132,11 @@ def set_aside(path: Path, why: str) -> None:
     """Rename a damaged file, with a warning, so that another one can take its place."""
     if hosts.is_first():
         aside = path.with_name(f"{path.name}.{secrets.token_hex(2)}.damaged")
-        logging.warning("%s; it is set aside as %s", why, aside)
-        with contextlib.suppress(OSError):  # on a disk that is read-only it stays
+        try:
             os.replace(path, aside)
+            logging.warning("%s; it is set aside as %s", why, aside)
+        except OSError:  # such as a disk that is read-only
+            logging.warning("%s; it counts as absent", why)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

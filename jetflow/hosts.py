@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ import filelock
 import jax
 from absl import logging
 from etils import epath
+from tqdm import tqdm
 
 from jetflow.fields import MOST_SHOWN, differences
 from jetflow.rollcall import STATE, RollCall
@@ -34,6 +35,7 @@ NOTICE_SECONDS = 20  # before a process says that it waits for others
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, after which the others end
 LAST_WORDS_SECONDS = 5
 LONGEST_WAIT = 24 * 3600  # seconds, for what another process has not done yet
+LOG_SECONDS, LOG_DELAY = 30, 5  # between lines of progress off a terminal, and before the first
 LARGEST_LAG = 60  # seconds until a network disk shows a file that another machine wrote
 
 # What a launcher sets where there are several processes, which `jax.distributed` then finds.
@@ -78,7 +80,12 @@ def joined(facts: Mapping[str, Any], *, saves_at_signals: bool) -> Iterator[None
             _print(str(error))
             if is_first():  # the others, joined through it, mostly fail alike: let them say so
                 time.sleep(LAST_WORDS_SECONDS)
+            sys.stdout.flush()
             os._exit(error.status)
+        except KeyboardInterrupt:
+            _print("interrupted")
+            sys.stdout.flush()
+            os._exit(130)
         except Exception as error:
             roll_call.leave(error)
 
@@ -175,17 +182,19 @@ def agreed(value: T) -> T:
 
 
 def by_first(call: Callable[[], T]) -> T:
-    """What a call gives on the first process, or its UsageError, on all of them."""
+    """What a call gives on the first process, or its UsageError or OSError, on all of them."""
     result: Any = None
-    refusal = ""
+    refusal: Sequence[Any] = ()
     if STATE.process_id == 0:
         try:
             result = call()
         except UsageError as error:
-            refusal = str(error)
+            refusal = (str(error),)
+        except OSError as error:
+            refusal = (error.errno, error.strerror, error.filename and str(error.filename))
     result, refusal = agreed([result, refusal])
     if refusal:
-        raise UsageError(refusal)
+        raise (UsageError if len(refusal) == 1 else OSError)(*refusal)
     return result
 
 
@@ -232,7 +241,16 @@ def note(text: str) -> None:
 
 
 def _print(text: str) -> None:
-    print(f"jetflow: {text}", file=sys.stderr, flush=True)
+    print(f"jetflow: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
+
+
+def progress(total: int, name: str, unit: str, done: int = 0) -> tqdm:
+    """A progress bar of the first process; off a terminal a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    return tqdm(
+        total=total, initial=done, desc=name, unit=f" {unit}", disable=not is_first(),
+        leave=False, mininterval=interval, delay=0 if sys.stderr.isatty() else LOG_DELAY,
+    )  # fmt: skip
 
 
 def _whole_number(name: str) -> int | None:

@@ -220,8 +220,10 @@ def load_model(
         has = f"the run in {workdir} has {', '.join(choices)}"
         raise UsageError(f"weights is {weights!r}, but {has}; ask for one of these")
     weights = choices[weights]
+    layout = config.get("mesh")  # which a run does not keep: it may be anything
+    rules = layout.get("rules", ()) if isinstance(layout, dict) else ()
     abstract = abstract_variables(flow)
-    shardings = sharding.state_shardings(mesh, abstract, config.get("mesh", {}).get("rules", ()))
+    shardings = sharding.state_shardings(mesh, abstract, rules)
     abstract = sharding.placed(abstract, shardings)
     wanted = {weights: abstract.pop("params"), "collections": abstract}
     with Checkpoints(workdir / "checkpoints") as checkpoints:

@@ -90,7 +90,7 @@ def factors(params: Any, multipliers: Multipliers) -> Any:
         UsageError: a regex is invalid or decides for no parameter, a factor is negative or not
             finite, or nothing is left to train.
     """
-    table = [_checked(pair) for pair in multipliers]
+    table = patterns(multipliers)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = ["/" + jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
     rows = [
@@ -108,6 +108,11 @@ def factors(params: Any, multipliers: Multipliers) -> Any:
     if not any(values):
         raise UsageError("config.optim.multipliers freezes every parameter; leave some to train")
     return jax.tree.unflatten(jax.tree.structure(params), values)
+
+
+def patterns(multipliers: Multipliers) -> list[tuple[re.Pattern, float]]:
+    """The regexes and factors, which are checked without any parameters, see `factors`."""
+    return [_checked(pair) for pair in multipliers]
 
 
 def _checked(pair: Any) -> tuple[re.Pattern, float]:

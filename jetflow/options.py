@@ -144,7 +144,9 @@ def _item(name: str, field: dataclasses.Field, kind: Any, value: Any) -> Any:
     top = LARGEST if kind is int and most == math.inf else most
     if value == "" == field.default:
         return value
-    if not _is(value, kind) or value == "":
+    if value == "":
+        expected = f"{KINDS.get(kind, str(kind)).partition(' of ')[0]} that is not empty"
+    elif not _is(value, kind):
         expected = KINDS.get(kind, str(kind))
     elif choices and value not in choices:
         expected = f"one of {', '.join(choices)}"

@@ -95,6 +95,7 @@ class RollCall(threading.Thread):
                 "run the same command on all of them again to go on",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+            sys.stdout.flush()
             os._exit(1)
 
 

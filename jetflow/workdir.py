@@ -67,6 +67,7 @@ FREE = (
     "data.workers",
     "resolved.defaults",
 )
+TOTAL_STEPS = "config.resolved.total_steps"  # which follows from others
 LENGTH = ("train.steps", "train.epochs", "train.images", "resolved.total_steps")
 
 
@@ -164,9 +165,10 @@ class Claim:
             differing = differences(existing, config, FREE + LENGTH if extend else FREE)
             saved = any(self.workdir.glob("checkpoints/*"))
             if differing and (saved or files.read_metrics(self.workdir / files.METRICS)):
+                named = {name: both for name, both in differing.items() if name != TOTAL_STEPS}
                 raise UsageError(
-                    f"{self.workdir} holds a run with another config: {shown(differing)}; "
-                    + _remedy(self.workdir, differing)
+                    f"{self.workdir} holds a run with another config: "
+                    f"{shown(named or differing)}; {_remedy(self.workdir, differing)}"
                 )
         write_config(self.workdir, config)
         self.begun = True

@@ -243,9 +243,9 @@ attend() {
 remote_look() {
   cat <<EOF
 $UNDER_WAY
-status=\$(cat ~/jetflow/run.status 2>/dev/null)
-if under_way; then echo "jetflow: running"
-elif [[ -z \$status || \$status == 143 && ! -e ~/jetflow/run.stopped ]]; then echo "jetflow: idle"
+under_way && { echo "jetflow: running"; exit; }
+status=\$(cat ~/jetflow/run.status 2>/dev/null)  # after that look: a run writes it as it ends
+if [[ -z \$status || \$status == 143 && ! -e ~/jetflow/run.stopped ]]; then echo "jetflow: idle"
 else echo "jetflow: ended \$status"
 fi
 EOF

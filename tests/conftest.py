@@ -2,8 +2,10 @@
 
 import functools
 import os
+import shutil
 import signal
 
+import filelock
 import pytest
 from jaxtyping import install_import_hook
 
@@ -32,6 +34,16 @@ def float64():
 
 
 @pytest.fixture
+def optimised():
+    """Programs as users have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def fresh_traces():
     """For tests that replace parts of jetflow: JAX keeps what it has traced of them."""
     jax.clear_caches()
@@ -49,15 +61,20 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory):
+def shared_dir(tmp_path_factory):
+    """A folder of all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(shared_dir):
     """Lets tests that train the same tiny flow again and again compile it once.
 
     In all processes, those of pytest-xdist and those that tests start.
     """
-    base = tmp_path_factory.getbasetemp()
-    path = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     settings = {
-        "jax_compilation_cache_dir": path,
+        "jax_compilation_cache_dir": str(shared_dir / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -74,16 +91,19 @@ def compilation_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, compilation_cache):
+def trained(tmp_path_factory, shared_dir, compilation_cache):
     """A function: the name of a flow of `tiny_runs` -> the workdir of its run, never interrupted.
 
-    Tests may read it, and evaluate and sample from it, but must train in a copy.
+    Tests may read it, and evaluate and sample from it, but must train in a copy. The processes of
+    pytest-xdist have copies of one run.
     """
 
     @functools.cache
     def workdir(name):
-        path = tmp_path_factory.mktemp("trained") / name
-        assert tiny_runs.train(name, path) == 0
-        return path
+        original = shared_dir / "trained" / name
+        with filelock.FileLock(shared_dir / f"{name}.lock"):
+            if not original.exists():
+                assert tiny_runs.train(name, original) == 0
+        return shutil.copytree(original, tmp_path_factory.mktemp("trained") / name)
 
     return workdir

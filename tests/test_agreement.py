@@ -49,6 +49,7 @@ def test_labels_are_needed(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_digits_are_told_by_their_likelihoods(tmp_path):
     """What the README states: 0.970 of the 297 test digits."""
     workdir = tmp_path / "digits"

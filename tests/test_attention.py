@@ -70,6 +70,7 @@ def test_cudnn_is_for_gpus():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_a_step_for_tpus_has_whole_products_and_fused_attention():
     """Compiled for sixteen devices between which the weights are split; no TPU is needed."""
     pytest.importorskip("libtpu", reason="pip install -e '.[tpu]' to compile for TPUs")

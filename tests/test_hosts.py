@@ -19,7 +19,6 @@ import tiny_runs
 from jetflow import cli, hosts
 from jetflow.cli.flags import parse
 from jetflow.data.dataset import load
-from jetflow.types import UsageError
 
 DEVICES = 8
 # Plain samples, for they compile faster.
@@ -87,16 +86,18 @@ def alone(start, tmp_path_factory):
     return workdir
 
 
-def test_a_process_that_cannot_know_the_others_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        ({}, "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and"),
+        ({"JAX_NUM_PROCESSES": "two"}, "is 'two' in the environment; expected a whole number"),
+    ],
+)
+def test_a_process_that_cannot_know_the_others_is_refused(number, message):
     command = ["sample", "--workdir", "nothing"]
-    process = tiny_runs.start(command, JAX_COORDINATOR_ADDRESS="localhost:1")
+    process = tiny_runs.start(command, JAX_COORDINATOR_ADDRESS="localhost:1", **number)
     _, errors = process.communicate(timeout=600)
-    assert process.returncode == 2 and errors.count("\n") == 1
-    assert "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and" in errors
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    with pytest.raises(UsageError, match="is 'two' in the environment; expected a whole number"):
-        hosts.joined({}, saves_at_signals=True).__enter__()
+    assert process.returncode == 2 and errors.count("\n") == 1 and message in errors
 
 
 SWEEP = ["sweep", "--sweep", tiny_runs.ROOT / "configs" / "sweeps" / "guidance.py"]

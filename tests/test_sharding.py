@@ -12,9 +12,10 @@ import tiny_runs
 from jax.sharding import PartitionSpec as P
 
 from jetflow import sharding
+from jetflow.files import read_metrics
 from jetflow.flows.build import build
 from jetflow.noise import Noise
-from jetflow.training.log import SPEED, read_metrics
+from jetflow.training.log import SPEED
 from jetflow.training.step import Trainer
 from jetflow.types import UsageError
 

@@ -199,7 +199,7 @@ def test_a_folder_holds_one_sweep(sweep, capsys):
     assert sweep("--point=0") == 0
     before = (sweep.workdir / "sweep.json").read_bytes()
     assert sweep("--fix=split=train") == 2
-    assert "sweep.fixed.split is None there and train here" in capsys.readouterr().err
+    assert "sweep.fixed.split is absent there and train here" in capsys.readouterr().err
     sweep.change("[3, 4]", "[4, 3]")
     assert sweep() == 2 and "its points are others" in capsys.readouterr().err
     assert (sweep.workdir / "sweep.json").read_bytes() == before

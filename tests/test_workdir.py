@@ -11,6 +11,7 @@ import pytest
 import tiny_runs
 
 from jetflow import cli, hosts
+from jetflow.fields import differences
 from jetflow.types import UsageError
 from jetflow.workdir import FORMAT, claimed, read_config
 
@@ -137,3 +138,11 @@ def test_a_restart_goes_on_from_what_its_predecessor_saved_last(tmp_path, monkey
     assert "config.eval.samples is 80 there and 10 here" in capsys.readouterr().err
     assert cli.main([*command[:-1], "--workdir", str(workdir)]) == 0
     assert "all 60 steps were done before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", ["config.", "sweep.recipe."])
+def test_fields_that_came_later_are_as_by_default(prefix):
+    old = {"flow": {"kind": "jet", "width": 8}}
+    for precision, differing in (("default", set()), ("highest", {f"{prefix}flow.precision"})):
+        new = {"flow": {**old["flow"], "attention": "auto", "precision": precision}}
+        assert set(differences(old, new, prefix=prefix)) == differing

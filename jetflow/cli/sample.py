@@ -106,8 +106,14 @@ def _draw(options: SampleOptions, model: Model, sampler: Sampler, num: int) -> N
     """Samples to a picture, and to an .npz if one is asked for."""
     label = _labels(options, model, num)
     check_guided(sampler.guidance, label)
-    archive = _archive(options, model, num) if options.npz and hosts.is_first() else None
-    start, clock = hosts.agreed(archive.done if archive else 0), time.perf_counter()
+    archive: Archive | None = None
+
+    def begin() -> int:
+        nonlocal archive
+        archive = _archive(options, model, num)
+        return archive.done
+
+    start, clock = hosts.by_first(begin) if options.npz else 0, time.perf_counter()
     if start:
         print(f"going on behind {start:,} images of {options.npz}.partial")
     key, size = key_for(options.seed, 0, Purpose.SAMPLE), options.batch_size

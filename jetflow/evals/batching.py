@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
-from tqdm import tqdm
 
 from jetflow import hosts, sharding
 from jetflow.data.dataset import Dataset, eval_batches
@@ -61,10 +60,7 @@ class Batching:
             program: a batch on the mesh -> a tree of arrays, each with the batch's rows first.
             total, done, name: of a progress bar: its images in all and so far, and what it is of.
         """
-        hidden = None if hosts.is_first() else True  # None: hidden unless stderr is a terminal
-        with tqdm(
-            total=total, initial=done, unit=" images", desc=name, disable=hidden, leave=False
-        ) as bar:
+        with hosts.progress(total, name, "images", done) as bar:
             for batch in batches:
                 placed = sharding.put_batch(batch, self.mesh, self.size)
                 with sharding.on(self.mesh):

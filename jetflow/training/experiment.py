@@ -129,6 +129,7 @@ def set_up(
     """
     hosts.compare(flat(config.to_dict()))
     configs.check(config)
+    optim.patterns(config.optim.multipliers)
     sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
     mesh = sharding.make_mesh(**sizes, devices=devices)
     train, data = config.train, config.data
@@ -136,7 +137,7 @@ def set_up(
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     count_steps(train, examples=1)  # for what it refuses, before any data is prepared
     noise = Noise(**config.noise)
-    train_data, test_data = (load(data.name, s) for s in (data.train_split, data.test_split))
+    train_data, test_data = (_split(data, field, load) for field in ("train_split", "test_split"))
     _check_labels(config, train_data)
     classes = train_data.num_classes if data.labels else 0
     flow = build(config.flow, image_shape=train_data.image_shape, num_classes=classes)
@@ -153,6 +154,15 @@ def set_up(
     if devices is None:
         sharding.check_memory(abstract, mesh)
     return Run(config, trainer, mesh, train_data, test_data, total_steps, abstract)
+
+
+def _split(
+    data: Config, field: str, load: Callable[[str, str], pipeline.Dataset]
+) -> pipeline.Dataset:
+    try:
+        return load(data.name, data[field])
+    except UsageError as error:
+        raise type(error)(f"{error} (config.data.{field})") from error
 
 
 def count_steps(train: Config, examples: int) -> int:

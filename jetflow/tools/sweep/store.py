@@ -14,7 +14,8 @@ from jetflow.types import UsageError
 from jetflow.workdir import CONFIG, SOURCES, SWEEP
 
 # Not compared when a sweep goes on; points are compared apart, as new ones may come last.
-FREE = ("title", "description", "repeats", "points", "recipe.mesh", "recipe.data.workers")
+FREE = ("title", "description", "repeats", "points")
+FREE += ("recipe.mesh", "recipe.data.workers", "recipe.flow.attention")
 
 TEXT = (str, NONE)
 CONTENT = {"title": str, "description": str, "fixed": dict, "config": TEXT, "run": TEXT}
@@ -88,6 +89,11 @@ class Store:
         records, wrong = scan_json(sorted((self.path / "points").glob("*.json")), RECORD)
         return sorted(records, key=lambda record: record["number"]), wrong
 
+    def _check(self) -> None:
+        if (self.path / CONFIG).exists():
+            raise UsageError(f"{self.path} holds a run; give the sweep a --workdir of its own")
+        (self.path / "locks").mkdir(parents=True, exist_ok=True)
+
     @contextlib.contextmanager
     def locked(self, name: str, *, wait: bool) -> Iterator[bool]:
         """Whether this process has a lock of the sweep, as `hosts.locked` gives it.
@@ -96,11 +102,9 @@ class Store:
             UsageError: if the folder is that of a run.
             OSError: if it cannot be written.
         """
+        hosts.by_first(self._check)
         if not hosts.is_first():
             yield hosts.agreed(False)
             return
-        if (self.path / CONFIG).exists():
-            raise UsageError(f"{self.path} holds a run; give the sweep a --workdir of its own")
-        (self.path / "locks").mkdir(parents=True, exist_ok=True)
         with hosts.locked(self.path / "locks" / name, wait=wait) as mine:
             yield hosts.agreed(mine)
