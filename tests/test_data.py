@@ -116,7 +116,7 @@ def test_one_picture_alone(number, name, tmp_path):
     """The crops of both, at the same places, with one of the pictures throughout."""
     picture = load_sample_images().images[number]
     source = sources.find(f"photos/{name}8")
-    [member] = source.contents([], tmp_path).splits["test"]
+    [member] = source.contents([], tmp_path, 1).splits["test"]
     for image, (_, top, left) in zip(member.images, photos.corners("test", 8), strict=True):
         np.testing.assert_array_equal(image.content, picture[top : top + 8, left : left + 8])
 
@@ -245,8 +245,9 @@ def test_unusable_data_dir(tmp_path):
     file = tmp_path / "file"
     file.touch()
     (tmp_path / "digits" / "1.0.0").mkdir(parents=True)
-    for directory, reason in [(file, "Not a directory"), (tmp_path, "delete it")]:
-        with pytest.raises(UsageError, match=f"in {directory}.*{reason}.*TFDS_DATA_DIR"):
+    reasons = {file: "Not a directory.*TFDS_DATA_DIR", tmp_path: "prepare digits --overwrite"}
+    for directory, reason in reasons.items():
+        with pytest.raises(UsageError, match=f"{directory}.*{reason}"):
             load("digits", "train", data_dir=directory)
 
 

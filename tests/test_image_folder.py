@@ -119,6 +119,41 @@ def test_classes_have_a_readable_image(pets, prepare):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [{}, {"max_pixels": 100}])
+def test_each_class_is_trained_on(pets, prepare, options):
+    root = pets(*images("one", "two", number=1), "cut/0.jpg", **{"cut/1.jpg": b"", "README": b""})
+    pets(**{f"big/{number}.jpg": archives.jpeg(1, 16, 16) for number in range(2)})
+    prepared = prepare(**options)
+    classes = {"one", "two", "cut"} | ({"big"} if not options else set())
+    assert set(labels(prepared)) == classes
+    assert prepared.splits["train"].num_classes == len(classes)
+    assert sum("max_pixels" in line for line in prepared.unreadable) == (2 if options else 0)
+    assert lengths(prepared).get("test", 0) == (0 if options else 1)
+    (root / "Thumbs.db").write_bytes(b"no image")
+    (root / "README").unlink()
+    prepare(**options)
+    with pytest.raises(UsageError, match=r"max_pixels.*--overwrite"):
+        prepare(max_pixels=200)
+    assert prepare(overwrite=True).splits["train"].num_classes == 4
+
+
+@pytest.mark.parametrize("left", ["nothing", "no dataset_info.json", "the old one aside"])
+def test_overwrite_goes_on_after_a_kill_within_it(pets, prepare, left):
+    pets(*images("a", "b"))
+    folder = prepare().folder
+    if left == "the old one aside":
+        folder.rename(folder.with_name(f"{folder.name}.old"))
+    else:
+        (folder / "dataset_info.json").unlink()
+        with pytest.raises(UsageError, match=r"without a complete .* --overwrite"):
+            prepare()
+    if left == "nothing":
+        for file in folder.iterdir():
+            file.unlink()
+    assert sum(lengths(prepare(overwrite=True)).values()) == 6
+    assert {path.name for path in folder.parent.iterdir()} == {"1.0.0", "1.0.0.lock"}
+
+
 def test_numbered_classes_are_in_the_order_of_numbers(pets, prepare):
     pets(*images(*map(str, range(12)), number=6))
     (prepared := prepare())

@@ -53,7 +53,8 @@ def stop_after(monkeypatch, number, error):
 
 
 @pytest.mark.parametrize(
-    "change", ["none", "half a shard", "cut shard", "another archive", "touched archive"]
+    "change",
+    ["none", "half a shard", "cut shard", "another archive", "touched archive", "zeros", "limit"],
 )
 def test_a_start_goes_on_where_the_last_one_ended(manual, tmp_path, monkeypatch, prepare, change):
     whole = prepare("whole", workers=3)  # whose number does not matter
@@ -63,13 +64,20 @@ def test_a_start_goes_on_where_the_last_one_ended(manual, tmp_path, monkeypatch,
     [partial] = tmp_path.glob("data/imagenet21k/32/*.partial")
     done = sorted(partial.glob("*train.array_record-*"))
     assert len(done) == 4
-    kept = 4
+    kept, options = 4, {}
     match change:
         case "half a shard":
             (partial / "imagenet21k-train.array_record-00004-of-00012.9.incomplete").touch()
         case "cut shard":
             done[0].write_bytes(done[0].read_bytes()[:-100])
             kept = 3
+        case "zeros":  # within the first records
+            content = done[0].read_bytes()
+            done[0].write_bytes(content[:100] + bytes(4000) + content[4100:])
+            kept = 3
+        case "limit":
+            options = {"max_pixels": 10**6}
+            whole, kept = prepare("of the other", **options), 0
         case "another archive":
             archives.imagenet21k(manual, LAYOUT, count=24, synsets=SYNSETS)
             whole, kept = prepare("of the other"), 0
@@ -78,7 +86,7 @@ def test_a_start_goes_on_where_the_last_one_ended(manual, tmp_path, monkeypatch,
             kept = 0
     written, write = [], shards.write
     monkeypatch.setattr(shards, "write", lambda *args: (written.append(1), write(*args)))
-    now = prepare("data")
+    now = prepare("data", **options)
     assert len(written) == 12 - kept
     if change == "touched archive":  # whose time is on record
         record = f"{NAME}/1.0.0/{builder.ORIGIN}"

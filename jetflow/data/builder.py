@@ -38,7 +38,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 UNREADABLE = "unreadable.tsv"  # name and reason of each image that was left out
-ORIGIN = "origin.tsv"  # name, bytes and time of each file of the archives
+ORIGIN = "origin.tsv"  # name, bytes and time of each file of the archives, and the limit
 
 # What a kill may cost: some 5,000 photographs.
 SHARD_BYTES, SHARD_MEMBERS = 512 * 2**20, 4096
@@ -74,6 +74,7 @@ class Preparation:
     manual_dir: Path
     options: PrepareOptions = PrepareOptions(workers=1)
 
+    @large_files()
     def run(self) -> None:
         """Prepare it, unless that is done, by this process or by another one, which is awaited.
 
@@ -82,19 +83,25 @@ class Preparation:
                 from; or `folder` cannot be written.
         """
         paths = self.source.paths(self.manual_dir)
-        origin = _origin(paths)
+        origin, old = self._origin(paths), self.folder.with_name(f"{self.folder.name}.old")
         try:
             if not self._is_done():
-                if self.folder.exists() and not is_prepared(self.folder):
-                    raise FileExistsError("a directory without a complete data set: delete it")
+                is_there = self.folder.exists() and not is_prepared(self.folder)
+                if is_there and not self.options.overwrite:
+                    raise UsageError(
+                        f"{self.folder} is there without a complete data set; prepare it anew with "
+                        f"`jetflow prepare {self.source.name} --overwrite`"
+                    )
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
-                with self._locked(), large_files():
+                with self._locked():
                     if not self._is_done():
                         with self._partial(origin) as partial:
                             self._make(paths, partial)
-                            if self.options.overwrite:
-                                shutil.rmtree(self.folder, ignore_errors=True)
+                            if self.options.overwrite and self.folder.exists():
+                                shutil.rmtree(old, ignore_errors=True)  # of a kill
+                                self.folder.rename(old)
                             partial.rename(self.folder)
+                            shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             if not self._is_done():  # else, on a disk without locks, another process was first
                 raise UsageError(
@@ -117,15 +124,31 @@ class Preparation:
                 stack.enter_context(hosts.locked(lock, wait=True))
             yield
 
+    def _origin(self, paths: Sequence[Path]) -> str:
+        """A line for each file of the archives that is read: name, bytes and time; the limit."""
+        partial = self.folder.with_name(f"{self.folder.name}.partial")
+        known, lines = _lines(self.folder) | _lines(partial), []  # those are not opened again
+        for path in paths:
+            state = path.stat()
+            files = [("", state.st_size, state.st_mtime_ns)]
+            if path.is_dir():
+                files = [(file.name, file.size, file.modified) for file in entries(path)]
+            for name, size, modified in files:
+                line = f"{one_line(str(PurePosixPath(path.name, name)))}\t{size}\t{modified}"
+                if line in known or self.source.is_read(path / name):
+                    lines.append(f"{line}\n")
+        if paths and self.options.max_pixels != MAX_PIXELS:
+            lines.append(f"--max_pixels {self.options.max_pixels}\n")
+        return "".join(lines)
+
     def _check(self, origin: str) -> None:
-        record = self.folder / ORIGIN
-        before = record.read_text("utf-8", "replace") if record.exists() else origin
-        if changed := set(before.splitlines()) ^ set(origin.splitlines()):
+        before = _lines(self.folder)
+        if before and (changed := before ^ set(origin.splitlines())):
             names = sorted({line.split("\t")[0] for line in changed})
             raise UsageError(
                 f"{self.source.name} was prepared in {self.folder} from other files than those in "
-                f"{self.manual_dir} now: {len(names):,} are new, gone or changed, {names[0]!r} for "
-                "one; give --overwrite to prepare it anew, or another --data_dir"
+                f"{self.manual_dir} now, or another --max_pixels: {len(names):,} differ, "
+                f"{names[0]!r} for one; give --overwrite to prepare it anew, or another --data_dir"
             )
 
     @contextlib.contextmanager
@@ -137,7 +160,7 @@ class Preparation:
         partial = self.folder.with_name(f"{self.folder.name}.partial{own}")
         record = partial / ORIGIN
         if record.exists() and record.read_bytes() != origin.encode():
-            print(f"{partial} was begun with other archives; starting anew", file=sys.stderr)
+            print(f"{partial} was begun with other files or limits; starting anew", file=sys.stderr)
             shutil.rmtree(partial)
         for path in partial.glob("*.incomplete"):  # of a kill
             path.unlink()
@@ -153,7 +176,7 @@ class Preparation:
     def _make(self, paths: Sequence[Path], folder: Path) -> None:
         place = " and ".join(map(str, paths))
         try:
-            contents = self.source.contents(paths, folder / "notes")
+            contents = self.source.contents(paths, folder / "notes", self.options.max_pixels)
             self._check_left_out(contents)
             notes, checksums = self._write(contents, folder)
         except DAMAGE as error:
@@ -163,8 +186,8 @@ class Preparation:
             ) from error
         except MemoryError as error:
             raise UsageError(
-                "not enough memory to decode; run the same command again, which keeps what is "
-                "finished, with a lower --workers or --max_pixels"
+                "not enough memory to decode; run the same command again with a lower --workers, "
+                "which keeps what is finished, or with a lower --max_pixels, which begins anew"
             ) from error
         left_out = [line for note in notes for line in note["left_out"]]
         for split in ("train", *filter(contents.splits.get, self.source.splits)):
@@ -201,14 +224,12 @@ class Preparation:
             ThreadPoolExecutor(threads) as pool,
         ):  # fmt: skip
             for split, group, files, note in self._shards(contents, folder):
-                if not shards.written(note, files):
+                if not (facts := shards.written(note, files, digests)):
                     inside = (image for member in group for image in member.images)
                     record = functools.partial(self._record, split, bool(contents.classes))
                     shards.write(note, files, _mapped(record, inside, pool, ahead=2 * threads))
-                facts = shards.written(note, files) or {}
-                for each, file in files.items():
-                    for content in shards.read_shard(file):
-                        shards.update_checksum(digests[each], *shards.decode(content))
+                    if not (facts := shards.written(note, files, digests)):
+                        raise OSError(f"{note.stem} does not read as it was written")
                 notes.append(facts)
                 images += sum(facts["counts"].values())
                 left_out += len(facts["left_out"])
@@ -243,17 +264,9 @@ class Preparation:
         return "validation" if is_held_out else split, content
 
 
-def _origin(paths: Sequence[Path]) -> str:
-    """A line for each file of the archives: name, bytes and time."""
-    lines = []
-    for path in paths:
-        state = path.stat()
-        files = [("", state.st_size, state.st_mtime_ns)]
-        if path.is_dir():
-            files = [(file.name, file.size, file.modified) for file in entries(path)]
-        for name, size, modified in files:
-            lines.append(f"{one_line(str(PurePosixPath(path.name, name)))}\t{size}\t{modified}\n")
-    return "".join(lines)
+def _lines(folder: Path) -> set[str]:
+    file = folder / ORIGIN
+    return set(file.read_text("utf-8", "replace").splitlines() if os.path.exists(file) else ())
 
 
 def _groups(members: Sequence[Member]) -> list[list[Member]]:

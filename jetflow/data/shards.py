@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jetflow.data.source import Contents, Source
@@ -25,11 +26,17 @@ _OPTIONS = "group_size:1,uncompressed"  # one image a group: read one by one, in
 _Example: Any = vars(tf_example_pb2)["Example"]  # made at import: no type checker sees it
 
 
-def written(note: Path, files: Mapping[str, Path]) -> dict[str, Any] | None:
-    """What `write` noted of a shard; None if it is not written, or not whole any more."""
-    with contextlib.suppress(UsageError):  # it is damaged
+def written(note: Path, files: Mapping[str, Path], digests: dict[str, Any]) -> dict | None:
+    """What `write` noted of a shard, and its images added to `digests`; None if it is not whole."""
+    sums = {split: digests[split].copy() for split in files}
+    with contextlib.suppress(UsageError, RuntimeError, ValueError, IndexError, DecodeError):
         facts = read_json(note)
-        return facts if facts.get("bytes") == _bytes(files) else None
+        if facts.get("bytes") == _bytes(files):
+            for split, file in files.items():
+                for content in read_shard(file):
+                    update_checksum(sums[split], *decode(content))
+            digests.update(sums)
+            return facts
 
 
 def _bytes(files: Mapping[str, Path]) -> dict[str, int]:
@@ -124,6 +131,8 @@ def write_metadata(
     source: Source, contents: Contents, notes: Sequence[dict], folder: Path, **facts
 ) -> None:
     """What TFDS needs to read the shards, and `load` to check them."""
+    method = "short side to {} by a box filter (bicubic where it enlarges), centre crop"
+    resize = source.resize or method.format(source.image_shape[0])
     image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
     classes = [one_line(name) for name in contents.classes]
     label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
@@ -137,7 +146,7 @@ def write_metadata(
         features=tfds.features.FeaturesDict({"image": image, **label}),
         supervised_keys=("image", "label") if label else None,
         homepage=source.homepage,
-        metadata=tfds.core.MetadataDict(resize=source.resize_method, files=files, **facts),
+        metadata=tfds.core.MetadataDict(resize=resize, files=files, **facts),
         disable_shuffling=True,  # the order of the archive is the order on disk
     )
     info.set_file_format("array_record")

@@ -89,34 +89,29 @@ class Source:
     Attributes:
         name: "cifar10", or with its size: "photos/16".
         image_shape: (H, W, C).
-        contents: of the archives, given the path of each, and a folder for notes.
+        contents: of the archives, given their paths, a folder for notes, and the limit of pixels.
         about: description and references, for the record.
         splits: the published number of images in each; empty where it is not known.
         num_classes: as published; 0 where the images have no labels.
         held_out: one image of so many of `train` is part of `validation`, by a hash of its file's
             name; 0 for none.
         archives: that `contents` needs.
+        is_read: whether a file of an archive that is a folder is of use.
         homepage: where they are published.
         resize: how its publishers resized the images; None for photographs, which are resized here.
     """
 
     name: str
     image_shape: tuple[int, int, int]
-    contents: Callable[[Sequence[Path], Path], Contents]
+    contents: Callable[[Sequence[Path], Path, int], Contents]
     about: str | None
     splits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     num_classes: int = 0
     held_out: int = 0
     archives: tuple[Archive, ...] = ()
+    is_read: Callable[[Path], bool] = os.path.exists
     homepage: str = ""
     resize: str | None = "none"
-
-    @property
-    def resize_method(self) -> str:
-        """How the images came to their size, for the record."""
-        size = self.image_shape[0]
-        method = f"short side to {size} by a box filter (bicubic where it enlarges), centre crop"
-        return method if self.resize is None else self.resize
 
     def pixels(self, image: Image, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
         """uint8 [H, W, C] of an image.
@@ -200,7 +195,7 @@ def made(
 ) -> Source:
     """A data set of which `images` makes each split, without any archive."""
 
-    def contents(paths: Sequence[Path], notes: Path) -> Contents:
+    def contents(paths: Sequence[Path], notes: Path, max_pixels: int) -> Contents:
         return Contents(classes, {split: [Member(0, images(split))] for split in splits})
 
     return Source(contents=contents, splits=splits, num_classes=len(classes), **fields)

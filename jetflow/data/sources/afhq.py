@@ -15,7 +15,7 @@ CLASSES = ("cat", "dog", "wild")
 _NAME = re.compile(r"(?:.*/)?(train|val|test)/(cat|dog|wild)/[^/.][^/]*")
 
 
-def _contents(paths: Sequence[Path], notes: Path) -> Contents:
+def _contents(paths: Sequence[Path], notes: Path, max_pixels: int) -> Contents:
     splits: dict[str, list[Member]] = {}
     for entry in sorted(entries(paths[0])):
         if match := _NAME.fullmatch(entry.name):

@@ -14,7 +14,7 @@ CLASSES = (
 )  # fmt: skip
 
 
-def _contents(paths: Sequence[Path], notes: Path) -> Contents:
+def _contents(paths: Sequence[Path], notes: Path, max_pixels: int) -> Contents:
     train = batches(paths, r"data_batch_(\d)", range(1, 6), image_size=32, first_label=0)
     test = batches(paths, r"test_batch()", [0], image_size=32, first_label=0)
     return Contents(CLASSES, {"train": train, "test": test})

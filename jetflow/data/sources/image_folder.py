@@ -5,8 +5,8 @@ is the split of this name, and `validation` and `test` beside it are others; `Tr
 `valid`, `test_set` and the like are taken for them. Otherwise all images are one tree: then one
 image of 20 is held out as `test`: those for which the first 8 bytes of the SHA-256 of the path
 below the tree ("cats/1.jpg"), as a big-endian number, are a multiple of that, and the one for which
-they are lowest. A class is a sub-folder of the training images that has a readable one; numbered
-ones are in the order of their numbers.
+they are lowest; but one readable image of each class is not. A class is a sub-folder of the
+training images that has a readable one; numbered ones are in the order of their numbers.
 """
 
 import contextlib
@@ -42,20 +42,20 @@ def find(name: str) -> Source:
             f"size of {SIZES.start} to {SIZES.stop - 1} and the images below NAME in --manual_dir"
         )
     archive = Archive(root, "a folder of images")
-    [source] = at_sizes(
+    return at_sizes(
         f"folder/{root}", [int(size)], contents=_contents, about=__doc__, archives=(archive,),
-        resize=None,
-    )  # fmt: skip
-    return source
+        is_read=_is_image, resize=None,
+    )[0]  # fmt: skip
 
 
-def _contents(paths: Sequence[Path], notes: Path) -> Contents:
+def _contents(paths: Sequence[Path], notes: Path, max_pixels: int) -> Contents:
     root = paths[0]
     if not root.is_dir():
         raise UsageError(f"{root} is a file; expected a folder of images")
     files = list(entries(root))
     prefixes = _prefixes(root, files)
-    classes = _classes(root, files, prefixes["train"])
+    kept = _classes(root, files, prefixes["train"], max_pixels)
+    classes = list(filter(None, kept))
     number = {name: label for label, name in enumerate(classes)}
     splits: dict[str, list[Member]] = {split: [] for split in prefixes}
     left_out = Counter[str]()
@@ -69,7 +69,7 @@ def _contents(paths: Sequence[Path], notes: Path) -> Contents:
             left_out[str(root / prefix / top)] += 1
     splits = {split: members for split, members in splits.items() if members}
     if list(splits) == ["train"]:
-        splits = _divided(splits["train"], prefixes["train"])
+        splits = _divided(splits["train"], prefixes["train"], set(kept.values()))
     return Contents(classes, splits, left_out)
 
 
@@ -100,43 +100,46 @@ def _prefixes(root: Path, files: Sequence[Entry]) -> dict[str, str]:
     return {split: f"{top}/" for split, top in chosen.items()}
 
 
-def _classes(root: Path, files: Sequence[Entry], prefix: str) -> list[str]:
-    """The sub-folders that have a readable image; none where images lie beside them."""
+def _classes(root: Path, files: Sequence[Entry], prefix: str, max_pixels: int) -> dict[str, str]:
+    """Each sub-folder with a readable image, "" for none of them, and that image, to train on."""
     inside = [(_top(file.name, prefix), file) for file in files if file.name.startswith(prefix)]
     beside = [file for top, file in inside if not top] if any(top for top, _ in inside) else []
     if first := next((file.name for file in beside if _is_image(root / file.name)), ""):
         text = f"{root / first} lies beside folders of images, so these are not taken for classes"
         print(text, file=sys.stderr)
-        return []
-    classes = set[str]()
-    for top, file in inside:
-        if top and top not in classes and _is_image(root / file.name):
+        inside = [("", file) for _, file in inside]
+    kept: dict[str, str] = {}
+
+    def rank(each: tuple[str, Entry]) -> int:
+        value = name_hash(each[1].name.removeprefix(prefix))
+        return value if value % HELD_OUT else 0  # last of all: it would be held out
+
+    for top, file in sorted(inside, key=rank, reverse=True):
+        if top not in kept and _is_image(root / file.name):
             with contextlib.suppress(Unreadable):
-                decode(file.read())
-                classes.add(top)
-    names = sorted(classes)
-    if len(names) == 1 and all(file.name.removeprefix(prefix).count("/") > 1 for _, file in inside):
-        text = f"{root / prefix} has one class, {names[0]}, and all images in folders below it"
+                decode(file.read(), max_pixels)
+                kept[top] = file.name
+    if len(kept) == 1 and all(file.name.removeprefix(prefix).count("/") > 1 for _, file in inside):
+        text = f"{root / prefix} has one class, {min(kept)}, and all images in folders below it"
         print(f"{text}; if these are the classes, move them up", file=sys.stderr)
-    return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
+    names = sorted(sorted(kept), key=int if all(map(str.isdecimal, kept)) else str)
+    return {name: kept[name] for name in names}
 
 
 def _is_image(path: Path) -> bool:
     """By its first bytes."""
-    try:
-        with pillow.open(path):
-            return True
-    except Exception:  # Pillow raises nearly any type on a file that is none
-        return False
+    with contextlib.suppress(Exception), pillow.open(path):  # which raises nearly any type
+        return True
+    return False
 
 
-def _divided(members: Sequence[Member], prefix: str) -> dict[str, list[Member]]:
-    """Some of the images held out as `test`, at least one of two."""
-    names = [image.name.removeprefix(prefix) for member in members for image in member.images]
-    hashes = list(map(name_hash, names))
-    lowest = min(hashes) if hashes[1:] else None
+def _divided(members: Sequence[Member], prefix: str, kept: set[str]) -> dict[str, list[Member]]:
+    """Some of the images held out as `test`, at least one of those that are not `kept`."""
+    names = [image.name for member in members for image in member.images]
+    hashes = {name: name_hash(name.removeprefix(prefix)) for name in names if name not in kept}
+    lowest = min(hashes.values(), default=0)
     splits: dict[str, list[Member]] = {"train": [], "test": []}
-    for member, value in zip(members, hashes, strict=True):
-        is_held_out = value == lowest or value % HELD_OUT == 0
+    for member, name in zip(members, names, strict=True):
+        is_held_out = name in hashes and (hashes[name] == lowest or hashes[name] % HELD_OUT == 0)
         splits["test" if is_held_out else "train"].append(member)
     return splits

@@ -40,7 +40,7 @@ def _classes(path: Path, notes: Path) -> tuple[list[str], list[Member]]:
     ]
 
 
-def _contents_1k(paths: Sequence[Path], notes: Path) -> Contents:
+def _contents_1k(paths: Sequence[Path], notes: Path, max_pixels: int) -> Contents:
     train_path, validation_path, devkit = paths
     classes, train = _classes(train_path, notes)
     labels = _validation_labels(devkit, classes)
@@ -71,7 +71,7 @@ def _validation_labels(devkit: Path, classes: Sequence[str]) -> list[int]:
     return [classes.index(name) for name in labels]
 
 
-def _contents_21k(paths: Sequence[Path], notes: Path) -> Contents:
+def _contents_21k(paths: Sequence[Path], notes: Path, max_pixels: int) -> Contents:
     classes, train = _classes(paths[0], notes)
     return Contents(classes, {"train": train, "validation": []})
 

@@ -15,7 +15,7 @@ from jetflow.data.archives import batches, entries, image
 from jetflow.data.source import Archive, Contents, Source
 
 
-def _old_contents(paths: Sequence[Path], notes: Path) -> Contents:
+def _old_contents(paths: Sequence[Path], notes: Path, max_pixels: int) -> Contents:
     train, validation = (
         [image(entry, f"{path.name}/{entry.name}") for entry in entries(path)] for path in paths
     )
@@ -36,7 +36,7 @@ def _old(size: int, train_bytes: int, validation_bytes: int) -> Source:
     )
 
 
-def _new_contents(size: int, paths: Sequence[Path], notes: Path) -> Contents:
+def _new_contents(size: int, paths: Sequence[Path], notes: Path, max_pixels: int) -> Contents:
     *train_paths, validation_path = paths
     train = batches(train_paths, r"train_data_batch_(\d+)(\.npz)?", range(1, 11), size, 1)
     validation = batches([validation_path], r"val_data()(\.npz)?", [0], size, 1)
