@@ -7,7 +7,7 @@ half of what they order is x1, the second x2.
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -232,10 +232,9 @@ class Couplings(nn.Module):
 
     def _scan(self, body, x, *, reverse: bool):
         net = self.layers.net
-        if net.remat == "block":
-            body = nn.remat(body, prevent_cse=not net.scan)
+        recomputed: Any = nn.remat(body, prevent_cse=not net.scan)
         scanned = nn.scan(
-            body,
+            recomputed if net.remat == "block" else body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             reverse=reverse,

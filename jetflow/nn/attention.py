@@ -6,14 +6,13 @@ accelerator. The fused kernels never store them: Splash attention on TPUs, cuDNN
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from jetflow.nn.dense import at_least_float32, parts
+from jetflow.nn.dense import at_least_float32, matmul_precision, mesh_axes, parts
 from jetflow.types import UsageError
 
 METHODS = ("auto", "xla", "splash", "cudnn")
@@ -104,7 +103,7 @@ def attend(
         dtype=query.dtype,
         tokens=tokens,
         head_dim=head_dim,
-        precision=jax.config.jax_default_matmul_precision or "default",
+        precision=matmul_precision() or "default",
     )
     if chosen == "cudnn":
         return jax.nn.dot_product_attention(
@@ -114,8 +113,7 @@ def attend(
     is_even = query.shape[0] % parts("batch") == 0 == query.shape[2] % parts("heads")
     if chosen == "splash" and is_even:
         kernel = functools.partial(_splash, causal=causal, interpret=platform != "tpu")
-        place = nn.logical_to_mesh_axes(("batch", "heads"))
-        spec = jax.sharding.PartitionSpec(place[0], None, place[1])
+        spec = mesh_axes("batch", None, "heads")
         sharded = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
         return sharded(query, key, value)
     return written_out(query, key, value, causal)
@@ -195,5 +193,5 @@ def _splash(
         for x in (query / math.sqrt(head_dim), key, value)
     ]
     with jax.named_scope("causal" if causal else "full"):  # which the plan of a run reads
-        mixed = jax.vmap(functools.partial(splash, segment_ids=ids))(*rows)
+        mixed: Any = jax.vmap(functools.partial(splash, segment_ids=ids))(*rows)
     return mixed.swapaxes(1, 2)[:, :tokens].astype(query.dtype)

@@ -7,12 +7,12 @@ The nets know axes by name alone: "batch", "heads" and "mlp" of activations, "em
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.spmd import with_logical_constraint
+from flax.linen.spmd import logical_to_mesh_axes, with_logical_constraint
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -30,10 +30,16 @@ def split_over_mesh(x: Array, *axes: str | None) -> Array:
     return with_logical_constraint(x, axes)
 
 
+def mesh_axes(*axes: str | None) -> PartitionSpec:
+    """The axes of the mesh that a program is traced for, by the names of an array's axes."""
+    spec: Any = logical_to_mesh_axes(axes)
+    return spec
+
+
 def parts(axis: str) -> int:
     """Into how many parts the mesh that a program is traced for splits a named axis."""
     mesh = jax.sharding.get_abstract_mesh()
-    (over,) = nn.logical_to_mesh_axes((axis,))
+    (over,) = mesh_axes(axis)
     names = (over,) if isinstance(over, str) else over or ()
     return math.prod(mesh.shape.get(name, 1) for name in names)
 
@@ -47,6 +53,11 @@ def side_by_side(init: Initializer, count: int) -> Initializer:
         return jnp.concatenate([init(k, part, dtype) for k in keys], axis=-1)
 
     return stacked
+
+
+def matmul_precision() -> str | None:
+    """That of `jax.default_matmul_precision`."""
+    return getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009 (no type checker sees it)
 
 
 class Dense(nn.Module):
@@ -109,7 +120,7 @@ def product(x: Float[Array, "B *T I"], kernel: Float[Array, "I O"], axes: Axes) 
     )
     if parts("embed") == 1 or not is_even:
         return x @ kernel.astype(x.dtype)
-    return _gathered_product(x, kernel, axes, jax.config.jax_default_matmul_precision)
+    return _gathered_product(x, kernel, axes, matmul_precision())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -146,8 +157,8 @@ def _without_embed(axes: Axes) -> Axes:
 def _scattered_gradient(x, dy, axes: Axes) -> Float[Array, "I O"]:
     """xᵀ·dy over all rows of the batch, each device with its part."""
     x, dy = (a.reshape(len(a), -1, a.shape[-1]) for a in (x, dy))
-    batch, embed = (nn.logical_to_mesh_axes((name,))[0] for name in ("batch", "embed"))
-    features = nn.logical_to_mesh_axes(_without_embed(axes))
+    batch, embed = (mesh_axes(name)[0] for name in ("batch", "embed"))
+    features = mesh_axes(*_without_embed(axes))
     place = axes.index("embed")
 
     def local(x, dy):
@@ -156,5 +167,5 @@ def _scattered_gradient(x, dy, axes: Axes) -> Float[Array, "I O"]:
         return jax.lax.psum(gradient, [name for name in batch if name != embed])
 
     specs = tuple(PartitionSpec(batch, None, axis) for axis in features)
-    whole = nn.logical_to_mesh_axes(axes)
+    whole = mesh_axes(*axes)
     return jax.shard_map(local, in_specs=specs, out_specs=whole, check_vma=False)(x, dy)
