@@ -60,7 +60,7 @@ def test_cadences_mesh_and_workers_may_change(run):
         ({"resolved__train_checksum": "b"}, "train_checksum is a there and b here; its data"),
         ({"resolved__total_steps": 21}, "total_steps is 20 there and 21 here; its data"),
         ({"train__epochs": 3, "resolved__total_steps": 30},
-         "epochs is 2 there and 3 here .* --extend"),
+         "epochs is 2 there and 3 here; .* --extend"),
     ],
 )  # fmt: skip
 def test_any_other_change_is_refused(run, values, message):
