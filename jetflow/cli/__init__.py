@@ -31,11 +31,8 @@ SUMMARIES = {
     "convert": "Make a workdir of a published checkpoint, or with --reverse a .pth of a workdir.",
 }
 HELP = {"-h", "--help", "--helpfull"}
-LOCAL = {
-    "data_dir",
-    "manual_dir",
-    "inception_weights",
-}  # options that may differ from machine to machine
+# Options that may differ from machine to machine.
+LOCAL = {"data_dir", "manual_dir", "inception_weights"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
