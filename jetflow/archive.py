@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Int, UInt8
 
 from jetflow import hosts
@@ -54,6 +55,9 @@ class Archive:
         self._row = np.dtype([("images", np.uint8, image_shape), ("finite", bool)])
         settings = json.loads(json.dumps({"num": num, **settings}))
         before = read_or_set_aside(self._folder / SETTINGS, dict, None)
+        if before is None and self._folder.exists():
+            logging.warning("%s cannot be gone on with, and is begun anew", self._folder)
+            shutil.rmtree(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         with open(self._folder / "rows", "ab" if before else "wb") as file:
             self.done = file.tell() // self._row.itemsize

@@ -41,3 +41,13 @@ def test_images_of_other_settings_are_not_mixed(tmp_path, changed):
     with pytest.raises(UsageError, match=message):
         archive(path, **changed)
     assert archive(path).done == 2
+
+
+def test_what_cannot_be_gone_on_with_is_begun_anew_and_said(tmp_path, caplog):
+    """As version 0.1 left it: images, but no settings."""
+    folder = tmp_path / "images.npz.partial"
+    folder.mkdir()
+    (folder / "images.npy").write_bytes(bytes(100))
+    assert archive(tmp_path / "images.npz").done == 0
+    assert not (folder / "images.npy").exists()
+    assert str(folder) in caplog.text and "anew" in caplog.text

@@ -56,7 +56,7 @@ class SampleOptions(BenchOptions, SamplingOptions, ModelOptions):
     methods: tuple[str, ...] = option(
         METHODS, "how a TarFlow is inverted", choices=(*METHODS, "auto")
     )
-    method: str = option("cached", "has no effect: give methods", choices=("cached",))
+    method: str = dataclasses.field(default="cached", init=False)  # no flag: there are `methods`
 
 
 def sample(options: SampleOptions) -> None:

@@ -32,7 +32,7 @@ class Command(NamedTuple):
 
     @property
     def fields(self) -> dict[str, dataclasses.Field]:
-        return {field.name: field for field in dataclasses.fields(self.options)}
+        return {field.name: field for field in dataclasses.fields(self.options) if field.init}
 
 
 def parse(command: Command, argv: Sequence[str]) -> Options:

@@ -6,7 +6,7 @@ accelerator. The fused kernels never store them: Splash attention on TPUs, cuDNN
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from jetflow.nn.dense import at_least_float32, matmul_precision, mesh_axes, parts
 from jetflow.types import UsageError
 
+Heads: TypeAlias = Float[Array, "B T N H"]
 METHODS = ("auto", "xla", "splash", "cudnn")
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 LANES, LARGEST_BLOCK = 128, 512  # tokens in a register of a TPU, and in a tile of its kernel
@@ -80,13 +81,13 @@ def choose(
 
 
 def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T N H"],
-    value: Float[Array, "B T N H"],
+    query: Heads,
+    key: Heads,
+    value: Heads,
     *,
     causal: bool,
     method: str,
-) -> Float[Array, "B T N H"]:
+) -> Heads:
     """Attention of all tokens to all, or to the earlier ones and themselves.
 
     Fused kernels are for programs that are compiled under a mesh, `sharding.on`, whose devices say
@@ -120,11 +121,11 @@ def attend(
 
 
 def written_out(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T N H"],
-    value: Float[Array, "B T N H"],
+    query: Heads,
+    key: Heads,
+    value: Heads,
     causal: bool,
-) -> Float[Array, "B T N H"]:
+) -> Heads:
     """The definition, with the softmax in at least float32."""
     logits = jnp.einsum("bsnh,btnh->bnst", query, key)
     visible = jnp.tri(query.shape[1], dtype=bool) if causal else True
@@ -156,13 +157,13 @@ def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Arra
 
 
 def _splash(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T N H"],
-    value: Float[Array, "B T N H"],
+    query: Heads,
+    key: Heads,
+    value: Heads,
     *,
     causal: bool,
     interpret: bool,
-) -> Float[Array, "B T N H"]:
+) -> Heads:
     """Splash attention of one device's rows and heads, with tokens filled up to whole registers."""
     # Imported where it is needed: it takes half a second.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
