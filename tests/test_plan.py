@@ -302,7 +302,7 @@ def test_without_libtpu(monkeypatch):
 
 @needs_libtpu
 def test_libtpu_is_silent_on_a_machine_without_tpus():
-    code = "import jax; from jetflow.tools.plan import devices; devices.silence_libtpu(); "
+    code = "import jax; from jetflow.tools.plan import devices; devices.silence_compilers(); "
     code += "jax.devices()"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
