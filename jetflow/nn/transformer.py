@@ -4,6 +4,7 @@ The two published nets differ in the layer-norm epsilon, the form of GELU and th
 `encoder.py` and `causal.py` state their choices.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jetflow.nn.attention import KVCache, attend, attend_cached
 from jetflow.nn.dense import (
+    PRODUCT,
     Axes,
     Dense,
     Initializer,
@@ -25,7 +27,7 @@ from jetflow.nn.dense import (
 # or, of a whole coupling or block of layers, its input alone.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
     "block": None,
 }
@@ -162,7 +164,34 @@ class TransformerLayer(nn.Module):
 
     def mlp(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         hidden = split_over_mesh(self.mlp_in(self.norm_mlp(x)), "batch", None, "mlp")
-        return self.mlp_out(jax.nn.gelu(hidden, approximate=self.approximate_gelu))
+        return self.mlp_out(gelu(hidden, self.approximate_gelu))
+
+
+def gelu(x: Float[Array, "... W"], approximate: bool) -> Float[Array, "... W"]:
+    """x·Φ(x), or its tanh form."""
+    return jax.nn.gelu(x, approximate=True) if approximate else _erf_gelu(x)
+
+
+@jax.custom_jvp
+def _erf_gelu(x: Float[Array, "... W"]) -> Float[Array, "... W"]:
+    """In at least float32, as PyTorch computes it. For the gradient, the slope alone is kept.
+
+    Of JAX's own, whose erfc is a long polynomial, GPUs read and write all parts several times.
+    """
+    return _erf_gelu_and_slope(x)[0]
+
+
+@_erf_gelu.defjvp
+def _erf_gelu_jvp(primals, tangents):
+    value, slope = _erf_gelu_and_slope(*primals)
+    return value, slope * tangents[0]
+
+
+def _erf_gelu_and_slope(x: Array) -> tuple[Array, Array]:
+    wide = x.astype(at_least_float32(x.dtype))
+    share = (1 + jax.lax.erf(wide / math.sqrt(2))) / 2
+    density = jnp.exp(-(wide**2) / 2) / math.sqrt(2 * math.pi)
+    return (wide * share).astype(x.dtype), (share + wide * density).astype(x.dtype)
 
 
 def _written(
