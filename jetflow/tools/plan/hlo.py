@@ -86,8 +86,12 @@ def parse(text: str) -> Program:
     return program
 
 
-def executions(program: Program) -> Iterator[tuple[Computation, int, bool]]:
-    """Each computation, how often it runs, and whether in a fusion: once a place that calls it."""
+def executions(program: Program, sweeps: int = 1) -> Iterator[tuple[Computation, int, bool]]:
+    """Each computation, how often it runs, and whether in a fusion: once a place that calls it.
+
+    Args:
+        sweeps: how often the body of a loop runs whose length the program does not fix.
+    """
     waiting = [(program["ENTRY"], 1, False)]
     while waiting:
         computation, times, is_fused = waiting.pop()
@@ -96,11 +100,14 @@ def executions(program: Program) -> Iterator[tuple[Computation, int, bool]]:
             if instruction.opcode not in _CALLERS:
                 continue
             is_loop = instruction.opcode == "while"
-            trips = (trip_count(program, computation, instruction) or 1) if is_loop else 1
+            trips = trip_count(program, computation, instruction) if is_loop else 1
             inner = is_fused or instruction.opcode == "fusion"
             for several, one in _CALLED.findall(instruction.attributes):
                 names = re.findall(r"[\w.\-]+", several or one)
-                waiting += [(program[name], times * trips, inner) for name in names]
+                waiting += [
+                    (program[name], times * (sweeps if trips is None else trips), inner)
+                    for name in names
+                ]
 
 
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
