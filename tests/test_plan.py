@@ -123,8 +123,9 @@ def test_a_tpus_program_is_read():
     trips = 3  # from 0 to 6 by two
     assert cost.unknown_loops == 0
     assert cost.flops == trips * 2 * 4 * 8 * 8
-    in_loop = 8 * 8 * 4 + 4 * 8 * 4 + 4 + (4 + 4 + 4)  # slice, result, two counters' reads, add
-    outside = 2 * (2 * 8 * 4) + 2 * 4  # both fusions read the part; a counter is copied
+    tile = 8 * 128 * 4
+    in_loop = 2 * tile + 4 + (4 + 4 + 4)  # slice, result, two counters' reads, add
+    outside = 2 * tile + 2 * 4  # both fusions read the part; a counter is copied
     compare = trips * (1 + 4 + 4)
     assert cost.hbm_bytes == trips * in_loop + outside + compare
     sent = {one.kind: (one.count, one.bytes) for one in cost.collectives}

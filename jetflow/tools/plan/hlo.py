@@ -18,7 +18,7 @@ class Array:
     """An array, `bf16[64,256]{1,0:T(8,128)S(1)}` in HLO's notation."""
 
     shape: tuple[int, ...]
-    size: float  # in bytes
+    size: float  # in bytes, with what fills up its tiles
     hbm_bytes: float  # the same in main memory, 0 in another memory space (`S(1)` above)
 
 
@@ -172,7 +172,16 @@ def _arrays(text: str) -> tuple[Array, ...]:
     for dtype, lengths, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", text):
         bits = re.match(r"[a-z]+(\d+)", dtype)
         each = int(bits[1]) / 8 if bits else float(dtype == "pred")  # a token has no bytes
-        size = math.prod(numbers(lengths)) * each
+        size = math.prod(_padded(numbers(lengths), layout)) * each
         elsewhere = re.search(r"S\([1-9]", layout)
         arrays.append(Array(tuple(numbers(lengths)), size, 0.0 if elsewhere else size))
     return tuple(arrays)
+
+
+def _padded(shape: list[int], layout: str) -> list[int]:
+    """The shape in whole tiles, of `T(8,128)` say along the axes that the layout names first."""
+    tile, padded = re.search(r"T\(([\d,]+)\)", layout), list(shape)
+    order = numbers((re.match(r"\{([\d,]*)", layout) or [""])[1]) if tile else []
+    for axis, length in zip(order, reversed(numbers(tile[1] if tile else "")), strict=False):
+        padded[axis] = -(-shape[axis] // length) * length
+    return padded
