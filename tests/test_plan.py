@@ -130,9 +130,9 @@ def test_a_tpus_program_is_read():
     assert cost.hbm_bytes == trips * in_loop + outside + compare
     sent = {one.kind: (one.count, one.bytes) for one in cost.collectives}
     assert sent == {
-        "all-gather": (1, 3 * 2 * 8 * 4),
-        "all-reduce": (1, 2 * 3 / 4 * 8 * 8 * 4),
-        "all-reduce between slices": (1, 2 * 3 / 4 * 8 * 8 * 4),
+        "all-gather": (1, 3 * tile),
+        "all-reduce": (1, 2 * 3 / 4 * tile),
+        "all-reduce between slices": (1, 2 * 3 / 4 * tile),
     }
 
 
