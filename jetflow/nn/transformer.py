@@ -153,8 +153,8 @@ class TransformerLayer(nn.Module):
         x = split_over_mesh(x, "batch", None, None)
         qkv = self.qkv(self.norm_attention(x)).reshape(*x.shape[:2], 3, self.num_heads, -1)
         query, key, value = qkv.transpose(2, 0, 3, 1, 4)
-        cache = KVCache(_written(cache.key, key, start), _written(cache.value, value, start))
-        tokens = jnp.arange(cache.key.shape[2])
+        cache = KVCache(cache.key.written(key, start), cache.value.written(value, start))
+        tokens = jnp.arange(cache.key.entries.shape[2])
         visible = tokens <= start + jnp.arange(x.shape[1])[:, None]
         mixed = attend_cached(query, cache, visible, temperature)
         x = x + self.out(mixed.swapaxes(1, 2).reshape(x.shape))
@@ -163,9 +163,3 @@ class TransformerLayer(nn.Module):
     def mlp(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         hidden = split_over_mesh(self.mlp_in(self.norm_mlp(x)), "batch", None, "mlp")
         return self.mlp_out(jax.nn.gelu(hidden, approximate=self.approximate_gelu))
-
-
-def _written(
-    cache: Float[Array, "B N T H"], new: Float[Array, "B N S H"], start: Array
-) -> Float[Array, "B N T H"]:
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=2)
