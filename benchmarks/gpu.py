@@ -163,6 +163,8 @@ def environment(folder: Path) -> dict[str, str]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
+    if cards():  # or JAX would go on without it where it cannot use it
+        defaults["JAX_PLATFORMS"] = "cuda,cpu"
     return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
@@ -233,8 +235,6 @@ class Report:
 
 def machine() -> dict[str, Any]:
     """The card, the processor, versions, and the commit."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    cards = output(query).splitlines()
     versions = {}
     for package in ("jax", "jaxlib", "flax", "torch"):
         try:
@@ -242,12 +242,18 @@ def machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "card": cards[0] if cards else "no NVIDIA card",
+        "card": (*cards(), "no NVIDIA card")[0],
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]) or "unknown",
     }
+
+
+def cards() -> list[str]:
+    """Name, memory and driver of each."""
+    query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    return output(["nvidia-smi", *query]).splitlines()
 
 
 def output(command: list[str]) -> str:
@@ -259,27 +265,31 @@ def output(command: list[str]) -> str:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """A table a part, and a line for each task that did not end well."""
+    """A table a part, and a line for each task that has none, or did not end well."""
     about = content["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    machine = f"{about['cores']} cores; Python {about['python']}, {versions}"
     lines = [f"# {about['card']}", ""]
-    lines += [f"Size {content['size']}; {about['cores']} cores; Python {about['python']}, "
-              f"{versions}; commit {about['commit'][:10]}."]  # fmt: skip
+    lines += [f"Size {content['size']}; {machine}; commit {about['commit'][:10]}.", ""]
     for part, entries in content["parts"].items():
-        columns = COLUMNS[part]
-        records = [record for entry in entries for record in entry["records"]]
-        records = [record for record in records if columns[-1][1] in record or "by" in record]
-        lines += ["", f"## {part}", ""]
-        if records:
-            lines += ["| " + " | ".join(title for title, *_ in columns) + " |"]
-            lines += ["|" + "---|" * len(columns)]
-        for record in records:
-            cells = [cell(record.get(name), style) for _, name, style in columns]
-            lines += ["| " + " | ".join(cells) + " |"]
-        lines += [""] if records else []
-        lines += [f"- `{entry['task']}`: {entry['outcome']}" for entry in entries
-                  if entry["outcome"] != "done"]  # fmt: skip
-    return "\n".join(lines) + "\n"
+        columns, notes = COLUMNS[part], []
+        lines += [f"## {part}", ""]
+        lines += ["| " + " | ".join(title for title, *_ in columns) + " |"]
+        lines += ["|" + "---|" * len(columns)]
+        for entry in entries:
+            if entry["task"] == "fit":
+                facts = (
+                    f"{name} {value}" for one in entry["records"] for name, value in one.items()
+                )
+                notes += ["- the TarFlow: " + ", ".join(facts)] if entry["records"] else []
+            else:
+                rows = [[cell(one.get(field), style) for _, field, style in columns]
+                        for one in entry["records"]]  # fmt: skip
+                lines += ["| " + " | ".join(row) + " |" for row in rows]
+            if entry["outcome"] != "done":
+                notes += [f"- `{entry['task']}`: {entry['outcome']}"]
+        lines += ["", *notes, *([""] if notes else [])]
+    return "\n".join(lines)
 
 
 def cell(value: Any, style: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -18,7 +19,7 @@ def fit(setting: Setting) -> Result:
     if not setting.weights.exists():
         command = setting.training("likelihood", DATA | setting.size.fit, setting.fit)
         with started(command) as process:
-            stop_after(process, setting.fit, seconds=setting.seconds / 3)
+            stop_after(process, setting.fit, seconds=min(setting.seconds / 4, 120))
     import jetflow
     from jetflow import convert
 
@@ -43,6 +44,8 @@ def resume(setting: Setting, how: str) -> Result:
     fields = DATA | setting.size.resume | {"train.log_every": 1}
     steps, every = fields["train.steps"], fields["train.checkpoint_every"]
     folders = [setting.scratch / f"{name}_{how}" for name in ("whole", "killed")]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     commands = [setting.training("likelihood", fields, folder) for folder in folders]
     # No stored programs: a restart on another day has none either.
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}

@@ -20,6 +20,7 @@ NO_PICTURES = {"train.eval_every": 0, "train.sample_every": 0, "eval.samples": 1
 class Size:
     """Of all that is run; config fields go before those of the config files."""
 
+    for_cpu: bool
     suffix: str  # of the config's argument
     tarflow: dict[str, Any]
     jet: dict[str, Any]
@@ -34,6 +35,7 @@ class Size:
 
 SIZES = {
     "full": Size(
+        for_cpu=False,
         suffix="",
         tarflow=DATA,
         jet=DATA,
@@ -49,6 +51,7 @@ SIZES = {
                 "train.checkpoint_every": 50},
     ),
     "toy": Size(
+        for_cpu=True,
         suffix=",smoke",
         tarflow=TOY_TARFLOW,
         jet=TOY_JET,

@@ -31,7 +31,7 @@ def peak(setting: Setting, by: str) -> Result:
     else:
         import torch
 
-        device = torch_device()
+        device = torch_device(setting)
         left, right = torch.randn((2, size, size), dtype=torch.bfloat16, device=device)
 
         def multiply() -> None:
@@ -93,7 +93,7 @@ def torch_train(setting: Setting) -> Result:
     import torch
     from torch_tarflow import Trainer, compile_blocks
 
-    device, batch = torch_device(), setting.size.batch["none"]
+    device, batch = torch_device(setting), setting.size.batch["none"]
     torch.set_float32_matmul_precision("high")  # TF32, which is JAX's default, for what is float32
     flow = torch_flow(setting, "tarflow").to(device)
     compile_blocks(flow)
@@ -147,7 +147,7 @@ def torch_sample(setting: Setting) -> Result:
     import torch
     from torch_tarflow import Sampler
 
-    device = torch_device()
+    device = torch_device(setting)
     flow = torch_flow(setting, "likelihood")
     flow.load(str(setting.weights))
     flow.to(device)
@@ -213,10 +213,14 @@ def bpd(setting: Setting) -> Result:
 # PyTorch
 
 
-def torch_device() -> Any:
+def torch_device(setting: Setting) -> Any:
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not setting.size.for_cpu:
+        raise RuntimeError("PyTorch sees no GPU")
+    return torch.device("cpu")
 
 
 def wait(device: Any) -> None:
