@@ -69,6 +69,34 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.
     return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def gelu(x: Float[Array, "..."], approximate: bool) -> Float[Array, "..."]:
+    """GELU, in its tanh form or, not approximate, its erf form."""
+    return jax.nn.gelu(x, approximate=True) if approximate else _erf_gelu(x)
+
+
+@jax.custom_jvp
+def _erf_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """In at least float32, as PyTorch computes it. For the gradient, the slope alone is kept.
+
+    JAX's own computes 1 + erf as an erfc, for the sake of narrow dtypes. That takes twice the time
+    on CPUs, and GPUs read and write its parts several times.
+    """
+    return _erf_gelu_and_slope(x)[0]
+
+
+@_erf_gelu.defjvp
+def _erf_gelu_jvp(primals, tangents):
+    value, slope = _erf_gelu_and_slope(*primals)
+    return value, slope * tangents[0]
+
+
+def _erf_gelu_and_slope(x: Array) -> tuple[Array, Array]:
+    wide = x.astype(at_least_float32(x.dtype))
+    share = (1 + jax.lax.erf(wide * math.sqrt(0.5))) / 2
+    density = jnp.exp(-(wide**2) / 2) / math.sqrt(2 * math.pi)
+    return (wide * share).astype(x.dtype), (share + wide * density).astype(x.dtype)
+
+
 def class_token(
     embedding: Float[Array, "Y W"],
     null: Float[Array, "W"],
@@ -155,8 +183,8 @@ class TransformerLayer(nn.Module):
         x = split_over_mesh(x, "batch", None, None)
         qkv = self.qkv(self.norm_attention(x)).reshape(*x.shape[:2], 3, self.num_heads, -1)
         query, key, value = qkv.transpose(2, 0, 3, 1, 4)
-        cache = KVCache(_written(cache.key, key, start), _written(cache.value, value, start))
-        tokens = jnp.arange(cache.key.shape[2])
+        cache = KVCache(cache.key.written(key, start), cache.value.written(value, start))
+        tokens = jnp.arange(cache.key.entries.shape[2])
         visible = tokens <= start + jnp.arange(x.shape[1])[:, None]
         mixed = attend_cached(query, cache, visible, temperature)
         x = x + self.out(mixed.swapaxes(1, 2).reshape(x.shape))
@@ -165,36 +193,3 @@ class TransformerLayer(nn.Module):
     def mlp(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         hidden = split_over_mesh(self.mlp_in(self.norm_mlp(x)), "batch", None, "mlp")
         return self.mlp_out(gelu(hidden, self.approximate_gelu))
-
-
-def gelu(x: Float[Array, "... W"], approximate: bool) -> Float[Array, "... W"]:
-    """x·Φ(x), or its tanh form."""
-    return jax.nn.gelu(x, approximate=True) if approximate else _erf_gelu(x)
-
-
-@jax.custom_jvp
-def _erf_gelu(x: Float[Array, "... W"]) -> Float[Array, "... W"]:
-    """In at least float32, as PyTorch computes it. For the gradient, the slope alone is kept.
-
-    Of JAX's own, whose erfc is a long polynomial, GPUs read and write all parts several times.
-    """
-    return _erf_gelu_and_slope(x)[0]
-
-
-@_erf_gelu.defjvp
-def _erf_gelu_jvp(primals, tangents):
-    value, slope = _erf_gelu_and_slope(*primals)
-    return value, slope * tangents[0]
-
-
-def _erf_gelu_and_slope(x: Array) -> tuple[Array, Array]:
-    wide = x.astype(at_least_float32(x.dtype))
-    share = (1 + jax.lax.erf(wide / math.sqrt(2))) / 2
-    density = jnp.exp(-(wide**2) / 2) / math.sqrt(2 * math.pi)
-    return (wide * share).astype(x.dtype), (share + wide * density).astype(x.dtype)
-
-
-def _written(
-    cache: Float[Array, "B N T H"], new: Float[Array, "B N S H"], start: Array
-) -> Float[Array, "B N T H"]:
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=2)

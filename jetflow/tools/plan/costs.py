@@ -60,7 +60,7 @@ class Cost:
     flops_by_arithmetic: dict[str, float]  # "bfloat16", or "float32" with a precision
     hbm_bytes: float  # read from and written to main memory, without padding
     collectives: tuple[Collective, ...]
-    unknown_loops: int  # loops of unknown length, counted as if their body ran once
+    unknown_loops: int  # loops of unknown length, counted as `cost` says
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
@@ -90,20 +90,21 @@ def forward_flops(params: Any, tokens: int) -> float:
     return total
 
 
-def cost(text: str, devices: int, slices: int = 1, nodes: int = 1) -> Cost:
+def cost(text: str, devices: int, slices: int = 1, nodes: int = 1, sweeps: int = 1) -> Cost:
     """The cost of a compiled program by its HLO text.
 
     Args:
         devices: over all slices or nodes.
         slices: parts of the devices that a slower network joins, of TPUs.
         nodes: the same of GPUs, in their order.
+        sweeps: how often the body of a loop of unknown length runs.
     """
     program = hlo.parse(text)
     hbm_bytes = 0.0
     flops: dict[str, float] = collections.defaultdict(float)
     exchanges: dict[tuple, tuple[int, float]] = {}  # how often, and bytes
     unknown = 0
-    for computation, times, is_fused in hlo.executions(program):
+    for computation, times, is_fused in hlo.executions(program, sweeps):
         for instruction in computation.values():
             if products := _flops(computation, instruction):
                 flops[_arithmetic(computation, instruction)] += times * products

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,6 +22,7 @@ from jetflow.training.experiment import Run, set_up
 from jetflow.types import Config, UsageError
 
 PROGRAMS = ("train", "sample", "eval")
+SWEEPS = 0.15  # of decoding by windows, as a share of the tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Memory:
     total: int  # at the moment of largest use, as the compiler counts it, with padding
     capacity: int  # the most that a program may take
     spare: int  # negative where the program does not fit
+
+
+class _Lowered(NamedTuple):
+    """A program before it is compiled."""
+
+    program: jax.stages.Lowered
+    passes: float  # forward passes over all tokens, of which a backward pass is worth two
+    window: int = 0  # see `Plan`
+    sweeps: int = 1  # of each block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +83,8 @@ class Plan:
     memory: Memory
     model_flops: float  # of a step on each device, by formula, without recomputation
     steps: int  # of the training; otherwise of an evaluation, or of as many samples
-    sequential: int  # tokens that a step decodes one after another
+    sequential: int  # evaluations of the blocks' nets, one after another, in decoding a TarFlow
+    window: int  # tokens in each of these; 0 where nothing is decoded
     fits: bool
     cost: costs.Cost | None  # of the compiled program
     estimate: Estimate | None
@@ -88,8 +99,21 @@ def load(name: str, split: str) -> dataset.Dataset:
     return dataset.Dataset(name, "", split, source.image_shape, source.num_classes, images)
 
 
-def plan(config: Config, topology: str, *, slices: int = 1, program: str = "train") -> Plan:
+def plan(
+    config: Config,
+    topology: str,
+    *,
+    slices: int = 1,
+    program: str = "train",
+    sweeps: float = SWEEPS,
+    **decoding: Any,
+) -> Plan:
     """Compile one program of a run for a topology, and read off what it needs.
+
+    Args:
+        sweeps: of each block in sampling by windows, as a share of the tokens: it depends on the
+            weights, and the program does not fix it.
+        decoding: fields of `SamplingOptions` for sampling, such as `method` and `window`.
 
     Raises:
         UsageError: on a config or a topology that cannot work. A program that does not fit is no
@@ -102,13 +126,13 @@ def plan(config: Config, topology: str, *, slices: int = 1, program: str = "trai
     section = config.train if program == "train" else config.eval
     flow, size = run.trainer.flow, section.batch_size
     with devices.compiling(accelerator):
-        lowered, passes = _lower(run, program, size)
+        lowered = _lower(run, program, size, sweeps, decoding)
         memory, cost = _compile(lowered, run, program, accelerator, slices)
     tokens = flow.latent_shape[0]
     params = run.abstract_state.params
     test_steps = math.ceil(len(run.test_data) / size)
     steps = run.total_steps if program == "train" else test_steps
-    model_flops = passes * costs.forward_flops(params, tokens) * size / run.mesh.size
+    model_flops = lowered.passes * costs.forward_flops(params, tokens) * size / run.mesh.size
     return Plan(
         program=program,
         topology=topology,
@@ -124,7 +148,8 @@ def plan(config: Config, topology: str, *, slices: int = 1, program: str = "trai
         memory=memory,
         model_flops=model_flops,
         steps=steps,
-        sequential=flow.decoded_blocks * (tokens - 1) if program == "sample" else 0,
+        sequential=flow.decoded_blocks * lowered.sweeps if lowered.window else 0,
+        window=lowered.window,
         fits=cost is not None,
         cost=cost,
         estimate=_estimate(cost, accelerator, model_flops, size, steps) if cost else None,
@@ -135,9 +160,9 @@ def fit(
     config: Config,
     topology: str,
     *,
-    slices: int = 1,
     program: str = "train",
     progress: Callable[[Plan], None] = lambda plan: None,
+    **settings: Any,
 ) -> list[Plan]:
     """For each remat policy, the plan of the largest batch that fits, if any does.
 
@@ -146,11 +171,13 @@ def fit(
 
     Args:
         progress: called with each plan that is tried.
+        settings: of `plan`.
     """
     configs.check(config)
     policies = REMAT_POLICIES if program == "train" else (config.flow.remat,)
     axes = {name: config.mesh[name] for name in sharding.AXES}
-    mesh = sharding.make_mesh(**axes, devices=devices.devices(topology, slices))
+    found = devices.devices(topology, settings.get("slices", 1))
+    mesh = sharding.make_mesh(**axes, devices=found)
     parts = sharding.batch_parts(mesh)
     rows = {"train": parts * config.train.accumulation, "eval": parts}
     section = "train" if program == "train" else "eval"
@@ -163,7 +190,7 @@ def fit(
             changed.flow.remat = policy
             for name, least in rows.items():
                 changed[name].batch_size = least * (size if name == section else 1)
-            tried[size] = plan(changed, topology, slices=slices, program=program)
+            tried[size] = plan(changed, topology, program=program, **settings)
             progress(tried[size])
             return tried[size].fits
 
@@ -186,23 +213,30 @@ def _largest(fits: Callable[[int], bool], start: int) -> int:
     return between if size > 1 and fits(between) else size
 
 
-def _lower(run: Run, program: str, batch_size: int) -> tuple[jax.stages.Lowered, int]:
-    """A program, and its forward passes, of which a backward pass is worth two."""
+def _lower(
+    run: Run, program: str, batch_size: int, sweeps: float, decoding: dict[str, Any]
+) -> _Lowered:
     batch = run.abstract_batch(batch_size)
     flow, weights = run.trainer.flow, run.abstract_state.variables()
     if program == "train":
-        return run.lower_step(run.abstract_state, batch), 3
+        return _Lowered(run.lower_step(run.abstract_state, batch), 3)
     if program == "eval":
-        return likelihoods.lower(flow, weights, batch, run.mesh), 1
-    sampler = run.sampler(weights)
+        return _Lowered(likelihoods.lower(flow, weights, batch, run.mesh), 1)
+    sampler = run.sampler(weights, **decoding)
     split = sharding.batch_sharding(run.mesh)
     z = jax.ShapeDtypeStruct((batch_size, *flow.latent_shape), "float32", sharding=split)
-    passes = (1 if sampler.guidance is None else 2) + (2 if sampler.denoise else 0)
-    return sampler.lower(z, batch.label if flow.num_classes else None), passes
+    lowered = sampler.lower(z, batch.label if flow.num_classes else None)
+    passes = 1 if sampler.guidance is None else 2
+    steps = flow.latent_shape[0] - 1
+    window = min(sampler.decoding[0].window, steps) if sampler.decoding else 0
+    if window > 1:
+        steps = math.ceil(sweeps * steps)
+        passes *= steps * window / flow.latent_shape[0]
+    return _Lowered(lowered, passes + (2 if sampler.denoise else 0), window, steps)
 
 
 def _compile(
-    lowered: jax.stages.Lowered, run: Run, program: str, accelerator: Accelerator, slices: int
+    lowered: _Lowered, run: Run, program: str, accelerator: Accelerator, slices: int
 ) -> tuple[Memory, costs.Cost | None]:
     """The memory of a program, and its cost where it fits."""
     state = run.abstract_state
@@ -213,7 +247,7 @@ def _compile(
     other = temporaries = cost = None
     capacity = accelerator.capacity
     try:
-        compiled = lowered.compile()
+        compiled = lowered.program.compile()
     except jax.errors.JaxRuntimeError as error:
         total = _bytes_needed(str(error))
     else:
@@ -226,7 +260,8 @@ def _compile(
         if total <= capacity:  # for GPUs, programs compile that do not fit
             hosts = {device.process_index for device in run.mesh.devices.flat}
             nodes = len(hosts) if accelerator.chip else 1
-            cost = costs.cost(compiled.as_text() or "", run.mesh.size, slices, nodes)
+            text = compiled.as_text() or ""
+            cost = costs.cost(text, run.mesh.size, slices, nodes, lowered.sweeps)
     memory = Memory(params, optimizer, ema, other, temporaries, total, capacity, capacity - total)
     return memory, cost
 
