@@ -37,6 +37,7 @@ PARTS: dict[str, tuple[float, tuple[str, ...]]] = {
     )),
     "torch": (1.5, (  # by turns
         "train tarflow auto none", "torch_train", "train tarflow auto none", "torch_train",
+        "plan tarflow CARD none",
     )),
     "sample": (2.0, ("fit", "sample cached", "torch_sample", "sample jacobi", "sample auto")),
     "bpd": (0.8, ("fit", "bpd")),
