@@ -8,7 +8,7 @@ from jaxtyping import Int
 from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError
 
 METHODS = ("cached", "jacobi")
-CACHE_DTYPES = ("float32", "bfloat16")
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
 WINDOW = 256  # tokens a sweep, where no calibration says better
 TOLERANCE = 3e-6
 
@@ -56,7 +56,7 @@ def check_decoding(flow: Flow, decoding: tuple[Decoding, ...] | None) -> None:
             raise UsageError(f"tolerance is {how.tolerance}; expected 0 or more")
         if how.cache_dtype not in (None, *CACHE_DTYPES):
             raise UsageError(
-                f"cache_dtype is {how.cache_dtype!r}; expected {' or '.join(CACHE_DTYPES)}"
+                f"cache_dtype is {how.cache_dtype!r}; expected one of {', '.join(CACHE_DTYPES)}"
             )
 
 
