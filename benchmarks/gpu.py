@@ -162,6 +162,7 @@ def environment(folder: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     if cards():  # or JAX would go on without it where it cannot use it
