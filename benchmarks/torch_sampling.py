@@ -110,6 +110,8 @@ class TorchLoop:
                 for path, value in jax.tree.leaves_with_path(variables["params"][f"blocks_{index}"])
             }
             for name in flat:
+                if "/qkv/" in name:  # query, key and value are on an axis of their own
+                    flat[name] = flat[name].flatten(-2)
                 if name.endswith("kernel"):  # [in, out] to [out, in]
                     flat[name] = flat[name].mT.contiguous()
                 narrow = "norm" not in name and not name.startswith(("proj_out", "position"))

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
@@ -36,6 +37,7 @@ from jetflow.types import AnyArray, UsageError
 T = TypeVar("T")
 
 WEIGHTS = ("params", "ema")  # the fields of a state that must be finite
+MERGED = re.compile(r"/qkv/")  # version 0.1 saved these arrays with their last two axes as one
 
 
 class Damage(Exception):
@@ -179,7 +181,8 @@ class Checkpoints:
         Args:
             abstract_state: a dataclass or dict of the wanted fields, pytrees of
                 `jax.ShapeDtypeStruct`s (or arrays) whose shardings the result takes; without one,
-                the first local device. A field must hold exactly what it held when it was saved.
+                the first local device. A field must hold exactly what it held when it was saved,
+                but for the shapes that version 0.1 gave to the arrays that are `MERGED`.
                 Other fields are not read: `{"params": …}` is enough.
             step: the step to read, and no other.
 
@@ -222,17 +225,21 @@ class Checkpoints:
         entries = record["arrays"].items()
         stored = {path: entry for path, entry in entries if path.split("/")[0] in fields}
         kinds = {path: kind for path, (kind, _) in stored.items()}
-        if differing := differences(kinds, checksums.types(wanted), prefix=""):
+        saved = {path: _as_saved(path, leaf, kinds.get(path)) for path, leaf in wanted.items()}
+        if differing := differences(kinds, checksums.types(saved), prefix=""):
             raise UsageError(
                 f"checkpoint {step} in {self.directory} does not fit this config: "
                 f"{shown(differing)}; use the config of that run, or another --workdir"
             )
-        arrays = _everywhere(lambda: _read_arrays(directory / "state", wanted))
+        arrays = _everywhere(lambda: _read_arrays(directory / "state", saved))
         for path, entry in checksums.describe(arrays).items():
             if entry != stored[path]:
                 raise Damage(f"the checksum of {path} is {entry[1]}, not {stored[path][1]}")
         if len(arrays) == len(record["arrays"]):
             self._sound[step] = record["arrays"]
+        for path, leaf in wanted.items():
+            if saved[path] is not leaf:
+                arrays[path] = jax.device_put(arrays[path].reshape(leaf.shape), leaf.sharding)
         return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
 
 
@@ -246,6 +253,22 @@ def _read_record(directory: epath.Path) -> dict:
     if record != checksums.seal({"config": record["config"], "arrays": record["arrays"]}):
         raise Damage("its record does not match the record's digest")
     return record
+
+
+def _as_saved(path: str, leaf: Any, kind: str | None) -> Any:
+    """`leaf`; or, where version 0.1 saved this array, how it did: [..., 3, W] as [..., 3·W].
+
+    The shape alone says which: the array has one axis less then. What is split over the mesh of
+    the last two axes is whole while the array is read.
+    """
+    if not MERGED.search(path) or len(leaf.shape) < 2:
+        return leaf
+    *others, count, width = leaf.shape
+    where = getattr(leaf, "sharding", None)
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec(*where.spec[: len(others)]))
+    merged = jax.ShapeDtypeStruct((*others, count * width), leaf.dtype, sharding=where)
+    return merged if checksums.types({path: merged}) == {path: kind} else leaf
 
 
 def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:

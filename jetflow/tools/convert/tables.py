@@ -27,6 +27,16 @@ def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def _beside(array: np.ndarray) -> np.ndarray:
+    """Query, key and value on an axis of their own: [..., 3·W] to [..., 3, W]."""
+    return array.reshape(*array.shape[:-1], 3, -1)
+
+
+def _merged(array: np.ndarray) -> np.ndarray:
+    """The inverse of `_beside`."""
+    return array.reshape(*array.shape[:-2], -1)
+
+
 def _single(array: np.ndarray) -> np.ndarray:
     """Without the second axis, of one entry."""
     return np.squeeze(array, axis=1)
@@ -61,11 +71,14 @@ def tarflow(depths: Sequence[int]) -> Table:
             is_stacked = "{layer}" in name
             layers = [theirs + name.format(layer=n) for n in range(depth if is_stacked else 1)]
             weight, turn = ("scale", _same) if "norm" in name else ("kernel", np.transpose)
+            split, merge = (_beside, _merged) if "qkv" in name else (_same, _same)
             for part, end, change in (("weight", weight, turn), ("bias", "bias", _same)):
                 rows[f"{ours}{path}/{end}"] = Row(
-                    [[f"{layer}.{part}"] for layer in layers], change, change,
+                    [[f"{layer}.{part}"] for layer in layers],
+                    lambda array, change=change, split=split: split(change(array)),
+                    lambda array, change=change, merge=merge: change(merge(array)),
                     axis=0 if is_stacked else None,
-                )  # fmt: skip
+                )
     return Table(rows, constants)
 
 
@@ -107,7 +120,7 @@ def jet(num_heads: int, width: int, depth: int) -> Table:
     merge_last = _merge_heads(num_heads, width, slice(-2, None))
     for part in ("kernel", "bias"):
         names = [f"{_ATTENTION}{name}/{part}" for name in ("query", "key", "value")]
-        add(f"layers/qkv/{part}", names, lambda *a: np.concatenate([*map(merge_last, a)], -1))
+        add(f"layers/qkv/{part}", names, lambda *a: np.stack([*map(merge_last, a)], -2))
     merge = _merge_heads(num_heads, width, slice(1, 3))
     add("layers/out/kernel", [_ATTENTION + "out/kernel"], merge)
     add("position", ["couplings/dnn/posemb"], _single)
