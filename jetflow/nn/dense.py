@@ -143,8 +143,8 @@ def _gathered_product_forward(x, kernel, axes: Axes, precision: str | None):
 
 def _gathered_product_backward(axes: Axes, precision: str | None, kept, dy):
     x, kernel = kept
-    outputs = range(1, kernel.ndim)
-    last = [axis - kernel.ndim for axis in outputs]
+    outputs = tuple(range(1, kernel.ndim))
+    last = tuple(axis - kernel.ndim for axis in outputs)
     whole = _whole(kernel, x.dtype, axes)
     dx = jnp.tensordot(dy, whole, axes=(last, outputs), precision=precision)
     gradient = _scattered_gradient(x, dy, axes, precision)
