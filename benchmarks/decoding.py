@@ -55,7 +55,7 @@ def how(sampler: Sampler, method: str, batch_size: int) -> tuple[Decoding, ...]:
     if method != "auto":
         return decodings(sampler.flow, method)
     base = Decoding(1, TOLERANCE, None)
-    windows, _ = calibration.calibrate(sampler, base, batch_size)
+    windows = calibration.calibrate(sampler, base, batch_size)
     return tuple(Decoding(window, TOLERANCE, None) for window in windows)
 
 

@@ -1,4 +1,4 @@
-"""TarFlow sampled by jetflow, and by a loop over tokens in PyTorch with a growing cache.
+"""TarFlow sampled by jetflow, and by a loop over tokens in PyTorch with a cache.
 
 Both draw from the same weights and the same latents, by turns, and their images are compared:
 
@@ -6,17 +6,18 @@ Both draw from the same weights and the same latents, by turns, and their images
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch.nn import functional
+import torch_tarflow
 
 import jetflow
 from jetflow.sampling.ancestral import Sampler
@@ -37,9 +38,12 @@ def main() -> None:
         jax.random.key(0), np.arange(arguments.batch_size)
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    samplers: dict[str, Callable[[], np.ndarray]] = {
-        "torch": TorchLoop(flow, model.variables, np.array(latents), device).sample
-    }
+    dtype = jnp.dtype(flow.blocks[0].transformer.dtype).name
+    loop = torch_tarflow.Sampler(
+        in_torch(flow, model.variables).to(device), arguments.batch_size, getattr(torch, dtype)
+    )
+    z = torch.tensor(np.array(latents), device=device)
+    samplers: dict[str, Callable[[], np.ndarray]] = {"torch": lambda: loop.sample(z).cpu().numpy()}
     for method in arguments.methods.split(","):
         sampler = Sampler(flow, model.variables, decoding=decodings(flow, method))
         samplers[method] = lambda sampler=sampler: sampler.decode(latents, None).pixels
@@ -57,7 +61,7 @@ def main() -> None:
             "sampler": name,
             "devices": [jax.devices()[0].device_kind, device],  # of jetflow, of PyTorch
             "batch_size": arguments.batch_size,
-            "dtype": str(jnp.dtype(flow.blocks[0].transformer.dtype)),
+            "dtype": dtype,
             "seconds": seconds[name],
             "images_per_second": arguments.batch_size / seconds[name],
             "times_torch": seconds["torch"] / seconds[name],
@@ -65,92 +69,22 @@ def main() -> None:
         }))  # fmt: skip
 
 
-@dataclasses.dataclass
-class Layer:
-    """One transformer layer with the keys and values of the tokens so far, [B, N, t, H]."""
-
-    tensors: dict[str, torch.Tensor]
-    num_heads: int
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-
-    def step(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output for the next token, [B, W]."""
-        batch, width = x.shape
-        qkv = self.linear("qkv", self.norm("norm_attention", x))
-        heads = (batch, 3, self.num_heads, 1, width // self.num_heads)
-        query, key, value = qkv.reshape(heads).unbind(1)
-        self.keys = key if self.keys is None else torch.cat([self.keys, key], dim=2)
-        self.values = value if self.values is None else torch.cat([self.values, value], dim=2)
-        mixed = functional.scaled_dot_product_attention(query, self.keys, self.values)
-        x = x + self.linear("out", mixed.reshape(batch, width))
-        hidden = functional.gelu(self.linear("mlp_in", self.norm("norm_mlp", x)))
-        return x + self.linear("mlp_out", hidden)
-
-    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        scale, bias = self.tensors[f"{name}/scale"], self.tensors[f"{name}/bias"]
-        return functional.layer_norm(x.float(), scale.shape, scale, bias, eps=1e-5)
-
-    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        kernel, bias = self.tensors[f"{name}/kernel"], self.tensors[f"{name}/bias"]
-        return functional.linear(x.to(kernel.dtype), kernel, bias)
-
-
-class TorchLoop:
-    """x_i = z_i·exp(α_i) + μ_i, token after token, from a jetflow TarFlow's weights."""
-
-    def __init__(self, flow, variables, latents: np.ndarray, device: str):
-        dtype = getattr(torch, jnp.dtype(flow.blocks[0].transformer.dtype).name)
-        self.flow = flow
-        self.latents = torch.from_numpy(latents).to(device)
-        self.blocks = []
-        for index in range(len(flow.blocks)):
-            flat = {
-                "/".join(key.key for key in path): torch.tensor(np.array(value), device=device)
-                for path, value in jax.tree.leaves_with_path(variables["params"][f"blocks_{index}"])
-            }
-            for name in flat:
-                if "/qkv/" in name:  # query, key and value are on an axis of their own
-                    flat[name] = flat[name].flatten(-2)
-                if name.endswith("kernel"):  # [in, out] to [out, in]
-                    flat[name] = flat[name].mT.contiguous()
-                narrow = "norm" not in name and not name.startswith(("proj_out", "position"))
-                flat[name] = flat[name].to(dtype) if narrow else flat[name]
-            self.blocks.append(flat)
-
-    @torch.inference_mode()
-    def sample(self) -> np.ndarray:
-        """The images of the latents, in pixel values, on the host."""
-        x = self.latents
-        for block, tensors in reversed(list(zip(self.flow.blocks, self.blocks, strict=True))):
-            x = self._invert(block, tensors, x.flip(1) if block.backward else x)
-            x = x.flip(1) if block.backward else x
-        return np.asarray(self.flow.as_image(jnp.asarray(x.cpu().numpy())))
-
-    def _invert(self, block, tensors: dict[str, torch.Tensor], z: torch.Tensor) -> torch.Tensor:
-        layers = [
-            Layer(
-                {name.removeprefix("transformer/layers/"): tensor[index]
-                 for name, tensor in tensors.items() if name.startswith("transformer/")},
-                block.transformer.num_heads,
-            )
-            for index in range(block.transformer.num_layers)
-        ]  # fmt: skip
-        position = tensors["position"].flip(0) if block.backward else tensors["position"]
-        proj_in = tensors["proj_in/kernel"]
-        tokens = [z[:, 0]]
-        for index in range(z.shape[1] - 1):
-            token = tokens[-1].to(proj_in.dtype)
-            hidden = functional.linear(token, proj_in, tensors["proj_in/bias"])
-            hidden = hidden + position[index].to(hidden.dtype)
-            for layer in layers:
-                hidden = layer.step(hidden)
-            out = functional.linear(
-                hidden.float(), tensors["proj_out/kernel"], tensors["proj_out/bias"]
-            )
-            log_scale, shift = out.chunk(2, dim=-1)
-            tokens.append(z[:, index + 1] * log_scale.exp() + shift)
-        return torch.stack(tokens, dim=1)
+def in_torch(flow: Any, variables: Any) -> torch_tarflow.TarFlow:
+    """The same TarFlow in PyTorch; its blocks are of one depth."""
+    net = flow.blocks[0].transformer
+    copy = torch_tarflow.TarFlow(
+        flow.image_shape,
+        patch_size=flow.pixels.patch_size,
+        width=net.width,
+        blocks=len(flow.blocks),
+        layers=net.num_layers,
+        pixel_scale=flow.pixel_scale,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/weights.pth"
+        jetflow.convert.to_tarflow(path, flow, variables)
+        copy.load(path)
+    return copy
 
 
 if __name__ == "__main__":

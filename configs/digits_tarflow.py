@@ -13,6 +13,7 @@ def get_config():
     config.flow.width = 128
     config.flow.num_blocks = 4
     config.flow.layers_per_block = (2,)
+    config.flow.scan = False
     config.noise.label_drop = 0.1
     config.optim.lr = 2e-3
     config.train.batch_size = 32

@@ -13,6 +13,7 @@ def get_config(size="16"):
     config.flow.width = 128
     config.flow.num_blocks = 4
     config.flow.layers_per_block = (2,)
+    config.flow.scan = False
     config.optim.lr = 1e-3
     config.optim.min_lr = 0.0
     config.train.steps = 500

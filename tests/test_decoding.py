@@ -15,6 +15,7 @@ import tiny_runs
 import jetflow
 from jetflow import calibration
 from jetflow.flows import autoregressive
+from jetflow.nn import attention
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import decodings
 from jetflow.types import Decoding, Guidance
@@ -135,9 +136,27 @@ def test_wild_guesses_do_not_reach_back():
 
 def test_the_cache_may_be_narrow():
     sequential = inverse(None, dtype="float32")[0]
-    narrow = inverse((Decoding(cache_dtype="bfloat16"),) * 2, dtype="float32")[0]
-    difference = np.abs(narrow - sequential).max()
-    assert 1e-3 < difference < 16, difference
+    for dtype, window in (("bfloat16", 1), ("int8", 1), ("int8", 5)):
+        narrow = inverse((Decoding(window, cache_dtype=dtype),) * 2, dtype="float32")[0]
+        difference = np.abs(narrow - sequential).max()
+        assert 1e-3 < difference < 16, (dtype, window, difference)
+
+
+@pytest.mark.parametrize("how", [Decoding(), Decoding(5), Decoding(cache_dtype="int8")])
+def test_a_tpus_cache_gives_the_same(how, float64, monkeypatch):
+    """It has heads side by side, so that they fill the registers."""
+    expected = inverse((how,) * 2, GUIDANCES["both"])
+    net = setting("float64")[0].blocks[0].net
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "LANES", net.width)
+    assert (
+        net.num_heads
+        > 1
+        == attention.Cached.empty(1, 2, 3, net.width // 2, "int8").entries.shape[1]
+    )
+    jax.clear_caches()
+    for value, other in zip(inverse((how,) * 2, GUIDANCES["both"])[:2], expected, strict=False):
+        np.testing.assert_allclose(value, other, rtol=1e-11, atol=1e-9)
 
 
 GUIDED_ON_EIGHT_DEVICES = """

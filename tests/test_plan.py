@@ -57,6 +57,8 @@ def test_loops_are_counted_as_often_as_they_run():
     assert cost.flops == (2 + 3 * 4 + 1) * 2 * 16**3
     assert cost.unknown_loops == 1
     assert cost.collectives == ()
+    of_sweeps = costs.cost(compiled.as_text(), devices=1, sweeps=7)
+    assert of_sweeps.flops == (2 + 3 * 4 + 7) * 2 * 16**3
     assert compiled.cost_analysis()["flops"] < cost.flops / 2  # why we count ourselves
 
 
@@ -121,15 +123,16 @@ def test_a_tpus_program_is_read():
     trips = 3  # from 0 to 6 by two
     assert cost.unknown_loops == 0
     assert cost.flops == trips * 2 * 4 * 8 * 8
-    in_loop = 8 * 8 * 4 + 4 * 8 * 4 + 4 + (4 + 4 + 4)  # slice, result, two counters' reads, add
-    outside = 2 * (2 * 8 * 4) + 2 * 4  # both fusions read the part; a counter is copied
+    tile = 8 * 128 * 4
+    in_loop = 2 * tile + 4 + (4 + 4 + 4)  # slice, result, two counters' reads, add
+    outside = 2 * tile + 2 * 4  # both fusions read the part; a counter is copied
     compare = trips * (1 + 4 + 4)
     assert cost.hbm_bytes == trips * in_loop + outside + compare
     sent = {one.kind: (one.count, one.bytes) for one in cost.collectives}
     assert sent == {
-        "all-gather": (1, 3 * 2 * 8 * 4),
-        "all-reduce": (1, 2 * 3 / 4 * 8 * 8 * 4),
-        "all-reduce between slices": (1, 2 * 3 / 4 * 8 * 8 * 4),
+        "all-gather": (1, 3 * tile),
+        "all-reduce": (1, 2 * 3 / 4 * tile),
+        "all-reduce between slices": (1, 2 * 3 / 4 * tile),
     }
 
 
@@ -198,7 +201,21 @@ def test_command_prints_what_fits(capsys):
     assert cli.main([*SMALL, "--what=sample"]) == 0
     text = capsys.readouterr().out
     assert "fits, with" in text and "of 15.75" in text and "estimate" in text
-    assert "a step decodes 30 tokens one after another" in text
+    assert "a step evaluates 30 tokens one after another" in text
+
+
+@needs_libtpu
+def test_command_plans_windows_by_their_sweeps(capsys):
+    command = [*SMALL, "--what=sample", "--method=jacobi", "--window=4", "--json"]
+    few, many = [
+        (cli.main([*command, f"--sweeps={sweeps}"]), json.loads(capsys.readouterr().out))[1]
+        for sweeps in (0.2, 0.4)
+    ]
+    assert (few["sequential"], many["sequential"], few["window"]) == (2 * 3, 2 * 6, 4)
+    assert few["cost"]["flops"] > 0
+    assert many["cost"]["flops"] == 2 * few["cost"]["flops"]
+    assert many["model_flops"] == 2 * few["model_flops"]
+    assert few["cost"]["hbm_bytes"] < many["cost"]["hbm_bytes"]
 
 
 @needs_libtpu

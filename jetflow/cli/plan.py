@@ -8,6 +8,7 @@ import jax
 
 from jetflow.cli.flags import Command
 from jetflow.options import Options, option
+from jetflow.sampling.decoding import CACHE_DTYPES, METHODS, WINDOW
 from jetflow.tools.plan import roofline
 from jetflow.tools.plan.roofline import Plan
 from jetflow.tools.report.document import columns, text
@@ -30,13 +31,23 @@ class PlanOptions(Options):
     slices: int = option(1, "number of slices of that topology, joined by data", least=1)
     what: str = option("train", "the program", choices=roofline.PROGRAMS)
     fit: bool = option(False, "search the largest batch that fits, for each remat policy")
+    method: str = option("cached", "of sample: how a TarFlow is inverted", choices=METHODS)
+    window: int = option(WINDOW, "of sample by jacobi: tokens a sweep", least=1)
+    sweeps: float = option(
+        roofline.SWEEPS, "of sample by jacobi: sweeps of a block, as a share of its tokens",
+        least=0.0, most=1.0,
+    )  # fmt: skip
+    cache_dtype: str | None = option(
+        None, "of sample: of cached keys and values; default: the net's", choices=CACHE_DTYPES
+    )
     json: bool = option(False, "print JSON")
 
 
 def run(options: PlanOptions) -> None:
     jax.config.update("jax_platforms", "cpu")  # which leaves a TPU of this machine alone
     arguments = (options.config, options.topology)
-    settings = {"slices": options.slices, "program": options.what}
+    names = ("slices", "method", "window", "sweeps", "cache_dtype")
+    settings = {name: getattr(options, name) for name in names} | {"program": options.what}
     if not options.fit:
         plans = [roofline.plan(*arguments, **settings)]
     elif not (plans := roofline.fit(*arguments, **settings, progress=_show)):
@@ -106,11 +117,12 @@ def _cost(plan: Plan) -> list[str]:
         f"{plan.steps:,} steps take {text(24 * estimate.days)} hours or more",
     ]
     if plan.sequential:
+        each = "tokens" if plan.window == 1 else f"windows of {plan.window} tokens"
         lines.append(
-            f"  a step decodes {plan.sequential:,} tokens one after another; what each of these "
+            f"  a step evaluates {plan.sequential:,} {each} one after another; what each of these "
             "waits for the last is not in the estimate"
         )
-    if cost.unknown_loops:
+    if cost.unknown_loops and plan.window < 2:
         lines.append(f"{cost.unknown_loops} loops of unknown length count as if they ran once")
     return lines
 

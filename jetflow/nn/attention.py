@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from jetflow.nn.dense import at_least_float32, matmul_precision, mesh_axes, parts
 from jetflow.types import UsageError
@@ -31,16 +31,52 @@ class Choice(NamedTuple):
         return self.method + (f" ({self.reason})" if self.reason else "")
 
 
+class Cached(NamedTuple):
+    """Keys, or values, of a layer, of all tokens so far.
+
+    G heads lie side by side: on a TPU as many as fill its registers, whose rest would be padding
+    in memory. int8 entries have a scale for each head of a token, which they are multiplied by.
+    """
+
+    entries: Num[Array, "B N//G T G*H"]
+    scale: Float[Array, "B N T"] | None
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, tokens: int, head_dim: int, dtype) -> "Cached":
+        is_padded = platform() == "tpu" and batch // parts("batch") % LANES  # else rows fill them
+        side = max(1, LANES // head_dim) if is_padded else 1
+        side = side if heads // parts("heads") % side == 0 else 1
+        shape = (batch, heads // side, tokens, side * head_dim)
+        is_scaled = jnp.dtype(dtype) == jnp.int8
+        scale = jnp.zeros((batch, heads, tokens), jnp.bfloat16) if is_scaled else None
+        return cls(jnp.zeros(shape, dtype), scale)
+
+    def written(self, new: Float[Array, "B N S H"], start: Int[Array, ""]) -> "Cached":
+        """With the tokens from `start` on replaced."""
+        scale = None
+        if self.scale is not None:
+            largest = jnp.abs(new).max(axis=-1, initial=1e-6).astype(jnp.float32)
+            scale = (largest / 127).astype(self.scale.dtype)
+            new = jnp.clip(jnp.rint(new / scale[..., None].astype(jnp.float32)), -127, 127)
+        batch, groups, _, width = self.entries.shape
+        new = new.reshape(batch, groups, -1, *new.shape[2:]).swapaxes(2, 3)
+        new = new.reshape(batch, groups, -1, width)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+        return jax.tree.map(
+            lambda old, part: write(old, part.astype(old.dtype)), self, Cached(new, scale)
+        )
+
+
 class KVCache(NamedTuple):
-    """Keys and values of a layer, of all tokens so far.
+    """Keys and values of a layer.
 
     Each layer has arrays of its own, which a loop updates in place: of one array for all layers
     it would copy the whole at each token. With heads before tokens, one token's attention is a
     product of matrices as they lie in memory.
     """
 
-    key: Float[Array, "B N T H"]
-    value: Float[Array, "B N T H"]
+    key: Cached
+    value: Cached
 
 
 def choose(
@@ -80,6 +116,12 @@ def choose(
     return Choice("xla", reason) if reason else Choice(kernel)
 
 
+def platform() -> str | None:
+    """Of the devices of the mesh that a program is traced for, if it is traced for one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else getattr(mesh.abstract_device, "platform", None)
+
+
 def attend(
     query: Heads,
     key: Heads,
@@ -93,14 +135,13 @@ def attend(
     Fused kernels are for programs that are compiled under a mesh, `sharding.on`, whose devices say
     for which platform. Elsewhere, where parameters are initialised say, attention is written out.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    platform = None if mesh.empty else getattr(mesh.abstract_device, "platform", None)
-    if platform is None:
+    target = platform()
+    if target is None:
         return written_out(query, key, value, causal)
     tokens, head_dim = query.shape[1], query.shape[3]
     chosen, _ = choose(
         method,
-        platform=platform,
+        platform=target,
         dtype=query.dtype,
         tokens=tokens,
         head_dim=head_dim,
@@ -113,7 +154,7 @@ def attend(
     # Rows and heads of each device; one image, as at initialisation, cannot be split.
     is_even = query.shape[0] % parts("batch") == 0 == query.shape[2] % parts("heads")
     if chosen == "splash" and is_even:
-        kernel = functools.partial(_splash, causal=causal, interpret=platform != "tpu")
+        kernel = functools.partial(_splash, causal=causal, interpret=target != "tpu")
         spec = mesh_axes("batch", None, "heads")
         sharded = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
         return sharded(query, key, value)
@@ -140,10 +181,23 @@ def attend_cached(
     temperature: Float[Array, "B"],
 ) -> Float[Array, "B N S H"]:
     """Attention of a few query tokens to the visible ones of a cache."""
-    logits = jnp.einsum("bnsh,bnth->bnst", query, cache.key.astype(query.dtype))
-    scale = temperature[:, None, None, None] * math.sqrt(query.shape[-1])
-    weights = _softmax(logits, scale, visible).astype(query.dtype)
-    return jnp.einsum("bnst,bnth->bnsh", weights, cache.value.astype(query.dtype))
+    batch, heads, size, head_dim = query.shape
+    key, value = (cached.entries.astype(query.dtype) for cached in cache)
+    key_scale, value_scale = (
+        1.0 if cached.scale is None else cached.scale[:, :, None] for cached in cache
+    )
+    side = key.shape[-1] // head_dim
+    own = jnp.eye(side, dtype=query.dtype)[:, None, :, None]  # of the heads in a group
+    rows = (batch, heads // side, side * size, -1)
+    spread = query.reshape(batch, heads // side, side, size, 1, head_dim) * own
+    logits = jnp.einsum("bnsh,bnth->bnst", spread.reshape(rows), key)
+    logits = logits.reshape(batch, heads, size, -1)
+    logits = logits.astype(at_least_float32(logits.dtype)) * key_scale
+    scale = temperature[:, None, None, None] * math.sqrt(head_dim)
+    weights = _softmax(logits, scale, visible) * value_scale
+    mixed = jnp.einsum("bnst,bnth->bnsh", weights.astype(query.dtype).reshape(rows), value)
+    mixed = mixed.reshape(batch, heads // side, side, size, side, head_dim) * own
+    return mixed.sum(axis=-2).reshape(query.shape)
 
 
 def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Array:

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
-from jetflow.nn.attention import KVCache
+from jetflow.nn.attention import Cached, KVCache
 from jetflow.nn.dense import Initializer, TransposedDense, transposed
 from jetflow.nn.transformer import TransformerLayer, through_layers
 
@@ -28,10 +28,14 @@ def bias_init(fan_in: int) -> Initializer:
 
 def enlarged(cache: Cache, tokens: int) -> Cache:
     """The cache with room for so many tokens."""
-    nothing = (0, 0)
-    return jax.tree.map(
-        lambda a: jnp.pad(a, (nothing, nothing, (0, tokens - a.shape[2]), nothing)), cache
-    )
+
+    def pad(array: Array) -> Array:
+        widths = [
+            (0, tokens - array.shape[2]) if axis == 2 else (0, 0) for axis in range(array.ndim)
+        ]
+        return jnp.pad(array, widths)
+
+    return jax.tree.map(pad, cache)
 
 
 class CausalTransformer(nn.Module):
@@ -72,9 +76,9 @@ class CausalTransformer(nn.Module):
 
     def empty_cache(self, batch: int, tokens: int, dtype: str | None = None) -> Cache:
         """Room for so many tokens, by default in the dtype of the net."""
-        shape = (batch, self.num_heads, tokens, self.width // self.num_heads)
-        zeros = jnp.zeros(shape, dtype or self.dtype)
-        return (KVCache(zeros, zeros),) * self.num_layers
+        head_dim = self.width // self.num_heads
+        cached = Cached.empty(batch, self.num_heads, tokens, head_dim, dtype or self.dtype)
+        return (KVCache(cached, cached),) * self.num_layers
 
     def layer_params(self) -> tuple[Any, ...]:
         """The parameters of each layer, for `extend`: a loop would cut them out at each token.

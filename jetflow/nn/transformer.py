@@ -4,6 +4,7 @@ The two published nets differ in the layer-norm epsilon, the form of GELU and th
 `encoder.py` and `causal.py` state their choices.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -65,6 +66,17 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.
     """In float32 or wider, with the variance as the mean square of what the mean leaves."""
     dtype = at_least_float32(dtype)
     return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def gelu(x: Float[Array, "..."], approximate: bool) -> Float[Array, "..."]:
+    """GELU, in its tanh form or, not approximate, its erf form.
+
+    JAX's erf form computes 1 + erf as an erfc, for the sake of narrow dtypes. That takes twice the
+    time on CPUs.
+    """
+    if approximate or x.dtype != at_least_float32(x.dtype):
+        return jax.nn.gelu(x, approximate=approximate)
+    return x / 2 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def class_token(
@@ -154,8 +166,8 @@ class TransformerLayer(nn.Module):
         x = split_over_mesh(x, "batch", None, None)
         qkv = self.qkv(self.norm_attention(x)).reshape(*x.shape[:2], 3, self.num_heads, -1)
         query, key, value = qkv.transpose(2, 0, 3, 1, 4)
-        cache = KVCache(_written(cache.key, key, start), _written(cache.value, value, start))
-        tokens = jnp.arange(cache.key.shape[2])
+        cache = KVCache(cache.key.written(key, start), cache.value.written(value, start))
+        tokens = jnp.arange(cache.key.entries.shape[2])
         visible = tokens <= start + jnp.arange(x.shape[1])[:, None]
         mixed = attend_cached(query, cache, visible, temperature)
         x = x + self.out(mixed.swapaxes(1, 2).reshape(x.shape))
@@ -163,10 +175,4 @@ class TransformerLayer(nn.Module):
 
     def mlp(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         hidden = split_over_mesh(self.mlp_in(self.norm_mlp(x)), "batch", None, "mlp")
-        return self.mlp_out(jax.nn.gelu(hidden, approximate=self.approximate_gelu))
-
-
-def _written(
-    cache: Float[Array, "B N T H"], new: Float[Array, "B N S H"], start: Array
-) -> Float[Array, "B N T H"]:
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=2)
+        return self.mlp_out(gelu(hidden, self.approximate_gelu))

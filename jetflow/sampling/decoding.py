@@ -8,6 +8,7 @@ from jaxtyping import Int
 from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError
 
 METHODS = ("cached", "jacobi")
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
 WINDOW = 256  # tokens a sweep, where no calibration says better
 TOLERANCE = 3e-6
 
@@ -53,8 +54,10 @@ def check_decoding(flow: Flow, decoding: tuple[Decoding, ...] | None) -> None:
             raise UsageError(f"window is {how.window}; expected 1 or more")
         if not 0 <= how.tolerance < math.inf:
             raise UsageError(f"tolerance is {how.tolerance}; expected 0 or more")
-        if how.cache_dtype not in (None, "float32", "bfloat16"):
-            raise UsageError(f"cache_dtype is {how.cache_dtype!r}; expected float32 or bfloat16")
+        if how.cache_dtype not in (None, *CACHE_DTYPES):
+            raise UsageError(
+                f"cache_dtype is {how.cache_dtype!r}; expected one of {', '.join(CACHE_DTYPES)}"
+            )
 
 
 def check_guidance(flow: Flow, guidance: Guidance | None) -> Guidance | None:

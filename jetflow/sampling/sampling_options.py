@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jetflow.noise import Noise
 from jetflow.options import Options, option
 from jetflow.sampling.ancestral import Sampler
-from jetflow.sampling.decoding import METHODS, TOLERANCE, WINDOW, decodings
+from jetflow.sampling.decoding import CACHE_DTYPES, METHODS, TOLERANCE, WINDOW, decodings
 from jetflow.types import Flow, Guidance, UsageError
 
 
@@ -42,7 +42,7 @@ class SamplingOptions(Options):
         least=0.0,
     )
     cache_dtype: str | None = option(
-        None, "of cached keys and values; default: the net's", choices=("float32", "bfloat16")
+        None, "of cached keys and values; default: the net's", choices=CACHE_DTYPES
     )
 
     @classmethod

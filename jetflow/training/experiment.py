@@ -72,9 +72,10 @@ class Run:
         number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
         return Batch(jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows), number, number)
 
-    def sampler(self, variables: Any) -> Sampler:
-        """Draws samples as `config.eval` asks."""
-        options, trainer = SamplingOptions.of(self.config.eval.to_dict()), self.trainer
+    def sampler(self, variables: Any, **fields: Any) -> Sampler:
+        """Draws samples as `config.eval` asks, with some fields of `SamplingOptions` changed."""
+        options = SamplingOptions.of(self.config.eval.to_dict(), **fields)
+        trainer = self.trainer
         return options.sampler(trainer.flow, variables, trainer.noise, self.mesh)
 
     def lower_step(self, state: TrainState, batch: Batch) -> Lowered:

@@ -54,7 +54,7 @@ class Cost:
     flops: float  # of matrix products and convolutions: two per multiplication with addition
     hbm_bytes: float  # read from and written to main memory, without padding
     collectives: tuple[Collective, ...]
-    unknown_loops: int  # loops of unknown length, counted as if their body ran once
+    unknown_loops: int  # loops of unknown length, counted as `cost` says
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
@@ -80,18 +80,19 @@ def forward_flops(params: Any, tokens: int) -> float:
     return total
 
 
-def cost(text: str, devices: int, slices: int = 1) -> Cost:
+def cost(text: str, devices: int, slices: int = 1, sweeps: int = 1) -> Cost:
     """The cost of a compiled program by its HLO text.
 
     Args:
         devices: over all slices.
         slices: parts of the devices that a slower network joins.
+        sweeps: how often the body of a loop of unknown length runs.
     """
     program = hlo.parse(text)
     flops = hbm_bytes = 0.0
     exchanges: dict[tuple, tuple[int, float]] = {}  # how often, and bytes
     unknown = 0
-    for computation, times, is_fused in hlo.executions(program):
+    for computation, times, is_fused in hlo.executions(program, sweeps):
         for instruction in computation.values():
             if instruction.opcode in ("convolution", "dot"):
                 flops += times * _flops(computation, instruction)

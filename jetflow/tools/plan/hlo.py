@@ -18,7 +18,7 @@ class Array:
     """An array, `bf16[64,256]{1,0:T(8,128)S(1)}` in HLO's notation."""
 
     shape: tuple[int, ...]
-    size: float  # in bytes
+    size: float  # in bytes, with what fills up its tiles
     hbm_bytes: float  # the same in main memory, 0 in another memory space (`S(1)` above)
 
 
@@ -86,8 +86,12 @@ def parse(text: str) -> Program:
     return program
 
 
-def executions(program: Program) -> Iterator[tuple[Computation, int, bool]]:
-    """Each computation, how often it runs, and whether in a fusion: once a place that calls it."""
+def executions(program: Program, sweeps: int = 1) -> Iterator[tuple[Computation, int, bool]]:
+    """Each computation, how often it runs, and whether in a fusion: once a place that calls it.
+
+    Args:
+        sweeps: how often the body of a loop runs whose length the program does not fix.
+    """
     waiting = [(program["ENTRY"], 1, False)]
     while waiting:
         computation, times, is_fused = waiting.pop()
@@ -96,11 +100,14 @@ def executions(program: Program) -> Iterator[tuple[Computation, int, bool]]:
             if instruction.opcode not in _CALLERS:
                 continue
             is_loop = instruction.opcode == "while"
-            trips = (trip_count(program, computation, instruction) or 1) if is_loop else 1
+            trips = trip_count(program, computation, instruction) if is_loop else 1
             inner = is_fused or instruction.opcode == "fusion"
             for several, one in _CALLED.findall(instruction.attributes):
                 names = re.findall(r"[\w.\-]+", several or one)
-                waiting += [(program[name], times * trips, inner) for name in names]
+                waiting += [
+                    (program[name], times * (sweeps if trips is None else trips), inner)
+                    for name in names
+                ]
 
 
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
@@ -165,7 +172,16 @@ def _arrays(text: str) -> tuple[Array, ...]:
     for dtype, lengths, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", text):
         bits = re.match(r"[a-z]+(\d+)", dtype)
         each = int(bits[1]) / 8 if bits else float(dtype == "pred")  # a token has no bytes
-        size = math.prod(numbers(lengths)) * each
+        size = math.prod(_padded(numbers(lengths), layout)) * each
         elsewhere = re.search(r"S\([1-9]", layout)
         arrays.append(Array(tuple(numbers(lengths)), size, 0.0 if elsewhere else size))
     return tuple(arrays)
+
+
+def _padded(shape: list[int], layout: str) -> list[int]:
+    """The shape in whole tiles, of `T(8,128)` say along the axes that the layout names first."""
+    tile, padded = re.search(r"T\(([\d,]+)\)", layout), list(shape)
+    order = numbers((re.match(r"\{([\d,]*)", layout) or [""])[1]) if tile else []
+    for axis, length in zip(order, reversed(numbers(tile[1] if tile else "")), strict=False):
+        padded[axis] = -(-shape[axis] // length) * length
+    return padded

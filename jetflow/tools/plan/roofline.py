@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,6 +22,7 @@ from jetflow.training.experiment import Run, set_up
 from jetflow.types import Config, UsageError
 
 PROGRAMS = ("train", "sample", "eval")
+SWEEPS = 0.15  # of decoding by windows, as a share of the tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Memory:
     total: int  # at the moment of largest use, as the compiler counts it, with padding
     capacity: int  # the most that a program may take
     spare: int  # negative where the program does not fit
+
+
+class _Lowered(NamedTuple):
+    """A program before it is compiled."""
+
+    program: jax.stages.Lowered
+    passes: float  # forward passes over all tokens, of which a backward pass is worth two
+    window: int = 0  # see `Plan`
+    sweeps: int = 1  # of each block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +78,8 @@ class Plan:
     memory: Memory
     model_flops: float  # of a step on each device, by formula, without recomputation
     steps: int  # of the training; otherwise of an evaluation, or of as many samples
-    sequential: int  # tokens that a step decodes one after another
+    sequential: int  # evaluations of the blocks' nets, one after another, in decoding a TarFlow
+    window: int  # tokens in each of these; 0 where nothing is decoded
     fits: bool
     cost: costs.Cost | None  # of the compiled program
     estimate: Estimate | None
@@ -83,8 +94,21 @@ def load(name: str, split: str) -> dataset.Dataset:
     return dataset.Dataset(name, "", split, source.image_shape, source.num_classes, images)
 
 
-def plan(config: Config, topology: str, *, slices: int = 1, program: str = "train") -> Plan:
+def plan(
+    config: Config,
+    topology: str,
+    *,
+    slices: int = 1,
+    program: str = "train",
+    sweeps: float = SWEEPS,
+    **decoding: Any,
+) -> Plan:
     """Compile one program of a run for a topology, and read off what it needs.
+
+    Args:
+        sweeps: of each block in sampling by windows, as a share of the tokens: it depends on the
+            weights, and the program does not fix it.
+        decoding: fields of `SamplingOptions` for sampling, such as `method` and `window`.
 
     Raises:
         UsageError: on a config or a topology that cannot work. A program that does not fit is no
@@ -96,7 +120,7 @@ def plan(config: Config, topology: str, *, slices: int = 1, program: str = "trai
     run = set_up(config, load, tpus.devices(topology, slices))
     section = config.train if program == "train" else config.eval
     flow, size = run.trainer.flow, section.batch_size
-    lowered, passes = _lower(run, program, size)
+    lowered = _lower(run, program, size, sweeps, decoding)
     tokens = flow.latent_shape[0]
     params = run.abstract_state.params
     test_steps = math.ceil(len(run.test_data) / size)
@@ -112,9 +136,10 @@ def plan(config: Config, topology: str, *, slices: int = 1, program: str = "trai
         remat=config.flow.remat,
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         memory=memory,
-        model_flops=passes * costs.forward_flops(params, tokens) * size / run.mesh.size,
+        model_flops=lowered.passes * costs.forward_flops(params, tokens) * size / run.mesh.size,
         steps=steps,
-        sequential=flow.decoded_blocks * (tokens - 1) if program == "sample" else 0,
+        sequential=flow.decoded_blocks * lowered.sweeps if lowered.window else 0,
+        window=lowered.window,
         fits=cost is not None,
         cost=cost,
         estimate=_estimate(cost, tpu, size, steps) if cost else None,
@@ -125,9 +150,9 @@ def fit(
     config: Config,
     topology: str,
     *,
-    slices: int = 1,
     program: str = "train",
     progress: Callable[[Plan], None] = lambda plan: None,
+    **settings: Any,
 ) -> list[Plan]:
     """For each remat policy, the plan of the largest batch that fits, if any does.
 
@@ -136,11 +161,13 @@ def fit(
 
     Args:
         progress: called with each plan that is tried.
+        settings: of `plan`.
     """
     configs.check(config)
     policies = REMAT_POLICIES if program == "train" else (config.flow.remat,)
     axes = {name: config.mesh[name] for name in sharding.AXES}
-    mesh = sharding.make_mesh(**axes, devices=tpus.devices(topology, slices))
+    devices = tpus.devices(topology, settings.get("slices", 1))
+    mesh = sharding.make_mesh(**axes, devices=devices)
     parts = sharding.batch_parts(mesh)
     rows = {"train": parts * config.train.accumulation, "eval": parts}
     section = "train" if program == "train" else "eval"
@@ -153,7 +180,7 @@ def fit(
             changed.flow.remat = policy
             for name, least in rows.items():
                 changed[name].batch_size = least * (size if name == section else 1)
-            tried[size] = plan(changed, topology, slices=slices, program=program)
+            tried[size] = plan(changed, topology, program=program, **settings)
             progress(tried[size])
             return tried[size].fits
 
@@ -176,23 +203,30 @@ def _largest(fits: Callable[[int], bool], start: int) -> int:
     return between if size > 1 and fits(between) else size
 
 
-def _lower(run: Run, program: str, batch_size: int) -> tuple[jax.stages.Lowered, int]:
-    """A program, and its forward passes, of which a backward pass is worth two."""
+def _lower(
+    run: Run, program: str, batch_size: int, sweeps: float, decoding: dict[str, Any]
+) -> _Lowered:
     batch = run.abstract_batch(batch_size)
     flow, weights = run.trainer.flow, run.abstract_state.variables()
     if program == "train":
-        return run.lower_step(run.abstract_state, batch), 3
+        return _Lowered(run.lower_step(run.abstract_state, batch), 3)
     if program == "eval":
-        return likelihoods.lower(flow, weights, batch, run.mesh), 1
-    sampler = run.sampler(weights)
+        return _Lowered(likelihoods.lower(flow, weights, batch, run.mesh), 1)
+    sampler = run.sampler(weights, **decoding)
     split = sharding.batch_sharding(run.mesh)
     z = jax.ShapeDtypeStruct((batch_size, *flow.latent_shape), "float32", sharding=split)
-    passes = (1 if sampler.guidance is None else 2) + (2 if sampler.denoise else 0)
-    return sampler.lower(z, batch.label if flow.num_classes else None), passes
+    lowered = sampler.lower(z, batch.label if flow.num_classes else None)
+    passes = 1 if sampler.guidance is None else 2
+    steps = flow.latent_shape[0] - 1
+    window = min(sampler.decoding[0].window, steps) if sampler.decoding else 0
+    if window > 1:
+        steps = math.ceil(sweeps * steps)
+        passes *= steps * window / flow.latent_shape[0]
+    return _Lowered(lowered, passes + (2 if sampler.denoise else 0), window, steps)
 
 
 def _compile(
-    lowered: jax.stages.Lowered, run: Run, program: str, tpu: tpus.Tpu, slices: int
+    lowered: _Lowered, run: Run, program: str, tpu: tpus.Tpu, slices: int
 ) -> tuple[Memory, costs.Cost | None]:
     """The memory of a program, and its cost where it fits."""
     state = run.abstract_state
@@ -202,7 +236,7 @@ def _compile(
     params, optimizer, ema = map(sharding.bytes_per_device, held)
     other = temporaries = cost = None
     try:
-        compiled = lowered.compile()
+        compiled = lowered.program.compile()
     except jax.errors.JaxRuntimeError as error:
         total = _bytes_needed(str(error))
     else:
@@ -211,7 +245,7 @@ def _compile(
         temporaries = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes - outputs
         total = costs.peak_bytes(compiled)
         other = total - temporaries - params - optimizer - ema
-        cost = costs.cost(compiled.as_text() or "", run.mesh.size, slices)
+        cost = costs.cost(compiled.as_text() or "", run.mesh.size, slices, lowered.sweeps)
     memory = Memory(
         params, optimizer, ema, other, temporaries, total, tpu.hbm_bytes, tpu.hbm_bytes - total
     )
