@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_axes, with_logical_constraint
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 Initializer = Callable[..., Array]
 Axes: TypeAlias = tuple[str | None, ...]  # names of a kernel's axes
+PRODUCT = "product"  # what recomputation in the backward pass may keep
 
 
 def at_least_float32(dtype) -> jnp.dtype:
@@ -128,8 +130,10 @@ def product(
         for axis, size in zip(axes, kernel.shape, strict=True)
     )
     if parts("embed") == 1 or not is_even:
-        return jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
-    return _gathered_product(x, kernel, axes, matmul_precision())
+        result = jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
+    else:
+        result = _gathered_product(x, kernel, axes, matmul_precision())
+    return checkpoint_name(result, PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

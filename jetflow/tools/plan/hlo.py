@@ -7,6 +7,9 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+from jaxtyping import Int
+
 _CALLED = re.compile(
     r"(?:condition|body|calls|to_apply|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
@@ -17,6 +20,7 @@ _CALLERS = ("while", "fusion", "call", "conditional", "async-start")
 class Array:
     """An array, `bf16[64,256]{1,0:T(8,128)S(1)}` in HLO's notation."""
 
+    dtype: str  # "bf16"
     shape: tuple[int, ...]
     size: float  # in bytes, with what fills up its tiles
     hbm_bytes: float  # the same in main memory, 0 in another memory space (`S(1)` above)
@@ -136,6 +140,25 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     return None if step is None else max(0, -(-(bound - start) // step))
 
 
+def replica_groups(attributes: str, devices: int) -> Int[np.ndarray, "G N"]:
+    """The devices that each group of a collective joins, in each of HLO's notations."""
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
+        return np.array([numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        joined = re.findall(r"'(\w+)'", mesh[2])
+        order = [list(sizes).index(axis) for axis in (*(sizes.keys() - {*joined}), *joined)]
+        ids = np.arange(math.prod(map(int, sizes.values()))).reshape([*map(int, sizes.values())])
+        return ids.transpose(order).reshape(-1, math.prod(int(sizes[axis]) for axis in joined))
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        ids = np.arange(math.prod(numbers(iota[2]))).reshape(numbers(iota[2]))
+        return ids.transpose(numbers(iota[3]) or None).reshape(numbers(iota[1]))
+    if groups := re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", attributes):
+        return np.array([numbers(group) for group in re.findall(r"\{([\d,]+)\}", groups[1])])
+    return np.arange(devices)[None]
+
+
 def numbers(text: str | None) -> list[int]:
     """The numbers of a list in HLO's notation, "0,2,1"."""
     return [int(number) for number in (text or "").split(",") if number]
@@ -174,7 +197,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
         each = int(bits[1]) / 8 if bits else float(dtype == "pred")  # a token has no bytes
         size = math.prod(_padded(numbers(lengths), layout)) * each
         elsewhere = re.search(r"S\([1-9]", layout)
-        arrays.append(Array(tuple(numbers(lengths)), size, 0.0 if elsewhere else size))
+        arrays.append(Array(dtype, tuple(numbers(lengths)), size, 0.0 if elsewhere else size))
     return tuple(arrays)
 
 
