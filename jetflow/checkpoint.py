@@ -25,7 +25,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
@@ -37,7 +36,6 @@ from jetflow.types import AnyArray, UsageError
 T = TypeVar("T")
 
 WEIGHTS = ("params", "ema")  # the fields of a state that must be finite
-MERGED = re.compile(r"/qkv/")  # version 0.1 saved these arrays with their last two axes as one
 
 
 class Damage(Exception):
@@ -181,8 +179,7 @@ class Checkpoints:
         Args:
             abstract_state: a dataclass or dict of the wanted fields, pytrees of
                 `jax.ShapeDtypeStruct`s (or arrays) whose shardings the result takes; without one,
-                the first local device. A field must hold exactly what it held when it was saved,
-                but for the shapes that version 0.1 gave to the arrays that are `MERGED`.
+                the first local device. A field must hold exactly what it held when it was saved.
                 Other fields are not read: `{"params": …}` is enough.
             step: the step to read, and no other.
 
@@ -225,7 +222,7 @@ class Checkpoints:
         entries = record["arrays"].items()
         stored = {path: entry for path, entry in entries if path.split("/")[0] in fields}
         kinds = {path: kind for path, (kind, _) in stored.items()}
-        saved = {path: _as_saved(path, leaf, kinds.get(path)) for path, leaf in wanted.items()}
+        saved = {p: checksums.as_recorded(p, leaf, kinds.get(p)) for p, leaf in wanted.items()}
         if differing := differences(kinds, checksums.types(saved), prefix=""):
             raise UsageError(
                 f"checkpoint {step} in {self.directory} does not fit this config: "
@@ -237,10 +234,8 @@ class Checkpoints:
                 raise Damage(f"the checksum of {path} is {entry[1]}, not {stored[path][1]}")
         if len(arrays) == len(record["arrays"]):
             self._sound[step] = record["arrays"]
-        for path, leaf in wanted.items():
-            if saved[path] is not leaf:
-                arrays[path] = jax.device_put(arrays[path].reshape(leaf.shape), leaf.sharding)
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
+        leaves = [checksums.as_wanted(arrays[path], leaf) for path, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
 
 @jax.jit
@@ -253,22 +248,6 @@ def _read_record(directory: epath.Path) -> dict:
     if record != checksums.seal({"config": record["config"], "arrays": record["arrays"]}):
         raise Damage("its record does not match the record's digest")
     return record
-
-
-def _as_saved(path: str, leaf: Any, kind: str | None) -> Any:
-    """`leaf`; or, where version 0.1 saved this array, how it did: [..., 3, W] as [..., 3·W].
-
-    The shape alone says which: the array has one axis less then. What is split over the mesh of
-    the last two axes is whole while the array is read.
-    """
-    if not MERGED.search(path) or len(leaf.shape) < 2:
-        return leaf
-    *others, count, width = leaf.shape
-    where = getattr(leaf, "sharding", None)
-    if isinstance(where, NamedSharding):
-        where = NamedSharding(where.mesh, PartitionSpec(*where.spec[: len(others)]))
-    merged = jax.ShapeDtypeStruct((*others, count * width), leaf.dtype, sharding=where)
-    return merged if checksums.types({path: merged}) == {path: kind} else leaf
 
 
 def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from jetflow.nn.attention import Cached, KVCache
-from jetflow.nn.dense import Initializer, TransposedDense, transposed
+from jetflow.nn.dense import Initializer, TransposedDense
 from jetflow.nn.transformer import TransformerLayer, through_layers
 
 Cache: TypeAlias = tuple[KVCache, ...]  # one a layer
@@ -88,7 +88,8 @@ class CausalTransformer(nn.Module):
         stacked: Any = flatten_dict(self.layers.variables["params"])
         for path in stacked:
             if path[-1] == "kernel":
-                stacked[path] = jax.vmap(transposed)(stacked[path])
+                layers, width, *_ = stacked[path].shape
+                stacked[path] = stacked[path].reshape(layers, width, -1).swapaxes(1, 2)
         return tuple(
             unflatten_dict({path: array[index] for path, array in stacked.items()})
             for index in range(self.num_layers)

@@ -99,8 +99,8 @@ class TransposedDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "..."]:
         shape = (x.shape[-1], *self.features)
-        kernel = self.param("kernel", lambda key: transposed(self.kernel_init(key, shape)))
-        kernel = kernel.astype(self.dtype)
+        init = lambda key: self.kernel_init(key, shape).reshape(shape[0], -1).T  # noqa: E731
+        kernel = self.param("kernel", init).astype(self.dtype)
         bias = self.param("bias", self.bias_init, self.features).astype(self.dtype)
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
         product = jax.lax.platform_dependent(
@@ -109,11 +109,6 @@ class TransposedDense(nn.Module):
             default=lambda product: product,
         )
         return product.T.reshape(*x.shape[:-1], *self.features) + bias
-
-
-def transposed(kernel: Float[Array, "I *O"]) -> Float[Array, "P I"]:
-    """As `TransposedDense` takes it."""
-    return kernel.reshape(len(kernel), -1).T
 
 
 def product(
@@ -147,10 +142,9 @@ def _gathered_product_forward(x, kernel, axes: Axes, precision: str | None):
 
 def _gathered_product_backward(axes: Axes, precision: str | None, kept, dy):
     x, kernel = kept
-    outputs = tuple(range(1, kernel.ndim))
-    last = tuple(axis - kernel.ndim for axis in outputs)
+    outputs = tuple(range(1 - kernel.ndim, 0))  # axes of both
     whole = _whole(kernel, x.dtype, axes)
-    dx = jnp.tensordot(dy, whole, axes=(last, outputs), precision=precision)
+    dx = jnp.tensordot(dy, whole, axes=(outputs, outputs), precision=precision)
     gradient = _scattered_gradient(x, dy, axes, precision)
     return dx, gradient.astype(kernel.dtype)
 
@@ -170,8 +164,8 @@ def _without_embed(axes: Axes) -> Axes:
 
 def _scattered_gradient(x, dy, axes: Axes, precision: str | None) -> Float[Array, "I *O"]:
     """xᵀ·dy over all rows of the batch, each device with its part."""
-    outputs = dy.shape[1 - len(axes) :]
-    x, dy = (a.reshape(len(a), -1, *shape) for a, shape in ((x, x.shape[-1:]), (dy, outputs)))
+    x = x.reshape(len(x), -1, x.shape[-1])
+    dy = dy.reshape(*x.shape[:2], *dy.shape[1 - len(axes) :])
     batch, embed = (mesh_axes(name)[0] for name in ("batch", "embed"))
     inputs, *outputs = mesh_axes(*_without_embed(axes))
     place = axes.index("embed")

@@ -27,16 +27,6 @@ def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _beside(array: np.ndarray) -> np.ndarray:
-    """Query, key and value on an axis of their own: [..., 3·W] to [..., 3, W]."""
-    return array.reshape(*array.shape[:-1], 3, -1)
-
-
-def _merged(array: np.ndarray) -> np.ndarray:
-    """The inverse of `_beside`."""
-    return array.reshape(*array.shape[:-2], -1)
-
-
 def _single(array: np.ndarray) -> np.ndarray:
     """Without the second axis, of one entry."""
     return np.squeeze(array, axis=1)
@@ -53,6 +43,14 @@ _TARFLOW = {
     "attn_blocks.{layer}.mlp.main.2": "transformer/layers/mlp_out",
     "proj_out": "proj_out",
 }
+# Of a layer's kernel and bias, how they are read and written: [W, 3, W] and [3, W] here.
+_QKV = (
+    (
+        lambda array: array.T.reshape(array.shape[1], 3, -1),
+        lambda array: array.reshape(len(array), -1).T,
+    ),
+    (lambda array: array.reshape(3, -1), np.ravel),
+)
 
 
 def tarflow(depths: Sequence[int]) -> Table:
@@ -71,12 +69,11 @@ def tarflow(depths: Sequence[int]) -> Table:
             is_stacked = "{layer}" in name
             layers = [theirs + name.format(layer=n) for n in range(depth if is_stacked else 1)]
             weight, turn = ("scale", _same) if "norm" in name else ("kernel", np.transpose)
-            split, merge = (_beside, _merged) if "qkv" in name else (_same, _same)
-            for part, end, change in (("weight", weight, turn), ("bias", "bias", _same)):
+            kernel, bias = _QKV if "qkv" in name else ((turn, turn), (_same, _same))
+            for part, end, change in (("weight", weight, kernel), ("bias", "bias", bias)):
                 rows[f"{ours}{path}/{end}"] = Row(
                     [[f"{layer}.{part}"] for layer in layers],
-                    lambda array, change=change, split=split: split(change(array)),
-                    lambda array, change=change, merge=merge: change(merge(array)),
+                    *change,
                     axis=0 if is_stacked else None,
                 )
     return Table(rows, constants)
