@@ -143,7 +143,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="jetflow train --config …")
     options = parser.parse_args(argv)
     try:
-        tpus.find(options.topology)
+        if tpus.find(options.topology).chip:
+            raise UsageError(f"{options.topology} is of GPUs; expected TPUs, as in v5e:4x4")
         if options.slices < 1:
             raise UsageError(f"--slices is {options.slices}; expected 1 or more")
         if options.command[:1] != ["jetflow"]:

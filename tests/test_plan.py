@@ -1,4 +1,4 @@
-"""Plans for TPUs: what is counted in a compiled program, and what the user is told."""
+"""Plans: what is counted in a compiled program, and what the user is told."""
 
 import importlib.util
 import json
@@ -15,8 +15,7 @@ import tiny_runs
 import jetflow
 from jetflow import cli, configs
 from jetflow.nn.transformer import REMAT_POLICIES
-from jetflow.tools.plan import costs, roofline
-from jetflow.tools.plan import devices as tpus
+from jetflow.tools.plan import costs, devices, roofline
 
 CONFIGS = tiny_runs.ROOT / "configs"
 
@@ -150,8 +149,8 @@ ENTRY %main (q: f32[16,64,2,32], k: f32[16,64,2,32]) -> f32[16,2,64,64] {
 
 def test_forward_flops_by_hand():
     """One layer of width 8 on 4 tokens: 2·T·(3 + 1 + 4 + 4)·W², and attention 4·T²·W."""
-    shapes = {"qkv": (8, 24), "out": (8, 8), "mlp_in": (8, 32), "mlp_out": (32, 8)}
-    layer = {name: {"kernel": jnp.zeros((1, *shape)), "bias": jnp.zeros((1, shape[1]))}
+    shapes = {"qkv": (8, 3, 8), "out": (8, 8), "mlp_in": (8, 32), "mlp_out": (32, 8)}
+    layer = {name: {"kernel": jnp.zeros((1, *shape)), "bias": jnp.zeros((1, *shape[1:]))}
              for name, shape in shapes.items()}  # fmt: skip
     assert costs.forward_flops({"layers": layer}, tokens=4) == 2 * 4 * 12 * 64 + 4 * 16 * 8
 
@@ -314,12 +313,12 @@ def test_largest(start):
 def test_without_libtpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(jetflow.UsageError, match=r"pip install -e '\.\[tpu\]'"):
-        tpus.devices("v5e:4x4")
+        devices.devices("v5e:4x4")
 
 
 @needs_libtpu
 def test_libtpu_is_silent_on_a_machine_without_tpus():
-    code = "import jax; from jetflow.tools.plan import devices; devices.silence_libtpu(); "
+    code = "import jax; from jetflow.tools.plan import devices; devices.silence_compilers(); "
     code += "jax.devices()"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)

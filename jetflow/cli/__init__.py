@@ -16,7 +16,7 @@ from jetflow.cli.flags import Command, help_text, parse
 from jetflow.fields import flat
 from jetflow.files import disk_errors_explained
 from jetflow.options import Options
-from jetflow.tools.plan.devices import silence_libtpu
+from jetflow.tools.plan.devices import silence_compilers
 from jetflow.types import UsageError
 
 SUMMARIES = {
@@ -60,7 +60,7 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"jetflow {importlib.metadata.version('jetflow')}")
         return 0
-    silence_libtpu()
+    silence_compilers()
     if HELP & set(argv[1:2]) and argv[0] in SUMMARIES:
         print(SUMMARIES[argv[0]], *map(help_text, _commands(argv[0]).values()), sep="\n\n")
         return 0

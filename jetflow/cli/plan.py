@@ -1,4 +1,4 @@
-"""`jetflow plan`: what a run needs on a TPU slice, from a machine without one."""
+"""`jetflow plan`: what a run needs on TPUs or GPUs, from a machine without them."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import sys
 import jax
 
 from jetflow.cli.flags import Command
+from jetflow.nn.attention import KERNELS
 from jetflow.options import Options, option
 from jetflow.sampling.decoding import CACHE_DTYPES, METHODS, WINDOW
 from jetflow.tools.plan import roofline
@@ -14,7 +15,7 @@ from jetflow.tools.plan.roofline import Plan
 from jetflow.tools.report.document import columns, text
 from jetflow.types import Config, UsageError
 
-RESOURCES = {"compute": "matrix products", "hbm": "memory", "ici": "links", "dcn": "between slices"}
+RESOURCES = {"compute": "matrix products", "hbm": "memory", "links": "links", "network": "network"}
 REMEDIES = (
     "what may help: --fit, --config.flow.remat=full, --config.train.accumulation, and "
     "--config.mesh.data=1 --config.mesh.fsdp=-1"
@@ -25,12 +26,13 @@ REMEDIES = (
 class PlanOptions(Options):
     config: Config = option(example="configs/NAME.py")
     topology: str = option(
-        help="GENERATION:SHAPE, in chips: v5e:4x4, v5p:4x4x4",
+        help="GENERATION:SHAPE; TPUs in chips: v5e:4x4, v5p:4x4x4; GPUs in nodes x GPUs: h100:8, "
+        "h100:2x8",
         example="GENERATION:SHAPE, as in v5e:4x4",
     )
-    slices: int = option(1, "number of slices of that topology, joined by data", least=1)
+    slices: int = option(1, "number of slices of that topology of TPUs, joined by data", least=1)
     what: str = option("train", "the program", choices=roofline.PROGRAMS)
-    fit: bool = option(False, "search the largest batch that fits, for each remat policy")
+    fit: bool = option(False, "find the remat policy and batch of most images a second")
     method: str = option("cached", "of sample: how a TarFlow is inverted", choices=METHODS)
     window: int = option(WINDOW, "of sample by jacobi: tokens a sweep", least=1)
     sweeps: float = option(
@@ -44,7 +46,7 @@ class PlanOptions(Options):
 
 
 def run(options: PlanOptions) -> None:
-    jax.config.update("jax_platforms", "cpu")  # which leaves a TPU of this machine alone
+    jax.config.update("jax_platforms", "cpu")  # which leaves accelerators of this machine alone
     arguments = (options.config, options.topology)
     names = ("slices", "method", "window", "sweeps", "cache_dtype")
     settings = {name: getattr(options, name) for name in names} | {"program": options.what}
@@ -56,10 +58,13 @@ def run(options: PlanOptions) -> None:
             "state over them with --config.mesh.fsdp=-1 --config.mesh.data=1"
         )
     if options.json:
-        records = [dataclasses.asdict(plan) for plan in plans]
+        records = [dataclasses.asdict(plan) | {"best": plan is plans[0]} for plan in plans]
         print(json.dumps(records if options.fit else records[0], indent=2))
-    else:
-        print("\n\n".join(map(describe, plans)))
+        return
+    print("\n\n".join(map(describe, plans)))
+    if options.fit:
+        best = f"remat {plans[0].remat} and batch {plans[0].batch_size}"
+        print(f"\nmost images a second, the first of these: {best}")
 
 
 def describe(plan: Plan) -> str:
@@ -69,6 +74,7 @@ def describe(plan: Plan) -> str:
     return "\n".join(
         [f"{plan.program}: {plan.parameters:,} parameters, batch {plan.batch_size} "
          f"({_each(plan)} a device), remat {plan.remat}",
+         f"nets in {plan.dtype}, precision {plan.precision}, attention {plan.attention}",
          f"on {slices}{plan.topology}: {plan.devices} devices" + (f" ({mesh})" if mesh else ""),
          "", *_memory(plan), "", *(_cost(plan) if plan.fits else [REMEDIES])]
     )  # fmt: skip
@@ -102,8 +108,10 @@ def _cost(plan: Plan) -> list[str]:
     rows = {
         "FLOPs, by formula": _si(plan.model_flops),
         "FLOPs of the compiled program, recomputation too": _si(cost.flops),
-        "bytes to and from its memory": _si(cost.hbm_bytes),
     }
+    for arithmetic, flops in cost.flops_by_arithmetic.items():
+        rows[f"  of them in {arithmetic}"] = _si(flops)
+    rows["bytes to and from its memory"] = _si(cost.hbm_bytes)
     sent = {f"bytes sent, {one.kind}, {one.count:,} times": _si(one.bytes)
             for one in cost.collectives}  # fmt: skip
     seconds = estimate.seconds_by_resource.items()
@@ -115,7 +123,10 @@ def _cost(plan: Plan) -> list[str]:
         f"  no faster than {text(1000 * estimate.step_seconds)} ms a step, bound by "
         f"{RESOURCES[estimate.bound_by]}: at most {estimate.images_per_second:,.0f} images/s; "
         f"{plan.steps:,} steps take {text(24 * estimate.days)} hours or more",
+        f"  the FLOPs of the formula are {estimate.peak_share:.0%} of what the devices could do in "
+        "that time in bfloat16",
     ]
+    lines += _differences(plan)
     if plan.sequential:
         each = "tokens" if plan.window == 1 else f"windows of {plan.window} tokens"
         lines.append(
@@ -125,6 +136,20 @@ def _cost(plan: Plan) -> list[str]:
     if cost.unknown_loops and plan.window < 2:
         lines.append(f"{cost.unknown_loops} loops of unknown length count as if they ran once")
     return lines
+
+
+def _differences(plan: Plan) -> list[str]:
+    """Why the program's FLOPs are not those of the formula, where they differ by more than 15 %."""
+    assert plan.cost
+    ratio = plan.cost.flops / plan.model_flops
+    if 0.85 <= ratio <= 1.15:
+        return []
+    reason = "for a reason unknown to this plan: do not rely on its estimate"
+    if 1 < ratio < 1.4 and plan.remat != "none":
+        reason = f"as remat {plan.remat} recomputes them backwards"
+    if 0.6 < ratio < 1 and plan.attention in KERNELS.values():
+        reason = f"as {plan.attention} attention skips what is masked"
+    return [f"the program's FLOPs are {ratio:.2f} times those of the formula, {reason}"]
 
 
 def _si(number: float) -> str:

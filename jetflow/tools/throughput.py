@@ -26,20 +26,16 @@ from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import METHODS
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.tools.plan import costs, roofline
-from jetflow.tools.plan.devices import TPUS
+from jetflow.tools.plan.devices import ACCELERATORS
 from jetflow.training.experiment import set_up
 from jetflow.training.step import TrainState, abstract_variables, init_variables
 from jetflow.types import Batch, Config, UsageError
 
 ROUND_SECONDS = 1.0  # of reading, at least, that are timed as one
 
-# Dense bfloat16 matrix products, a second: of GPUs by NVIDIA's data sheets.
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-} | {tpu.kind: tpu.flops for tpu in TPUS.values()}
+# Dense bfloat16 matrix products, a second.
+PEAK_FLOPS = {one.kind: one.flops for one in ACCELERATORS.values()}
+PEAK_FLOPS["NVIDIA A100-SXM4-40GB"] = ACCELERATORS["a100"].flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

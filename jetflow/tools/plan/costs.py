@@ -2,13 +2,15 @@
 
 XLA's own `cost_analysis` counts the body of a loop once, and a flow that scans over its layers is
 all loops. The formulas for convolutions and slices are those of XLA's HloCostAnalysis. On TPUs
-every matrix product is a convolution.
+every matrix product is a convolution; on GPUs many are calls of cuBLAS, and bytes that a cache
+saves are counted as if they came from memory.
 """
 
+import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,14 +18,17 @@ import numpy as np
 
 from jetflow.nn.attention import LARGEST_BLOCK
 from jetflow.tools.plan import hlo
-from jetflow.tools.plan.hlo import Computation, Instruction, Program, numbers
+from jetflow.tools.plan.hlo import Computation, Instruction, Program
 
-BETWEEN_SLICES = "between slices"
+BETWEEN_SLICES, BETWEEN_NODES = " between slices", " between nodes"
+BETWEEN = (BETWEEN_SLICES, BETWEEN_NODES)
+CUDNN_TILE = 128  # queries and keys that its kernel takes at a time, or skips where all are masked
 
 # Instructions that name, start or await the work of others and move no bytes themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "iota",
     "conditional", "after-all", "partition-id", "replica-id", "send", "recv", "opt-barrier",
+    "async-start", "async-update",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _WINDOW = ("stride", "pad", "lhs_dilate", "rhs_dilate")
@@ -42,7 +47,7 @@ _SENT: dict[str, Callable[[int], float]] = {
 class Collective:
     """The exchanges of one kind in a program."""
 
-    kind: str  # as XLA names it, "all-reduce", or with the suffix "between slices"
+    kind: str  # as XLA names it, "all-reduce", or with a suffix of `BETWEEN`
     count: int  # of executions
     bytes: float  # sent by each device in all of them, around a ring
 
@@ -52,6 +57,7 @@ class Cost:
     """What one execution costs on each device."""
 
     flops: float  # of matrix products and convolutions: two per multiplication with addition
+    flops_by_arithmetic: dict[str, float]  # "bfloat16", or "float32" with a precision
     hbm_bytes: float  # read from and written to main memory, without padding
     collectives: tuple[Collective, ...]
     unknown_loops: int  # loops of unknown length, counted as `cost` says
@@ -61,7 +67,11 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """Memory of a device at the moment of largest use, with the program's own code."""
     # The sum of arguments, results and `temp_size_in_bytes` is more than is ever in use at once.
     memory: Any = compiled.memory_analysis()
-    return memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    if not peak:  # for GPUs XLA lays out the temporaries by their largest use, and states that
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
+    return peak + memory.generated_code_size_in_bytes
 
 
 def forward_flops(params: Any, tokens: int) -> float:
@@ -76,37 +86,36 @@ def forward_flops(params: Any, tokens: int) -> float:
         if name.endswith("/kernel"):
             total += 2.0 * tokens * math.prod(leaf.shape)
         if name.endswith("/qkv/kernel"):
-            total += 4.0 * tokens**2 * leaf.shape[-2] * math.prod(leaf.shape[:-2])
+            total += 4.0 * tokens**2 * leaf.shape[-1] * math.prod(leaf.shape[:-3])
     return total
 
 
-def cost(text: str, devices: int, slices: int = 1, sweeps: int = 1) -> Cost:
+def cost(text: str, devices: int, slices: int = 1, nodes: int = 1, sweeps: int = 1) -> Cost:
     """The cost of a compiled program by its HLO text.
 
     Args:
-        devices: over all slices.
-        slices: parts of the devices that a slower network joins.
+        devices: over all slices or nodes.
+        slices: parts of the devices that a slower network joins, of TPUs.
+        nodes: the same of GPUs, in their order.
         sweeps: how often the body of a loop of unknown length runs.
     """
     program = hlo.parse(text)
-    flops = hbm_bytes = 0.0
+    hbm_bytes = 0.0
+    flops: dict[str, float] = collections.defaultdict(float)
     exchanges: dict[tuple, tuple[int, float]] = {}  # how often, and bytes
     unknown = 0
     for computation, times, is_fused in hlo.executions(program, sweeps):
         for instruction in computation.values():
-            if instruction.opcode in ("convolution", "dot"):
-                flops += times * _flops(computation, instruction)
-            if instruction.opcode == "custom-call":
-                flops += times * _kernel_flops(computation, instruction)
+            if products := _flops(computation, instruction):
+                flops[_arithmetic(computation, instruction)] += times * products
             if instruction.opcode == "while":
                 unknown += hlo.trip_count(program, computation, instruction) is None
             if not is_fused:
                 hbm_bytes += times * _traffic(program, computation, instruction)
-            if exchange := _exchange(computation, instruction, devices, slices):
-                kind, size = exchange
+            for kind, size in _exchanges(computation, instruction, devices, slices, nodes):
                 # An asynchronous one is spread over several fusions of one channel and origin.
-                channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
-                key = kind, channel, instruction.attribute(r'op_name="([^"]*)"')
+                channel = instruction.attribute(r"channel_id=(\d+)") if is_fused else None
+                key = kind, channel or instruction.name, instruction.attribute(r'op_name="(.*?)"')
                 count, most = exchanges.get(key, (0, 0.0))
                 exchanges[key] = max(times, count), max(size, most)
     collectives = []
@@ -114,50 +123,78 @@ def cost(text: str, devices: int, slices: int = 1, sweeps: int = 1) -> Cost:
         counts = [(count, size) for (name, *_), (count, size) in exchanges.items() if name == kind]
         sent = float(sum(count * size for count, size in counts))
         collectives.append(Collective(kind, sum(count for count, _ in counts), sent))
-    return Cost(flops, hbm_bytes, tuple(collectives), unknown)
+    return Cost(sum(flops.values()), dict(flops), hbm_bytes, tuple(collectives), unknown)
 
 
 # Collectives
 
 
-def _exchange(
-    computation: Computation, instruction: Instruction, devices: int, slices: int
-) -> tuple[str, float] | None:
-    """The kind of a collective and the bytes that a device sends; None for other instructions."""
-    if instruction.opcode == "send":  # between slices XLA writes collectives as host transfers
+def _exchanges(
+    computation: Computation, instruction: Instruction, devices: int, slices: int, nodes: int
+) -> Iterator[tuple[str, float]]:
+    """The kind of a collective and the bytes that a device sends; nothing of other instructions.
+
+    Between slices of TPUs XLA writes collectives as transfers of hosts. Of GPUs a group that spans
+    nodes is a ring through all its members; one ring for each that a node has, side by side, as
+    each GPU has a network card. So a device sends all its bytes to its neighbours in the node, and
+    its share of them over the network. An all-to-all is no ring: most of it crosses the network.
+    """
+    if instruction.opcode == "send":
         kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
-        if kind is None:
-            return None
-        kind = kind.lower().replace("_", "-")
-        sent = _SENT.get(kind, _SENT["collective-permute"])(slices)
-        return f"{kind} {BETWEEN_SLICES}", computation.operand(instruction, 0).result[0].size * sent
+        if kind is not None:
+            kind = kind.lower().replace("_", "-")
+            sent = _SENT.get(kind, _SENT["collective-permute"])(slices)
+            yield kind + BETWEEN_SLICES, computation.operand(instruction, 0).result[0].size * sent
+        return
     kind = instruction.opcode.removesuffix("-start")
     if kind not in _SENT:
-        return None
+        return
     size = sum(array.size for name in instruction.operands for array in computation[name].result)
-    return kind, size * _SENT[kind](_group_size(instruction.attributes, devices))
-
-
-def _group_size(attributes: str, devices: int) -> int:
-    """Devices that a collective joins, in each of HLO's three notations."""
-    if groups := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups[2]))
-    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
-        return int(groups[1])
-    groups = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    return len(numbers(groups[1])) if groups else devices
+    groups = hlo.replica_groups(instruction.attributes, devices)
+    size *= _SENT[kind](groups.shape[1])
+    spanned = max(len(set(group)) for group in (groups // (devices // nodes)).tolist())
+    rings = groups.shape[1] // spanned
+    if spanned == 1 or rings > 1:
+        yield kind, size
+    if spanned > 1:
+        yield kind + BETWEEN_NODES, size / (1 if kind == "all-to-all" else rings)
 
 
 # FLOPs
 
 
-def _flops(computation: Computation, product: Instruction) -> float:
+def _flops(computation: Computation, instruction: Instruction) -> float:
+    """Of one execution: of matrix products, convolutions, and kernels that consist of them."""
+    if instruction.opcode == "convolution":
+        return _convolution_flops(computation, instruction)
+    if instruction.opcode == "dot":
+        return _product_flops(computation, instruction, r"lhs_contracting_dims=\{([\d,]*)\}")
+    if instruction.opcode != "custom-call":
+        return 0.0
+    if instruction.attribute(r'custom_call_target="(__cublas[^"]*)"'):
+        return _product_flops(
+            computation, instruction, r'lhs_contracting_dimensions":\[([\d,"]*)\]'
+        )
+    return _attention_flops(computation, instruction)
+
+
+def _arithmetic(computation: Computation, product: Instruction) -> str:
+    """How it multiplies: "bfloat16", or "float32" with its precision."""
+    if not any(computation.operand(product, side).result[0].dtype == "f32" for side in (0, 1)):
+        return "bfloat16"
+    precision = product.attribute(r'operand_precision"?[:=][\[{]"?(\w+)')
+    return f"float32 {(precision or 'default').lower()}"
+
+
+def _product_flops(computation: Computation, product: Instruction, summed: str) -> float:
+    left = computation.operand(product, 0).result[0].shape
+    axes = hlo.numbers((product.attribute(summed) or "").replace('"', ""))
+    return 2.0 * math.prod(product.result[0].shape) * math.prod(left[axis] for axis in axes)
+
+
+def _convolution_flops(computation: Computation, product: Instruction) -> float:
     left, right = (computation.operand(product, side).result[0].shape for side in (0, 1))
     result = product.result[0].shape
-    if product.opcode == "dot":
-        summed = numbers(product.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
-        return 2.0 * math.prod(result) * math.prod(left[axis] for axis in summed)
     labels = product.attribute(r"dim_labels=(\S+?)(?:,|$)") or ""
     of_left, of_right, of_result = re.split(r"_|->", labels)
     total = 2.0 * result[of_result.index("b")] * result[of_result.index("f")]
@@ -174,21 +211,26 @@ def _flops(computation: Computation, product: Instruction) -> float:
     return total / int(product.attribute(r"batch_group_count=(\d+)") or 1)
 
 
-def _kernel_flops(computation: Computation, call: Instruction) -> float:
-    """Of Splash attention, whose kernels XLA does not look into: by its tiles that are not masked.
+def _attention_flops(computation: Computation, call: Instruction) -> float:
+    """Of a fused kernel, which XLA does not look into: by its tiles that are not all masked.
 
     Forwards it multiplies twice, backwards five times: the logits and their gradient, and the
     gradients of queries, keys and values.
     """
-    kernel = re.match(r"splash_mha_(fwd|dkv)", call.name)
-    if not kernel:
+    splash = re.match(r"splash_mha_(fwd|dkv)", call.name)
+    cudnn = call.attribute(r'custom_call_target="__cudnn\$fmha(\w+)"')
+    if not (splash or cudnn):
         return 0.0
     shapes = [computation[name].result[0].shape for name in call.operands]
-    batch, heads, tokens, head_dim = next(shape for shape in shapes if len(shape) == 4)
-    tiles = -(-tokens // LARGEST_BLOCK)
-    share = (tiles + 1) / (2 * tiles) if call.attribute(r"(/causal/)") else 1.0
-    products = 2 if kernel[1] == "fwd" else 5
-    return products * share * 2.0 * batch * heads * tokens**2 * head_dim
+    batch, first, second, head_dim = next(shape for shape in shapes if len(shape) == 4)
+    # Of cuDNN's the order of heads and tokens is not in the shape.
+    logits = call.attribute(r'intermediate_tensor_shape":.*?"dimensions":\s*\[([\d,"\s]*)\]')
+    _, heads, tokens, _ = map(int, re.findall(r"\d+", logits)) if logits else (0, first, second, 0)
+    is_causal = call.attribute(r'(/causal/|"mask_type":\s*"CAUSAL")')
+    tiles = -(-tokens // (LARGEST_BLOCK if splash else CUDNN_TILE))
+    share = (tiles + 1) / (2 * tiles) if is_causal else 1.0
+    is_forward = splash[1] == "fwd" if splash else "Backward" not in (cudnn or "")
+    return (2 if is_forward else 5) * share * 2.0 * batch * heads * tokens**2 * head_dim
 
 
 def _window_products(
@@ -218,11 +260,15 @@ def _traffic(program: Program, computation: Computation, instruction: Instructio
             if parameter.opcode == "parameter"
         )
         return read + _written(inside, instruction)
-    if opcode.endswith("-start"):  # the result holds the operands too
-        target = instruction.result[0 if opcode == "copy-start" else len(operands)]
-        source = operands[0].result[0]
-        moved = target.size if opcode == "slice-start" else source.size
-        return (moved if source.hbm_bytes else 0.0) + target.hbm_bytes
+    if opcode == "copy-start":
+        return operands[0].result[0].hbm_bytes + instruction.result[0].hbm_bytes
+    if opcode.endswith("-start"):  # the result holds the operands too, but for an all-reduce's
+        count = len(operands)
+        targets = instruction.result[count : 2 * count] or instruction.result
+        read = targets if opcode == "slice-start" else [operand.result[0] for operand in operands]
+        in_memory = all(operand.result[0].hbm_bytes for operand in operands)
+        moved = sum(array.size for array in read) if in_memory else 0.0
+        return moved + sum(array.hbm_bytes for array in targets)
     if opcode in _SLICES:
         moved = instruction.result[0]
         return moved.hbm_bytes + (moved.size if operands[0].result[0].hbm_bytes else 0.0)

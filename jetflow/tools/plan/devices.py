@@ -1,41 +1,74 @@
-"""TPU generations: peak figures, topologies, and devices to compile for on a machine without TPUs.
+"""Accelerators: peak figures, topologies, and devices to compile for on a machine without them.
 
 Peak figures are those of Google's documentation (docs.cloud.google.com/tpu/docs: v4, v5e, v5p, v6e,
-tpu7x). Memory is what the compiler (libtpu 0.0.42) leaves to a program.
+tpu7x), and of NVIDIA's data sheets for the SXM boards: dense products, without sparsity. Memory is
+what the compiler (libtpu 0.0.42) leaves to a program, and what XLA's own descriptions of NVIDIA's
+boards state.
 """
 
+import contextlib
 import dataclasses
 import glob
 import importlib.util
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
+from jax._src import xla_bridge
 from jax.experimental import topologies
 
 from jetflow.types import UsageError
 
-# Answers to what libtpu asks of the machine, where that has no TPU.
+# Answers to what libtpu and the CUDA plugin ask of the machine, where that has no accelerator.
 _WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
+_WITHOUT_GPU = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Tpu:
-    """A JAX device of a generation: a chip, or half of one of tpu7x."""
+class Chip:
+    """What XLA asks of an NVIDIA GPU before it compiles for one."""
 
-    kind: str  # JAX's `device_kind`, by libtpu 0.0.42
-    hbm_bytes: int  # memory for a program
+    compute_capability: int  # the major number
+    cores: int  # streaming multiprocessors
+    units: int  # of float32 arithmetic, a core
+    shared_memory: int  # bytes a core
+    cache: int  # bytes of the L2 cache
+    clock: float  # GHz
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """A JAX device: a TPU chip, or half of one of tpu7x, or a GPU."""
+
+    kind: str  # JAX's `device_kind`
+    hbm_bytes: int  # memory for a program; of a GPU, for all programs
     flops: float  # peak of bfloat16 matrix products, a second
     hbm_bandwidth: float  # bytes a second to and from that memory
-    ici_bandwidth: float  # bytes a second sent within the slice, over all links
-    dcn_bandwidth: float  # bytes a second sent to another slice: the share of the host's network
-    topologies: tuple[str, ...]  # shapes of a slice, in chips
+    link_bandwidth: float  # bytes a second sent within the slice or node, over all links
+    network_bandwidth: float  # bytes a second sent to others: the device's share of the network
+    topologies: tuple[str, ...]  # shapes of a slice, in chips, or examples of nodes x GPUs
+    float32_flops: tuple[float, float, float]  # peaks at precision default, high and highest
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of libtpu
+    chip: Chip | None = None  # of a GPU
+
+    @property
+    def capacity(self) -> int:
+        """Memory for a program: of a GPU, the share that JAX allocates."""
+        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+        return int(self.hbm_bytes * (share if self.chip else 1.0))
+
+    def peak(self, arithmetic: str) -> float:
+        """FLOPs a second of matrix products: "bfloat16", or "float32" with a precision."""
+        precisions = ("float32 default", "float32 high", "float32 highest")
+        peaks = dict(zip(precisions, self.float32_flops, strict=True))
+        return peaks.get(arithmetic, self.flops)
 
 
 _PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -44,41 +77,80 @@ _BLOCKS = (
     "8x8x12", "8x8x16", "8x16x16", "16x16x16", "16x16x24",
 )  # fmt: skip
 _MEGACORE = {"chip_config_name": "megacore"}
+_NODES = ("1", "8", "2x8")
 _GIB = 2**30
 
-TPUS = {
-    "v4": Tpu("TPU v4", int(30.75 * _GIB), 275e12, 1228e9, 300e9, 6.25e9, _BLOCKS, _MEGACORE),
-    "v5e": Tpu("TPU v5 lite", int(15.75 * _GIB), 197e12, 819e9, 200e9, 3.125e9, _PLANES),
-    "v5p": Tpu("TPU v5", int(95.74 * _GIB), 459e12, 2765e9, 600e9, 6.25e9, _BLOCKS),
-    "v6e": Tpu("TPU v6 lite", int(31.25 * _GIB), 918e12, 1638e9, 400e9, 12.5e9, _PLANES),
-    "tpu7x": Tpu("TPU7x", int(94.75 * _GIB), 1153.5e12, 3690e9, 300e9, 6.25e9, _BLOCKS),
-}
+
+def _tpu(kind: str, gib: float, flops: float, hbm, ici, dcn, shapes, options=None) -> Accelerator:
+    # A float32 product is one pass of bfloat16 ones, three at precision high, six at highest.
+    float32 = (flops, flops / 3, flops / 6)
+    return Accelerator(kind, int(gib * _GIB), flops, hbm, ici, dcn, shapes, float32, options or {})
 
 
-def find(topology: str) -> Tpu:
-    """The generation of a topology such as `v5e:4x4`.
+def _gpu(kind: str, memory: int, flops: float, tf32, float32, hbm, nvlink, network, chip):
+    peaks = (tf32, tf32, float32)  # below highest, a float32 product is one of TF32
+    return Accelerator(kind, memory, flops, hbm, nvlink, network, _NODES, peaks, chip=chip)
+
+
+_AMPERE = Chip(8, 108, 64, 167_936, 41_943_040, 1.41)
+_HOPPER = Chip(9, 132, 128, 233_472, 52_428_800, 1.98)
+_BLACKWELL = Chip(10, 148, 128, 233_472, 132_644_864, 1.965)
+
+ACCELERATORS = {
+    "v4": _tpu("TPU v4", 30.75, 275e12, 1228e9, 300e9, 6.25e9, _BLOCKS, _MEGACORE),
+    "v5e": _tpu("TPU v5 lite", 15.75, 197e12, 819e9, 200e9, 3.125e9, _PLANES),
+    "v5p": _tpu("TPU v5", 95.74, 459e12, 2765e9, 600e9, 6.25e9, _BLOCKS),
+    "v6e": _tpu("TPU v6 lite", 31.25, 918e12, 1638e9, 400e9, 12.5e9, _PLANES),
+    "tpu7x": _tpu("TPU7x", 94.75, 1153.5e12, 3690e9, 300e9, 6.25e9, _BLOCKS),
+    "a100": _gpu("NVIDIA A100-SXM4-80GB", 85_100_068_864,
+                 312e12, 156e12, 19.5e12, 2039e9, 300e9, 25e9, _AMPERE),
+    "h100": _gpu("NVIDIA H100 80GB HBM3", 84_942_979_072,
+                 989.4e12, 494.7e12, 67e12, 3350e9, 450e9, 50e9, _HOPPER),
+    "h200": _gpu("NVIDIA H200", 151_397_597_184,
+                 989.4e12, 494.7e12, 67e12, 4800e9, 450e9, 50e9, _HOPPER),
+    "b200": _gpu("NVIDIA B200", 191_514_411_008,
+                 2250e12, 1125e12, 75e12, 8000e9, 900e9, 50e9, _BLACKWELL),
+}  # fmt: skip
+
+
+def find(topology: str) -> Accelerator:
+    """The accelerator of a topology: `v5e:4x4`, in chips, or `h100:2x8`, nodes x GPUs.
 
     Raises:
         UsageError: if there is no such topology; names those that exist.
     """
     generation, _, shape = topology.partition(":")
-    if generation not in TPUS or shape not in TPUS[generation].topologies:
-        known = "; ".join(f"{name}:{' '.join(tpu.topologies)}" for name, tpu in TPUS.items())
+    accelerator = ACCELERATORS.get(generation)
+    if not accelerator or not (
+        shape in accelerator.topologies or (accelerator.chip and gpus(shape))
+    ):
+        known = "; ".join(f"{name}:{' '.join(a.topologies)}" for name, a in ACCELERATORS.items())
         raise UsageError(
-            f"topology is {topology!r}; expected GENERATION:SHAPE, as in v5e:4x4, of {known}"
+            f"topology is {topology!r}; expected GENERATION:SHAPE, as in v5e:4x4, or of GPUs "
+            f"NODESxGPUS with 1 to 8 GPUs a node, as in h100:2x8, of {known}"
         )
-    return TPUS[generation]
+    return accelerator
+
+
+def gpus(shape: str) -> tuple[int, int] | None:
+    """Nodes, and GPUs a node, of a shape such as "2x8", or "8" for one node."""
+    match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-8])", shape)
+    return (int(match[1] or 1), int(match[2])) if match else None
 
 
 def devices(topology: str, slices: int = 1) -> Sequence[Any]:
     """The devices of so many slices of a topology, to compile for.
 
     Raises:
-        UsageError: if there is no such topology, or no libtpu.
+        UsageError: if there is no such topology, or not the compiler for it.
     """
-    options = dict(find(topology).options)
+    accelerator = find(topology)
     if slices < 1:
         raise UsageError(f"slices is {slices}; expected 1 or more")
+    silence_compilers()
+    if accelerator.chip:
+        return _gpu_devices(topology, accelerator, slices)
+    options = dict(accelerator.options)
     if slices > 1:
         options["num_slices"] = slices
     if topology.endswith(":1x1"):
@@ -88,17 +160,83 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
             "planning needs libtpu, the compiler for TPUs, which is not installed; "
             "on Linux, in the clone: pip install -e '.[tpu]'"
         )
-    silence_libtpu()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compile beside other processes
     description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     return description.devices
 
 
-def silence_libtpu() -> None:
-    """Keep an installed libtpu from filling stderr on a machine without TPUs.
+def _gpu_devices(topology: str, accelerator: Accelerator, slices: int) -> Sequence[Any]:
+    name, _, shape = topology.partition(":")
+    nodes, each = gpus(shape) or (1, 1)
+    if slices > 1:
+        raise UsageError(
+            f"slices is {slices}, which is for TPUs; of GPUs the topology has the nodes, as in "
+            f"{name}:{slices * nodes}x{each}"
+        )
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=name,
+            topology=f"1x{nodes}x{each}",
+            target_config=_target(accelerator),
+        )
+    except NotImplementedError as error:
+        raise UsageError(
+            "planning for GPUs needs JAX's CUDA plugin, which is not installed; "
+            "on Linux, in the clone: pip install -e '.[cuda12]'"
+        ) from error
+    return description.devices
 
-    JAX tries libtpu when it first looks for devices, unless JAX_PLATFORMS names others.
+
+def _target(gpu: Accelerator) -> str:
+    """The description of a GPU that XLA compiles for, a GpuTargetConfigProto."""
+    chip = gpu.chip
+    assert chip
+    return f"""gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {chip.shared_memory - 1024}
+  shared_memory_per_core: {chip.shared_memory} l2_cache_size: {chip.cache}
+  core_count: {chip.cores} fpus_per_core: {chip.units} clock_rate_ghz: {chip.clock}
+  cuda_compute_capability {{ major: {chip.compute_capability} }}
+  memory_bandwidth: {gpu.hbm_bandwidth:.0f} device_memory_size: {gpu.hbm_bytes}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "{gpu.kind}"
+"""
+
+
+@contextlib.contextmanager
+def compiling(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, programs for the accelerator's devices can be lowered and compiled.
+
+    JAX looks among the GPUs of this machine which vendor's platform "gpu" is, and refuses where
+    there are none (github.com/jax-ml/jax/issues/23971). Here it is "cuda".
     """
+    if not accelerator.chip:
+        yield
+        return
+    real = xla_bridge.canonicalize_platform
+
+    def canonical(platform: str) -> str:
+        return "cuda" if platform == "gpu" else real(platform)
+
+    with mock.patch.object(xla_bridge, "canonicalize_platform", canonical):
+        yield
+
+
+def silence_compilers() -> None:
+    """Keep an installed libtpu or CUDA plugin from filling stderr on a machine without either.
+
+    JAX tries both when it first looks for devices, unless JAX_PLATFORMS names others.
+    """
+    answers = {}
     if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/*"):
-        for name, value in _WITHOUT_TPU.items():
-            os.environ.setdefault(name, value)
+        answers |= _WITHOUT_TPU
+    if not glob.glob("/dev/nvidia*"):
+        answers |= _WITHOUT_GPU
+    for name, value in answers.items():
+        os.environ.setdefault(name, value)

@@ -7,6 +7,9 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+from jaxtyping import Int
+
 _CALLED = re.compile(
     r"(?:condition|body|calls|to_apply|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
@@ -17,6 +20,7 @@ _CALLERS = ("while", "fusion", "call", "conditional", "async-start")
 class Array:
     """An array, `bf16[64,256]{1,0:T(8,128)S(1)}` in HLO's notation."""
 
+    dtype: str  # "bf16"
     shape: tuple[int, ...]
     size: float  # in bytes, with what fills up its tiles
     hbm_bytes: float  # the same in main memory, 0 in another memory space (`S(1)` above)
@@ -136,6 +140,34 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     return None if step is None else max(0, -(-(bound - start) // step))
 
 
+# [2,2,2]T(1,0,2): the numbers from 0 on, reshaped and transposed.
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_MESH = re.compile(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{(.*?)\}}")
+_TABLE = re.compile(rf"replica_groups=\[([\d,]+)\]<={_IOTA}")
+_LISTS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}")
+
+
+def replica_groups(attributes: str, devices: int) -> Int[np.ndarray, "G N"]:
+    """The devices that each group of a collective joins, in each of HLO's notations."""
+    if mesh := _MESH.search(attributes):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        joined = re.findall(r"'(\w+)'", mesh[4])
+        ids = _iota(mesh[2] or str(math.prod(sizes.values())), mesh[3]).reshape(*sizes.values())
+        axes = [list(sizes).index(axis) for axis in joined]
+        ids = np.moveaxis(ids, axes, range(-len(axes), 0))
+        return ids.reshape(-1, math.prod(sizes[axis] for axis in joined))
+    if table := _TABLE.search(attributes):
+        return _iota(table[2], table[3]).reshape(numbers(table[1]))
+    if lists := _LISTS.search(attributes):
+        return np.array([numbers(group) for group in re.findall(r"\{([\d,]+)\}", lists[1])])
+    return np.arange(devices)[None]
+
+
+def _iota(shape: str, order: str | None) -> Int[np.ndarray, "..."]:
+    ids = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
+    return ids.transpose(numbers(order)) if order else ids
+
+
 def numbers(text: str | None) -> list[int]:
     """The numbers of a list in HLO's notation, "0,2,1"."""
     return [int(number) for number in (text or "").split(",") if number]
@@ -174,7 +206,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
         each = int(bits[1]) / 8 if bits else float(dtype == "pred")  # a token has no bytes
         size = math.prod(_padded(numbers(lengths), layout)) * each
         elsewhere = re.search(r"S\([1-9]", layout)
-        arrays.append(Array(tuple(numbers(lengths)), size, 0.0 if elsewhere else size))
+        arrays.append(Array(dtype, tuple(numbers(lengths)), size, 0.0 if elsewhere else size))
     return tuple(arrays)
 
 

@@ -1,4 +1,4 @@
-"""What a run needs on a TPU slice, and the least time that it takes: before it is paid for.
+"""What a run needs on TPUs or GPUs, and the least time that it takes: before it is paid for.
 
 The programs are those of training, evaluation and sampling, compiled for absent devices.
 """
@@ -16,8 +16,8 @@ from jetflow import configs, sharding
 from jetflow.data import dataset, sources
 from jetflow.evals import likelihoods
 from jetflow.nn.transformer import REMAT_POLICIES
-from jetflow.tools.plan import costs
-from jetflow.tools.plan import devices as tpus
+from jetflow.tools.plan import costs, devices
+from jetflow.tools.plan.devices import Accelerator
 from jetflow.training.experiment import Run, set_up
 from jetflow.types import Config, UsageError
 
@@ -52,8 +52,9 @@ class _Lowered(NamedTuple):
 class Estimate:
     """The least time of a step by the roofline.
 
-    The resources are compute (matrix products at bfloat16's peak), hbm (bytes to and from memory),
-    ici (exchanges within a slice, over all links) and dcn (exchanges between slices).
+    The resources are compute (matrix products, each at the peak of its dtype and precision), hbm
+    (bytes to and from memory), links (exchanges within a slice or a node, over all links) and
+    network (exchanges between slices or nodes).
     """
 
     seconds_by_resource: dict[str, float]
@@ -61,6 +62,7 @@ class Estimate:
     step_seconds: float  # by that resource
     images_per_second: float  # at most
     days: float  # of all steps, at least
+    peak_share: float  # of bfloat16's peak, by the FLOPs of the formula: at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Plan:
     mesh: dict[str, int]
     batch_size: int
     remat: str
+    dtype: str  # of the nets
+    precision: str  # of their products; what these come to is in the cost
+    attention: str  # the form that is taken, and why
     parameters: int  # of the flow
     memory: Memory
     model_flops: float  # of a step on each device, by formula, without recomputation
@@ -116,16 +121,18 @@ def plan(
     """
     if program not in PROGRAMS:
         raise UsageError(f"program is {program!r}; expected one of {', '.join(PROGRAMS)}")
-    tpu = tpus.find(topology)
-    run = set_up(config, load, tpus.devices(topology, slices))
+    accelerator = devices.find(topology)
+    run = set_up(config, load, devices.devices(topology, slices))
     section = config.train if program == "train" else config.eval
     flow, size = run.trainer.flow, section.batch_size
-    lowered = _lower(run, program, size, sweeps, decoding)
+    with devices.compiling(accelerator):
+        lowered = _lower(run, program, size, sweeps, decoding)
+        memory, cost = _compile(lowered, run, program, accelerator, slices)
     tokens = flow.latent_shape[0]
     params = run.abstract_state.params
     test_steps = math.ceil(len(run.test_data) / size)
     steps = run.total_steps if program == "train" else test_steps
-    memory, cost = _compile(lowered, run, program, tpu, slices)
+    model_flops = lowered.passes * costs.forward_flops(params, tokens) * size / run.mesh.size
     return Plan(
         program=program,
         topology=topology,
@@ -134,15 +141,18 @@ def plan(
         mesh=dict(run.mesh.shape),
         batch_size=size,
         remat=config.flow.remat,
+        dtype=config.flow.dtype,
+        precision=config.flow.precision,
+        attention=str(run.attention),
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         memory=memory,
-        model_flops=lowered.passes * costs.forward_flops(params, tokens) * size / run.mesh.size,
+        model_flops=model_flops,
         steps=steps,
         sequential=flow.decoded_blocks * lowered.sweeps if lowered.window else 0,
         window=lowered.window,
         fits=cost is not None,
         cost=cost,
-        estimate=_estimate(cost, tpu, size, steps) if cost else None,
+        estimate=_estimate(cost, accelerator, model_flops, size, steps) if cost else None,
     )
 
 
@@ -154,7 +164,10 @@ def fit(
     progress: Callable[[Plan], None] = lambda plan: None,
     **settings: Any,
 ) -> list[Plan]:
-    """For each remat policy, the plan of the largest batch that fits, if any does.
+    """For each remat policy, the plan of the largest batch that fits, if any does; fastest first.
+
+    The fastest makes most images a second: with less recomputation fewer images fit, and a smaller
+    batch can still be the faster one.
 
     Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time, starting from the batch
     of the config.
@@ -166,12 +179,12 @@ def fit(
     configs.check(config)
     policies = REMAT_POLICIES if program == "train" else (config.flow.remat,)
     axes = {name: config.mesh[name] for name in sharding.AXES}
-    devices = tpus.devices(topology, settings.get("slices", 1))
-    mesh = sharding.make_mesh(**axes, devices=devices)
+    found = devices.devices(topology, settings.get("slices", 1))
+    mesh = sharding.make_mesh(**axes, devices=found)
     parts = sharding.batch_parts(mesh)
     rows = {"train": parts * config.train.accumulation, "eval": parts}
     section = "train" if program == "train" else "eval"
-    largest = []
+    largest: list[Any] = []
     for policy in policies:
         tried: dict[int, Plan] = {}
 
@@ -186,7 +199,7 @@ def fit(
 
         if size := _largest(fits, start=config[section].batch_size // rows[section]):
             largest.append(tried[size])
-    return largest
+    return sorted(largest, key=lambda plan: -plan.estimate.images_per_second)
 
 
 def _largest(fits: Callable[[int], bool], start: int) -> int:
@@ -226,7 +239,7 @@ def _lower(
 
 
 def _compile(
-    lowered: _Lowered, run: Run, program: str, tpu: tpus.Tpu, slices: int
+    lowered: _Lowered, run: Run, program: str, accelerator: Accelerator, slices: int
 ) -> tuple[Memory, costs.Cost | None]:
     """The memory of a program, and its cost where it fits."""
     state = run.abstract_state
@@ -235,34 +248,49 @@ def _compile(
         held = [state.variables(), (), ()]
     params, optimizer, ema = map(sharding.bytes_per_device, held)
     other = temporaries = cost = None
+    capacity = accelerator.capacity
     try:
         compiled = lowered.program.compile()
     except jax.errors.JaxRuntimeError as error:
         total = _bytes_needed(str(error))
     else:
         analysis: Any = compiled.memory_analysis()
-        outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        temporaries = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes - outputs
         total = costs.peak_bytes(compiled)
-        other = total - temporaries - params - optimizer - ema
-        cost = costs.cost(compiled.as_text() or "", run.mesh.size, slices, lowered.sweeps)
-    memory = Memory(
-        params, optimizer, ema, other, temporaries, total, tpu.hbm_bytes, tpu.hbm_bytes - total
-    )
+        held = analysis.argument_size_in_bytes + analysis.generated_code_size_in_bytes
+        held += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        temporaries = total - held
+        other = held - params - optimizer - ema
+        if total <= capacity:  # for GPUs, programs compile that do not fit
+            hosts = {device.process_index for device in run.mesh.devices.flat}
+            nodes = len(hosts) if accelerator.chip else 1
+            text = compiled.as_text() or ""
+            cost = costs.cost(text, run.mesh.size, slices, nodes, lowered.sweeps)
+    memory = Memory(params, optimizer, ema, other, temporaries, total, capacity, capacity - total)
     return memory, cost
 
 
-def _estimate(cost: costs.Cost, tpu: tpus.Tpu, batch_size: int, steps: int) -> Estimate:
-    between = [one.bytes for one in cost.collectives if one.kind.endswith(costs.BETWEEN_SLICES)]
+def _estimate(
+    cost: costs.Cost, accelerator: Accelerator, model_flops: float, batch_size: int, steps: int
+) -> Estimate:
+    between = sum(one.bytes for one in cost.collectives if one.kind.endswith(costs.BETWEEN))
+    sent = sum(one.bytes for one in cost.collectives)
+    computed = cost.flops_by_arithmetic.items()
     seconds = {
-        "compute": cost.flops / tpu.flops,
-        "hbm": cost.hbm_bytes / tpu.hbm_bandwidth,
-        "ici": (sum(one.bytes for one in cost.collectives) - sum(between)) / tpu.ici_bandwidth,
-        "dcn": sum(between) / tpu.dcn_bandwidth,
+        "compute": sum(flops / accelerator.peak(arithmetic) for arithmetic, flops in computed),
+        "hbm": cost.hbm_bytes / accelerator.hbm_bandwidth,
+        "links": (sent - between) / accelerator.link_bandwidth,
+        "network": between / accelerator.network_bandwidth,
     }
     bound_by = max(seconds, key=seconds.__getitem__)
     least = seconds[bound_by]
-    return Estimate(seconds, bound_by, least, batch_size / least, steps * least / 86400)
+    return Estimate(
+        seconds_by_resource=seconds,
+        bound_by=bound_by,
+        step_seconds=least,
+        images_per_second=batch_size / least,
+        days=steps * least / 86400,
+        peak_share=model_flops / least / accelerator.flops,
+    )
 
 
 def _bytes_needed(message: str) -> int:
