@@ -32,7 +32,7 @@ class PlanOptions(Options):
     )
     slices: int = option(1, "number of slices of that topology of TPUs, joined by data", least=1)
     what: str = option("train", "the program", choices=roofline.PROGRAMS)
-    fit: bool = option(False, "search the largest batch that fits, for each remat policy")
+    fit: bool = option(False, "find the remat policy and batch of most images a second")
     method: str = option("cached", "of sample: how a TarFlow is inverted", choices=METHODS)
     window: int = option(WINDOW, "of sample by jacobi: tokens a sweep", least=1)
     sweeps: float = option(
@@ -58,10 +58,13 @@ def run(options: PlanOptions) -> None:
             "state over them with --config.mesh.fsdp=-1 --config.mesh.data=1"
         )
     if options.json:
-        records = [dataclasses.asdict(plan) for plan in plans]
+        records = [dataclasses.asdict(plan) | {"best": plan is plans[0]} for plan in plans]
         print(json.dumps(records if options.fit else records[0], indent=2))
-    else:
-        print("\n\n".join(map(describe, plans)))
+        return
+    print("\n\n".join(map(describe, plans)))
+    if options.fit:
+        best = f"remat {plans[0].remat} and batch {plans[0].batch_size}"
+        print(f"\nmost images a second, the first of these: {best}")
 
 
 def describe(plan: Plan) -> str:

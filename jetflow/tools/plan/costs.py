@@ -86,7 +86,7 @@ def forward_flops(params: Any, tokens: int) -> float:
         if name.endswith("/kernel"):
             total += 2.0 * tokens * math.prod(leaf.shape)
         if name.endswith("/qkv/kernel"):
-            total += 4.0 * tokens**2 * leaf.shape[-2] * math.prod(leaf.shape[:-2])
+            total += 4.0 * tokens**2 * leaf.shape[-1] * math.prod(leaf.shape[:-3])
     return total
 
 
@@ -137,7 +137,7 @@ def _exchanges(
     Between slices of TPUs XLA writes collectives as transfers of hosts. Of GPUs a group that spans
     nodes is a ring through all its members; one ring for each that a node has, side by side, as
     each GPU has a network card. So a device sends all its bytes to its neighbours in the node, and
-    its share of them over the network.
+    its share of them over the network. An all-to-all is no ring: most of it crosses the network.
     """
     if instruction.opcode == "send":
         kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
@@ -157,7 +157,7 @@ def _exchanges(
     if spanned == 1 or rings > 1:
         yield kind, size
     if spanned > 1:
-        yield kind + BETWEEN_NODES, size / rings
+        yield kind + BETWEEN_NODES, size / (1 if kind == "all-to-all" else rings)
 
 
 # FLOPs

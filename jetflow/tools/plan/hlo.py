@@ -140,23 +140,32 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     return None if step is None else max(0, -(-(bound - start) // step))
 
 
+# [2,2,2]T(1,0,2): the numbers from 0 on, reshaped and transposed.
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_MESH = re.compile(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{(.*?)\}}")
+_TABLE = re.compile(rf"replica_groups=\[([\d,]+)\]<={_IOTA}")
+_LISTS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}")
+
+
 def replica_groups(attributes: str, devices: int) -> Int[np.ndarray, "G N"]:
     """The devices that each group of a collective joins, in each of HLO's notations."""
-    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
-        return np.array([numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        joined = re.findall(r"'(\w+)'", mesh[2])
-        order = [list(sizes).index(axis) for axis in (*(sizes.keys() - {*joined}), *joined)]
-        ids = np.arange(math.prod(map(int, sizes.values()))).reshape([*map(int, sizes.values())])
-        return ids.transpose(order).reshape(-1, math.prod(int(sizes[axis]) for axis in joined))
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        ids = np.arange(math.prod(numbers(iota[2]))).reshape(numbers(iota[2]))
-        return ids.transpose(numbers(iota[3]) or None).reshape(numbers(iota[1]))
-    if groups := re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", attributes):
-        return np.array([numbers(group) for group in re.findall(r"\{([\d,]+)\}", groups[1])])
+    if mesh := _MESH.search(attributes):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        joined = re.findall(r"'(\w+)'", mesh[4])
+        ids = _iota(mesh[2] or str(math.prod(sizes.values())), mesh[3]).reshape(*sizes.values())
+        axes = [list(sizes).index(axis) for axis in joined]
+        ids = np.moveaxis(ids, axes, range(-len(axes), 0))
+        return ids.reshape(-1, math.prod(sizes[axis] for axis in joined))
+    if table := _TABLE.search(attributes):
+        return _iota(table[2], table[3]).reshape(numbers(table[1]))
+    if lists := _LISTS.search(attributes):
+        return np.array([numbers(group) for group in re.findall(r"\{([\d,]+)\}", lists[1])])
     return np.arange(devices)[None]
+
+
+def _iota(shape: str, order: str | None) -> Int[np.ndarray, "..."]:
+    ids = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
+    return ids.transpose(numbers(order)) if order else ids
 
 
 def numbers(text: str | None) -> list[int]:
