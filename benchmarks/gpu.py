@@ -48,7 +48,7 @@ SKIPPED = 3  # exit status of a task that cannot run on this machine
 
 # part -> columns of its table: title, field of a record, format
 COLUMNS = {
-    "peak": (("by", "by", ""), ("matrix", "size", ""), ("TFLOP/s", "tflops", ".0f")),
+    "peak": (("by", "by", ""), ("matrix", "size", ""), ("TFLOP/s", "tflops", ".1f")),
     "train": (
         ("by", "by", ""), ("flow", "flow", ""), ("attention", "attention", ""),
         ("remat", "remat", ""), ("batch", "batch_size", ""), ("ms a step", "step_ms", ".1f"),
