@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def run_task(
                 process.wait()
     lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
     outcomes = {0: "done", None: f"cut off after {seconds:.0f} s", SKIPPED: f"skipped: {lines[-1]}"}
-    outcome = outcomes.get(status, f"failed (status {status}): {lines[-1][:300]}")
+    outcome = outcomes.get(status, f"failed (status {status}): {lines[-1]}")
     return [json.loads(line) for line in results.read_text().splitlines()], outcome
 
 
@@ -183,11 +184,14 @@ def do_task(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         print(f"the package {error.name} is not installed", file=sys.stderr)
         return SKIPPED
-    except Exception as error:  # jetflow's UsageError by name: without jetflow there is none
-        if not isinstance(error, Skip) and type(error).__name__ != "UsageError":
-            raise
-        print(error, file=sys.stderr)
-        return SKIPPED
+    except Exception as error:
+        # jetflow's UsageError by name: without jetflow there is none.
+        if isinstance(error, Skip) or type(error).__name__ == "UsageError":
+            print(error, file=sys.stderr)
+            return SKIPPED
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return 1
     return 0
 
 
