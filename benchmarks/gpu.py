@@ -98,6 +98,8 @@ def main() -> None:
         parser.error(f"--parts has {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
     if arguments.out is None:
         parser.error("--out is missing; expected a folder, which is made")
+    if not SIZES[arguments.size].for_cpu and not cards():
+        parser.error("nvidia-smi shows no NVIDIA card; --size toy tries the script on a CPU")
     arguments.out.mkdir(parents=True, exist_ok=True)
     report = Report(arguments.out, parts, arguments.size)
     end = time.monotonic() + 60 * arguments.minutes

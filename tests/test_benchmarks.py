@@ -159,6 +159,22 @@ def test_a_task_that_fails_says_why(error, status, reason, monkeypatch, tmp_path
     assert json.loads(results.read_text()) == {"measured": 1}
 
 
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--out", "gpu", "--parts", "peak,speed"], "--parts has speed; expected some of peak,"),
+        (["--size", "toy"], "--out is missing"),
+        (["--out", "gpu"], "no NVIDIA card; --size toy"),
+    ],
+)
+def test_refusals(flags, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "cards", list)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 2 and complaint in capsys.readouterr().err
+
+
 def test_reports_add_up(tmp_path):
     """A later call keeps the parts of an earlier one, and its peak counts."""
     step = {"flow": "tarflow", "batch_size": 4, "step_seconds": 0.5}
