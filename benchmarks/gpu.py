@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ SKIPPED = 3  # exit status of a task that cannot run on this machine
 
 # part -> columns of its table: title, field of a record, format
 COLUMNS = {
-    "peak": (("by", "by", ""), ("matrix", "size", ""), ("TFLOP/s", "tflops", ".0f")),
+    "peak": (("by", "by", ""), ("matrix", "size", ""), ("TFLOP/s", "tflops", ".1f")),
     "train": (
         ("by", "by", ""), ("flow", "flow", ""), ("attention", "attention", ""),
         ("remat", "remat", ""), ("batch", "batch_size", ""), ("ms a step", "step_ms", ".1f"),
@@ -97,6 +98,8 @@ def main() -> None:
         parser.error(f"--parts has {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
     if arguments.out is None:
         parser.error("--out is missing; expected a folder, which is made")
+    if not SIZES[arguments.size].for_cpu and not cards():
+        parser.error("nvidia-smi shows no NVIDIA card; --size toy tries the script on a CPU")
     arguments.out.mkdir(parents=True, exist_ok=True)
     report = Report(arguments.out, parts, arguments.size)
     end = time.monotonic() + 60 * arguments.minutes
@@ -150,7 +153,7 @@ def run_task(
                 process.wait()
     lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
     outcomes = {0: "done", None: f"cut off after {seconds:.0f} s", SKIPPED: f"skipped: {lines[-1]}"}
-    outcome = outcomes.get(status, f"failed (status {status}): {lines[-1][:300]}")
+    outcome = outcomes.get(status, f"failed (status {status}): {lines[-1]}")
     return [json.loads(line) for line in results.read_text().splitlines()], outcome
 
 
@@ -183,11 +186,14 @@ def do_task(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         print(f"the package {error.name} is not installed", file=sys.stderr)
         return SKIPPED
-    except Exception as error:  # jetflow's UsageError by name: without jetflow there is none
-        if not isinstance(error, Skip) and type(error).__name__ != "UsageError":
-            raise
-        print(error, file=sys.stderr)
-        return SKIPPED
+    except Exception as error:
+        # jetflow's UsageError by name: without jetflow there is none.
+        if isinstance(error, Skip) or type(error).__name__ == "UsageError":
+            print(error, file=sys.stderr)
+            return SKIPPED
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return 1
     return 0
 
 
