@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu_sizes import DATA, Result, Setting
+from gpu_sizes import DATA, Result, Setting, Skip
 
 
 def fit(setting: Setting) -> Result:
@@ -26,7 +26,8 @@ def fit(setting: Setting) -> Result:
     model = jetflow.load_model(setting.fit)
     setting.weights.unlink(missing_ok=True)
     convert.to_tarflow(setting.weights, model.flow, model.variables)
-    yield {"step": model.step, "data": model.config["data"]["name"], **last_metrics(setting.fit)}
+    bits = last_metrics(setting.fit)["bpd"]
+    yield {"step": model.step, "data": model.config["data"]["name"], "bpd": round(bits, 4)}
 
 
 # Resume
@@ -39,6 +40,8 @@ def resume(setting: Setting, how: str) -> Result:
         how: "plain", or "deterministic", with the XLA flag of this meaning.
     """
     flags = os.environ.get("XLA_FLAGS", "")
+    if how == "deterministic" and setting.size.for_cpu:
+        raise Skip("the flag is for GPUs")
     if how == "deterministic":
         flags += " --xla_gpu_deterministic_ops=true"
     fields = DATA | setting.size.resume | {"train.log_every": 1}

@@ -16,6 +16,10 @@ TOY_JET = {"data.name": "shapes/32"}
 NO_PICTURES = {"train.eval_every": 0, "train.sample_every": 0, "eval.samples": 1, "eval.draws": 1}
 
 
+class Skip(Exception):
+    """A task cannot be done on this machine; the message says why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Size:
     """Of all that is run; config fields go before those of the config files."""
@@ -39,13 +43,13 @@ SIZES = {
         suffix="",
         tarflow=DATA,
         jet=DATA,
-        batch={"tarflow": 64, "jet": 256, "none": 32},
+        batch={"tarflow": 64, "jet": 256, "none": 16},
         matrix=8192,
         steps=5,
         sampled=(16, 64),
         likelihoods=32,
         fit={"data.name": "photos/64", "train.batch_size": 64, "train.steps": 400, "optim.lr": 5e-4,
-             "optim.clip_norm": 1.0},
+             "optim.clip_norm": 1.0, "optim.warmup": 0.1},
         resume={"flow.patch_size": 4, "flow.width": 512, "flow.num_blocks": 4,
                 "flow.layers_per_block": 4, "train.batch_size": 32, "train.steps": 200,
                 "train.checkpoint_every": 50},
@@ -60,7 +64,7 @@ SIZES = {
         steps=1,
         sampled=(2,),
         likelihoods=4,
-        fit=TOY_TARFLOW | {"train.steps": 4, "optim.clip_norm": 1.0},
+        fit=TOY_TARFLOW | {"train.steps": 4, "optim.clip_norm": 1.0, "optim.warmup": 0.1},
         resume=TOY_TARFLOW | {"train.steps": 60, "train.checkpoint_every": 10},
     ),
 }  # fmt: skip

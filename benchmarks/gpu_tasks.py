@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gpu_sizes import Result, Setting
+from gpu_sizes import Result, Setting, Skip
 
 # The card
 
@@ -219,7 +219,7 @@ def torch_device(setting: Setting) -> Any:
     if torch.cuda.is_available():
         return torch.device("cuda")
     if not setting.size.for_cpu:
-        raise RuntimeError("PyTorch sees no GPU")
+        raise Skip("PyTorch sees no GPU")
     return torch.device("cpu")
 
 

@@ -228,10 +228,10 @@ class Sampler:
 
 
 class Trainer:
-    """Training steps as the published recipe has them: noise, flips, AdamW; nets in bfloat16."""
+    """Training steps as the published recipe has them: noise, flips, AdamW; nets in `dtype`."""
 
-    def __init__(self, flow: TarFlow, noise_std: float):
-        self.flow, self.std = flow, noise_std * flow.pixel_scale
+    def __init__(self, flow: TarFlow, noise_std: float, dtype: torch.dtype = torch.bfloat16):
+        self.flow, self.std, self.dtype = flow, noise_std * flow.pixel_scale, dtype
         self.device = flow.blocks[0].pos_embed.device
         self.optimizer = torch.optim.AdamW(
             flow.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
@@ -242,7 +242,8 @@ class Trainer:
         flipped = torch.rand(len(images), 1, 1, 1, device=self.device) < 0.5
         x = torch.where(flipped, images.flip(2), images).float()
         x = x + self.std * torch.randn_like(x)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        narrow = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype if narrow else None, enabled=narrow):
             z, logdet = self.flow(x)
         loss = 0.5 * z.square().mean() - logdet.mean() / z[0].numel()
         self.optimizer.zero_grad()

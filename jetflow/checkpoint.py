@@ -222,18 +222,20 @@ class Checkpoints:
         entries = record["arrays"].items()
         stored = {path: entry for path, entry in entries if path.split("/")[0] in fields}
         kinds = {path: kind for path, (kind, _) in stored.items()}
-        if differing := differences(kinds, checksums.types(wanted), prefix=""):
+        saved = {p: checksums.as_recorded(p, leaf, kinds.get(p)) for p, leaf in wanted.items()}
+        if differing := differences(kinds, checksums.types(saved), prefix=""):
             raise UsageError(
                 f"checkpoint {step} in {self.directory} does not fit this config: "
                 f"{shown(differing)}; use the config of that run, or another --workdir"
             )
-        arrays = _everywhere(lambda: _read_arrays(directory / "state", wanted))
+        arrays = _everywhere(lambda: _read_arrays(directory / "state", saved))
         for path, entry in checksums.describe(arrays).items():
             if entry != stored[path]:
                 raise Damage(f"the checksum of {path} is {entry[1]}, not {stored[path][1]}")
         if len(arrays) == len(record["arrays"]):
             self._sound[step] = record["arrays"]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
+        leaves = [checksums.as_wanted(arrays[path], leaf) for path, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
 
 @jax.jit

@@ -1,19 +1,24 @@
 """What a checkpoint records of its arrays, so that restored ones can be checked against it.
 
 An array is named by its path in the tree, such as "params/dense/kernel". Its type, shape and a
-checksum are recorded, and a digest seals the record itself.
+checksum are recorded, and a digest seals the record itself. Version 0.1 kept the last two axes of
+some arrays as one, which changes neither their bytes nor their checksum.
 """
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped, UInt32
 
 from jetflow.types import AnyArray
+
+MERGED = re.compile(r"/qkv/")  # the arrays whose last two axes, [3, W], version 0.1 kept as one
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -31,6 +36,29 @@ def types(arrays: dict[str, Any]) -> dict[str, str]:
         path: f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
         for path, leaf in arrays.items()
     }
+
+
+def as_recorded(path: str, leaf: Any, kind: str | None) -> Any:
+    """The abstract array to read for a wanted one, for `as_wanted`; kind: as `types` names it.
+
+    The recorded shape alone tells whether version 0.1 wrote it: it has an axis less then. What the
+    mesh splits of the two axes is whole while the array is read.
+    """
+    if not MERGED.search(path):
+        return leaf
+    *others, count, width = leaf.shape
+    where = getattr(leaf, "sharding", None)
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec(*where.spec[: len(others)]))
+    merged = jax.ShapeDtypeStruct((*others, count * width), leaf.dtype, sharding=where)
+    return merged if types({path: merged})[path] == kind else leaf
+
+
+def as_wanted(array: jax.Array, leaf: Any) -> jax.Array:
+    """An array that was read, in the shape of the wanted leaf and where that is to lie."""
+    if array.shape == leaf.shape:
+        return array
+    return jax.device_put(array.reshape(leaf.shape), getattr(leaf, "sharding", None))
 
 
 def describe(arrays: dict[str, Any]) -> dict[str, list[str]]:

@@ -63,7 +63,8 @@ def random_variables(flow: Stack, dtype=jnp.float64, seed: int = 0) -> dict[str,
         layer, name = path[-2].key, path[-1].key
         usual = 1.0 if name == "scale" else 0.0
         if name == "kernel" and layer != "proj_out":
-            usual = rng.standard_normal(leaf.shape) / math.sqrt(leaf.shape[-2])
+            fan_in = leaf.shape[-3 if layer == "qkv" else -2]
+            usual = rng.standard_normal(leaf.shape) / math.sqrt(fan_in)
         return jnp.asarray((usual + 0.1 * rng.standard_normal(leaf.shape)).astype(dtype))
 
     shapes = jax.eval_shape(init)

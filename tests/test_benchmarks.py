@@ -134,18 +134,45 @@ def test_a_task_is_a_process_with_a_bound(tmp_path):
     assert failed[0] == [] and failed[1].startswith("skipped: ") and "fit" in failed[1]
 
 
-def test_a_package_that_is_not_installed(monkeypatch, tmp_path, capsys):
-    def task(setting):
-        import no_such_framework  # noqa: F401
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (ModuleNotFoundError("No module", name="torch"), gpu.SKIPPED, "torch is not installed"),
+        (gpu_sizes.Skip("no GPU"), gpu.SKIPPED, "no GPU"),
+        (MemoryError("out of\n memory"), 1, "MemoryError: out of memory"),
+    ],
+)
+def test_a_task_that_fails_says_why(error, status, reason, monkeypatch, tmp_path, capsys):
+    """In the last line, after what it measured before."""
 
-        yield {}
+    def task(setting):
+        yield {"measured": 1}
+        raise error
 
     monkeypatch.setitem(gpu_tasks.TASKS, "peak", task)
+    results = tmp_path / "results"
     arguments = argparse.Namespace(
-        task=["peak", tmp_path / "results"], scratch=tmp_path, size="toy", seconds=1.0
+        task=["peak", results], scratch=tmp_path, size="toy", seconds=1.0
     )
-    assert gpu.do_task(arguments) == gpu.SKIPPED
-    assert capsys.readouterr().err == "the package no_such_framework is not installed\n"
+    assert gpu.do_task(arguments) == status
+    assert capsys.readouterr().err.splitlines()[-1].endswith(reason)
+    assert json.loads(results.read_text()) == {"measured": 1}
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--out", "gpu", "--parts", "peak,speed"], "--parts has speed; expected some of peak,"),
+        (["--size", "toy"], "--out is missing"),
+        (["--out", "gpu"], "no NVIDIA card; --size toy"),
+    ],
+)
+def test_refusals(flags, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "cards", list)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 2 and complaint in capsys.readouterr().err
 
 
 def test_reports_add_up(tmp_path):
@@ -176,7 +203,6 @@ def test_the_script(tmp_path):
     tasks = {entry["task"]: entry for part in parts for entry in done[part]}
     for name in ("fit", "sample cached", "sample jacobi", "sample auto", "resume plain"):
         assert tasks[name]["outcome"] == "done" and tasks[name]["records"]
-    for name in ("resume plain", "resume deterministic"):
-        [line] = tasks[name]["records"]
-        assert line["bit_for_bit"] and line["first_step_that_differs"] is None
-        assert line["resumed_from"] <= line["killed_at"] < line["steps"]
+    [line] = tasks["resume plain"]["records"]
+    assert line["bit_for_bit"] and line["first_step_that_differs"] is None
+    assert line["resumed_from"] <= line["killed_at"] < line["steps"]

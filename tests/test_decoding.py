@@ -159,6 +159,23 @@ def test_a_tpus_cache_gives_the_same(how, float64, monkeypatch):
         np.testing.assert_allclose(value, other, rtol=1e-11, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("windows", "is_loop"), [((1, 1, 1), True), ((5, 5, 5), True), ((5, 6, 5), False)]
+)
+def test_blocks_that_decode_alike_are_one_loop(windows, is_loop):
+    """However many they are; the tolerance may differ."""
+    how = tuple(Decoding(window, 0.01 * number) for number, window in enumerate(windows))
+    products = []
+    for decoding in (how, how[:1]):
+        flow = flow_laws.tarflow(SHAPE, num_blocks=len(decoding), dtype="float32")
+        variables = flow_laws.random_variables(flow, jnp.float32)
+        decode = functools.partial(flow.apply, method="inverse")
+        z = jnp.zeros((1, *flow.latent_shape))
+        program = jax.make_jaxpr(decode)(variables, z, None, None, decoding)
+        products.append(str(program).count("dot_general"))
+    assert (products[0] == products[1] > 0) == is_loop
+
+
 GUIDED_ON_EIGHT_DEVICES = """
 import flow_laws, jax, jax.numpy as jnp, numpy as np
 from jetflow import sharding

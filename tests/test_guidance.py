@@ -30,7 +30,7 @@ CASES = {
 
 
 def dense(layer, x):
-    return x @ layer["kernel"] + layer["bias"]
+    return np.tensordot(x, layer["kernel"], 1) + layer["bias"]
 
 
 def normalise(layer, x):
@@ -40,7 +40,8 @@ def normalise(layer, x):
 
 
 def attention(layer, x, temperature, head_dim=4):
-    query, key, value = np.split(dense(layer["qkv"], normalise(layer["norm_attention"], x)), 3, -1)
+    qkv = dense(layer["qkv"], normalise(layer["norm_attention"], x))
+    query, key, value = qkv.swapaxes(0, 1)
     mixed = []
     for start in range(0, x.shape[-1], head_dim):
         part = slice(start, start + head_dim)

@@ -149,8 +149,8 @@ ENTRY %main (q: f32[16,64,2,32], k: f32[16,64,2,32]) -> f32[16,2,64,64] {
 
 def test_forward_flops_by_hand():
     """One layer of width 8 on 4 tokens: 2·T·(3 + 1 + 4 + 4)·W², and attention 4·T²·W."""
-    shapes = {"qkv": (8, 24), "out": (8, 8), "mlp_in": (8, 32), "mlp_out": (32, 8)}
-    layer = {name: {"kernel": jnp.zeros((1, *shape)), "bias": jnp.zeros((1, shape[1]))}
+    shapes = {"qkv": (8, 3, 8), "out": (8, 8), "mlp_in": (8, 32), "mlp_out": (32, 8)}
+    layer = {name: {"kernel": jnp.zeros((1, *shape)), "bias": jnp.zeros((1, *shape[1:]))}
              for name, shape in shapes.items()}  # fmt: skip
     assert costs.forward_flops({"layers": layer}, tokens=4) == 2 * 4 * 12 * 64 + 4 * 16 * 8
 

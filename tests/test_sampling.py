@@ -201,7 +201,7 @@ def test_a_trace_ends_at_the_sample(kind, guidance, stages):
         ("tarflow", 3, {"method": [Decoding()] * 2}, "2 decodings for the 1 blocks"),
         ("tarflow", 3, {"method": [Decoding(0)]}, "window is 0"),
         ("tarflow", 3, {"method": [Decoding(2, float("nan"))]}, "tolerance is nan"),
-        ("tarflow", 3, {"method": [Decoding(cache_dtype="int8")]}, "cache_dtype is 'int8'"),
+        ("tarflow", 3, {"method": [Decoding(cache_dtype="int4")]}, "cache_dtype is 'int4'"),
     ],
 )
 def test_impossible_wishes_are_refused(kind, num_classes, fields, message):

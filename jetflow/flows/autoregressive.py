@@ -51,14 +51,14 @@ class AutoregressiveBlock(nn.Module):
         transformer: the causal net.
         token_shape: (T, D).
         num_classes: 0 for a block without class embedding.
-        backward: decode the tokens from the last to the first.
+        backward: decode the tokens from the last to the first; an array in a loop over blocks.
         volume_preserving: predict no α; the log-determinant is 0.
     """
 
     transformer: CausalTransformer
     token_shape: tuple[int, int]
     num_classes: int
-    backward: bool
+    backward: bool | Array
     volume_preserving: bool
 
     @property
@@ -240,7 +240,9 @@ class AutoregressiveBlock(nn.Module):
 
     def _in_order(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Between image order and decoding order; its own inverse."""
-        return tokens[:, ::-1] if self.backward else tokens
+        if isinstance(self.backward, bool):
+            return tokens[:, ::-1] if self.backward else tokens
+        return jnp.where(self.backward, tokens[:, ::-1], tokens)
 
 
 def _segments(steps: int) -> list[slice]:

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from jetflow.flows import affine
 from jetflow.flows.pixels import Pixels
 from jetflow.nn.attention import Choice, choose
 from jetflow.types import BlockInputs, BlockOutputs, Decoding, Flow, Guidance, UsageError
@@ -113,18 +114,45 @@ class Stack(nn.Module):
         return BlockOutputs(x, total, jnp.concatenate(logdets), jnp.concatenate(scales))
 
     def inverse_blocks(self, z, label=None, guidance=None, decoding=None) -> BlockInputs:
-        x, total, blocks = z, jnp.zeros(z.shape[0]), []
-        for index in reversed(range(len(self.blocks))):
-            each = decoding[index] if decoding else None
-            with jax.default_matmul_precision(self.precision):
-                blocks.append(self.blocks[index].inverse_blocks(x, label, guidance, each))
-            x, total = blocks[-1].x, total + blocks[-1].logdet
-        x, logdet = self.pixels.inverse(x)
+        with jax.default_matmul_precision(self.precision):
+            blocks = self._inverses(z, label, guidance, decoding)
+        x, logdet = self.pixels.inverse(blocks[-1].x)
+        total = sum((block.logdet for block in blocks), jnp.zeros(z.shape[0]))
         tokens = jnp.concatenate([block.tokens for block in blocks])
         sweeps, residuals = zip(*[block[3:] for block in reversed(blocks)], strict=True)
         return BlockInputs(
             x, total + logdet, tokens, jnp.concatenate(sweeps), jnp.concatenate(residuals)
         )
+
+    def _inverses(self, z, label, guidance, decoding) -> list[BlockInputs]:
+        """Of each block, the last first.
+
+        Blocks that decode alike are compiled once, as the body of a loop.
+        """
+        each = decoding or (None,) * len(self.blocks)
+        if self.decoded_blocks > 1:
+            blocks, variables = zip(*[block.unbind() for block in self.blocks], strict=True)
+            kinds = {block.clone(backward=False) for block in blocks}
+            if len(kinds) == len({jax.tree.structure(how) for how in each}) == 1:
+                backward = [block.backward for block in blocks]
+                inputs = list(zip(backward, variables, each, strict=True))[::-1]
+
+                def inverse(x, inputs):
+                    backward, variables, how = inputs
+                    block = blocks[0].clone(backward=backward)
+                    inverse = block.apply(
+                        variables, x, label, guidance, how, method="inverse_blocks"
+                    )
+                    return inverse.x, inverse
+
+                stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+                _, inverses = jax.lax.scan(inverse, *affine.widen(z), stacked)
+                return [jax.tree.map(lambda a, i=i: a[i], inverses) for i in range(len(blocks))]
+        inverses = []
+        for block, how in zip(reversed(self.blocks), reversed(each), strict=True):
+            inverses.append(block.inverse_blocks(z, label, guidance, how))
+            z = inverses[-1].x
+        return inverses
 
 
 def check_labels(flow: Flow, label, num: int) -> Int[Array, "N"] | None:

@@ -88,7 +88,8 @@ class CausalTransformer(nn.Module):
         stacked: Any = flatten_dict(self.layers.variables["params"])
         for path in stacked:
             if path[-1] == "kernel":
-                stacked[path] = stacked[path].swapaxes(1, 2)
+                layers, width, *_ = stacked[path].shape
+                stacked[path] = stacked[path].reshape(layers, width, -1).swapaxes(1, 2)
         return tuple(
             unflatten_dict({path: array[index] for path, array in stacked.items()})
             for index in range(self.num_layers)

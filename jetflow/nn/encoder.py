@@ -105,10 +105,10 @@ class ConvolutionLayer(nn.Module):
             layer_norm(NORM_EPSILON, self.dtype, name) for name in ("norm_conv", "norm_mlp")
         )
         around = neighbourhoods(norm_conv(x).reshape(-1, *self.grid, width))
-        x = x + Dense(width, *options, ("embed", None), name="conv")(around).reshape(x.shape)
-        hidden = Dense(3 * width // 2, *options, ("embed", "mlp"), name="mlp_in")(norm_mlp(x))
+        x = x + Dense((width,), *options, ("embed", None), name="conv")(around).reshape(x.shape)
+        hidden = Dense((3 * width // 2,), *options, ("embed", "mlp"), name="mlp_in")(norm_mlp(x))
         hidden = jax.nn.gelu(split_over_mesh(hidden, "batch", None, "mlp"))
-        return x + Dense(width, *options, ("mlp", "embed"), name="mlp_out")(hidden)
+        return x + Dense((width,), *options, ("mlp", "embed"), name="mlp_out")(hidden)
 
 
 def neighbourhoods(x: Float[Array, "B R C W"]) -> Float[Array, "B R C F"]:

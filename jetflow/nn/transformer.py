@@ -138,16 +138,17 @@ class TransformerLayer(nn.Module):
     def setup(self):
         width = self.width
         self.norm_attention = layer_norm(self.norm_epsilon, self.dtype)
-        qkv_init = side_by_side(self.kernel_init, 3)
-        self.qkv = self._dense(3 * width, width, qkv_init, ("embed", "heads"))
-        self.out = self._dense(width, width, self.kernel_init, ("heads", "embed"))
+        # Query, key and value on an axis of their own: of a head, all lie on the same devices.
+        qkv_init, qkv_axes = side_by_side(self.kernel_init), ("embed", None, "heads")
+        self.qkv = self._dense((3, width), width, qkv_init, qkv_axes)
+        self.out = self._dense((width,), width, self.kernel_init, ("heads", "embed"))
         self.norm_mlp = layer_norm(self.norm_epsilon, self.dtype)
-        self.mlp_in = self._dense(4 * width, width, self.kernel_init, ("embed", "mlp"))
-        self.mlp_out = self._dense(width, 4 * width, self.kernel_init, ("mlp", "embed"))
+        self.mlp_in = self._dense((4 * width,), width, self.kernel_init, ("embed", "mlp"))
+        self.mlp_out = self._dense((width,), 4 * width, self.kernel_init, ("mlp", "embed"))
 
     def _dense(
         self,
-        features: int,
+        features: tuple[int, ...],
         fan_in: int,
         kernel_init: Initializer,
         axes: Axes,
@@ -162,7 +163,7 @@ class TransformerLayer(nn.Module):
         heads = (batch, tokens, self.num_heads, width // self.num_heads)
         query, key, value = (
             split_over_mesh(part.reshape(heads), "batch", None, "heads", None)
-            for part in jnp.split(qkv, 3, axis=-1)
+            for part in jnp.split(qkv, 3, axis=-2)
         )
         mixed = attend(query, key, value, causal=self.causal, method=self.attention)
         x = x + self.out(mixed.reshape(x.shape))

@@ -43,6 +43,14 @@ _TARFLOW = {
     "attn_blocks.{layer}.mlp.main.2": "transformer/layers/mlp_out",
     "proj_out": "proj_out",
 }
+# Of a layer's kernel and bias, how they are read and written: [W, 3, W] and [3, W] here.
+_QKV = (
+    (
+        lambda array: array.T.reshape(array.shape[1], 3, -1),
+        lambda array: array.reshape(len(array), -1).T,
+    ),
+    (lambda array: array.reshape(3, -1), np.ravel),
+)
 
 
 def tarflow(depths: Sequence[int]) -> Table:
@@ -61,11 +69,13 @@ def tarflow(depths: Sequence[int]) -> Table:
             is_stacked = "{layer}" in name
             layers = [theirs + name.format(layer=n) for n in range(depth if is_stacked else 1)]
             weight, turn = ("scale", _same) if "norm" in name else ("kernel", np.transpose)
-            for part, end, change in (("weight", weight, turn), ("bias", "bias", _same)):
+            kernel, bias = _QKV if "qkv" in name else ((turn, turn), (_same, _same))
+            for part, end, change in (("weight", weight, kernel), ("bias", "bias", bias)):
                 rows[f"{ours}{path}/{end}"] = Row(
-                    [[f"{layer}.{part}"] for layer in layers], change, change,
+                    [[f"{layer}.{part}"] for layer in layers],
+                    *change,
                     axis=0 if is_stacked else None,
-                )  # fmt: skip
+                )
     return Table(rows, constants)
 
 
@@ -107,7 +117,7 @@ def jet(num_heads: int, width: int, depth: int) -> Table:
     merge_last = _merge_heads(num_heads, width, slice(-2, None))
     for part in ("kernel", "bias"):
         names = [f"{_ATTENTION}{name}/{part}" for name in ("query", "key", "value")]
-        add(f"layers/qkv/{part}", names, lambda *a: np.concatenate([*map(merge_last, a)], -1))
+        add(f"layers/qkv/{part}", names, lambda *a: np.stack([*map(merge_last, a)], -2))
     merge = _merge_heads(num_heads, width, slice(1, 3))
     add("layers/out/kernel", [_ATTENTION + "out/kernel"], merge)
     add("position", ["couplings/dnn/posemb"], _single)

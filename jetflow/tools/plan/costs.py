@@ -86,7 +86,7 @@ def forward_flops(params: Any, tokens: int) -> float:
         if name.endswith("/kernel"):
             total += 2.0 * tokens * math.prod(leaf.shape)
         if name.endswith("/qkv/kernel"):
-            total += 4.0 * tokens**2 * leaf.shape[-2] * math.prod(leaf.shape[:-2])
+            total += 4.0 * tokens**2 * leaf.shape[-1] * math.prod(leaf.shape[:-3])
     return total
 
 
