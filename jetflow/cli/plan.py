@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from typing import Any
 
 import jax
 
@@ -49,7 +50,8 @@ def run(options: PlanOptions) -> None:
     jax.config.update("jax_platforms", "cpu")  # which leaves accelerators of this machine alone
     arguments = (options.config, options.topology)
     names = ("slices", "method", "window", "sweeps", "cache_dtype")
-    settings = {name: getattr(options, name) for name in names} | {"program": options.what}
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    settings["program"] = options.what
     if not options.fit:
         plans = [roofline.plan(*arguments, **settings)]
     elif not (plans := roofline.fit(*arguments, **settings, progress=_show)):
@@ -63,8 +65,7 @@ def run(options: PlanOptions) -> None:
         return
     print("\n\n".join(map(describe, plans)))
     if options.fit:
-        best = f"remat {plans[0].remat} and batch {plans[0].batch_size}"
-        print(f"\nmost images a second, the first of these: {best}")
+        print(f"\nfastest: the first, remat {plans[0].remat} and batch {plans[0].batch_size}")
 
 
 def describe(plan: Plan) -> str:

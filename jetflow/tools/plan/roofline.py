@@ -166,10 +166,7 @@ def fit(
     progress: Callable[[Plan], None] = lambda plan: None,
     **settings: Any,
 ) -> list[Plan]:
-    """For each remat policy, the plan of the largest batch that fits, if any does; fastest first.
-
-    The fastest makes most images a second: with less recomputation fewer images fit, and a smaller
-    batch can still be the faster one.
+    """For each remat policy, the plan of the largest batch that fits, if any; fastest first.
 
     Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time: first the batch of the
     config, then what its memory lets expect.
@@ -186,7 +183,7 @@ def fit(
     parts = sharding.batch_parts(mesh)
     rows = {"train": parts * config.train.accumulation, "eval": parts}
     section = "train" if program == "train" else "eval"
-    largest: list[Any] = []
+    largest = []
     for policy in policies:
         tried: dict[int, Plan] = {}
 
@@ -203,7 +200,11 @@ def fit(
 
         if size := _largest(used, start=config[section].batch_size // rows[section]):
             largest.append(tried[size])
-    return sorted(largest, key=lambda plan: -plan.estimate.images_per_second)
+    return sorted(largest, key=_speed, reverse=True)
+
+
+def _speed(plan: Plan) -> float:
+    return plan.estimate.images_per_second if plan.estimate else 0.0
 
 
 def _largest(used: Callable[[int], float], start: int) -> int:
