@@ -190,6 +190,41 @@ def test_another_config_is_not_damage(tmp_path, change, message, warnings):
     assert warnings == []
 
 
+def attention_state(kernel, bias) -> dict[str, Any]:
+    """A layer's, with its moments."""
+    ones = jnp.arange(2 * 8 * 24, dtype=jnp.float32)
+    params = {"qkv": {"kernel": ones.reshape(kernel), "bias": ones[:48].reshape(bias)}}
+    moments = optax.adam(1e-3).init(params)
+    moments = jax.tree.map(lambda a: a + ones[: a.size].reshape(a.shape).astype(a.dtype), moments)
+    return {"params": params, "opt_state": moments}
+
+
+def test_query_key_and_value_of_version_0_1_are_rearranged(tmp_path, warnings):
+    """They were side by side in one axis. Any other shape is refused."""
+    old, new = attention_state((2, 8, 24), (2, 24)), attention_state((2, 8, 3, 8), (2, 3, 8))
+    with Checkpoints(tmp_path / "old") as checkpoints:
+        checkpoints.save(1, old, CONFIG)
+        assert_same(checkpoints.restore(abstract(new))[0], new)
+        assert_same(checkpoints.restore(abstract(old))[0], old)
+        for shape in ((2, 8, 3, 7), (2, 3, 8, 8), (2, 8, 12)):
+            kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
+            other = {"params": {"qkv": {"kernel": kernel, "bias": new["params"]["qkv"]["bias"]}}}
+            message = rf"qkv/kernel is float32\[2,8,24\] there and float32\[{shape[0]},{shape[1]},"
+            with pytest.raises(UsageError, match=message):
+                checkpoints.restore(other)
+    path = tmp_path / "old" / "1" / "record" / "metadata"
+    record = json.loads(path.read_text())
+    record["arrays"]["params/qkv/kernel"][1] = "0" * 8
+    path.write_text(json.dumps(checksums.seal({key: record[key] for key in ("config", "arrays")})))
+    with pytest.raises(UsageError, match="damaged: the checksum of params/qkv/kernel is"):
+        Checkpoints(tmp_path / "old").restore(abstract(new), 1)
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        checkpoints.save(1, new, CONFIG)
+        assert_same(checkpoints.restore(abstract(new))[0], new)
+        with pytest.raises(UsageError, match="does not fit"):
+            checkpoints.restore(abstract(old))
+
+
 # What stays on disk
 
 

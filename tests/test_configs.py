@@ -38,6 +38,13 @@ def test_config_builds(name):
             assert config.data.name == f"photos/{argument[1:]}"
 
 
+def test_a_published_float32_likelihood_has_the_precision_of_float32():
+    for aim, expected in (("likelihood", ("float32", "highest")),
+                          ("conditional", ("bfloat16", "default"))):  # fmt: skip
+        flow = configs.read(f"{CONFIGS}/imagenet64_tarflow.py:{aim}").flow
+        assert (flow.dtype, flow.precision) == expected
+
+
 @pytest.mark.parametrize("argument", [":64", ":smoke,64x5x2", ":64x5,32x2"])
 def test_unknown_arguments_are_refused(argument):
     with pytest.raises(UsageError, match="expected one of 32x2, 64x5, smoke, or CHOICE,smoke"):

@@ -1,8 +1,13 @@
 """The mesh, and where the arrays of a run lie on it."""
 
 import dataclasses
+import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +23,8 @@ from jetflow.noise import Noise
 from jetflow.training.log import SPEED
 from jetflow.training.step import Trainer
 from jetflow.types import UsageError
+
+GOLDEN = Path(__file__).parent / "golden" / "workdirs" / "tar"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,7 @@ def test_large_arrays_are_split_and_layers_over_tensor():
     }
     for prefix in ("params/blocks_0/transformer/layers", "opt_state/1/nu/net/layers"):
         shapes |= {
-            f"{prefix}/qkv/kernel": ((4, 256, 768), P(None, "fsdp", "tensor")),
+            f"{prefix}/qkv/kernel": ((4, 256, 3, 256), P(None, "fsdp", None, "tensor")),
             f"{prefix}/out/kernel": ((4, 256, 256), P(None, "tensor", "fsdp")),
             f"{prefix}/mlp_in/bias": ((64, 1024), P("fsdp", "tensor")),
             f"{prefix}/mlp_out/kernel": ((4, 1024, 256), P(None, "tensor", "fsdp")),
@@ -116,6 +123,111 @@ def test_the_state_of_a_device_falls_with_their_number():
         )
         bytes_per_device = sharding.bytes_per_device(placed)
         assert bytes_per_device == pytest.approx(total / fsdp, rel=0.02 * (fsdp - 1) ** 0.5)
+
+
+# In a process of its own, as the number of devices is fixed when JAX starts.
+ON_FOUR_DEVICES = """
+import json, re, sys
+from pathlib import Path
+import jax, numpy as np
+import tiny_runs
+from jetflow import checksums, sharding
+from jetflow.checkpoint import Checkpoints
+from jetflow.evals import likelihoods
+from jetflow.training.experiment import set_up
+
+sharding.SMALLEST_SHARDED = 1024
+GOLDEN = Path(sys.argv[1])
+BATCH, TOKENS = 22, 16  # 11 divides the size of no weight
+fields = {"flow.num_blocks": 1, "flow.width": 64, "flow.patch_size": 2, "train.accumulation": 1}
+
+def run(precision="default", **mesh):
+    more = {f"mesh.{axis}": size for axis, size in mesh.items()} | {"flow.precision": precision}
+    config = tiny_runs.config("tarflow", **fields | more | {"train.batch_size": BATCH})
+    return set_up(config)
+
+def size(dims):
+    dims = [int(dim) for dim in dims.split(",") if dim]
+    return int(np.prod(dims)) if any(dim % 11 == 0 for dim in dims) else 0
+
+moves = {}
+for mesh in ({"data": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 2}):
+    trained = run(**mesh)
+    lowered = trained.lower_step(trained.abstract_state, trained.abstract_batch(BATCH))
+    kinds = " (all-to-all|all-gather|collective-permute)(-start)?[(]"
+    lines = [line for line in lowered.compile().as_text().splitlines() if re.search(kinds, line)]
+    least = BATCH // trained.mesh.shape["data"] // trained.mesh.shape["fsdp"] * TOKENS * 16
+    moves[str(mesh)] = [
+        line.strip() for line in lines
+        if any(size(dims) >= least for dims in re.findall(r"f32.([0-9,]*).", line.split("(")[0]))
+    ]
+
+products = {}
+for precision in ("default", "highest"):
+    made = run(precision, data=1, fsdp=2, tensor=2)
+    state, batch, flow = made.abstract_state, made.abstract_batch(BATCH), made.trainer.flow
+    variables = {"params": state.params, **state.collections}
+    sampler = made.sampler(variables, guidance=1.0, denoise=True)
+    z = jax.ShapeDtypeStruct((BATCH, *flow.latent_shape), np.float32, sharding=batch.image.sharding)
+    programs = {
+        "train": made.lower_step(state, batch),
+        "evaluate": likelihoods.lower(flow, variables, batch, made.mesh),
+        "sample": sampler.lower(z, batch.label),
+    }
+    for name, program in programs.items():
+        lines = [line for line in program.as_text().splitlines() if "dot_general" in line]
+        highest = [line for line in lines if "[HIGHEST, HIGHEST]" in line]
+        products[f"{name} {precision}"] = len(lines), len(highest)
+
+file, settings = tiny_runs.FLOWS["tarflow"]
+golden = tiny_runs.configs.read(str(tiny_runs.ROOT / "configs" / file))
+for name, value in {"flow.num_blocks": 2, "flow.width": 64, "mesh.data": 1, "mesh.fsdp": 2,
+                    "mesh.tensor": 2}.items():
+    tiny_runs.configs.change(golden, name, value)
+_, stored = tiny_runs.read_state(GOLDEN)
+wanted = checksums.flatten(set_up(golden).abstract_state)
+with Checkpoints(GOLDEN / "checkpoints") as checkpoints:
+    restored = checksums.flatten(checkpoints.restore(set_up(golden).abstract_state)[0])
+rearranged = []
+for path, array in restored.items():
+    assert array.sharding == wanted[path].sharding, path
+    assert np.asarray(array).tobytes() == stored[path].tobytes(), path
+    if array.shape != stored[path].shape:
+        rearranged.append(f"{path} {array.sharding.spec}")
+print(json.dumps([moves, products, rearranged]))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_four_devices():
+    process = subprocess.run(
+        [sys.executable, "-c", ON_FOUR_DEVICES, str(GOLDEN)],
+        env=tiny_runs.environment(JAX_NUM_CPU_DEVICES="4", PYTHONPATH=os.pathsep.join(sys.path)),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_splitting_heads_moves_no_activations(on_four_devices):
+    """Query, key and value of a head lie on the same devices: sums apart, nothing is exchanged."""
+    moves, _, _ = on_four_devices
+    assert len(moves) == 2
+    assert not any(moves.values()), moves
+
+
+def test_products_on_a_mesh_have_the_precision_that_is_asked_for(on_four_devices):
+    """Those of gathered weights and their gradients too; in evaluation and sampling as well."""
+    _, products, _ = on_four_devices
+    for name, (count, highest) in products.items():
+        assert count > 6 and highest == (count if "highest" in name else 0), name
+
+
+def test_a_run_of_version_0_1_is_restored_on_a_mesh_to_the_last_bit(on_four_devices):
+    """Query, key and value of its layers, their average and both moments are rearranged."""
+    _, _, rearranged = on_four_devices
+    assert len(rearranged) == 4 * 2 * 2  # blocks, kernel and bias
+    assert any("None, 'fsdp', None, 'tensor'" in line for line in rearranged)
 
 
 @pytest.mark.slow
