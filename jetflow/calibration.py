@@ -69,6 +69,7 @@ def calibrate(sampler: Sampler, base: Decoding, batch_size: int) -> list[int]:
     index = np.arange(batch_size)
     label = sampler.place(index % flow.num_classes if flow.num_classes else None)
     z = sampler.place(sampler.latents(jax.random.key(0), index))
+    tried = windows(flow.latent_shape[0], jax.devices()[0].platform)
     best, hidden = [], None if hosts.is_first() else True
     numbers, total = reversed(range(len(flow.blocks))), len(flow.blocks)
     bar = tqdm(numbers, "measuring", total, unit=" blocks", disable=hidden, leave=False)
@@ -81,15 +82,19 @@ def calibrate(sampler: Sampler, base: Decoding, batch_size: int) -> list[int]:
                 decoding = dataclasses.replace(base, window=window)
                 return statistics.median(timed(lambda: _decode(*inputs, decoding), REPEATS))
 
-            best.append(min(windows(flow.latent_shape[0]), key=seconds))
+            best.append(min(tried, key=seconds))
             z = _decode(*inputs, base)[0]
     return best[::-1]
 
 
-def windows(tokens: int) -> list[int]:
-    """Those that are tried: token by token, the default of jacobi, and its halves."""
-    widest = max(1, min(WINDOW, tokens - 1))
-    halves = [2**power for power in range(3, WINDOW.bit_length()) if 2**power < widest]
+def windows(tokens: int, platform: str) -> list[int]:
+    """Those that are tried: token by token, the widest, and powers of two below it.
+
+    The widest is the default of jacobi on CPUs. On accelerators it is all tokens: with few images
+    a sweep of many tokens takes hardly longer there than one of few.
+    """
+    widest = max(1, min(WINDOW if platform == "cpu" else tokens, tokens - 1))
+    halves = [2**power for power in range(3, widest.bit_length()) if 2**power < widest]
     return list(dict.fromkeys([1, widest, *reversed(halves)]))
 
 

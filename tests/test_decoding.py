@@ -94,9 +94,14 @@ def test_the_default_tolerance_is_below_a_thousandth_of_a_grey_level():
     assert max(sweeps) <= 8
 
 
+def test_accelerators_try_windows_of_all_tokens():
+    assert calibration.windows(1024, "cpu") == [1, 256, 128, 64, 32, 16, 8]
+    assert calibration.windows(1024, "gpu") == [1, 1023, 512, 256, 128, 64, 32, 16, 8]
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_few_tokens(tokens):
-    assert {1, max(1, tokens - 1)} == {*calibration.windows(tokens)}
+    assert {1, max(1, tokens - 1)} == {*calibration.windows(tokens, "cpu")}
     flow = flow_laws.tarflow((2 * tokens, 2, 1), dtype="float32", num_blocks=1)
     variables = flow_laws.random_variables(flow, jnp.float32)
     images = [

@@ -9,13 +9,16 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows import affine
+from jetflow.nn.attention import platform
 from jetflow.nn.causal import KERNEL_INIT, Cache, CausalTransformer, bias_init, enlarged
 from jetflow.nn.dense import at_least_float32
 from jetflow.nn.transformer import class_token
 from jetflow.types import BlockInputs, BlockOutputs, Decoding, Guidance
 
 LARGEST_GUESS = 1e4  # far above any token's value, far below what overflows in a net
-SEGMENT, MOST_SEGMENTS = 64, 3  # tokens between enlargements of the cache; each is compiled anew
+# Tokens between enlargements of the cache. Each stage is compiled anew; its steps read the whole
+# cache, which is what bounds accelerators.
+SEGMENT, MOST_SEGMENTS = 64, {"tpu": 8, "gpu": 8, "cpu": 3}
 EMBEDDING_INIT = nn.initializers.normal(stddev=1e-2)
 
 
@@ -247,7 +250,7 @@ class AutoregressiveBlock(nn.Module):
 
 def _segments(steps: int) -> list[slice]:
     """The steps of sequential decoding between which the cache grows."""
-    count = min(-(-steps // SEGMENT), MOST_SEGMENTS)
+    count = min(-(-steps // SEGMENT), MOST_SEGMENTS[platform() or "cpu"])
     bounds = [steps * number // count for number in range(count + 1)] if count else []
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 

@@ -61,10 +61,11 @@ class Cached(NamedTuple):
         batch, groups, _, width = self.entries.shape
         new = new.reshape(batch, groups, -1, *new.shape[2:]).swapaxes(2, 3)
         new = new.reshape(batch, groups, -1, width)
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
-        return jax.tree.map(
-            lambda old, part: write(old, part.astype(old.dtype)), self, Cached(new, scale)
-        )
+
+        def write(old: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=2)
+
+        return jax.tree.map(write, self, Cached(new, scale))
 
 
 class KVCache(NamedTuple):

@@ -28,14 +28,8 @@ def bias_init(fan_in: int) -> Initializer:
 
 def enlarged(cache: Cache, tokens: int) -> Cache:
     """The cache with room for so many tokens."""
-
-    def pad(array: Array) -> Array:
-        widths = [
-            (0, tokens - array.shape[2]) if axis == 2 else (0, 0) for axis in range(array.ndim)
-        ]
-        return jnp.pad(array, widths)
-
-    return jax.tree.map(pad, cache)
+    more = lambda a: jnp.zeros((*a.shape[:2], tokens - a.shape[2], *a.shape[3:]), a.dtype)  # noqa: E731
+    return jax.tree.map(lambda a: jnp.concatenate([a, more(a)], axis=2), cache)
 
 
 class CausalTransformer(nn.Module):
@@ -83,13 +77,13 @@ class CausalTransformer(nn.Module):
     def layer_params(self) -> tuple[Any, ...]:
         """The parameters of each layer, for `extend`: a loop would cut them out at each token.
 
-        Kernels as `TransposedDense` takes them.
+        Kernels as `TransposedDense` takes them, in the dtype of the net.
         """
         stacked: Any = flatten_dict(self.layers.variables["params"])
         for path in stacked:
             if path[-1] == "kernel":
-                layers, width, *_ = stacked[path].shape
-                stacked[path] = stacked[path].reshape(layers, width, -1).swapaxes(1, 2)
+                kernels = stacked[path].astype(self.dtype)
+                stacked[path] = kernels.reshape(*kernels.shape[:2], -1).swapaxes(1, 2)
         return tuple(
             unflatten_dict({path: array[index] for path, array in stacked.items()})
             for index in range(self.num_layers)

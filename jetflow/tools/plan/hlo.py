@@ -104,14 +104,12 @@ def executions(program: Program, sweeps: int = 1) -> Iterator[tuple[Computation,
             if instruction.opcode not in _CALLERS:
                 continue
             is_loop = instruction.opcode == "while"
-            trips = trip_count(program, computation, instruction) if is_loop else 1
+            known = trip_count(program, computation, instruction) if is_loop else 1
+            trips = times * (sweeps if known is None else known)
             inner = is_fused or instruction.opcode == "fusion"
             for several, one in _CALLED.findall(instruction.attributes):
                 names = re.findall(r"[\w.\-]+", several or one)
-                waiting += [
-                    (program[name], times * (sweeps if trips is None else trips), inner)
-                    for name in names
-                ]
+                waiting += [(program[name], trips, inner) for name in names]
 
 
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
