@@ -27,8 +27,7 @@ REMEDIES = (
 class PlanOptions(Options):
     config: Config = option(example="configs/NAME.py")
     topology: str = option(
-        help="GENERATION:SHAPE; TPUs in chips: v5e:4x4, v5p:4x4x4; GPUs in nodes x GPUs: h100:8, "
-        "h100:2x8",
+        help="GENERATION:SHAPE; TPUs in chips: v5e:4x4; GPUs in nodes x GPUs: h100:8, h100:2x8",
         example="GENERATION:SHAPE, as in v5e:4x4",
     )
     slices: int = option(1, "number of slices of that topology of TPUs, joined by data", least=1)
