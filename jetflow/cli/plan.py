@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from typing import Any
 
 import jax
 
@@ -26,8 +27,7 @@ REMEDIES = (
 class PlanOptions(Options):
     config: Config = option(example="configs/NAME.py")
     topology: str = option(
-        help="GENERATION:SHAPE; TPUs in chips: v5e:4x4, v5p:4x4x4; GPUs in nodes x GPUs: h100:8, "
-        "h100:2x8",
+        help="GENERATION:SHAPE; TPUs in chips: v5e:4x4; GPUs in nodes x GPUs: h100:8, h100:2x8",
         example="GENERATION:SHAPE, as in v5e:4x4",
     )
     slices: int = option(1, "number of slices of that topology of TPUs, joined by data", least=1)
@@ -49,7 +49,8 @@ def run(options: PlanOptions) -> None:
     jax.config.update("jax_platforms", "cpu")  # which leaves accelerators of this machine alone
     arguments = (options.config, options.topology)
     names = ("slices", "method", "window", "sweeps", "cache_dtype")
-    settings = {name: getattr(options, name) for name in names} | {"program": options.what}
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    settings["program"] = options.what
     if not options.fit:
         plans = [roofline.plan(*arguments, **settings)]
     elif not (plans := roofline.fit(*arguments, **settings, progress=_show)):
@@ -63,8 +64,7 @@ def run(options: PlanOptions) -> None:
         return
     print("\n\n".join(map(describe, plans)))
     if options.fit:
-        best = f"remat {plans[0].remat} and batch {plans[0].batch_size}"
-        print(f"\nmost images a second, the first of these: {best}")
+        print(f"\nfastest: the first, remat {plans[0].remat} and batch {plans[0].batch_size}")
 
 
 def describe(plan: Plan) -> str:

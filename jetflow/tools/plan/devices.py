@@ -32,18 +32,6 @@ _WITHOUT_GPU = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """What XLA asks of an NVIDIA GPU before it compiles for one."""
-
-    compute_capability: int  # the major number
-    cores: int  # streaming multiprocessors
-    units: int  # of float32 arithmetic, a core
-    shared_memory: int  # bytes a core
-    cache: int  # bytes of the L2 cache
-    clock: float  # GHz
-
-
-@dataclasses.dataclass(frozen=True)
 class Accelerator:
     """A JAX device: a TPU chip, or half of one of tpu7x, or a GPU."""
 
@@ -56,19 +44,19 @@ class Accelerator:
     topologies: tuple[str, ...]  # shapes of a slice, in chips, or examples of nodes x GPUs
     float32_flops: tuple[float, float, float]  # peaks at precision default, high and highest
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of libtpu
-    chip: Chip | None = None  # of a GPU
+    chip: str = ""  # of a GPU, as XLA describes it
 
     @property
     def capacity(self) -> int:
         """Memory for a program: of a GPU, the share that JAX allocates."""
         share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
-        return int(self.hbm_bytes * (share if self.chip else 1.0))
+        return int(self.hbm_bytes * (share if self.chip else 1))
 
     def peak(self, arithmetic: str) -> float:
         """FLOPs a second of matrix products: "bfloat16", or "float32" with a precision."""
-        precisions = ("float32 default", "float32 high", "float32 highest")
-        peaks = dict(zip(precisions, self.float32_flops, strict=True))
-        return peaks.get(arithmetic, self.flops)
+        _, _, precision = arithmetic.partition(" ")
+        precisions = ("default", "high", "highest")
+        return self.float32_flops[precisions.index(precision)] if precision else self.flops
 
 
 _PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -92,9 +80,24 @@ def _gpu(kind: str, memory: int, flops: float, tf32, float32, hbm, nvlink, netwo
     return Accelerator(kind, memory, flops, hbm, nvlink, network, _NODES, peaks, chip=chip)
 
 
-_AMPERE = Chip(8, 108, 64, 167_936, 41_943_040, 1.41)
-_HOPPER = Chip(9, 132, 128, 233_472, 52_428_800, 1.98)
-_BLACKWELL = Chip(10, 148, 128, 233_472, 132_644_864, 1.965)
+_AMPERE = (
+    "cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 "
+    "shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 l2_cache_size: 41943040"
+)
+_HOPPER = (
+    "cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 "
+    "shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 l2_cache_size: 52428800"
+)
+_BLACKWELL = (
+    "cuda_compute_capability { major: 10 } core_count: 148 fpus_per_core: 128 clock_rate_ghz: 1.965"
+    " shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 l2_cache_size: 132644864"
+)
+_ANY_CHIP = (
+    "threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 "
+    "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 "
+    "registers_per_core_limit: 65536 registers_per_block_limit: 65536 "
+    "shared_memory_per_block: 49152"
+)
 
 ACCELERATORS = {
     "v4": _tpu("TPU v4", 30.75, 275e12, 1228e9, 300e9, 6.25e9, _BLOCKS, _MEGACORE),
@@ -190,22 +193,10 @@ def _gpu_devices(topology: str, accelerator: Accelerator, slices: int) -> Sequen
 
 def _target(gpu: Accelerator) -> str:
     """The description of a GPU that XLA compiles for, a GpuTargetConfigProto."""
-    chip = gpu.chip
-    assert chip
-    return f"""gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: {chip.shared_memory - 1024}
-  shared_memory_per_core: {chip.shared_memory} l2_cache_size: {chip.cache}
-  core_count: {chip.cores} fpus_per_core: {chip.units} clock_rate_ghz: {chip.clock}
-  cuda_compute_capability {{ major: {chip.compute_capability} }}
-  memory_bandwidth: {gpu.hbm_bandwidth:.0f} device_memory_size: {gpu.hbm_bytes}
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 }}
-runtime_version {{ major: 12 minor: 9 patch: 0 }}
-device_description_str: "{gpu.kind}"
+    memory = f"memory_bandwidth: {gpu.hbm_bandwidth:.0f} device_memory_size: {gpu.hbm_bytes}"
+    return f"""gpu_device_info {{ {_ANY_CHIP} {gpu.chip} {memory} }} platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 9 patch: 0 }}
+    device_description_str: "{gpu.kind}"
 """
 
 
@@ -216,15 +207,9 @@ def compiling(accelerator: Accelerator) -> Iterator[None]:
     JAX looks among the GPUs of this machine which vendor's platform "gpu" is, and refuses where
     there are none (github.com/jax-ml/jax/issues/23971). Here it is "cuda".
     """
-    if not accelerator.chip:
-        yield
-        return
-    real = xla_bridge.canonicalize_platform
-
-    def canonical(platform: str) -> str:
-        return "cuda" if platform == "gpu" else real(platform)
-
-    with mock.patch.object(xla_bridge, "canonicalize_platform", canonical):
+    real, name = xla_bridge.canonicalize_platform, "canonicalize_platform"
+    patched = mock.patch.object(xla_bridge, name, lambda p: "cuda" if p == "gpu" else real(p))
+    with patched if accelerator.chip else contextlib.nullcontext():
         yield
 
 

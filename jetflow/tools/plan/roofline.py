@@ -3,8 +3,10 @@
 The programs are those of training, evaluation and sampling, compiled for absent devices.
 """
 
+import bisect
 import copy
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -164,13 +166,10 @@ def fit(
     progress: Callable[[Plan], None] = lambda plan: None,
     **settings: Any,
 ) -> list[Plan]:
-    """For each remat policy, the plan of the largest batch that fits, if any does; fastest first.
+    """For each remat policy, the plan of the largest batch that fits, if any; fastest first.
 
-    The fastest makes most images a second: with less recomputation fewer images fit, and a smaller
-    batch can still be the faster one.
-
-    Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time, starting from the batch
-    of the config.
+    Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time: first the batch of the
+    config, then what its memory lets expect.
 
     Args:
         progress: called with each plan that is tried.
@@ -184,36 +183,54 @@ def fit(
     parts = sharding.batch_parts(mesh)
     rows = {"train": parts * config.train.accumulation, "eval": parts}
     section = "train" if program == "train" else "eval"
-    largest: list[Any] = []
+    largest = []
     for policy in policies:
         tried: dict[int, Plan] = {}
 
-        def fits(size: int, policy: str = policy, tried: dict[int, Plan] = tried) -> bool:
+        def used(size: int, policy: str = policy, tried: dict[int, Plan] = tried) -> float:
             changed = copy.deepcopy(config)
             changed.flow.remat = policy
             for name, least in rows.items():
                 changed[name].batch_size = least * (size if name == section else 1)
             tried[size] = plan(changed, topology, program=program, **settings)
             progress(tried[size])
-            return tried[size].fits
+            memory = tried[size].memory
+            state = memory.params + memory.optimizer + memory.ema
+            return (memory.total - state) / max(1, memory.capacity - state)
 
-        if size := _largest(fits, start=config[section].batch_size // rows[section]):
+        if size := _largest(used, start=config[section].batch_size // rows[section]):
             largest.append(tried[size])
-    return sorted(largest, key=lambda plan: -plan.estimate.images_per_second)
+    return sorted(largest, key=_speed, reverse=True)
 
 
-def _largest(fits: Callable[[int], bool], start: int) -> int:
-    """The largest size of 1, 2, 3, 4, 6, 8, 12, … that fits, 0 for none."""
-    size = 2 ** max(0, start.bit_length() - 1)
-    if fits(size):
-        while fits(2 * size):
-            size *= 2
-    else:
-        size //= 2
-        while size and not fits(size):
-            size //= 2
-    between = 3 * size // 2
-    return between if size > 1 and fits(between) else size
+def _speed(plan: Plan) -> float:
+    return plan.estimate.images_per_second if plan.estimate else 0.0
+
+
+def _largest(used: Callable[[int], float], start: int) -> int:
+    """The largest size of 1, 2, 3, 4, 6, 8, 12, … that fits, 0 for none.
+
+    Args:
+        used: the share that a size takes of the memory for it, about in proportion to the size.
+    """
+    used = functools.cache(used)
+    sizes = sorted({power * factor for power in (2**n for n in range(40)) for factor in (1, 3)})
+    index, last, share = max(0, bisect.bisect_right(sizes, start) - 1), 0, 0.0
+    for _ in range(3):  # along the line through the last two sizes that were tried
+        size = sizes[index]
+        slope = (used(size) - share) / (size - last)
+        if slope <= 0:
+            break
+        guess = min(16 * size, size + (1 - used(size)) / slope)
+        last, share = size, used(size)
+        index = max(0, bisect.bisect_right(sizes, guess) - 1)
+        if sizes[index] == last:
+            break
+    while index >= 0 and used(sizes[index]) > 1:
+        index -= 1
+    while index >= 0 and used(sizes[index + 1]) <= 1:
+        index += 1
+    return sizes[index] if index >= 0 else 0
 
 
 def _lower(
