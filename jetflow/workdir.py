@@ -63,6 +63,7 @@ FREE = (
     "train.keep_checkpoints",
     "train.keep_every",
     "flow.attention",
+    "flow.scan",
     "mesh",
     "data.workers",
     "resolved.defaults",

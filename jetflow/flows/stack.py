@@ -146,7 +146,7 @@ class Stack(nn.Module):
                     return inverse.x, inverse
 
                 stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
-                _, inverses = jax.lax.scan(inverse, *affine.widen(z), stacked)
+                _, inverses = jax.lax.scan(inverse, affine.widen(z)[0], stacked)
                 return [jax.tree.map(lambda a, i=i: a[i], inverses) for i in range(len(blocks))]
         inverses = []
         for block, how in zip(reversed(self.blocks), reversed(each), strict=True):

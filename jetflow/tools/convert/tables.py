@@ -71,11 +71,9 @@ def tarflow(depths: Sequence[int]) -> Table:
             weight, turn = ("scale", _same) if "norm" in name else ("kernel", np.transpose)
             kernel, bias = _QKV if "qkv" in name else ((turn, turn), (_same, _same))
             for part, end, change in (("weight", weight, kernel), ("bias", "bias", bias)):
-                rows[f"{ours}{path}/{end}"] = Row(
-                    [[f"{layer}.{part}"] for layer in layers],
-                    *change,
-                    axis=0 if is_stacked else None,
-                )
+                names = [[f"{layer}.{part}"] for layer in layers]
+                axis = 0 if is_stacked else None
+                rows[f"{ours}{path}/{end}"] = Row(names, *change, axis=axis)
     return Table(rows, constants)
 
 
