@@ -16,10 +16,11 @@ from jetflow.tools.sweep.store import Store
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SCALING = (ROOT / "docs" / "scaling.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def test_python_example():
@@ -70,13 +71,13 @@ def test_commands_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
     commands = [
         part
-        for block in blocks("bash")
+        for block in blocks("bash") + blocks("bash", SCALING)
         for line in block.splitlines()
         for part in line.partition("#")[0].split("&&")
         if part.strip().startswith("jetflow ")
     ]
     assert len(commands) >= 5
-    tables = re.findall(r"\| `(jetflow [^`]*)` \|$", README, flags=re.MULTILINE)
+    tables = re.findall(r"\| `(jetflow [^`]*)` \|$", README + SCALING, flags=re.MULTILINE)
     assert len(tables) >= 15
     for line in [*commands, *tables]:
         name, *arguments = shlex.split(line)[1:]
