@@ -227,6 +227,7 @@ def _splash(
     _, tokens, heads, head_dim = query.shape
     padded = -(-tokens // LANES) * LANES
     block = next(size for size in (LARGEST_BLOCK, 256, LANES) if padded % size == 0)
+    layout = kernels.QKVLayout.SEQ_MINOR  # heads of 64 fill half of a register, tokens all of it
     mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))
     splash = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
@@ -236,6 +237,9 @@ def _splash(
             block_q_dkv=block,
             block_kv_dkv=block,
             use_fused_bwd_kernel=True,
+            q_layout=layout,
+            k_layout=layout,
+            v_layout=layout,
         ),
         head_shards=1,
         q_seq_shards=1,

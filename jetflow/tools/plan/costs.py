@@ -58,7 +58,7 @@ class Cost:
 
     flops: float  # of matrix products and convolutions: two per multiplication with addition
     flops_by_arithmetic: dict[str, float]  # "bfloat16", or "float32" with a precision
-    hbm_bytes: float  # read from and written to main memory, without padding
+    hbm_bytes: float  # read from and written to main memory, with padding
     collectives: tuple[Collective, ...]
     unknown_loops: int  # loops of unknown length, counted as `cost` says
 
@@ -222,10 +222,11 @@ def _attention_flops(computation: Computation, call: Instruction) -> float:
     if not (splash or cudnn):
         return 0.0
     shapes = [computation[name].result[0].shape for name in call.operands]
-    batch, first, second, head_dim = next(shape for shape in shapes if len(shape) == 4)
-    # Of cuDNN's the order of heads and tokens is not in the shape.
+    batch, heads, head_dim, tokens = next(shape for shape in shapes if len(shape) == 4)
+    # Of cuDNN's the order of heads and tokens is not in the shape, and the width comes last.
     logits = call.attribute(r'intermediate_tensor_shape":.*?"dimensions":\s*\[([\d,"\s]*)\]')
-    _, heads, tokens, _ = map(int, re.findall(r"\d+", logits)) if logits else (0, first, second, 0)
+    if cudnn:
+        head_dim, heads, tokens = tokens, *map(int, re.findall(r"\d+", logits or "")[1:3])
     is_causal = call.attribute(r'(/causal/|"mask_type":\s*"CAUSAL")')
     tiles = -(-tokens // (LARGEST_BLOCK if splash else CUDNN_TILE))
     share = (tiles + 1) / (2 * tiles) if is_causal else 1.0
