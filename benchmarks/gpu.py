@@ -44,7 +44,12 @@ PARTS: dict[str, tuple[float, tuple[str, ...]]] = {
     "bpd": (0.8, ("fit", "bpd")),
     "resume": (1.2, ("resume plain", "resume deterministic")),
 }  # fmt: skip
-CARDS = {"H200": "h200:1", "H100": "h100:1", "A100": "a100:1", "B200": "b200:1"}  # -> topology
+CARDS = {  # as nvidia-smi names them -> topology
+    "NVIDIA H200": "h200:1",
+    "NVIDIA H100 80GB HBM3": "h100:1",
+    "NVIDIA A100-SXM4-80GB": "a100:1",
+    "NVIDIA B200": "b200:1",
+}
 SKIPPED = 3  # exit status of a task that cannot run on this machine
 
 # part -> columns of its table: title, field of a record, format
@@ -165,6 +170,7 @@ def environment(folder: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "CUDA_VISIBLE_DEVICES": "0",  # one card, for both frameworks
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
@@ -211,7 +217,7 @@ class Report:
     def topology(self) -> str:
         """The name that `jetflow plan` has for the card; "" for none."""
         card = self.content["machine"]["card"]
-        return next((topology for name, topology in CARDS.items() if name in card), "")
+        return CARDS.get(card.partition(",")[0], "")
 
     def add(self, part: str, task: str, records: list, outcome: str, seconds: float) -> None:
         entry = {"task": task, "outcome": outcome, "seconds": round(seconds, 1), "records": records}

@@ -72,6 +72,10 @@ def main() -> None:
 def in_torch(flow: Any, variables: Any) -> torch_tarflow.TarFlow:
     """The same TarFlow in PyTorch; its blocks are of one depth."""
     net = flow.blocks[0].transformer
+    if net.width != net.num_heads * torch_tarflow.HEAD_DIM:
+        raise SystemExit(
+            f"the heads are not of {torch_tarflow.HEAD_DIM} features, as PyTorch's are"
+        )
     copy = torch_tarflow.TarFlow(
         flow.image_shape,
         patch_size=flow.pixels.patch_size,

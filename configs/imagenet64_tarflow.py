@@ -6,8 +6,8 @@ dimension. For samples, with gaussian noise of 0.05, `:unconditional` has FID 18
 
 The paper cites van den Oord's version for what has no labels, while its code reads images by class,
 as Chrabaszcz's version has them. We take Chrabaszcz's, whose likelihoods are lower: the 2.99 may be
-of either. `--config.data.name=imagenet64_old` is the other. Its precision is that of float32 on
-every platform: by default TPUs and newer GPUs would round what they multiply.
+of either. `--config.data.name=imagenet64_old` is the other. `:likelihood` multiplies in
+full float32: by default TPUs and newer GPUs would round the factors.
 
 Ours: where samples are the aim, the batch of 256 and nets in bfloat16; rematerialisation, and the
 state split over the devices; the strength of guidance is to be searched, see configs/sweeps. With

@@ -1,6 +1,7 @@
 """The windows that decode each block of a TarFlow fastest on this machine, measured once."""
 
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -80,7 +81,12 @@ def calibrate(sampler: Sampler, base: Decoding, batch_size: int) -> list[int]:
 
             def seconds(window: int, inputs=inputs) -> float:
                 decoding = dataclasses.replace(base, window=window)
-                return statistics.median(timed(lambda: _decode(*inputs, decoding), REPEATS))
+                try:
+                    return statistics.median(timed(lambda: _decode(*inputs, decoding), REPEATS))
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    return math.inf  # a wide window's logits can be larger than the memory
 
             best.append(min(tried, key=seconds))
             z = _decode(*inputs, base)[0]
@@ -90,8 +96,8 @@ def calibrate(sampler: Sampler, base: Decoding, batch_size: int) -> list[int]:
 def windows(tokens: int, platform: str) -> list[int]:
     """Those that are tried: token by token, the widest, and powers of two below it.
 
-    The widest is the default of jacobi on CPUs. On accelerators it is all tokens: with few images
-    a sweep of many tokens takes hardly longer there than one of few.
+    The widest is the default of jacobi on CPUs. On accelerators, which have arithmetic to spare
+    with few images, it is all tokens.
     """
     widest = max(1, min(WINDOW if platform == "cpu" else tokens, tokens - 1))
     halves = [2**power for power in range(3, widest.bit_length()) if 2**power < widest]

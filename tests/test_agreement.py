@@ -51,7 +51,7 @@ def test_labels_are_needed(trained):
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_digits_are_told_by_their_likelihoods(tmp_path):
-    """A short training of the README's classifier, which ends at 0.970."""
+    """By a shorter training than the README's classifier has, whose accuracy is 0.970."""
     workdir = tmp_path / "digits"
     config = tiny_runs.ROOT / "configs" / "digits_tarflow.py"
     command = ["train", "--config", str(config), "--workdir", str(workdir)]

@@ -261,6 +261,30 @@ ROWS = re.findall(
 )
 
 
+SPLASH = """\
+ENTRY %main (q: bf16[4,6,64,TOKENS]) -> bf16[4,6,TOKENS,64] {
+  %q = bf16[4,6,64,TOKENS]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %splash_mha_KIND.1 = bf16[4,6,TOKENS,64]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/MASK/splash"}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "products", "mask", "tokens", "tiles"),
+    [
+        ("fwd", 2, "full", 256, 1),
+        ("dkv", 5, "full", 1024, 1),
+        ("fwd", 2, "causal", 1024, 3 / 4),
+        ("dkv", 5, "causal", 768, 6 / 9),
+    ],
+)
+def test_splash_attention_counts_by_its_tiles(kind, products, mask, tokens, tiles):
+    """Of 512x512 where that divides the tokens, else of 256x256; masked ones are skipped."""
+    text = SPLASH.replace("KIND", kind).replace("MASK", mask).replace("TOKENS", str(tokens))
+    flops = costs.cost(text, devices=1).flops
+    assert flops == products * tiles * 2 * 4 * 6 * tokens**2 * 64
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(5))  # those of TPUs, and the first of GPUs
 def test_published_models_need_what_the_page_states(index):

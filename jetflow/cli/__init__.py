@@ -26,7 +26,7 @@ SUMMARIES = {
     "evaluate": "Measure a trained flow; writes JSON into the run's evals folder.",
     "sweep": "Train, sample and evaluate over a grid of settings; the same command resumes.",
     "report": "Make one HTML page of a run or a sweep, or its Markdown or CSV.",
-    "plan": "Say what a run needs on a TPU slice, and how long it takes at best.",
+    "plan": "Say what a run needs on TPUs or NVIDIA GPUs, and how long it takes at best.",
     "bench": "Measure how fast sampling, training or reading its data is on this machine.",
     "convert": "Make a workdir of a published checkpoint, or with --reverse a .pth of a workdir.",
 }

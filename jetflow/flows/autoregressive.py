@@ -250,7 +250,10 @@ class AutoregressiveBlock(nn.Module):
 
 def _segments(steps: int) -> list[slice]:
     """The steps of sequential decoding between which the cache grows."""
-    count = min(-(-steps // SEGMENT), MOST_SEGMENTS[platform() or "cpu"])
+    count = min(
+        -(-steps // SEGMENT),
+        MOST_SEGMENTS.get(platform() or jax.default_backend(), MOST_SEGMENTS["cpu"]),
+    )
     bounds = [steps * number // count for number in range(count + 1)] if count else []
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 

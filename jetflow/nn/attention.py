@@ -43,7 +43,8 @@ class Cached(NamedTuple):
 
     @classmethod
     def empty(cls, batch: int, heads: int, tokens: int, head_dim: int, dtype) -> "Cached":
-        is_padded = platform() == "tpu" and batch // parts("batch") % LANES  # else rows fill them
+        target = platform() or jax.default_backend()
+        is_padded = target == "tpu" and batch // parts("batch") % LANES  # else rows fill them
         side = max(1, LANES // head_dim) if is_padded else 1
         side = side if heads // parts("heads") % side == 0 else 1
         shape = (batch, heads // side, tokens, side * head_dim)
@@ -211,6 +212,11 @@ def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Arra
     return jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
 
 
+def tile(tokens: int) -> int:
+    """The side of a tile of logits that Splash attention computes at once."""
+    return next(size for size in (LARGEST_BLOCK, 256, LANES) if tokens % size == 0)
+
+
 def _splash(
     query: Heads,
     key: Heads,
@@ -226,7 +232,7 @@ def _splash(
 
     _, tokens, heads, head_dim = query.shape
     padded = -(-tokens // LANES) * LANES
-    block = next(size for size in (LARGEST_BLOCK, 256, LANES) if padded % size == 0)
+    block = tile(padded)
     layout = kernels.QKVLayout.SEQ_MINOR  # heads of 64 fill half of a register, tokens all of it
     mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))
     splash = kernels.make_splash_mha(

@@ -1,1 +1,1 @@
-"""What a run needs on TPUs and what it costs there, by its compiled programs."""
+"""What a run needs on TPUs or NVIDIA GPUs and what it costs there, by its compiled programs."""

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jetflow.nn.attention import LARGEST_BLOCK
+from jetflow.nn.attention import tile
 from jetflow.tools.plan import hlo
 from jetflow.tools.plan.hlo import Computation, Instruction, Program
 
@@ -228,7 +228,7 @@ def _attention_flops(computation: Computation, call: Instruction) -> float:
     if cudnn:
         head_dim, heads, tokens = tokens, *map(int, re.findall(r"\d+", logits or "")[1:3])
     is_causal = call.attribute(r'(/causal/|"mask_type":\s*"CAUSAL")')
-    tiles = -(-tokens // (LARGEST_BLOCK if splash else CUDNN_TILE))
+    tiles = -(-tokens // (tile(tokens) if splash else CUDNN_TILE))
     share = (tiles + 1) / (2 * tiles) if is_causal else 1.0
     is_forward = splash[1] == "fwd" if splash else "Backward" not in (cudnn or "")
     return (2 if is_forward else 5) * share * 2.0 * batch * heads * tokens**2 * head_dim

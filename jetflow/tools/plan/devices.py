@@ -49,8 +49,12 @@ class Accelerator:
     @property
     def capacity(self) -> int:
         """Memory for a program: of a GPU, the share that JAX allocates."""
-        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
-        return int(self.hbm_bytes * (share if self.chip else 1))
+        text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+        if not re.fullmatch(r"0?\.\d+|[01]\.?0*", text):
+            raise UsageError(
+                f"XLA_PYTHON_CLIENT_MEM_FRACTION is {text!r}; expected a share of the memory, 0.75"
+            )
+        return int(self.hbm_bytes * (float(text) if self.chip else 1))
 
     def peak(self, arithmetic: str) -> float:
         """FLOPs a second of matrix products: "bfloat16", or "float32" with a precision."""

@@ -250,7 +250,7 @@ def _lower(
     steps = flow.latent_shape[0] - 1
     window = min(sampler.decoding[0].window, steps) if sampler.decoding else 0
     if window > 1:
-        steps = math.ceil(sweeps * steps)
+        steps = max(1, math.ceil(sweeps * steps))
         passes *= steps * window / flow.latent_shape[0]
     return _Lowered(lowered, passes + (2 if sampler.denoise else 0), window, steps)
 
@@ -281,7 +281,8 @@ def _compile(
             hosts = {device.process_index for device in run.mesh.devices.flat}
             nodes = len(hosts) if accelerator.chip else 1
             text = compiled.as_text() or ""
-            cost = costs.cost(text, run.mesh.size, slices, nodes, lowered.sweeps)
+            sweeps = lowered.sweeps if lowered.window > 1 else 1
+            cost = costs.cost(text, run.mesh.size, slices, nodes, sweeps)
     memory = Memory(params, optimizer, ema, other, temporaries, total, capacity, capacity - total)
     return memory, cost
 
