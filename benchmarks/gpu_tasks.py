@@ -1,6 +1,7 @@
 """The tasks of benchmarks/gpu.py. Each is a process, which yields what it measured.
 
-JAX, PyTorch and jetflow are imported in the tasks that need them: no process computes with both frameworks.
+JAX, PyTorch and jetflow are imported in the tasks that need them: no process
+computes with both frameworks.
 """
 
 import dataclasses

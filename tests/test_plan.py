@@ -264,7 +264,8 @@ ROWS = re.findall(
 SPLASH = """\
 ENTRY %main (q: bf16[4,6,64,TOKENS]) -> bf16[4,6,TOKENS,64] {
   %q = bf16[4,6,64,TOKENS]{3,2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %splash_mha_KIND.1 = bf16[4,6,TOKENS,64]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/MASK/splash"}
+  ROOT %splash_mha_KIND.1 = bf16[4,6,TOKENS,64]{3,2,1,0} custom-call(%q, %q, %q), \
+metadata={op_name="jit(step)/MASK/splash"}
 }
 """
 

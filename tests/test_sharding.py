@@ -159,7 +159,10 @@ for mesh in ({"data": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 2}):
     least = BATCH // trained.mesh.shape["data"] // trained.mesh.shape["fsdp"] * TOKENS * 16
     moves[str(mesh)] = [
         line.strip() for line in lines
-        if any(size(dims) >= least for dims in re.findall(r"f32.([0-9,]*).", re.split(kinds, line)[0]))
+        if any(
+            size(dims) >= least
+            for dims in re.findall(r"f32.([0-9,]*).", re.split(kinds, line)[0])
+        )
     ]
 
 products = {}
