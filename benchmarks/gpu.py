@@ -171,7 +171,7 @@ def environment(folder: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "CUDA_VISIBLE_DEVICES": "0",  # one card, for both frameworks
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+        "XLA_CLIENT_MEM_FRACTION": "0.92",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     if cards():  # or JAX would go on without it where it cannot use it

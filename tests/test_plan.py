@@ -347,8 +347,9 @@ def test_largest(start):
                 tried.append(size)
                 return constant + (1 - constant) * size / limit
 
-            assert roofline._largest(used, start) == expected
+            assert roofline._largest(used, start, 1000) == expected
             assert len(tried) <= 7
+    assert roofline._largest(lambda size: size / 1000, start, 48) == 48
 
 
 def test_without_libtpu(monkeypatch):

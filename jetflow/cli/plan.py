@@ -33,14 +33,16 @@ class PlanOptions(Options):
     slices: int = option(1, "number of slices of that topology of TPUs, joined by data", least=1)
     what: str = option("train", "the program", choices=roofline.PROGRAMS)
     fit: bool = option(False, "find the remat policy and batch of most images a second")
-    method: str = option("cached", "of sample: how a TarFlow is inverted", choices=METHODS)
-    window: int = option(WINDOW, "of sample by jacobi: tokens a sweep", least=1)
+    method: str = option("cached", "with --what sample: how a TarFlow is inverted", choices=METHODS)
+    window: int = option(WINDOW, "with --method jacobi: tokens a sweep", least=1)
     sweeps: float = option(
-        roofline.SWEEPS, "of sample by jacobi: sweeps of a block, as a share of its tokens",
+        roofline.SWEEPS, "with --method jacobi: sweeps of a block, as a share of its tokens",
         least=0.0, most=1.0,
     )  # fmt: skip
     cache_dtype: str | None = option(
-        None, "of sample: of cached keys and values; default: the net's", choices=CACHE_DTYPES
+        None,
+        "with --what sample: of cached keys and values; default: the net's",
+        choices=CACHE_DTYPES,
     )
     json: bool = option(False, "print JSON")
 
@@ -50,6 +52,16 @@ def run(options: PlanOptions) -> None:
     arguments = (options.config, options.topology)
     names = ("slices", "method", "window", "sweeps", "cache_dtype")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    idle = (
+        names[1:] if options.what != "sample" else names[2:4] if options.method == "cached" else ()
+    )
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in idle:
+        if settings[name] != defaults[name]:
+            raise UsageError(
+                f"--{name} is {settings[name]!r}, which has no effect without --what sample"
+                + (" --method jacobi" if name in names[2:4] else "") + "; leave it out"
+            )  # fmt: skip
     settings["program"] = options.what
     if not options.fit:
         plans = [roofline.plan(*arguments, **settings)]
@@ -123,7 +135,7 @@ def _cost(plan: Plan) -> list[str]:
         f"estimate (roofline), ms a step: {times}",
         f"  no faster than {text(1000 * estimate.step_seconds)} ms a step, bound by "
         f"{RESOURCES[estimate.bound_by]}: at most {estimate.images_per_second:,.0f} images/s; "
-        f"{plan.steps:,} steps take {text(24 * estimate.days)} hours or more",
+        f"{plan.steps:,} steps take {_duration(estimate.days)} or more on {plan.devices} devices",
         f"  the FLOPs of the formula are {estimate.peak_share:.0%} of what the devices could do in "
         "that time in bfloat16",
     ]
@@ -153,6 +165,14 @@ def _differences(plan: Plan) -> list[str]:
     if 0.6 < ratio < 1 and plan.program == "sample":
         reason = "as a token sees the cache of those before it alone"
     return [f"the program's FLOPs are {ratio:.2f} times those of the formula, {reason}"]
+
+
+def _duration(days: float) -> str:
+    units = (("days", 1), ("hours", 24), ("minutes", 24 * 60))
+    return next(
+        (f"{text(days * per)} {unit}" for unit, per in units if days * per >= 2),
+        f"{text(days * 86400)} s",
+    )
 
 
 def _si(number: float) -> str:

@@ -92,12 +92,14 @@ def choose(
         precision: of the matrix products, as `jax.default_matmul_precision` takes it.
 
     Raises:
-        UsageError: cuDNN is asked for where it cannot serve.
+        UsageError: a kernel is asked for where it cannot serve.
     """
-    if method in ("xla", "splash"):
-        return Choice(method)
+    if method == "xla" or (method == "splash" and platform != "gpu"):
+        return Choice(method)  # on CPUs Splash is interpreted
     kernel, reason = KERNELS.get(platform, ""), ""
-    if method == "cudnn" and kernel != "cudnn":
+    if method == "splash":
+        reason = f"Splash attention is for TPUs, and this is a {platform}"
+    elif method == "cudnn" and kernel != "cudnn":
         reason = f"cuDNN is for NVIDIA GPUs, and this is a {platform}"
     elif not kernel:
         reason = f"no kernel for a {platform}"
@@ -113,8 +115,8 @@ def choose(
         reason = f"{tokens} tokens are no multiple of {LANES}"
     elif kernel == "splash" and dtype == jnp.float32 and precision != "default":
         reason = f"the gradient of the kernel would not have precision {precision}"
-    if method == "cudnn" and reason:
-        raise UsageError(f"config.flow.attention is 'cudnn', but {reason}; set it to 'auto'")
+    if method != "auto" and reason:
+        raise UsageError(f"config.flow.attention is {method!r}, but {reason}; set it to 'auto'")
     return Choice("xla", reason) if reason else Choice(kernel)
 
 

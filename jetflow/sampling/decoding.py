@@ -34,7 +34,8 @@ def decodings(
         raise UsageError(f"method is {method!r}; expected {' or '.join(METHODS)}")
     if not flow.decoded_blocks:
         if method != "cached" or cache_dtype:
-            raise UsageError("decoding methods are for TarFlow; Jet is inverted in one pass")
+            given = f"cache_dtype is {cache_dtype!r}" if cache_dtype else f"method is {method!r}"
+            raise UsageError(f"{given}, which is for TarFlow; leave it out: Jet is inverted in one pass")
         return None
     how = Decoding(cache_dtype=cache_dtype)
     if method == "jacobi":

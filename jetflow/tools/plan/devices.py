@@ -49,12 +49,13 @@ class Accelerator:
     @property
     def capacity(self) -> int:
         """Memory for a program: of a GPU, the share that JAX allocates."""
-        text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
-        if not re.fullmatch(r"0?\.\d+|[01]\.?0*", text):
-            raise UsageError(
-                f"XLA_PYTHON_CLIENT_MEM_FRACTION is {text!r}; expected a share of the memory, 0.75"
-            )
-        return int(self.hbm_bytes * (float(text) if self.chip else 1))
+        if not self.chip:
+            return self.hbm_bytes
+        given = {name: os.environ.get(name) for name in _MEMORY_SHARES}
+        name, text = next((pair for pair in given.items() if pair[1]), ("", "0.75"))
+        if not re.fullmatch(r"0?\.0*[1-9]\d*|1\.?0*", text or ""):
+            raise UsageError(f"{name} is {text!r}; expected a share of the memory, such as 0.75")
+        return int(self.hbm_bytes * float(text or 0))
 
     def peak(self, arithmetic: str) -> float:
         """FLOPs a second of matrix products: "bfloat16", or "float32" with a precision."""
@@ -70,6 +71,7 @@ _BLOCKS = (
 )  # fmt: skip
 _MEGACORE = {"chip_config_name": "megacore"}
 _NODES = ("1", "8", "2x8")
+_MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the older name
 _GIB = 2**30
 
 
@@ -131,7 +133,8 @@ def find(topology: str) -> Accelerator:
     if not accelerator or not (
         shape in accelerator.topologies or (accelerator.chip and gpus(shape))
     ):
-        known = "; ".join(f"{name}:{' '.join(a.topologies)}" for name, a in ACCELERATORS.items())
+        some = {generation: accelerator} if accelerator else ACCELERATORS
+        known = "; ".join(f"{name}:{' '.join(a.topologies)}" for name, a in some.items())
         raise UsageError(
             f"topology is {topology!r}; expected GENERATION:SHAPE, as in v5e:4x4, or of GPUs "
             f"NODESxGPUS with 1 to 8 GPUs a node, as in h100:2x8, of {known}"
@@ -175,6 +178,7 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
 def _gpu_devices(topology: str, accelerator: Accelerator, slices: int) -> Sequence[Any]:
     name, _, shape = topology.partition(":")
     nodes, each = gpus(shape) or (1, 1)
+    assert accelerator.capacity  # a bad share of the memory is refused before the plugin reads it
     if slices > 1:
         raise UsageError(
             f"slices is {slices}, which is for TPUs; of GPUs the topology has the nodes, as in "

@@ -168,8 +168,8 @@ def fit(
 ) -> list[Plan]:
     """For each remat policy, the plan of the largest batch that fits, if any; fastest first.
 
-    Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time: first the batch of the
-    config, then what its memory lets expect.
+    Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time, up to the data set: first
+    the batch of the config, then what its memory lets expect.
 
     Args:
         progress: called with each plan that is tried.
@@ -182,7 +182,8 @@ def fit(
     mesh = sharding.make_mesh(**axes, devices=found)
     parts = sharding.batch_parts(mesh)
     rows = {"train": parts * config.train.accumulation, "eval": parts}
-    section = "train" if program == "train" else "eval"
+    section, split = ("train", "train_split") if program == "train" else ("eval", "test_split")
+    most = max(1, len(load(config.data.name, config.data[split])) // rows[section])
     largest = []
     for policy in policies:
         tried: dict[int, Plan] = {}
@@ -198,23 +199,21 @@ def fit(
             state = memory.params + memory.optimizer + memory.ema
             return (memory.total - state) / max(1, memory.capacity - state)
 
-        if size := _largest(used, start=config[section].batch_size // rows[section]):
+        if size := _largest(used, config[section].batch_size // rows[section], most):
             largest.append(tried[size])
-    return sorted(largest, key=_speed, reverse=True)
+    speeds = [one.estimate.images_per_second if one.estimate else 0.0 for one in largest]
+    return [largest[index] for index in sorted(range(len(largest)), key=lambda i: -speeds[i])]
 
 
-def _speed(plan: Plan) -> float:
-    return plan.estimate.images_per_second if plan.estimate else 0.0
-
-
-def _largest(used: Callable[[int], float], start: int) -> int:
-    """The largest size of 1, 2, 3, 4, 6, 8, 12, … that fits, 0 for none.
+def _largest(used: Callable[[int], float], start: int, most: int) -> int:
+    """The largest size of 1, 2, 3, 4, 6, 8, 12, … `most` that fits, 0 for none.
 
     Args:
         used: the share that a size takes of the memory for it, about in proportion to the size.
     """
     used = functools.cache(used)
     sizes = sorted({power * factor for power in (2**n for n in range(40)) for factor in (1, 3)})
+    sizes = [size for size in sizes if size <= most]
     index, last, share = max(0, bisect.bisect_right(sizes, start) - 1), 0, 0.0
     for _ in range(3):  # along the line through the last two sizes that were tried
         size = sizes[index]
@@ -228,7 +227,7 @@ def _largest(used: Callable[[int], float], start: int) -> int:
             break
     while index >= 0 and used(sizes[index]) > 1:
         index -= 1
-    while index >= 0 and used(sizes[index + 1]) <= 1:
+    while 0 <= index < len(sizes) - 1 and used(sizes[index + 1]) <= 1:
         index += 1
     return sizes[index] if index >= 0 else 0
 
