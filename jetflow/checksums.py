@@ -63,8 +63,8 @@ def as_wanted(array: jax.Array, leaf: Any) -> jax.Array:
 
 def describe(arrays: dict[str, Any]) -> dict[str, list[str]]:
     """Path -> [type and shape, checksum]."""
-    # One at a time: of several programs with sums over the mesh, XLA's CPU devices can wait for each
-    # other for ever.
+    # One at a time: in several programs with sums over the mesh, XLA's CPU devices can wait for
+    # each other for ever.
     sums = {path: jax.device_get(checksum(array)) for path, array in arrays.items()}
     return {path: [kind, f"{int(sums[path]):08x}"] for path, kind in types(arrays).items()}
 

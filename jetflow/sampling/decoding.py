@@ -35,7 +35,7 @@ def decodings(
     if not flow.decoded_blocks:
         if method != "cached" or cache_dtype:
             given = f"cache_dtype is {cache_dtype!r}" if cache_dtype else f"method is {method!r}"
-            raise UsageError(f"{given}, which is for TarFlow; leave it out: Jet is inverted in one pass")
+            raise UsageError(f"{given}, for TarFlow; leave it out: Jet is inverted in one pass")
         return None
     how = Decoding(cache_dtype=cache_dtype)
     if method == "jacobi":
