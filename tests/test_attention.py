@@ -87,7 +87,7 @@ def test_losses_of_a_training_agree(name):
         for batch in itertools.islice(run.batches(), 20):
             state, metrics = step(state, batch)
             losses[method].append(float(metrics["bpd"]))
-    assert losses["xla"][-1] < 0.99 * losses["xla"][0]
+    assert losses["xla"][-1] < 0.995 * losses["xla"][0]
     assert len(programs) == 2
     np.testing.assert_allclose(losses["splash"], losses["xla"], rtol=1e-5)
 
