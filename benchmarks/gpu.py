@@ -103,6 +103,8 @@ def main() -> None:
         parser.error(f"--parts has {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
     if arguments.out is None:
         parser.error("--out is missing; expected a folder, which is made")
+    if arguments.out.is_file():
+        parser.error(f"--out is {arguments.out}, a file; expected a folder")
     if not SIZES[arguments.size].for_cpu and not cards():
         parser.error("nvidia-smi shows no NVIDIA card; --size toy tries the script on a CPU")
     arguments.out.mkdir(parents=True, exist_ok=True)
