@@ -66,9 +66,12 @@ def test_auto_takes_what_serves(platform, changed, method, reason):
     assert bool(chosen.reason) == (method == "xla")
 
 
-def test_cudnn_is_for_gpus():
-    with pytest.raises(UsageError, match="cpu"):
-        choose("cudnn", platform="cpu", **OPTIONS)
+@pytest.mark.parametrize(
+    ("method", "platform"), [("cudnn", "cpu"), ("cudnn", "tpu"), ("splash", "gpu")]
+)
+def test_a_kernel_of_another_platform_is_refused(method, platform):
+    with pytest.raises(UsageError, match=f"{method}.*{platform}"):
+        choose(method, platform=platform, **OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["tarflow", pytest.param("jet", marks=pytest.mark.slow)])

@@ -141,6 +141,18 @@ def test_without_the_plugin(monkeypatch):
         devices.devices("h100:8")
 
 
+@pytest.mark.parametrize("share", ["abc", "0", "90"])
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_the_share_of_the_memory(monkeypatch, name, share):
+    """Of GPUs alone, and refused before the plugin reads it."""
+    monkeypatch.setenv(name, "0.5")
+    assert devices.find("h100:8").capacity == devices.find("h100:8").hbm_bytes // 2
+    monkeypatch.setenv(name, share)
+    assert devices.find("v5e:2x2").capacity == devices.find("v5e:2x2").hbm_bytes
+    with pytest.raises(jetflow.UsageError, match=f"{name} is '{share}'"):
+        devices.devices("h100:8")
+
+
 SMALL = {"flow.num_blocks": 2, "flow.width": 128, "flow.head_dim": 64,
          "flow.layers_per_block": (2,), "flow.dtype": "bfloat16"}  # fmt: skip
 

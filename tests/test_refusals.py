@@ -235,6 +235,9 @@ plan --config tiny.py --topology v9:2x2           16x16x24; v5e:1x1 2x2 2x4 4x4 
 plan --config tiny.py --topology v5p:3x3x3        v5p:2x2x1
 plan --config tiny.py --topology v5e:2x2 --slices=0  --slices is 0
 plan --config tiny.py --topology v5e:2x2 --what=swim  --what is 'swim'; expected one of train
+plan --config tiny.py --topology v5e:2x2 --window=3  --window is 3, which has no effect
+plan --config tiny.py --topology v5e:2x2 --cache_dtype=int8  no effect without --what sample
+plan --config tiny.py --topology v5e:2x2 --what=sample --sweeps=0.5  without --method jacobi
 plan --config tiny.py --topology v5e:2x2 --fit --config.train.accumulation=0  accumulation is 0
 
 bench                                             expected jetflow bench followed by one of

@@ -17,6 +17,7 @@ from jetflow.tools.report.document import columns, text
 from jetflow.types import Config, UsageError
 
 RESOURCES = {"compute": "matrix products", "hbm": "memory", "links": "links", "network": "network"}
+OF_SAMPLING, OF_WINDOWS = ("method", "cache_dtype"), ("window", "sweeps")
 REMEDIES = (
     "what may help: --fit, --config.flow.remat=full, --config.train.accumulation, and "
     "--config.mesh.data=1 --config.mesh.fsdp=-1"
@@ -50,18 +51,10 @@ class PlanOptions(Options):
 def run(options: PlanOptions) -> None:
     jax.config.update("jax_platforms", "cpu")  # which leaves accelerators of this machine alone
     arguments = (options.config, options.topology)
-    names = ("slices", "method", "window", "sweeps", "cache_dtype")
+    _refuse_idle(options, OF_SAMPLING, "--what sample", options.what == "sample")
+    _refuse_idle(options, OF_WINDOWS, "--method jacobi", options.method == "jacobi")
+    names = ("slices", *OF_SAMPLING, *OF_WINDOWS)
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
-    idle = (
-        names[1:] if options.what != "sample" else names[2:4] if options.method == "cached" else ()
-    )
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    for name in idle:
-        if settings[name] != defaults[name]:
-            raise UsageError(
-                f"--{name} is {settings[name]!r}, which has no effect without --what sample"
-                + (" --method jacobi" if name in names[2:4] else "") + "; leave it out"
-            )  # fmt: skip
     settings["program"] = options.what
     if not options.fit:
         plans = [roofline.plan(*arguments, **settings)]
@@ -78,6 +71,16 @@ def run(options: PlanOptions) -> None:
     print("\n\n".join(map(describe, plans)))
     if options.fit:
         print(f"\nfastest: the first, remat {plans[0].remat} and batch {plans[0].batch_size}")
+
+
+def _refuse_idle(options: PlanOptions, names: tuple[str, ...], without: str, used: bool) -> None:
+    """Raise a UsageError on a flag that was given and has no effect."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in names and value != field.default and not used:
+            raise UsageError(
+                f"--{field.name} is {value!r}, which has no effect without {without}; leave it out"
+            )
 
 
 def describe(plan: Plan) -> str:

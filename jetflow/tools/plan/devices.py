@@ -49,13 +49,7 @@ class Accelerator:
     @property
     def capacity(self) -> int:
         """Memory for a program: of a GPU, the share that JAX allocates."""
-        if not self.chip:
-            return self.hbm_bytes
-        given = {name: os.environ.get(name) for name in _MEMORY_SHARES}
-        name, text = next((pair for pair in given.items() if pair[1]), ("", "0.75"))
-        if not re.fullmatch(r"0?\.0*[1-9]\d*|1\.?0*", text or ""):
-            raise UsageError(f"{name} is {text!r}; expected a share of the memory, such as 0.75")
-        return int(self.hbm_bytes * float(text or 0))
+        return int(self.hbm_bytes * _memory_share()) if self.chip else self.hbm_bytes
 
     def peak(self, arithmetic: str) -> float:
         """FLOPs a second of matrix products: "bfloat16", or "float32" with a precision."""
@@ -178,7 +172,7 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
 def _gpu_devices(topology: str, accelerator: Accelerator, slices: int) -> Sequence[Any]:
     name, _, shape = topology.partition(":")
     nodes, each = gpus(shape) or (1, 1)
-    assert accelerator.capacity  # a bad share of the memory is refused before the plugin reads it
+    _memory_share()  # a bad one is refused before the plugin reads it
     if slices > 1:
         raise UsageError(
             f"slices is {slices}, which is for TPUs; of GPUs the topology has the nodes, as in "
@@ -197,6 +191,15 @@ def _gpu_devices(topology: str, accelerator: Accelerator, slices: int) -> Sequen
             "on Linux, in the clone: pip install -e '.[cuda12]'"
         ) from error
     return description.devices
+
+
+def _memory_share() -> float:
+    """What JAX allocates of a GPU's memory."""
+    given = {name: os.environ.get(name) for name in _MEMORY_SHARES}
+    name, text = next((pair for pair in given.items() if pair[1]), ("", "0.75"))
+    if not re.fullmatch(r"0?\.0*[1-9]\d*|1\.?0*", text or ""):
+        raise UsageError(f"{name} is {text!r}; expected a share of the memory, such as 0.75")
+    return float(text or 0)
 
 
 def _target(gpu: Accelerator) -> str:

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -201,8 +202,7 @@ def fit(
 
         if size := _largest(used, config[section].batch_size // rows[section], most):
             largest.append(tried[size])
-    speeds = [one.estimate.images_per_second if one.estimate else 0.0 for one in largest]
-    return [largest[index] for index in sorted(range(len(largest)), key=lambda i: -speeds[i])]
+    return sorted(largest, key=operator.attrgetter("estimate.images_per_second"), reverse=True)
 
 
 def _largest(used: Callable[[int], float], start: int, most: int) -> int:
