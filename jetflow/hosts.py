@@ -23,6 +23,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
+from jetflow.buckets import is_bucket, leased
 from jetflow.fields import MOST_SHOWN, differences
 from jetflow.rollcall import STATE, RollCall
 from jetflow.types import UsageError
@@ -215,11 +216,15 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
     Processes of the same run count too: only the first one should ask. The lock goes with the
     process, however it ends. On a disk without locks, such as some network disks, every process
-    gets it, and a warning asks the user to start only one.
+    gets it, and a warning asks the user to start only one. In a bucket it is a lease.
 
     Raises:
         OSError: the file cannot be written.
     """
+    if is_bucket(path):
+        with leased(path, wait=wait) as mine:
+            yield mine
+        return
     with open(path, "a") as file:
         try:
             mine = filelock.lock_descriptor(file.fileno(), blocking=wait)
