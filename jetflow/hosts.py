@@ -24,6 +24,7 @@ from etils import epath
 from tqdm import tqdm
 
 from jetflow import rendezvous
+from jetflow.buckets import is_bucket, leased
 from jetflow.fields import MOST_SHOWN, differences
 from jetflow.options import Options, option
 from jetflow.rollcall import STATE, RollCall
@@ -206,11 +207,15 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
     Processes of the same run count too: only the first one should ask. The lock goes with the
     process, however it ends. On a disk without locks, such as some network disks, every process
-    gets it, and a warning asks the user to start only one.
+    gets it, and a warning asks the user to start only one. In a bucket it is a lease.
 
     Raises:
         OSError: the file cannot be written.
     """
+    if is_bucket(path):
+        with leased(path, wait=wait) as mine:
+            yield mine
+        return
     with open(path, "a") as file:
         try:
             mine = filelock.lock_descriptor(file.fileno(), blocking=wait)
