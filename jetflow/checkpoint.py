@@ -20,15 +20,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from jetflow import checksums, hosts
+from jetflow import checksums, hosts, rollcall
 from jetflow.fields import differences, shown
 from jetflow.files import naming
 from jetflow.types import AnyArray, UsageError
@@ -216,6 +214,7 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
         directory = self.directory / str(step)
+        rollcall.enter(f"reading checkpoint {step}")
         record = _everywhere(lambda: _read_record(directory / "record"))
         wanted = checksums.flatten(abstract_state)
         fields = abstract_state if isinstance(abstract_state, dict) else vars(abstract_state)
@@ -283,10 +282,9 @@ def _everywhere(read: Callable[[], T]) -> T:
         raise
     except Exception as error:
         cause = _explain(error)
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]
-        if failed.size and cause is None:
-            cause = f"not readable on process {failed[0]}"
+    failed = hosts.failing(cause is not None)
+    if failed is not None and cause is None:
+        cause = f"not readable on process {failed}"
     if cause:
         raise Damage(cause)
     return result  # type: ignore[return-value]
