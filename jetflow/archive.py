@@ -4,7 +4,6 @@ import json
 import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from jetflow.fields import differences, shown
 from jetflow.files import naming, read_or_set_aside, write_atomically, write_json
 from jetflow.npz import ROOM, Npz
 from jetflow.sampling.ancestral import Drawn
-from jetflow.types import UsageError
+from jetflow.types import AnyPath, UsageError
 
 SETTINGS = "settings.json"
 
@@ -43,7 +42,7 @@ class Archive:
 
     def __init__(
         self,
-        path: Path,
+        path: AnyPath,
         *,
         num: int,
         image_shape: tuple[int, int, int],
@@ -126,7 +125,7 @@ class Archive:
             content = self._part(name, (first, end)).read_bytes()
             yield np.frombuffer(content, kind).reshape(end - first, *shape)
 
-    def _part(self, name: str, span: tuple[int, int]) -> Path:
+    def _part(self, name: str, span: tuple[int, int]) -> AnyPath:
         return self._folder / "{}-{:08d}-{:08d}".format(name, *span)
 
     def _remove(self) -> None:

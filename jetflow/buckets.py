@@ -11,6 +11,7 @@ import logging as standard_logging
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 import tempfile
@@ -21,13 +22,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import psutil
 import tensorstore
 from absl import logging
 from etils import epath
+from fsspec import config as fsspec_config
+from fsspec import url_to_fs
 
-from jetflow.types import UsageError
+from jetflow.types import AnyPath, UsageError
 
 # The library behind each scheme, and the extra that installs it.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
@@ -42,24 +44,22 @@ LIBRARIES = {"gcsfs", "google", "s3fs", "botocore", "aiohttp", "requests"}
 REFUSED = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|Forbidden|gs://|s3://|storage/v1"
 
 # Their messages come as errors too, which are explained where they end.
-for _name in ("gcsfs", "google.auth"):
-    standard_logging.getLogger(_name).setLevel(standard_logging.CRITICAL)
+for _library in ("gcsfs", "google.auth"):
+    standard_logging.getLogger(_library).setLevel(standard_logging.CRITICAL)
 
 # A process sees what others write.
-for _name in (*SCHEMES, "gcs"):
-    fsspec.config.conf.setdefault(_name, {})["use_listings_cache"] = False
+for _scheme in (*SCHEMES, "gcs"):
+    fsspec_config.conf.setdefault(_scheme, {})["use_listings_cache"] = False
 
 
-def as_path(text: str | os.PathLike) -> Path:
+def as_path(text: str | os.PathLike) -> AnyPath:
     """A path of this machine, or of a bucket: an `epath.Path`, which acts like one of pathlib.
 
     Raises:
         UsageError: buckets of this kind are unknown, or their library is not installed.
     """
-    if isinstance(text, Path | epath.Path):
-        text = os.fspath(text)
-    # pathlib makes one slash of two.
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", os.fspath(text))
+    text = os.fspath(text)
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", text)  # pathlib makes one slash of two
     if match is None:
         return Path(text)
     scheme = match[1]
@@ -71,7 +71,7 @@ def as_path(text: str | os.PathLike) -> Path:
         importlib.import_module(library)
     except ImportError as error:
         raise UsageError(f"{text} needs {library}: pip install 'jetflow[{extra}]'") from error
-    return epath.Path(f"{scheme}://{os.fspath(text)[match.end() :]}")  # type: ignore[return-value]
+    return epath.Path(f"{scheme}://{text[match.end() :]}")
 
 
 def is_bucket(path: os.PathLike) -> bool:
@@ -79,9 +79,9 @@ def is_bucket(path: os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def upload(file: Path, path: Path) -> None:
+def upload(file: Path, path: AnyPath) -> None:
     """Make an object of a bucket of a file, whole or not at all."""
-    system, name = fsspec.url_to_fs(os.fspath(path))
+    system, name = url_to_fs(os.fspath(path))
     system.put_file(os.fspath(file), name)
 
 
@@ -106,14 +106,14 @@ class Mirror:
         target: the folder, of this machine or of a bucket.
     """
 
-    def __init__(self, target: Path):
+    def __init__(self, target: AnyPath):
         self._target, self.folder = target, target
         self._sizes: dict[Path, int] = {}
         self._copied, self._pool = time.monotonic(), ThreadPoolExecutor(1)
         self._copying: Future | None = None
+        self._own: Path | None = None
         if is_bucket(target):
-            self._temporary = tempfile.TemporaryDirectory(prefix="jetflow-")
-            self.folder = Path(self._temporary.name)
+            self.folder = self._own = Path(tempfile.mkdtemp(prefix="jetflow-"))
 
     def copy(self, *, wait: bool = False) -> None:
         """Bring the bucket up to date: now, or in the background, if the last time is long ago.
@@ -121,7 +121,7 @@ class Mirror:
         Raises:
             Exception: with `wait`, whatever the bucket refuses.
         """
-        if self.folder is self._target:
+        if self._own is None:
             return
         is_due = time.monotonic() - self._copied > MIRRORED_SECONDS
         if wait or (is_due and (self._copying is None or self._copying.done())):
@@ -132,23 +132,24 @@ class Mirror:
 
     def close(self) -> None:
         """Copy what is left, with a warning if that fails, and remove the folder."""
-        if self.folder is not self._target:
+        if self._own is not None:
             try:
                 self.copy(wait=True)
             except Exception as error:
                 logging.warning("not all of %s was written (%s)", self._target, error)
             self._pool.shutdown()
-            self._temporary.cleanup()
+            shutil.rmtree(self._own, ignore_errors=True)
 
     def _copy(self) -> None:
-        for file in self.folder.rglob("*"):
+        assert self._own
+        for file in self._own.rglob("*"):
             if file.is_file() and (size := file.stat().st_size) != self._sizes.get(file):
-                upload(file, self._target / file.relative_to(self.folder).as_posix())
+                upload(file, self._target / file.relative_to(self._own).as_posix())
                 self._sizes[file] = size
 
 
 @contextlib.contextmanager
-def leased(path: Path, *, wait: bool) -> Iterator[bool]:
+def leased(path: AnyPath, *, wait: bool) -> Iterator[bool]:
     """Whether this process holds the lease at `path`; with `wait`, as soon as no other one does.
 
     The lease is an object that tells its holder, who writes it anew every few seconds. One that
@@ -165,7 +166,7 @@ def leased(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 class _Lease(threading.Thread):
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         super().__init__(daemon=True)
         self._path, self._key, self._over = path, path.name, threading.Event()
         self._store: Any = tensorstore.KvStore.open(f"{os.fspath(path.parent)}/").result()

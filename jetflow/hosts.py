@@ -20,13 +20,12 @@ from typing import Any, TypeVar
 import filelock
 import jax
 from absl import logging
-from etils import epath
 from tqdm import tqdm
 
 from jetflow.buckets import is_bucket, leased
 from jetflow.fields import MOST_SHOWN, differences
 from jetflow.rollcall import STATE, RollCall
-from jetflow.types import UsageError
+from jetflow.types import AnyPath, UsageError
 
 T = TypeVar("T")
 
@@ -203,7 +202,7 @@ def _wait_for(key: str) -> str:
     return STATE.client.blocking_key_value_get(key, 1000 * LONGEST_WAIT)
 
 
-def wait_to_see(path: Path | epath.Path) -> None:
+def wait_to_see(path: AnyPath) -> None:
     """Wait until this machine sees a file of the first process: network disks may lag behind."""
     end = time.monotonic() + LARGEST_LAG
     while not path.exists() and time.monotonic() < end:
@@ -211,7 +210,7 @@ def wait_to_see(path: Path | epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+def locked(path: AnyPath, *, wait: bool) -> Iterator[bool]:
     """Whether this process has the lock of a file; with `wait`, as soon as no other one has it.
 
     Processes of the same run count too: only the first one should ask. The lock goes with the
@@ -235,7 +234,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 @functools.cache  # once a folder
-def _warn_of_no_locks(folder: Path, error: str) -> None:
+def _warn_of_no_locks(folder: AnyPath, error: str) -> None:
     logging.warning("%s cannot be locked (%s): start no other process there", folder, error)
 
 

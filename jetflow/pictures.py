@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -10,7 +9,7 @@ from PIL import Image
 
 from jetflow import hosts
 from jetflow.files import write_atomically
-from jetflow.types import UsageError
+from jetflow.types import AnyPath, UsageError
 
 MOST_ROWS = 20  # of a picture that a person takes in; classes above that have no row of their own
 LARGEST_ASPECT = 2.25  # of a grid with a row a class; longer rows are wrapped
@@ -72,14 +71,14 @@ def strips(images: UInt8[np.ndarray, "R K H W C"]) -> UInt8[np.ndarray, "GH GW 3
     return grid(np.concatenate(images), list(numbers))
 
 
-def save_png(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+def save_png(path: AnyPath, picture: UInt8[np.ndarray, "H W 3"]) -> None:
     """Write a picture, on the first process; a reader never sees half of it."""
     if hosts.is_first():
         with write_atomically(path) as file:
             Image.fromarray(picture).save(file, format="png")
 
 
-def save_gif(path: Path, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> None:
+def save_gif(path: AnyPath, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> None:
     """Write an animation that stands still on its last frame, on the first process."""
     if not hosts.is_first():
         return

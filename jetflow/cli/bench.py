@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from jetflow.cli.flags import Command
@@ -14,7 +13,7 @@ from jetflow.sampling.decoding import METHODS
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.tools import throughput
 from jetflow.tools.report.document import columns
-from jetflow.types import Config, UsageError
+from jetflow.types import AnyPath, Config, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class SampleOptions(BenchOptions, SamplingOptions, ModelOptions):
     """Of a trained flow, or of a config's with random weights."""
 
     config: Config = option(None)
-    workdir: Path | None = option(
+    workdir: AnyPath | None = option(
         None, "the folder of a run, for its trained flow; this or config must be given"
     )
     batch_sizes: tuple[int, ...] = option(

@@ -1,7 +1,6 @@
 """`jetflow evaluate`: what a trained flow is worth, as JSON in its workdir."""
 
 import dataclasses
-from pathlib import Path
 
 from jetflow.cli.flags import Command
 from jetflow.evals.evaluation import results
@@ -11,13 +10,14 @@ from jetflow.evals.settings import EvaluateOptions
 from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import load_model
 from jetflow.options import option
+from jetflow.types import AnyPath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommandOptions(EvaluateOptions, ModelOptions):
     """The options of an evaluation, and the flow."""
 
-    workdir: Path = option(help="the folder of the run", example="runs/NAME")
+    workdir: AnyPath = option(help="the folder of the run", example="runs/NAME")
 
 
 def run(options: CommandOptions) -> None:

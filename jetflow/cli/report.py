@@ -2,23 +2,25 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 
 from jetflow import hosts
 from jetflow.cli.flags import Command
 from jetflow.options import Options, option
 from jetflow.tools.report.document import FORMATS, report
+from jetflow.types import AnyPath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
     """What `jetflow report` takes."""
 
-    dir: Path = option(help="the folder of a run or a sweep")
+    dir: AnyPath = option(help="the folder of a run or a sweep")
     format: str = option("html", "a page with all pictures inside, its text and tables alone, or "
                          "its numbers", choices=FORMATS)  # fmt: skip
-    out: Path | None = option(None, "the file to write; default: DIR/report.html, and of the other "
-                              "formats standard output")  # fmt: skip
+    out: AnyPath | None = option(
+        None,
+        "the file to write; default: DIR/report.html, and of the other formats standard output",
+    )
 
 
 def run(options: ReportOptions) -> None:

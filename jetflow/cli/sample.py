@@ -21,7 +21,7 @@ from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, not_finite
 from jetflow.sampling.decoding import check_guided
 from jetflow.sampling.sampling_options import SamplingOptions
-from jetflow.types import UsageError
+from jetflow.types import AnyPath, UsageError
 
 SHOWN = pictures.MOST_ROWS**2  # samples in the picture of many; each class has its share of them
 LARGEST_STRIP = 17  # stages of a trace that are shown
@@ -37,9 +37,9 @@ WITHOUT_EFFECT = {
 class SampleOptions(SamplingOptions, ModelOptions, DataOptions):
     """The options of `jetflow sample`."""
 
-    workdir: Path = option(help="the folder of the run", example="runs/NAME")
-    out: Path = option(Path("grid.png"), "the picture to write; a .gif moves")
-    npz: Path | None = option(
+    workdir: AnyPath = option(help="the folder of the run", example="runs/NAME")
+    out: AnyPath = option(Path("grid.png"), "the picture to write; a .gif moves")
+    npz: AnyPath | None = option(
         None,
         "also write the images, uint8 [N, H, W, C], and labels; if a kill cuts it short, the same "
         "command goes on",

@@ -4,7 +4,6 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jetflow import hosts, signals
@@ -15,7 +14,7 @@ from jetflow.tools.report.document import columns
 from jetflow.tools.report.sweep_page import sweep_page
 from jetflow.tools.sweep import runner
 from jetflow.tools.sweep.store import Store
-from jetflow.types import UsageError
+from jetflow.types import AnyPath, UsageError
 
 FAILED = 1  # an exit status: the same command tries the points that failed again
 
@@ -25,10 +24,10 @@ class SweepOptions(DataOptions):
     """The options of `jetflow sweep`."""
 
     sweep: str = option(help="the sweep's file", example="configs/sweeps/NAME.py")
-    workdir: Path = option(
+    workdir: AnyPath = option(
         help="the folder of the sweep; the same command goes on", example="runs/NAME"
     )
-    run: Path | None = option(
+    run: AnyPath | None = option(
         None,
         "the workdir of a trained run to measure; default: the sweep's config is trained in the "
         "sweep's folder",

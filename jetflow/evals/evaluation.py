@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -19,7 +18,7 @@ from jetflow.evals.records import finite, record
 from jetflow.evals.settings import DISTANCES, EvaluateOptions, TrainedFlow, run_data, source
 from jetflow.files import if_possible
 from jetflow.noise import Noise
-from jetflow.types import UsageError
+from jetflow.types import AnyPath, UsageError
 from jetflow.workdir import suffix, write_result
 
 
@@ -39,7 +38,7 @@ def evaluate(model: TrainedFlow, options: EvaluateOptions) -> list[dict[str, Any
 
 def results(
     model: TrainedFlow, options: EvaluateOptions
-) -> Iterator[tuple[dict[str, Any], Path | None]]:
+) -> Iterator[tuple[dict[str, Any], AnyPath | None]]:
     """The records of `evaluate`, each as soon as it is measured, and its file if it has one."""
     sharding.check_batch("batch_size", options.batch_size, model.mesh)
     quality, likelihood = Quality(model, options), _Likelihoods(model, options)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -27,7 +26,7 @@ from jetflow.evals.settings import (
 from jetflow.files import check_writable
 from jetflow.npz import Npz
 from jetflow.pictures import labels_in_turn
-from jetflow.types import Batch, UsageError
+from jetflow.types import AnyPath, Batch, UsageError
 
 PARTS = {"fid": "pooled", "sfid": "spatial"}  # of `Features`; the other metrics: "features"
 
@@ -160,7 +159,7 @@ class Quality:
         chunk = options.batch_size
         return features.read_reference(path, self.network, measure, chunk=chunk, images=needed)
 
-    def make_reference(self) -> Path:
+    def make_reference(self) -> AnyPath:
         """Write the reference file that the options ask for."""
         options, path = self.options, self._reference_path()
         sharding.check_batch("batch_size", options.batch_size, self.model.mesh)
@@ -180,7 +179,7 @@ class Quality:
     def _reference_split(self) -> str:
         return self.options.reference_split or self.model.config["data"]["train_split"]
 
-    def _reference_path(self) -> Path:
+    def _reference_path(self) -> AnyPath:
         if self.options.reference:
             return self.options.reference
         data = self.options.reference_data or self.model.config["data"]["name"]

@@ -14,7 +14,7 @@ from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.options import LARGEST_BATCH, MOST_DRAWS, MOST_SAMPLES, DataOptions, option
 from jetflow.sampling.ancestral import Drawn
 from jetflow.sampling.sampling_options import SamplingOptions
-from jetflow.types import Flow, UsageError
+from jetflow.types import AnyPath, Flow, UsageError
 
 LIKELIHOODS = ("bpd", "noised_bpd", "bpd_gap", "noised_bpd_gap", "accuracy")  # of real images
 NEIGHBOURS = {"kid": 1, "precision_recall": 3, "density_coverage": 5}  # that a feature must have
@@ -45,8 +45,8 @@ class EvaluateOptions(SamplingOptions, DataOptions):
         128, "images at a time; changes rounding errors alone", least=1, most=LARGEST_BATCH
     )
     num_samples: int = option(50_000, "images drawn", least=2, most=MOST_SAMPLES)
-    samples: Path | None = option(None, "an .npz of `jetflow sample` to take images from")
-    reference: Path | None = option(
+    samples: AnyPath | None = option(None, "an .npz of `jetflow sample` to take images from")
+    reference: AnyPath | None = option(
         None, "an .npz of make_reference or of ADM's evaluator; default: that of make_reference"
     )
     make_reference: bool = option(
@@ -92,7 +92,7 @@ class TrainedFlow(abc.ABC):
         weights: which parameters of the training these are: "ema", averaged ones, or "params".
     """
 
-    workdir: Path
+    workdir: AnyPath
     config: dict[str, Any]
     flow: Flow
     variables: dict[str, Any]
@@ -118,7 +118,7 @@ def source(model: TrainedFlow) -> dict[str, Any]:
 
 
 def run_data(
-    model: TrainedFlow, split: str, data_dir: Path | None, name: str | None = None
+    model: TrainedFlow, split: str, data_dir: AnyPath | None, name: str | None = None
 ) -> Dataset:
     """A split of a data set, by default of that of a run.
 

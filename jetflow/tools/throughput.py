@@ -29,7 +29,7 @@ from jetflow.tools.plan import costs, roofline
 from jetflow.tools.plan.devices import ACCELERATORS
 from jetflow.training.experiment import set_up
 from jetflow.training.step import TrainState, abstract_variables, init_variables
-from jetflow.types import Batch, Config, UsageError
+from jetflow.types import AnyPath, Batch, Config, UsageError
 
 ROUND_SECONDS = 1.0  # of reading, at least, that are timed as one
 
@@ -165,7 +165,7 @@ def bench_data(
     workers: int = 0,
     batch_size: int | None = None,
     repeats: int = 5,
-    data_dir: Path | None = None,
+    data_dir: AnyPath | None = None,
 ) -> Reading:
     """Measure the reading of a config's training batches."""
     configs.check(config)
@@ -212,7 +212,7 @@ def processor_seconds() -> float:
 
 
 def bench_train(
-    config: Config, *, steps: int = 10, repeats: int = 5, data_dir: Path | None = None
+    config: Config, *, steps: int = 10, repeats: int = 5, data_dir: AnyPath | None = None
 ) -> Training:
     """Measure the training step of a config, in rounds of so many steps."""
     run = set_up(config, functools.partial(dataset.load, data_dir=data_dir))

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jetflow.fields import flat
 from jetflow.files import METRICS, scan_json, scan_metrics
 from jetflow.pictures import MOST_ROWS
 from jetflow.training.step import abstract_variables
-from jetflow.types import UsageError
+from jetflow.types import AnyPath, UsageError
 from jetflow.workdir import EVALUATION, read_flow, scan_environments
 
 POINTS = 250  # of a curve; a longer one is drawn as the means of so many stretches
@@ -24,7 +23,7 @@ SHOWN = ("metric", "value", "standard_error", "step", "weights", "data", "parts"
          "network", "train_data")  # fmt: skip
 
 
-def run_page(workdir: Path) -> dict[str, Any]:
+def run_page(workdir: AnyPath) -> dict[str, Any]:
     """The values of the page of a run, also of one that has not ended.
 
     Raises:

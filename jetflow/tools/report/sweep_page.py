@@ -4,13 +4,12 @@ import itertools
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from jetflow.sweeps import short_names
 from jetflow.tools.report.run_page import described, side_by_side
 from jetflow.tools.sweep.store import Store
-from jetflow.types import UsageError
+from jetflow.types import AnyPath, UsageError
 from jetflow.workdir import read_config
 
 HIGHER_IS_BETTER = {"accuracy", "sample_accuracy", "precision", "recall", "density", "coverage"}
@@ -35,7 +34,7 @@ class Axis(NamedTuple):
         return ", ".join(choices[n]["label"] if n in choices else LACKING for n in self.settings)
 
 
-def sweep_page(path: Path) -> dict[str, Any]:
+def sweep_page(path: AnyPath) -> dict[str, Any]:
     """The values of the page of a sweep, also of one that has not ended."""
     content, (records, damaged) = Store(path).content(), Store(path).scan()
     known = {record["number"]: record for record in records}
@@ -195,7 +194,7 @@ def _plot(points: list[Point], axes: list[Axis], metric: str, axis: Axis) -> dic
     return dict(metric=metric, axis=axis.name, lines=lines, many=many)
 
 
-def _map(points: list[Point], axes: list[Axis], metric: str, pictures: Path) -> dict[str, Any]:
+def _map(points: list[Point], axes: list[Axis], metric: str, pictures: AnyPath) -> dict[str, Any]:
     """All points: the axis of most values in columns, all others in rows."""
     wide = max(axes, key=lambda axis: len(axis.values))
     rest = [axis for axis in axes if axis is not wide]
