@@ -29,19 +29,20 @@ from etils import epath
 from fsspec import config as fsspec_config
 from fsspec import url_to_fs
 
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import AnyPath, Interruption, UsageError
 
 # The library behind each scheme, and the extra that installs it.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
-RENEWED_SECONDS = 5  # between the signs of life of who holds a lease
-EXPIRES_SECONDS = 45  # without one, after which a lease is free
-WATCHED_SECONDS = 12  # at the least, as clocks of two machines differ
+RENEWED_SECONDS = 5.0  # between the signs of life of who holds a lease
+EXPIRES_SECONDS = 45.0  # without one, after which a lease is free
+WATCHED_SECONDS = 12.0  # at the least, as clocks of two machines differ
 MIRRORED_SECONDS = 30  # between copies of a growing file
 
 # Whose errors are a bucket's, a network's or a permission's, and what plain ones say then.
 LIBRARIES = {"gcsfs", "google", "s3fs", "botocore", "aiohttp", "requests"}
-REFUSED = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|Forbidden|gs://|s3://|storage/v1"
+OURS = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|NOT_FOUND|Forbidden|gs://|s3://|storage/v1"
+DENIED = "PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|Forbidden|[Cc]redentials|AccessDenied|40[134]"
 
 # Their messages come as errors too, which are explained where they end.
 for _library in ("gcsfs", "google.auth"):
@@ -85,15 +86,19 @@ def upload(file: Path, path: AnyPath) -> None:
     system.put_file(os.fspath(file), name)
 
 
-def outage(error: BaseException) -> str | None:
-    """What a bucket, its network or its permissions refused, in one line; None for other errors."""
+def refusal(error: BaseException) -> UsageError | None:
+    """What a bucket or its network refused, in one line; None for an error of anything else.
+
+    An `Interruption` where the same command may succeed later.
+    """
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, UsageError):
-        return None
-    if type(error).__module__.partition(".")[0] in LIBRARIES:
-        return text
     is_plain = isinstance(error, OSError | ValueError) and not getattr(error, "errno", None)
-    return text if is_plain and re.search(REFUSED, text) else None
+    is_known = type(error).__module__.partition(".")[0] in LIBRARIES
+    if isinstance(error, UsageError) or not (is_known or (is_plain and re.search(OURS, text))):
+        return None
+    if isinstance(error, FileNotFoundError) or re.search(DENIED, text):
+        return UsageError(f"a bucket refuses ({text}); see to its name and your permissions for it")
+    return Interruption(f"a bucket did not answer ({text}); the same command goes on")
 
 
 class Mirror:

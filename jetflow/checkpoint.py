@@ -7,7 +7,6 @@ its type, shape and checksum, sealed by a digest. No tree types are stored: code
 of the optimizer can restore the params.
 """
 
-import contextlib
 import functools
 import inspect
 import json
@@ -29,6 +28,7 @@ from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jetflow import checksums, hosts
+from jetflow.buckets import refusal
 from jetflow.fields import differences, shown
 from jetflow.files import naming
 from jetflow.types import AnyArray, UsageError
@@ -117,8 +117,11 @@ class Checkpoints:
     def config(self) -> dict[str, Any] | None:
         """The config in the newest sound record; None where there is none."""
         for step in reversed(self.steps()):
-            with contextlib.suppress(Exception):  # as in `_everywhere`
+            try:
                 return _read_record(self.directory / str(step) / "record")["config"] or None
+            except Exception as error:  # as in `_everywhere`
+                if refused := refusal(error):
+                    raise refused from error
         return None
 
     def save(self, step: int, state: Any, config: dict) -> None:
@@ -282,6 +285,8 @@ def _everywhere(read: Callable[[], T]) -> T:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
+        if refused := refusal(error):  # which says nothing of what is stored
+            raise refused from error
         cause = _explain(error)
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]

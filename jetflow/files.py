@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from jetflow import hosts
-from jetflow.buckets import is_bucket, outage, upload
+from jetflow.buckets import is_bucket, refusal, upload
 from jetflow.types import AnyPath, UsageError
 
 METRICS = "metrics.jsonl"
@@ -37,11 +37,8 @@ def disk_errors_explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if reason := outage(error):
-            raise UsageError(
-                f"a bucket cannot be used ({reason}); see to its name, your permissions and the "
-                "network, and the same command goes on"
-            ) from error
+        if refused := refusal(error):
+            raise refused from error
         if not isinstance(error, OSError) or error.errno not in REFUSALS:
             raise
         is_full, path = error.errno in FULL, error.filename or "the disk"
@@ -120,8 +117,8 @@ def read_json(path: AnyPath, shape: Any = dict) -> Any:
     try:
         return parse(path.read_bytes(), shape)
     except (OSError, ValueError) as error:
-        if outage(error):
-            raise
+        if refused := refusal(error):
+            raise refused from error
         raise UsageError(f"{path} cannot be read ({error}); restore it") from error
 
 

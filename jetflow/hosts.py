@@ -22,7 +22,7 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
-from jetflow.buckets import is_bucket, leased
+from jetflow.buckets import is_bucket, leased, refusal
 from jetflow.fields import MOST_SHOWN, differences
 from jetflow.rollcall import STATE, RollCall
 from jetflow.types import AnyPath, UsageError
@@ -184,17 +184,21 @@ def agreed(value: T) -> T:
 def by_first(call: Callable[[], T]) -> T:
     """What a call gives on the first process, or its UsageError or OSError, on all of them."""
     result: Any = None
-    refusal: Sequence[Any] = ()
+    fault: Sequence[Any] = ()
     if STATE.process_id == 0:
         try:
             result = call()
-        except UsageError as error:
-            refusal = (str(error),)
-        except OSError as error:
-            refusal = (error.errno, error.strerror, error.filename and str(error.filename))
-    result, refusal = agreed([result, refusal])
-    if refusal:
-        raise (UsageError if len(refusal) == 1 else OSError)(*refusal)
+        except Exception as error:
+            known = refusal(error) or error
+            if isinstance(known, UsageError):
+                fault = (str(known),)
+            elif isinstance(known, OSError):
+                fault = (known.errno, known.strerror, known.filename and str(known.filename))
+            else:
+                raise
+    result, fault = agreed([result, fault])
+    if fault:
+        raise (UsageError if len(fault) == 1 else OSError)(*fault)
     return result
 
 
