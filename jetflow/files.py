@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from jetflow import hosts
+from jetflow.buckets import is_bucket, outage, upload
 from jetflow.types import UsageError
 
 METRICS = "metrics.jsonl"
@@ -31,11 +33,16 @@ REFUSALS |= {errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO}
 
 @contextlib.contextmanager
 def disk_errors_explained() -> Iterator[None]:
-    """A UsageError, with the path and the remedy, in place of an OSError of a disk or a path."""
+    """A UsageError, with the path and the remedy, in place of an error of a disk or a bucket."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in REFUSALS:
+    except Exception as error:
+        if reason := outage(error):
+            raise UsageError(
+                f"a bucket cannot be used ({reason}); see to its name, your permissions and the "
+                "network, and the same command goes on"
+            ) from error
+        if not isinstance(error, OSError) or error.errno not in REFUSALS:
             raise
         is_full, path = error.errno in FULL, error.filename or "the disk"
         remedy = "make room, and the same command goes on" if is_full else "give a path that can"
@@ -70,11 +77,18 @@ def if_possible(what: str) -> Iterator[None]:
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """A file that replaces `path` at the end; if the context fails, nothing changes.
 
-    Missing folders are made. Each of several writers has a temporary file; the last one wins.
+    Missing folders are made. Each of several writers has a temporary file; the last one wins. In a
+    bucket the file is an object, which is uploaded at the end.
 
     Raises:
         OSError: with the path, if it cannot be written.
     """
+    if is_bucket(path):
+        with tempfile.NamedTemporaryFile() as file:
+            yield file  # type: ignore[misc]
+            file.flush()
+            upload(Path(file.name), path)
+        return
     # `tempfile` would make a file that other users cannot read.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with naming(path, temporary):
@@ -106,6 +120,8 @@ def read_json(path: Path, shape: Any = dict) -> Any:
     try:
         return parse(path.read_bytes(), shape)
     except (OSError, ValueError) as error:
+        if outage(error):
+            raise
         raise UsageError(f"{path} cannot be read ({error}); restore it") from error
 
 
@@ -133,7 +149,7 @@ def set_aside(path: Path, why: str) -> None:
     if hosts.is_first():
         aside = path.with_name(f"{path.name}.{secrets.token_hex(2)}.damaged")
         try:
-            os.replace(path, aside)
+            path.replace(aside)
             logging.warning("%s; it is set aside as %s", why, aside)
         except OSError:  # such as a disk that is read-only
             logging.warning("%s; it counts as absent", why)
@@ -200,6 +216,12 @@ def misfit(value: Any, shape: Any, name: str = "") -> str:
 def check_writable(option: str, path: Path | None) -> None:
     """Raise a UsageError if a file cannot be written there: before the work, not after it."""
     if path is None:
+        return
+    if is_bucket(path):
+        probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        with write_atomically(probe):
+            pass
+        probe.unlink()
         return
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):

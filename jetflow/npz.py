@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from jetflow.types import UsageError
 
@@ -42,9 +43,9 @@ class Npz:
         with self._reading(""):
             if not path.is_file():  # a device may have no end
                 raise ValueError("it is no file")
-            with zipfile.ZipFile(path) as archive:
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 entries = {entry.filename: entry for entry in archive.infolist()}
-            self._left = path.stat().st_size + ROOM
+            self._left = epath.Path(path).stat().length + ROOM
         self._entries = {
             name.removesuffix(".npy"): entry
             for name, entry in entries.items()
@@ -134,7 +135,11 @@ class Npz:
         entry = self._entries[name]
         if entry.compress_type not in METHODS:
             raise ValueError(f"compressed by method {entry.compress_type}")
-        with zipfile.ZipFile(self._path) as archive, archive.open(entry) as file:
+        with (
+            self._path.open("rb") as whole,
+            zipfile.ZipFile(whole) as archive,
+            archive.open(entry) as file,
+        ):
             yield file
 
     @contextlib.contextmanager

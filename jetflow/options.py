@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jetflow.buckets import as_path
 from jetflow.types import UsageError
 
 LARGEST = 2**31 - 1  # whole number, as arrays count
@@ -153,7 +154,7 @@ def _item(name: str, field: dataclasses.Field, kind: Any, value: Any) -> Any:
     elif kind in (int, float) and not least <= value <= top:
         expected = _range(least, top if value > least else most)
     else:
-        return kind(value) if kind in (float, Path) else value
+        return as_path(value) if kind is Path else float(value) if kind is float else value
     raise UsageError(f"{name} is {value!r:.100}; expected {expected}")
 
 
@@ -166,7 +167,7 @@ def _is(value: Any, kind: Any) -> bool:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         return is_number and math.isfinite(value)
     if kind is Path:
-        return isinstance(value, str | Path) and _is_path(str(value))
+        return isinstance(value, str | os.PathLike) and _is_path(os.fspath(value))
     return isinstance(value, kind)
 
 
@@ -183,7 +184,7 @@ def expanded(name: str, path: str | os.PathLike) -> Path:
         UsageError: if there is no such directory.
     """
     try:
-        return Path(path).expanduser()
+        return as_path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(
             f"{name} is {os.fspath(path)!r}, but no home directory is known; give a path without ~"

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import jax
 
 from jetflow import files, hosts
+from jetflow.buckets import is_bucket
 from jetflow.checkpoint import Checkpoints
 from jetflow.fields import differences, shown
 from jetflow.flows.build import build
@@ -211,8 +212,10 @@ def _held(claim: Claim) -> Iterator[None]:
     if (workdir / SWEEP).exists():
         raise UsageError(f"{workdir} holds a sweep; give another --workdir")
     lock = workdir / LOCK
-    made = [path for path in (lock, workdir, *workdir.parents) if not path.exists()]
-    workdir.mkdir(parents=True, exist_ok=True)
+    folders = [] if is_bucket(workdir) else [workdir, *workdir.parents]  # a bucket has none
+    made = [path for path in (lock, *folders) if not path.exists()]
+    for folder in folders[:1]:
+        folder.mkdir(parents=True, exist_ok=True)
     with hosts.locked(lock, wait=False) as mine:
         if not mine or not lock.exists():  # one that could not start has just removed it
             raise UsageError(
@@ -222,7 +225,7 @@ def _held(claim: Claim) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):  # another process has put something in
-                for path in [] if claim.begun else made:
+                for path in made if folders and not claim.begun else ():
                     path.unlink() if path == lock else path.rmdir()
 
 

@@ -248,5 +248,5 @@ def _facts(file: Npz) -> dict[str, Any]:
 
 def checksum(path: Path) -> str:
     """The first 16 hex digits of the file's SHA-256."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

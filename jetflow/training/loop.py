@@ -13,6 +13,7 @@ import jax
 from jetflow import hosts, sharding
 from jetflow import workdir as workdirs
 from jetflow.archive import collect
+from jetflow.buckets import as_path
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
@@ -67,7 +68,7 @@ def train(
         Diverged: the loss, its gradient or the parameters are no longer finite.
         Stopped: a signal asked for it; everything is saved.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     run = set_up(config, functools.partial(pipeline.load, data_dir=data_dir))
     section = run.config.train
     checkpoints = Checkpoints(
@@ -231,6 +232,7 @@ class Session:
         """Start saving the state; the metrics up to it are on disk before."""
         self._flush()
         with self.reporter.pause():
+            self.reporter.mirror.copy(wait=True)
             try:
                 self.checkpoints.save(step, state, self.run.resolved_config)
                 if wait:

@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from jetflow import hosts
+from jetflow.buckets import as_path
 from jetflow.files import check_writable, write_atomically
 from jetflow.tools.report import plots
 from jetflow.tools.report.run_page import run_page
@@ -44,10 +45,10 @@ def report(
     """
     if format not in FORMATS:
         raise UsageError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    page = read_page(Path(folder))
+    page = read_page(as_path(folder))
     if out is None and format != "html":
         return render(page, format)
-    path = Path(folder, "report.html") if out is None else Path(out)
+    path = as_path(folder) / "report.html" if out is None else as_path(out)
     check_writable("out", path)
     content = render(page, format)
     if hosts.is_first():

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jetflow import configs, hosts, pictures, sharding, signals
+from jetflow.buckets import as_path
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.fields import flat
@@ -69,8 +70,8 @@ def sweep(
         Stopped: a signal stopped a training; everything is saved.
     """
     sweep = (sweep if isinstance(sweep, Sweep) else read(os.fspath(sweep))).with_fixed(fix or {})
-    run, data_dir = (None if path is None else Path(path).resolve() for path in (run, data_dir))
-    runner = Runner(sweep, Store(Path(workdir)), run, data_dir)
+    run, data_dir = (None if path is None else as_path(path).resolve() for path in (run, data_dir))
+    runner = Runner(sweep, Store(as_path(workdir)), run, data_dir)
     points = sweep.chosen(shard, point)
     runner.begin()
     for each in points:
