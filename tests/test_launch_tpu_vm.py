@@ -19,7 +19,7 @@ GKE = "gke.py --name=j --image=i"
 @pytest.mark.parametrize(
     ("command", "status", "expected"),
     [
-        ("tpu_vm.sh create pod v5e:4x4 --dry-run", 0, f"{CREATION} --accelerator-type=v5litepod-16 "),
+        ("tpu_vm.sh create pod v5e:4x4 --dry-run", 0, "--accelerator-type=v5litepod-16 "),
         ("tpu_vm.sh create pod v6e:2x4 --spot --zone=z --dry-run", 0, "tpuv6e --spot --zone=z"),
         ("tpu_vm.sh create pod v4:2x2x4 --dry-run", 0, f"{CREATION} --type=v4 --topology=2x2x4 "),
         ("tpu_vm.sh create pod v5p:4x4x4 --dry-run", 0, f"{CREATION} --accelerator-type=v5p-128 "),

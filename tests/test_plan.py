@@ -16,6 +16,7 @@ import jetflow
 from jetflow import cli, configs
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.tools.plan import costs, devices, roofline
+from jetflow.training.experiment import count_steps
 
 CONFIGS = tiny_runs.ROOT / "configs"
 
@@ -272,6 +273,25 @@ ROWS = re.findall(
     r"\| `jetflow plan --config configs/(\S+) --topology (\S+)` \|",
     (tiny_runs.ROOT / "docs" / "scaling.md").read_text(),
 )
+
+
+BUDGETS = re.findall(
+    r"\| (\d+) \| (\d+) \| ([\d.]+) s \| ([\d.]+) ([\d.]+) \| ([\d.]+) ([\d.]+) "
+    r"\| `jetflow plan --config configs/(\S+) --topology (\S+)` \|",
+    (tiny_runs.ROOT / "docs" / "scaling.md").read_text().replace(",", ""),
+)
+
+
+@pytest.mark.parametrize("row", BUDGETS, ids=lambda row: row[-2])
+def test_budgets_of_the_page_follow_from_their_steps(row):
+    *figures, name, topology = row
+    config = read(name)
+    images = len(roofline.load(config.data.name, config.data.train_split))
+    seconds, chips = float(figures[2]), devices.chips(topology)
+    steps = count_steps(config.train, images)
+    days = steps * seconds / 86400
+    expected = [chips, steps, seconds, days, 2 * days, 24 * chips * days, 48 * chips * days]
+    assert list(map(float, figures)) == pytest.approx(expected, rel=0.02)
 
 
 SPLASH = """\
