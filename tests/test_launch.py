@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import kubernetes_validate
 import pytest
 import tiny_runs
 import yaml
@@ -102,13 +103,12 @@ def test_the_command_gets_one_sigterm_and_is_waited_for(tmp_path, sent):
     ],
 )
 def test_job_set(topology, slices, label, chips, hosts):
-    schemas = pytest.importorskip("kubernetes_validate")
     command = ["jetflow", "train", "--workdir", 'gs://b/a "b" $image']
     options = ["--name=jet", "--image=i/j:1", f"--topology={topology}", f"--slices={slices}"]
     found = yaml.safe_load(run(sys.executable, LAUNCH / "gke.py", *options, *command).stdout)
     [replicated] = found["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "jet"}}
-    schemas.validate(job | replicated["template"], "1.33", strict=True)
+    kubernetes_validate.validate(job | replicated["template"], "1.33", strict=True)
     spec = replicated["template"]["spec"]
     assert [replicated["replicas"], spec["parallelism"], spec["completions"]] == [
         slices,
