@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jetflow.cli.flags import Command
+from jetflow.hosts import ProcessOptions
 from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import load_model
 from jetflow.options import LARGEST_BATCH, MOST_WORKERS, DataOptions, Options, option
@@ -25,7 +26,7 @@ class BenchOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(BenchOptions, DataOptions):
+class TrainOptions(BenchOptions, DataOptions, ProcessOptions):
     config: Config = option(example="configs/NAME.py")
     steps: int = option(10, "steps in a round", least=1)
 
@@ -42,7 +43,7 @@ class ReadOptions(BenchOptions, DataOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions(BenchOptions, SamplingOptions, ModelOptions):
+class SampleOptions(BenchOptions, SamplingOptions, ModelOptions, ProcessOptions):
     """Of a trained flow, or of a config's with random weights."""
 
     config: Config = option(None)

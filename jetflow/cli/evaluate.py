@@ -7,6 +7,7 @@ from jetflow.evals.evaluation import results
 from jetflow.evals.quality import Quality
 from jetflow.evals.records import describe
 from jetflow.evals.settings import EvaluateOptions
+from jetflow.hosts import ProcessOptions
 from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import load_model
 from jetflow.options import option
@@ -14,7 +15,7 @@ from jetflow.types import AnyPath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommandOptions(EvaluateOptions, ModelOptions):
+class CommandOptions(EvaluateOptions, ModelOptions, ProcessOptions):
     """The options of an evaluation, and the flow."""
 
     workdir: AnyPath = option(help="the folder of the run", example="runs/NAME")

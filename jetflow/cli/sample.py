@@ -34,7 +34,7 @@ WITHOUT_EFFECT = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions(SamplingOptions, ModelOptions, DataOptions):
+class SampleOptions(SamplingOptions, ModelOptions, DataOptions, hosts.ProcessOptions):
     """The options of `jetflow sample`."""
 
     workdir: AnyPath = option(help="the folder of the run", example="runs/NAME")

@@ -20,7 +20,7 @@ FAILED = 1  # an exit status: the same command tries the points that failed agai
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepOptions(DataOptions):
+class SweepOptions(DataOptions, hosts.ProcessOptions):
     """The options of `jetflow sweep`."""
 
     sweep: str = option(help="the sweep's file", example="configs/sweeps/NAME.py")
@@ -48,7 +48,9 @@ class SweepOptions(DataOptions):
 
 def run(options: SweepOptions) -> int:
     """The exit status is 0, `FAILED`, or 128 + the number of the signal that stopped a training."""
-    arguments = vars(options) | {"fix": _typed(options.fix or {}), "shard": _shard(options.shard)}
+    names = {field.name for field in dataclasses.fields(hosts.ProcessOptions)}
+    arguments = {name: value for name, value in vars(options).items() if name not in names}
+    arguments |= {"fix": _typed(options.fix or {}), "shard": _shard(options.shard)}
     sweep = read(options.sweep).with_fixed(arguments["fix"])
     points = sweep.chosen(arguments["shard"], options.point)
     if arguments.pop("print"):
