@@ -12,11 +12,12 @@ from etils import epath
 from jaxtyping import Bool, Int, UInt8
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath
 from jetflow.fields import differences, shown
 from jetflow.files import naming, read_or_set_aside, write_atomically, write_json
 from jetflow.npz import ROOM, Npz
 from jetflow.sampling.ancestral import Drawn
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import UsageError
 
 SETTINGS = "settings.json"
 

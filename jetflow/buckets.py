@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 import tensorstore
@@ -29,7 +29,9 @@ from etils import epath
 from fsspec import config as fsspec_config
 from fsspec import url_to_fs
 
-from jetflow.types import AnyPath, Interruption, UsageError
+from jetflow.types import Interruption, UsageError
+
+AnyPath: TypeAlias = Path | epath.Path  # of this machine, or of a bucket
 
 # The library behind each scheme, and the extra that installs it.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
@@ -41,8 +43,8 @@ MIRRORED_SECONDS = 30  # between copies of a growing file
 
 # Whose errors are a bucket's, a network's or a permission's, and what plain ones say then.
 LIBRARIES = {"gcsfs", "google", "s3fs", "botocore", "aiohttp", "requests"}
-OURS = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|NOT_FOUND|Forbidden|gs://|s3://|storage/v1"
-DENIED = "PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|Forbidden|[Cc]redentials|AccessDenied|40[134]"
+OURS = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|Forbidden|gs://|s3://|storage/v1"
+DENIED = "PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|[Cc]redentials|AccessDenied|40[134]"
 
 # Their messages come as errors too, which are explained where they end.
 for _library in ("gcsfs", "google.auth"):
@@ -94,11 +96,20 @@ def refusal(error: BaseException) -> UsageError | None:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     is_plain = isinstance(error, OSError | ValueError) and not getattr(error, "errno", None)
     is_known = type(error).__module__.partition(".")[0] in LIBRARIES
-    if isinstance(error, UsageError) or not (is_known or (is_plain and re.search(OURS, text))):
+    is_missing = isinstance(error, FileNotFoundError) and "/upload/" not in text  # an object
+    if isinstance(error, UsageError) or is_missing:
+        return None
+    if not (is_known or (is_plain and re.search(OURS, text))):
         return None
     if isinstance(error, FileNotFoundError) or re.search(DENIED, text):
         return UsageError(f"a bucket refuses ({text}); see to its name and your permissions for it")
     return Interruption(f"a bucket did not answer ({text}); the same command goes on")
+
+
+def raise_refusal(error: BaseException) -> None:
+    """Raise what a bucket or its network refused, if that is what the error is of."""
+    if refused := refusal(error):
+        raise refused from error
 
 
 class Mirror:
@@ -238,7 +249,12 @@ class _Lease(threading.Thread):
     def _write(self, generation: bytes) -> bool:
         """Whether the object was still of this generation, and is now ours."""
         content = json.dumps({**self._holder, "renewed": time.time()}).encode()
-        stamp = self._store.write(self._key, content, if_equal=generation).result()
+        try:
+            stamp = self._store.write(self._key, content, if_equal=generation).result()
+        except ValueError as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+            raise UsageError(f"{self._path} cannot be written: there is no such bucket") from error
         if not stamp.generation:
             # The answer to a write that was made may be lost, and the write tried again.
             found = self._store.read(self._key).result()

@@ -13,11 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from jetflow import hosts, sharding
+from jetflow.buckets import AnyPath
 from jetflow.files import if_possible, read_or_set_aside, write_json
 from jetflow.flows.stack import Stack
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.sampling.decoding import WINDOW
-from jetflow.types import AnyPath, Decoding
+from jetflow.types import Decoding
 
 REPEATS = 3
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jetflow import checksums, hosts
-from jetflow.buckets import refusal
+from jetflow.buckets import as_path, raise_refusal
 from jetflow.fields import differences, shown
 from jetflow.files import naming
 from jetflow.types import AnyArray, UsageError
@@ -62,8 +62,7 @@ class Checkpoints:
     def __init__(
         self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None
     ):
-        path = os.fspath(directory)
-        self.directory = epath.Path(path if "://" in path else os.path.abspath(path))
+        self.directory = epath.Path(as_path(directory).absolute())
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         self._policy = policies.AnyPreservationPolicy(kept)
         self._manager: ocp.CheckpointManager | None = None  # which would create the directory
@@ -120,8 +119,7 @@ class Checkpoints:
             try:
                 return _read_record(self.directory / str(step) / "record")["config"] or None
             except Exception as error:  # as in `_everywhere`
-                if refused := refusal(error):
-                    raise refused from error
+                raise_refusal(error)
         return None
 
     def save(self, step: int, state: Any, config: dict) -> None:
@@ -276,8 +274,7 @@ def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax
 def _everywhere(read: Callable[[], T]) -> T:
     """`read()` on this process; if it fails on any process, raises Damage on all of them.
 
-    Orbax, TensorStore and JSON raise many types for a damaged file, so any exception counts,
-    except that memory ran out.
+    Orbax, TensorStore and JSON raise many types for a damaged file: any counts but want of memory.
     """
     result, cause = None, None
     try:
@@ -285,8 +282,7 @@ def _everywhere(read: Callable[[], T]) -> T:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        if refused := refusal(error):  # which says nothing of what is stored
-            raise refused from error
+        raise_refusal(error)  # which says nothing of what is stored
         cause = _explain(error)
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]

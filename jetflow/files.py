@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from jetflow import hosts
-from jetflow.buckets import is_bucket, refusal, upload
-from jetflow.types import AnyPath, UsageError
+from jetflow.buckets import AnyPath, is_bucket, raise_refusal, upload
+from jetflow.types import UsageError
 
 METRICS = "metrics.jsonl"
 LARGEST = 2**63  # of a number, which others read too
@@ -37,8 +37,7 @@ def disk_errors_explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if refused := refusal(error):
-            raise refused from error
+        raise_refusal(error)
         if not isinstance(error, OSError) or error.errno not in REFUSALS:
             raise
         is_full, path = error.errno in FULL, error.filename or "the disk"
@@ -117,8 +116,7 @@ def read_json(path: AnyPath, shape: Any = dict) -> Any:
     try:
         return parse(path.read_bytes(), shape)
     except (OSError, ValueError) as error:
-        if refused := refusal(error):
-            raise refused from error
+        raise_refusal(error)
         raise UsageError(f"{path} cannot be read ({error}); restore it") from error
 
 

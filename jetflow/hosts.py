@@ -23,11 +23,11 @@ from absl import logging
 from tqdm import tqdm
 
 from jetflow import rendezvous
-from jetflow.buckets import is_bucket, leased, refusal
+from jetflow.buckets import AnyPath, is_bucket, leased, refusal
 from jetflow.fields import MOST_SHOWN, differences
 from jetflow.options import Options, option
 from jetflow.rollcall import STATE, RollCall
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import UsageError
 
 T = TypeVar("T")
 

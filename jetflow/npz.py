@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jetflow.types import AnyPath, UsageError
+from jetflow.buckets import AnyPath
+from jetflow.types import UsageError
 
 ROOM = 2**28  # bytes by which arrays that are read may exceed their compressed file
 START = 2**14  # bytes; the description of an array is shorter

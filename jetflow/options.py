@@ -16,8 +16,8 @@ from typing import Any
 
 from etils import epath
 
-from jetflow.buckets import as_path, is_bucket
-from jetflow.types import AnyPath, UsageError
+from jetflow.buckets import AnyPath, as_path, is_bucket
+from jetflow.types import UsageError
 
 LARGEST = 2**31 - 1  # whole number, as arrays count
 LARGEST_BATCH = 2**20  # images at a time

@@ -8,8 +8,9 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath
 from jetflow.files import write_atomically
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import UsageError
 
 MOST_ROWS = 20  # of a picture that a person takes in; classes above that have no row of their own
 LARGEST_ASPECT = 2.25  # of a grid with a row a class; longer rows are wrapped

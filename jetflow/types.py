@@ -5,18 +5,15 @@ token (patch_size² · C), L layers. Pixels are in pixel units, 0..256; log-dete
 log-likelihoods are in nats, summed over an example, and at least float32.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import flax.struct
 import numpy as np
-from etils import epath
 from jaxtyping import Array, Float, Int
 
 NO_LABEL = -1
 
 AnyArray: TypeAlias = np.ndarray | Array
-AnyPath: TypeAlias = Path | epath.Path  # of this machine, or of a bucket
 Config: TypeAlias = Any  # an ml_collections ConfigDict: sections of fields, as configs/base.py has
 
 

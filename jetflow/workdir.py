@@ -14,11 +14,11 @@ from urllib.parse import quote
 import jax
 
 from jetflow import files, hosts
-from jetflow.buckets import is_bucket
+from jetflow.buckets import AnyPath, is_bucket
 from jetflow.checkpoint import Checkpoints
 from jetflow.fields import differences, shown
 from jetflow.flows.build import build
-from jetflow.types import AnyPath, Flow, UsageError
+from jetflow.types import Flow, UsageError
 
 CONFIG = "config.json"
 SWEEP = "sweep.json"  # in the folder of a sweep

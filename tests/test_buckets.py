@@ -168,7 +168,7 @@ def test_a_lease_that_nobody_renews_is_taken_over(folder, quick, monkeypatch, ca
         ("ftp://there/run", "ftp://there/run has an unknown scheme; expected a folder, or one of"),
         ("s3://there/run", "s3://there/run needs s3fs: pip install 'jetflow[s3]'"),
         ("gs://private/run", "a bucket refuses (Forbidden: b/private/o"),
-        ("gs://nowhere/run", "a bucket refuses ("),
+        ("gs://nowhere/run", "gs://nowhere/run/.lock cannot be written: there is no such bucket"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_line(path, message, bucket, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.hosts import ProcessOptions
 from jetflow.mesh import ModelOptions, read_mesh
@@ -14,7 +15,7 @@ from jetflow.sampling.decoding import METHODS
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.tools import throughput
 from jetflow.tools.report.document import columns
-from jetflow.types import AnyPath, Config, UsageError
+from jetflow.types import Config, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.evals.evaluation import results
 from jetflow.evals.quality import Quality
@@ -11,7 +12,6 @@ from jetflow.hosts import ProcessOptions
 from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import load_model
 from jetflow.options import option
-from jetflow.types import AnyPath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ import dataclasses
 import sys
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.options import Options, option
 from jetflow.tools.report.document import FORMATS, report
-from jetflow.types import AnyPath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

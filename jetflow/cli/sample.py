@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 
 from jetflow import hosts, pictures
 from jetflow.archive import Archive, Collected, collect
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.data import dataset as pipeline
 from jetflow.files import check_writable
@@ -21,7 +22,7 @@ from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, draw_all, not_finite
 from jetflow.sampling.decoding import check_guided
 from jetflow.sampling.sampling_options import SamplingOptions
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import UsageError
 
 SHOWN = pictures.MOST_ROWS**2  # samples in the picture of many; each class has its share of them
 LARGEST_STRIP = 17  # stages of a trace that are shown

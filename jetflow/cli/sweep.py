@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jetflow import hosts, signals
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.options import DataOptions, option, spelled
 from jetflow.sweeps import read
@@ -14,7 +15,7 @@ from jetflow.tools.report.document import columns
 from jetflow.tools.report.sweep_page import sweep_page
 from jetflow.tools.sweep import runner
 from jetflow.tools.sweep.store import Store
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import UsageError
 
 FAILED = 1  # an exit status: the same command tries the points that failed again
 

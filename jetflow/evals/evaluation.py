@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from jetflow import sharding
+from jetflow.buckets import AnyPath
 from jetflow.data.dataset import Dataset
 from jetflow.evals import likelihoods
 from jetflow.evals.batching import Batching
@@ -18,7 +19,7 @@ from jetflow.evals.records import finite, record
 from jetflow.evals.settings import DISTANCES, EvaluateOptions, TrainedFlow, run_data, source
 from jetflow.files import if_possible
 from jetflow.noise import Noise
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import UsageError
 from jetflow.workdir import suffix, write_result
 
 

@@ -16,13 +16,14 @@ from jaxtyping import Float, Int
 
 from jetflow import hosts, sharding
 from jetflow.archive import Images, read_images
+from jetflow.buckets import AnyPath
 from jetflow.evals import inception
 from jetflow.evals.batching import Batching
 from jetflow.evals.distances import Gaussian
 from jetflow.evals.inception import Network
 from jetflow.files import if_possible, write_atomically
 from jetflow.npz import Npz
-from jetflow.types import AnyPath, Batch, UsageError
+from jetflow.types import Batch, UsageError
 
 SIZES = {"pooled": 2048, "spatial": 17 * 17 * 7}  # features of the FID, and of the sFID
 MOMENTS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM names them

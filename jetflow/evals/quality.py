@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 
 from jetflow import hosts, sharding, workdir
 from jetflow.archive import Images, read_images
+from jetflow.buckets import AnyPath
 from jetflow.evals import distances, features, inception
 from jetflow.evals.batching import Batching
 from jetflow.evals.features import Features, Statistics
@@ -26,7 +27,7 @@ from jetflow.evals.settings import (
 from jetflow.files import check_writable
 from jetflow.npz import Npz
 from jetflow.pictures import labels_in_turn
-from jetflow.types import AnyPath, Batch, UsageError
+from jetflow.types import Batch, UsageError
 
 PARTS = {"fid": "pooled", "sfid": "spatial"}  # of `Features`; the other metrics: "features"
 

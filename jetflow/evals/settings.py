@@ -8,13 +8,14 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jetflow.buckets import AnyPath
 from jetflow.data.dataset import Dataset, load
 from jetflow.evals import inception
 from jetflow.noise import LARGEST_SEED, Noise
 from jetflow.options import LARGEST_BATCH, MOST_DRAWS, MOST_SAMPLES, DataOptions, option
 from jetflow.sampling.ancestral import Drawn
 from jetflow.sampling.sampling_options import SamplingOptions
-from jetflow.types import AnyPath, Flow, UsageError
+from jetflow.types import Flow, UsageError
 
 LIKELIHOODS = ("bpd", "noised_bpd", "bpd_gap", "noised_bpd_gap", "accuracy")  # of real images
 NEIGHBOURS = {"kid": 1, "precision_recall": 3, "density_coverage": 5}  # that a feature must have

@@ -19,6 +19,7 @@ import psutil
 from jax.sharding import Mesh
 
 from jetflow import calibration, configs, sharding
+from jetflow.buckets import AnyPath
 from jetflow.data import dataset
 from jetflow.data.reading import cores
 from jetflow.model import Model
@@ -29,7 +30,7 @@ from jetflow.tools.plan import costs, roofline
 from jetflow.tools.plan.devices import ACCELERATORS
 from jetflow.training.experiment import set_up
 from jetflow.training.step import TrainState, abstract_variables, init_variables
-from jetflow.types import AnyPath, Batch, Config, UsageError
+from jetflow.types import Batch, Config, UsageError
 
 ROUND_SECONDS = 1.0  # of reading, at least, that are timed as one
 

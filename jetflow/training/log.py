@@ -17,9 +17,8 @@ from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.buckets import Mirror
+from jetflow.buckets import AnyPath, Mirror
 from jetflow.files import METRICS, naming, scan_metrics, set_aside, write_atomically
-from jetflow.types import AnyPath
 
 SPEED = ("images_per_second", "data_wait_share")  # metrics that an equal run need not have equal
 START = 1  # SessionLog.START

@@ -12,7 +12,7 @@ import jax
 from jetflow import hosts, sharding
 from jetflow import workdir as workdirs
 from jetflow.archive import collect
-from jetflow.buckets import as_path
+from jetflow.buckets import AnyPath, as_path
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
@@ -28,7 +28,7 @@ from jetflow.signals import Stopped, StopSignal
 from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import Reporter
 from jetflow.training.step import Metrics, TrainState
-from jetflow.types import AnyPath, Batch, Config
+from jetflow.types import Batch, Config
 
 
 class Diverged(Exception):

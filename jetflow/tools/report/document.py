@@ -13,12 +13,12 @@ import jinja2
 from markupsafe import Markup
 
 from jetflow import hosts
-from jetflow.buckets import as_path
+from jetflow.buckets import AnyPath, as_path
 from jetflow.files import check_writable, write_atomically
 from jetflow.tools.report import plots
 from jetflow.tools.report.run_page import run_page
 from jetflow.tools.report.sweep_page import sweep_page
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import UsageError
 from jetflow.workdir import CONFIG, SWEEP
 
 FORMATS = ("html", "md", "csv")

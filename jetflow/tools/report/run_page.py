@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jetflow.buckets import AnyPath
 from jetflow.fields import flat
 from jetflow.files import METRICS, scan_json, scan_metrics
 from jetflow.pictures import MOST_ROWS
 from jetflow.training.step import abstract_variables
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import UsageError
 from jetflow.workdir import EVALUATION, read_flow, scan_environments
 
 POINTS = 250  # of a curve; a longer one is drawn as the means of so many stretches

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from jetflow.buckets import AnyPath
 from jetflow.sweeps import short_names
 from jetflow.tools.report.run_page import described, side_by_side
 from jetflow.tools.sweep.store import Store
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import UsageError
 from jetflow.workdir import read_config
 
 HIGHER_IS_BETTER = {"accuracy", "sample_accuracy", "precision", "recall", "density", "coverage"}

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jetflow import configs, hosts, pictures, sharding, signals
-from jetflow.buckets import as_path
+from jetflow.buckets import AnyPath, as_path
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.fields import flat
@@ -26,7 +26,7 @@ from jetflow.sweeps import Point, Sweep, is_of_training, read
 from jetflow.tools.report.document import report
 from jetflow.tools.sweep.store import Store
 from jetflow.training.loop import Diverged, train
-from jetflow.types import AnyPath, Config, UsageError
+from jetflow.types import Config, UsageError
 from jetflow.workdir import SWEEP, environment, read_flow, suffix
 
 OWN = ("metrics", "data_dir", "make_reference")  # options that the sweep itself gives

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath
 from jetflow.fields import differences, shown
 from jetflow.files import NONE, NUMBER, read_json, read_or_set_aside, scan_json, write_json
 from jetflow.sweeps import Point
-from jetflow.types import AnyPath, UsageError
+from jetflow.types import UsageError
 from jetflow.workdir import CONFIG, SOURCES, SWEEP
 
 # Not compared when a sweep goes on; points are compared apart, as new ones may come last.
