@@ -3,7 +3,6 @@
 Where JAX aborts the processes that are left, from C++ and after pages of it, the last line is ours.
 """
 
-import contextlib
 import ctypes
 import dataclasses
 import itertools
@@ -14,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -25,72 +24,43 @@ from jetflow.rendezvous import say
 BEAT_SECONDS = 2  # between the signs of life of a process
 SILENCE_SECONDS = 7  # without one, after which a process is named where a run has failed
 STALL_SECONDS = 60  # of silence, or behind the others, after which a process is named
-PATIENCE_SECONDS = 600  # behind the others, after which the run ends
+PATIENCE_SECONDS = 900  # behind the others, after which the run ends
 STATE: Any = distributed.global_state
 
 
 class Position(NamedTuple):
-    """Where a process is. All pass the same positions in the same order.
-
-    Attributes:
-        count: of the positions before it.
-        text: for a person, as in "step 12".
-        is_prompt: whether it takes minutes at most, unlike what compiles, or reads a first time.
-    """
+    """Where a process is: how many positions came before, the same on all of them, and a text."""
 
     count: int = 0
     text: str = "the start"
-    is_prompt: bool = False
 
 
 _position = START = Position()
 
 
-def enter(text: str) -> None:
-    """Say that this process begins what may take long; the others name it if it stays behind."""
+def reach(text: str = "") -> None:
+    """Say where this process is, as in "step 12", or without a text that it gets on there.
+
+    All processes say so equally often, and the others name one that stays behind.
+    """
     global _position
-    _position = Position(_position.count + 1, text)
-
-
-@contextlib.contextmanager
-def waiting() -> Iterator[None]:
-    """While this process waits for the others to come where it is."""
-    text = _position.text
-    enter(f"the end of {text}")
-    yield
-    enter(text)
-
-
-def advance(text: str = "") -> None:
-    """Say that this process gets on, as it does every few seconds or minutes."""
-    global _position
-    _position = Position(_position.count + 1, text or _position.text, is_prompt=True)
+    _position = Position(_position.count + 1, text or _position.text)
 
 
 @dataclasses.dataclass
 class Member:
-    """What is known of a process: its last sign of life, and for how many beats it gave no other.
-
-    Attributes:
-        sign, position: a number, and where it was.
-        heard, moved: when it gave that sign, and when it came to its position.
-        silent, still: beats since then.
-    """
+    """What was heard of a process last, and for how many beats it was the same."""
 
     sign: int = 0
     position: Position = START
-    heard: float = dataclasses.field(default_factory=time.time)
-    moved: float = dataclasses.field(default_factory=time.time)
     silent: int = 0
     still: int = 0
 
-    def note(self, sign: int, position: Position) -> None:
-        """Take in what process 0 passed on, at each beat."""
-        self.silent, self.still = self.silent + 1, self.still + 1
-        if sign != self.sign:
-            self.sign, self.heard, self.silent = sign, time.time(), 0
-        if position != self.position:
-            self.position, self.moved, self.still = position, time.time(), 0
+    def hear(self, sign: int, position: Position) -> None:
+        """Take in the sign of a beat, which may be an old one."""
+        self.silent = self.silent + 1 if sign == self.sign else 0
+        self.still = self.still + 1 if position == self.position else 0
+        self.sign, self.position = sign, position
 
 
 class RollCall:
@@ -143,47 +113,49 @@ class RollCall:
                 return
 
     def _watch(self) -> None:
-        """Count the beats without a sign, and name who stalls once a minute."""
-        before, quiet = None, 0
+        """Name who stalls, once a minute, or end this process."""
+        before, beats = self._signs, itertools.count()
         while not self._over.wait(BEAT_SECONDS):
             self.beat(self._signs if self._signs is not before else {})
-            before, quiet = self._signs, quiet + 1
-            lost, (behind, for_long) = self.lost(STALL_SECONDS), self.behind()
-            if self._ends and (lost or for_long):
-                self._end(lost or behind)
-            if (lost or behind) and quiet * BEAT_SECONDS >= STALL_SECONDS:
-                quiet = 0
-                say(f"{lost or behind}")
+            before, lost = self._signs, self.lost(STALL_SECONDS)
+            if self._ends and (why := lost or self.behind(PATIENCE_SECONDS)):
+                self._end(why)
+            stall = lost or self.behind(STALL_SECONDS)
+            if not stall:
+                beats = itertools.count()
+            elif next(beats) * BEAT_SECONDS % STALL_SECONDS < BEAT_SECONDS:
+                say(stall)
 
     def beat(self, signs: Mapping[int, tuple[int, Position]]) -> None:
         """Take in the signs of a beat; if there are none, process 0 did not pass them on."""
         for number, member in self._members.items():
             if signs or number == 0:
-                member.note(*signs.get(number, (member.sign, member.position)))
+                member.hear(*signs.get(number, (member.sign, member.position)))
 
-    def lost(self, seconds: int | float = SILENCE_SECONDS) -> str | None:
-        """The process that has been silent for longest, in words, if for so long."""
-        if not self._members:
-            return None
-        number, member = max(self._members.items(), key=lambda item: item[1].silent)
-        if member.silent * BEAT_SECONDS < seconds:
+    def lost(self, seconds: int | float = SILENCE_SECONDS) -> str:
+        """The process that has been silent for longest, in words, if for so long; else nothing."""
+        silences = {number: member.silent for number, member in self._members.items()}
+        number = max(silences, key=silences.__getitem__, default=0)
+        if silences.get(number, 0) * BEAT_SECONDS < seconds:
             if not self._is_cut:
-                return None
-            number, member = 0, self._members[0]
-        text = f"nothing was heard of {_who(number)} since {_clock(member.heard)}"
-        return f"{text}, when it was at {member.position.text}"
+                return ""
+            number = 0
+        where = self._members[number].position.text
+        since = _clock(silences[number])
+        return f"nothing was heard of {_who(number)} since {since}, when it was at {where}"
 
-    def behind(self) -> tuple[str, bool]:
-        """The process that others wait for, in words, and whether for longer than is bearable."""
-        first = max(self._members, key=lambda number: self._members[number].position.count)
-        front = self._members[first].position
-        slow = {n: each for n, each in self._members.items() if each.position.count < front.count}
-        number, member = max(slow.items(), key=lambda item: item[1].still, default=(0, Member()))
-        if (seconds := member.still * BEAT_SECONDS) < STALL_SECONDS:
-            return "", False
-        text = f"{_who(number)} has been at {member.position.text} since {_clock(member.moved)}"
-        text += f", and {_who(first)} is at {front.text}"
-        return text, member.position.is_prompt and seconds >= PATIENCE_SECONDS
+    def behind(self, seconds: int | float) -> str:
+        """The process that others wait for, in words, if for so long; else nothing."""
+        positions = {number: member.position for number, member in self._members.items()}
+        first = max(positions, key=lambda number: positions[number].count)
+        for number, member in self._members.items():
+            is_passed = member.position.count < positions[first].count
+            if is_passed and member.still * BEAT_SECONDS >= seconds:
+                return (
+                    f"{_who(number)} has been at {member.position.text} since "
+                    f"{_clock(member.still)}, and {_who(first)} is at {positions[first].text}"
+                )
+        return ""
 
     def leave(self, error: Exception | None = None) -> NoReturn:
         """End this process with one line: which other one is lost, or its own error; what to do."""
@@ -212,5 +184,6 @@ def _who(number: int) -> str:
     return "this one" if number == STATE.process_id else f"process {number}"
 
 
-def _clock(when: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(when))
+def _clock(beats: int) -> str:
+    """The time of so many beats ago."""
+    return time.strftime("%H:%M:%S", time.localtime(time.time() - beats * BEAT_SECONDS))

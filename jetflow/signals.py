@@ -49,7 +49,7 @@ class StopSignal:
     def poll(self) -> None:
         """Raise `Stopped` if a signal came."""
         self._polls += 1
-        rollcall.advance()
+        rollcall.reach()
         if self._several and multihost_utils.reached_preemption_sync_point(self._polls):
             self._number = signal.SIGTERM
         if self._number is not None:

@@ -5,8 +5,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +12,7 @@ import jax
 from jetflow import hosts, rollcall, sharding
 from jetflow import workdir as workdirs
 from jetflow.archive import collect
-from jetflow.buckets import as_path
+from jetflow.buckets import AnyPath, as_path
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
@@ -43,7 +41,7 @@ class TrainOptions(DataOptions):
     """What `train` takes, as flags."""
 
     config: Any = option(example="configs/NAME.py")
-    workdir: Path = option(help="the folder of the run", example="runs/NAME")
+    workdir: AnyPath = option(help="the folder of the run", example="runs/NAME")
     extend: bool = option(False, "go on with the run in --workdir to a greater length")
 
 
@@ -102,7 +100,7 @@ class Session:
     """One process's part of a run: from a step to the end, or to a signal."""
 
     run: Run
-    workdir: Path
+    workdir: AnyPath
     checkpoints: Checkpoints
     reporter: Reporter
     poll: Callable[[], None]
@@ -124,16 +122,15 @@ class Session:
             if start < total:
                 batches = self.run.batches(start)  # which are read while the step compiles
                 self.reporter.say("compiling the training step")
-                rollcall.enter("the compilation of the training step")
+                rollcall.reach("the compilation of the training step")
                 with self.reporter.pause():
                     train_step = self._compile(state)
                     self.poll()
                     batch = next(batches)
             for step in range(start + 1, total + 1):
-                (rollcall.enter if step == start + 1 else rollcall.advance)(f"step {step}")
+                rollcall.reach(f"step {step}")
                 # It runs on the device while the last one is logged and the next batch comes.
-                with footprint.explained(self.run) if step == start + 1 else nullcontext():
-                    state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, batch)
                 self._flush()
                 self._pending = (step, metrics)
                 if batches and step < total:
@@ -206,7 +203,7 @@ class Session:
 
     def _evaluate(self, state: TrainState, step: int, noise: Noise, last: bool) -> None:
         section, data, flow = self.run.config.eval, self.run.test_data, self.run.trainer.flow
-        rollcall.enter(f"the evaluation of step {step}")
+        rollcall.reach(f"the evaluation of step {step}")
         with self.reporter.pause():
             density = bpd.Density(
                 flow, state.variables(), Batching(self.run.mesh, section.batch_size), noise,
@@ -222,7 +219,7 @@ class Session:
 
     def _sample(self, state: TrainState, step: int) -> None:
         flow, num = self.run.trainer.flow, self.run.config.eval.samples
-        rollcall.enter(f"the samples of step {step}")
+        rollcall.reach(f"the samples of step {step}")
         labels = labels_in_turn(num, flow.num_classes)
         sampler, key = self.run.sampler(state.variables()), key_for(0, 0, Purpose.SAMPLE)
         batches = draw_all(sampler, key, num=num, label=labels)
@@ -239,13 +236,13 @@ class Session:
             yield drawn
             self.poll()
 
-    def _picture(self, step: int) -> Path:
+    def _picture(self, step: int) -> AnyPath:
         return self.workdir / "samples" / f"step_{step:08d}.png"
 
     def _save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
         """Start saving the state; the metrics up to it are on disk before."""
         self._flush()
-        rollcall.enter(f"the checkpoint of step {step}")
+        rollcall.reach(f"the checkpoint of step {step}")
         with self.reporter.pause():
             self.reporter.mirror.copy(wait=True)
             try:
