@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 THREADS_PER_DEVICE = 4
 JOIN_SECONDS = 300  # for JAX to join processes that are all there
-HEARTBEAT_SECONDS = 90  # without a sign of life, after which JAX ends what the roll call did not
+HEARTBEAT_SECONDS = 150  # without one, after which JAX ends what the roll call has not ended
 LAST_WORDS_SECONDS = 5
 LONGEST_WAIT = 24 * 3600  # seconds, for what another process has not done yet
 LOG_SECONDS, LOG_DELAY = 30, 5  # between lines of progress off a terminal, and before the first
@@ -174,7 +174,7 @@ def failing(failed: bool) -> int | None:
 
     Not by the devices, whose exchanges end in an error where one process is late.
     """
-    rollcall.reach("the others, for which it waits")
+    rollcall.reach("the barrier behind it")
     numbers = agreed([number for number, bad in enumerate(gathered(failed)) if bad])
     return numbers[0] if numbers else None
 

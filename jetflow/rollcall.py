@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from jax._src import distributed  # the only way to the service through which processes join
 
-from jetflow.rendezvous import say
+from jetflow.rendezvous import Desk, ask, say
 
 BEAT_SECONDS = 2  # between the signs of life of a process
 SILENCE_SECONDS = 7  # without one, after which a process is named where a run has failed
@@ -78,6 +78,7 @@ class RollCall:
         self._ends, self._over, self._leaving = ends, threading.Event(), threading.Lock()
         self._members: dict[int, Member] = {}
         self._signs: dict[int, tuple[int, Position]] = {}  # as process 0 passed them on last
+        self._last: dict[int, list[Any]] = {}  # as they came to process 0
         self._is_cut = False  # from process 0
         self._set_handler: Any = ctypes.CDLL(None).signal
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self.leave())
@@ -98,19 +99,29 @@ class RollCall:
             threading.Thread(target=target, daemon=True).start()
 
     def _exchange(self) -> None:
-        """Give signs of life, and take those of the others; this hangs while process 0 does."""
+        """Give signs of life to process 0, and take those of the others.
+
+        Not through JAX's service: its connection to a process would break where that is stopped
+        for a minute after a word on it.
+        """
+        key, host = "jetflow/desk", STATE.coordinator_address.rpartition(":")[0]
+        if STATE.process_id == 0:
+            desk = Desk(0, self._pass_on)
+            STATE.client.key_value_set(key, str(desk.server_address[1]))
+        port = STATE.client.blocking_key_value_get(key, 1000 * PATIENCE_SECONDS)
         for beat in itertools.count(1):
             try:
-                sign = json.dumps([beat, _position])
-                STATE.client.key_value_set(f"jetflow/alive/{STATE.process_id}", sign, True)
-                signs = STATE.client.key_value_dir_get("jetflow/alive/")
-            except jax.errors.JaxRuntimeError:
-                self._is_cut = True
-                return
-            pairs = [(int(key.rpartition("/")[2]), *json.loads(text)) for key, text in signs]
-            self._signs = {number: (sign, Position(*where)) for number, sign, where in pairs}
+                signs = ask(host, port, STATE.process_id, [beat, _position])
+                self._signs = {number: (sign, Position(*where)) for number, (sign, where) in signs}
+                self._is_cut = False
+            except (OSError, json.JSONDecodeError) as error:
+                self._is_cut = not isinstance(error, TimeoutError)
             if self._over.wait(BEAT_SECONDS):
                 return
+
+    def _pass_on(self, number: int, sign: list[Any]) -> list[tuple[int, list[Any]]]:
+        self._last[number] = sign
+        return [*self._last.items()]
 
     def _watch(self) -> None:
         """Name who stalls, once a minute, or end this process."""
