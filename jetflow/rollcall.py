@@ -108,7 +108,7 @@ class RollCall:
         if STATE.process_id == 0:
             desk = Desk(0, self._pass_on)
             STATE.client.key_value_set(key, str(desk.server_address[1]))
-        port = STATE.client.blocking_key_value_get(key, 1000 * PATIENCE_SECONDS)
+        port = STATE.client.blocking_key_value_get(key, 1000 * int(PATIENCE_SECONDS))
         for beat in itertools.count(1):
             try:
                 signs = ask(host, port, STATE.process_id, [beat, _position])
@@ -145,15 +145,15 @@ class RollCall:
 
     def lost(self, seconds: int | float = SILENCE_SECONDS) -> str:
         """The process that has been silent for longest, in words, if for so long; else nothing."""
-        silences = {number: member.silent for number, member in self._members.items()}
-        number = max(silences, key=silences.__getitem__, default=0)
-        if silences.get(number, 0) * BEAT_SECONDS < seconds:
+        others = {n: member for n, member in self._members.items() if n != STATE.process_id}
+        number = max(others, key=lambda number: others[number].silent, default=0)
+        if not others or others[number].silent * BEAT_SECONDS < seconds:
             if not self._is_cut:
                 return ""
             number = 0
-        where = self._members[number].position.text
-        since = _clock(silences[number])
-        return f"nothing was heard of {_who(number)} since {since}, when it was at {where}"
+        member = self._members[number]
+        since, where = _clock(member.silent), member.position.text
+        return f"nothing was heard of process {number} since {since}, when it was at {where}"
 
     def behind(self, seconds: int | float) -> str:
         """The process that others wait for, in words, if for so long; else nothing."""

@@ -144,7 +144,6 @@ with hosts.joined(facts, None, saves_at_signals=False):
     if data_dir:
         from jetflow.data.dataset import load
         load("digits", "train", data_dir=data_dir[0])
-    rollcall.reach("its work")
     print("joined", file=sys.__stdout__, flush=True)
     time.sleep(600)
 """
@@ -193,7 +192,7 @@ def test_the_others_name_a_process_that_is_lost(start, lost, number):
     assert other.returncode == 1
     assert re.match(
         rf"jetflow: process {1 - lost} of 2 ends, as nothing was heard of process {lost} since "
-        r"\d\d:\d\d:\d\d, when it was at its work; run the same command",
+        r"\d\d:\d\d:\d\d, when it was at .*; run the same command",
         errors.splitlines()[-1],
     )
     if number == signal.SIGSTOP or lost == 1:  # JAX itself ends those who lose the first
@@ -220,8 +219,8 @@ def test_a_process_that_is_stopped_is_awaited_and_goes_on(start, lost):
     while "sleeps" not in group[lost].stdout.readline():
         pass
     group[lost].send_signal(signal.SIGSTOP)
-    notice = group[1 - lost].stderr.readline()
-    assert re.match(f"jetflow: nothing was heard of process {lost} since .* at step 1$", notice)
+    notice = group[1 - lost].stderr.readline()  # by its silence, or by its position
+    assert re.match(f"jetflow: (nothing was heard of process {lost} |process {lost} has)", notice)
     group[lost].send_signal(signal.SIGCONT)
     finish(group)
 
