@@ -10,12 +10,14 @@ from jetflow import sharding
 from jetflow.training.experiment import Run
 from jetflow.types import UsageError
 
+MEASURES = ("bytes_beside_state", "images_at_once")
+
 
 def measured(run: Run, compiled: jax.stages.Compiled) -> dict[str, int]:
     """What a step takes beside the state, in bytes, and the images that a device has at once."""
     beside = sharding.peak_bytes(compiled) - sharding.bytes_per_device(run.abstract_state)
     images = _images(run, run.config.train.accumulation)
-    return {"bytes_beside_state": max(0, beside), "images_at_once": images}
+    return dict(zip(MEASURES, (max(0, beside), images), strict=True))
 
 
 def doubt(run: Run, environments: Sequence[dict[str, Any]]) -> str:
@@ -28,14 +30,14 @@ def doubt(run: Run, environments: Sequence[dict[str, Any]]) -> str:
         environments: of the run so far; some have what `measured` gave.
     """
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
-    known = [each for each in environments if "images_at_once" in each]
+    known = [each for each in environments if {"devices", *MEASURES} <= each.keys()]
     if not known or known[-1]["devices"].partition(" x ")[2] != devices.partition(" x ")[2]:
         return ""
     last, accumulation = known[-1], run.config.train.accumulation
     limit, state = sharding.memory_of(run.mesh), sharding.bytes_per_device(run.abstract_state)
 
     def needed(accumulation: int) -> float:
-        images = _images(run, accumulation) / last["images_at_once"]
+        images = _images(run, accumulation) / max(1, last["images_at_once"])
         return state + images * last["bytes_beside_state"]
 
     is_known = last["devices"] == devices and last["images_at_once"] == _images(run, accumulation)
