@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import time
 
+import bucket_server
 import numpy as np
 import pytest
 import tiny_runs
@@ -187,3 +189,36 @@ def test_a_result_is_refused_before_the_work(option, trained, bucket, capsys):
     assert cli.main([*arguments, f"--{option}", path]) == 2
     error = capsys.readouterr().err
     assert "a bucket refuses" in error and error.count("\n") == 1
+
+
+REMAINS = """
+import pickle, sys, tiny_runs
+from jetflow.buckets import as_path
+sys.stdout.buffer.write(pickle.dumps(tiny_runs.remains(as_path(sys.argv[1]))))
+"""
+
+
+@pytest.mark.slow
+def test_kills_and_a_bad_network_change_nothing(trained, data_dir, compilation_cache):
+    """Every tenth request is refused, and one in fifty takes five seconds."""
+    folder = "gs://bucket/run"
+    expected = remains(trained("tarflow"))
+    with bucket_server.running("flaky") as environment:
+        for kill, line in enumerate(["compiling the training step", "step 4/12", "step 8/12", ""]):
+            process = tiny_runs.start(tiny_runs.arguments("tarflow", folder), **environment)
+            said = ""
+            while line and line not in said:
+                said += (last := process.stderr.readline())
+                assert last, said
+            if line:
+                process.kill()
+            said += process.communicate(timeout=900)[1]
+            assert process.returncode == (-9 if line else 0) and "Traceback" not in said, said
+            assert ("is taken over" in said) == (kill > 0)
+        reader = subprocess.run(
+            [sys.executable, "-c", REMAINS, folder],
+            env=tiny_runs.environment(**environment) | {"PYTHONPATH": f"{tiny_runs.ROOT}:tests"},
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+    assert_same(pickle.loads(reader.stdout), expected)
