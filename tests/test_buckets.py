@@ -35,7 +35,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(buckets, "WATCHED_SECONDS", 2.0)
 
 
-def test_a_run_is_the_same_as_in_a_folder(trained, folder, tmp_path, monkeypatch, capsys):
+def test_a_run_is_the_same_as_in_a_folder(trained, folder, tmp_path, monkeypatch, capsys, caplog):
     """Stopped on the way, and nothing of it stays on this machine."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -75,6 +75,12 @@ def test_a_run_is_the_same_as_in_a_folder(trained, folder, tmp_path, monkeypatch
     assert command("report", folder) == f"{folder}/report.html\n"
     assert "</html>" in (folder / "report.html").read_text()
     assert list(tmp_path.iterdir()) == []
+
+    # Damage of the newest checkpoint is seen, and the one before it serves.
+    for arrays in (folder / "checkpoints" / "12" / "state").glob("ocdbt.process_0/d/*"):
+        arrays.write_bytes(arrays.read_bytes()[:-100])
+    assert jetflow.load_model(folder).step == 10
+    assert "checkpoint 12 in" in caplog.text and "is damaged" in caplog.text
 
 
 def test_a_sweep_goes_on(trained, folder, tmp_path, monkeypatch, capsys):
@@ -167,18 +173,22 @@ def test_a_lease_that_nobody_renews_is_taken_over(folder, quick, monkeypatch, ca
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("ftp://there/run", "ftp://there/run has an unknown scheme; expected a folder, or one of"),
-        ("s3://there/run", "s3://there/run needs s3fs: pip install 'jetflow[s3]'"),
+        ("ftp://there/run", "ftp://there/run has an unknown scheme; expected a folder, or gs://"),
         ("gs://private/run", "a bucket refuses (Forbidden: b/private/o"),
         ("gs://nowhere/run", "gs://nowhere/run/.lock cannot be written: there is no such bucket"),
     ],
 )
-def test_what_cannot_be_used_is_said_in_a_line(path, message, bucket, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
+def test_what_cannot_be_used_is_said_in_a_line(path, message, bucket, capsys):
     arguments = tiny_runs.arguments("tarflow", path)
     assert cli.main(arguments) == 2
     *before, error = capsys.readouterr().err.splitlines()
     assert message in error and all("preparing" in line for line in before)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UsageError, match=r"needs gcsfs: pip install 'jetflow\[gcs\]'"):
+        as_path("gs://bucket/run")
 
 
 @pytest.mark.parametrize("option", ["out", "npz"])
