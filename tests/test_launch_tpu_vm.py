@@ -17,7 +17,7 @@ from test_launch import LAUNCH, PATH, run, script
     [
         ("tpu_vm.sh create pod v5e:4x4 --dry-run", 0, "--accelerator-type=v5litepod-16 "),
         ("tpu_vm.sh create pod v6e:2x4 --spot --zone=z --dry-run", 0, "tpuv6e --spot --zone=z"),
-        ("tpu_vm.sh create pod v4:2x2x4 --dry-run", 0, "tpu-vm create pod --type=v4 --topology=2x2x4 "),
+        ("tpu_vm.sh create pod v4:2x2x4 --dry-run", 0, "create pod --type=v4 --topology=2x2x4 "),
         ("tpu_vm.sh create pod v5p:4x4x4 --dry-run", 0, "--accelerator-type=v5p-128 "),
         ("tpu_vm.sh create pod v3:2x2", 2, "expected one of v4, v5e, v5p or v6e"),
         ("tpu_vm.sh create", 2, "create needs the name of a TPU VM"),
