@@ -4,7 +4,6 @@ import json
 import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from etils import epath
 from jaxtyping import Bool, Int, UInt8
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath
 from jetflow.fields import differences, shown
 from jetflow.files import naming, read_or_set_aside, write_atomically, write_json
 from jetflow.npz import ROOM, Npz
@@ -43,7 +43,7 @@ class Archive:
 
     def __init__(
         self,
-        path: Path,
+        path: AnyPath,
         *,
         num: int,
         image_shape: tuple[int, int, int],
@@ -126,7 +126,7 @@ class Archive:
             content = self._part(name, (first, end)).read_bytes()
             yield np.frombuffer(content, kind).reshape(end - first, *shape)
 
-    def _part(self, name: str, span: tuple[int, int]) -> Path:
+    def _part(self, name: str, span: tuple[int, int]) -> AnyPath:
         return self._folder / "{}-{:08d}-{:08d}".format(name, *span)
 
     def _remove(self) -> None:

@@ -11,6 +11,7 @@ import logging as standard_logging
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 import tempfile
@@ -19,47 +20,49 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import fsspec
 import psutil
 import tensorstore
 from absl import logging
 from etils import epath
+from fsspec import config as fsspec_config
+from fsspec import url_to_fs
 
-from jetflow.types import UsageError
+from jetflow.types import Interruption, UsageError
+
+AnyPath: TypeAlias = Path | epath.Path  # of this machine, or of a bucket
 
 # The library behind each scheme, and the extra that installs it.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
-RENEWED_SECONDS = 5  # between the signs of life of who holds a lease
-EXPIRES_SECONDS = 45  # without one, after which a lease is free
-WATCHED_SECONDS = 12  # at the least, as clocks of two machines differ
+RENEWED_SECONDS = 5.0  # between the signs of life of who holds a lease
+EXPIRES_SECONDS = 45.0  # without one, after which a lease is free
+WATCHED_SECONDS = 12.0  # at the least, as clocks of two machines differ
 MIRRORED_SECONDS = 30  # between copies of a growing file
 
 # Whose errors are a bucket's, a network's or a permission's, and what plain ones say then.
 LIBRARIES = {"gcsfs", "google", "s3fs", "botocore", "aiohttp", "requests"}
-REFUSED = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|Forbidden|gs://|s3://|storage/v1"
+OURS = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|Forbidden|gs://|s3://|storage/v1"
+DENIED = "PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|[Cc]redentials|AccessDenied|40[134]"
 
 # Their messages come as errors too, which are explained where they end.
-for _name in ("gcsfs", "google.auth"):
-    standard_logging.getLogger(_name).setLevel(standard_logging.CRITICAL)
+for _library in ("gcsfs", "google.auth"):
+    standard_logging.getLogger(_library).setLevel(standard_logging.CRITICAL)
 
 # A process sees what others write.
-for _name in (*SCHEMES, "gcs"):
-    fsspec.config.conf.setdefault(_name, {})["use_listings_cache"] = False
+for _scheme in (*SCHEMES, "gcs"):
+    fsspec_config.conf.setdefault(_scheme, {})["use_listings_cache"] = False
 
 
-def as_path(text: str | os.PathLike) -> Path:
+def as_path(text: str | os.PathLike) -> AnyPath:
     """A path of this machine, or of a bucket: an `epath.Path`, which acts like one of pathlib.
 
     Raises:
         UsageError: buckets of this kind are unknown, or their library is not installed.
     """
-    if isinstance(text, Path | epath.Path):
-        text = os.fspath(text)
-    # pathlib makes one slash of two.
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", os.fspath(text))
+    text = os.fspath(text)
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", text)  # pathlib makes one slash of two
     if match is None:
         return Path(text)
     scheme = match[1]
@@ -71,7 +74,7 @@ def as_path(text: str | os.PathLike) -> Path:
         importlib.import_module(library)
     except ImportError as error:
         raise UsageError(f"{text} needs {library}: pip install 'jetflow[{extra}]'") from error
-    return epath.Path(f"{scheme}://{os.fspath(text)[match.end() :]}")  # type: ignore[return-value]
+    return epath.Path(f"{scheme}://{text[match.end() :]}")
 
 
 def is_bucket(path: os.PathLike) -> bool:
@@ -79,21 +82,34 @@ def is_bucket(path: os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def upload(file: Path, path: Path) -> None:
+def upload(file: Path, path: AnyPath) -> None:
     """Make an object of a bucket of a file, whole or not at all."""
-    system, name = fsspec.url_to_fs(os.fspath(path))
+    system, name = url_to_fs(os.fspath(path))
     system.put_file(os.fspath(file), name)
 
 
-def outage(error: BaseException) -> str | None:
-    """What a bucket, its network or its permissions refused, in one line; None for other errors."""
+def refusal(error: BaseException) -> UsageError | None:
+    """What a bucket or its network refused, in one line; None for an error of anything else.
+
+    An `Interruption` where the same command may succeed later.
+    """
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, UsageError):
-        return None
-    if type(error).__module__.partition(".")[0] in LIBRARIES:
-        return text
     is_plain = isinstance(error, OSError | ValueError) and not getattr(error, "errno", None)
-    return text if is_plain and re.search(REFUSED, text) else None
+    is_known = type(error).__module__.partition(".")[0] in LIBRARIES
+    is_missing = isinstance(error, FileNotFoundError) and "/upload/" not in text  # an object
+    if isinstance(error, UsageError) or is_missing:
+        return None
+    if not (is_known or (is_plain and re.search(OURS, text))):
+        return None
+    if isinstance(error, FileNotFoundError) or re.search(DENIED, text):
+        return UsageError(f"a bucket refuses ({text}); see to its name and your permissions for it")
+    return Interruption(f"a bucket did not answer ({text}); the same command goes on")
+
+
+def raise_refusal(error: BaseException) -> None:
+    """Raise what a bucket or its network refused, if that is what the error is of."""
+    if refused := refusal(error):
+        raise refused from error
 
 
 class Mirror:
@@ -106,14 +122,14 @@ class Mirror:
         target: the folder, of this machine or of a bucket.
     """
 
-    def __init__(self, target: Path):
+    def __init__(self, target: AnyPath):
         self._target, self.folder = target, target
         self._sizes: dict[Path, int] = {}
         self._copied, self._pool = time.monotonic(), ThreadPoolExecutor(1)
         self._copying: Future | None = None
+        self._own: Path | None = None
         if is_bucket(target):
-            self._temporary = tempfile.TemporaryDirectory(prefix="jetflow-")
-            self.folder = Path(self._temporary.name)
+            self.folder = self._own = Path(tempfile.mkdtemp(prefix="jetflow-"))
 
     def copy(self, *, wait: bool = False) -> None:
         """Bring the bucket up to date: now, or in the background, if the last time is long ago.
@@ -121,7 +137,7 @@ class Mirror:
         Raises:
             Exception: with `wait`, whatever the bucket refuses.
         """
-        if self.folder is self._target:
+        if self._own is None:
             return
         is_due = time.monotonic() - self._copied > MIRRORED_SECONDS
         if wait or (is_due and (self._copying is None or self._copying.done())):
@@ -132,23 +148,24 @@ class Mirror:
 
     def close(self) -> None:
         """Copy what is left, with a warning if that fails, and remove the folder."""
-        if self.folder is not self._target:
+        if self._own is not None:
             try:
                 self.copy(wait=True)
             except Exception as error:
                 logging.warning("not all of %s was written (%s)", self._target, error)
             self._pool.shutdown()
-            self._temporary.cleanup()
+            shutil.rmtree(self._own, ignore_errors=True)
 
     def _copy(self) -> None:
-        for file in self.folder.rglob("*"):
+        assert self._own
+        for file in self._own.rglob("*"):
             if file.is_file() and (size := file.stat().st_size) != self._sizes.get(file):
-                upload(file, self._target / file.relative_to(self.folder).as_posix())
+                upload(file, self._target / file.relative_to(self._own).as_posix())
                 self._sizes[file] = size
 
 
 @contextlib.contextmanager
-def leased(path: Path, *, wait: bool) -> Iterator[bool]:
+def leased(path: AnyPath, *, wait: bool) -> Iterator[bool]:
     """Whether this process holds the lease at `path`; with `wait`, as soon as no other one does.
 
     The lease is an object that tells its holder, who writes it anew every few seconds. One that
@@ -165,7 +182,7 @@ def leased(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 class _Lease(threading.Thread):
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         super().__init__(daemon=True)
         self._path, self._key, self._over = path, path.name, threading.Event()
         self._store: Any = tensorstore.KvStore.open(f"{os.fspath(path.parent)}/").result()
@@ -232,7 +249,12 @@ class _Lease(threading.Thread):
     def _write(self, generation: bytes) -> bool:
         """Whether the object was still of this generation, and is now ours."""
         content = json.dumps({**self._holder, "renewed": time.time()}).encode()
-        stamp = self._store.write(self._key, content, if_equal=generation).result()
+        try:
+            stamp = self._store.write(self._key, content, if_equal=generation).result()
+        except ValueError as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+            raise UsageError(f"{self._path} cannot be written: there is no such bucket") from error
         if not stamp.generation:
             # The answer to a write that was made may be lost, and the write tried again.
             found = self._store.read(self._key).result()

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from jetflow import hosts
-from jetflow.buckets import is_bucket, outage, upload
+from jetflow.buckets import AnyPath, is_bucket, raise_refusal, upload
 from jetflow.types import UsageError
 
 METRICS = "metrics.jsonl"
@@ -37,11 +37,7 @@ def disk_errors_explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if reason := outage(error):
-            raise UsageError(
-                f"a bucket cannot be used ({reason}); see to its name, your permissions and the "
-                "network, and the same command goes on"
-            ) from error
+        raise_refusal(error)
         if not isinstance(error, OSError) or error.errno not in REFUSALS:
             raise
         is_full, path = error.errno in FULL, error.filename or "the disk"
@@ -50,7 +46,7 @@ def disk_errors_explained() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming(path: os.PathLike, *aliases: Path) -> Iterator[None]:
+def naming(path: os.PathLike, *aliases: AnyPath) -> Iterator[None]:
     """Errors of a disk as OSErrors of this file: those of a full one name none, or an alias of it,
     and libraries in C++ raise what they like."""
     try:
@@ -74,7 +70,7 @@ def if_possible(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def write_atomically(path: Path) -> Iterator[BinaryIO]:
+def write_atomically(path: AnyPath) -> Iterator[BinaryIO]:
     """A file that replaces `path` at the end; if the context fails, nothing changes.
 
     Missing folders are made. Each of several writers has a temporary file; the last one wins. In a
@@ -102,7 +98,7 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: AnyPath, content: Any) -> None:
     """Write a JSON file whole, on the first process alone."""
     if not hosts.is_first():
         return
@@ -111,7 +107,7 @@ def write_json(path: Path, content: Any) -> None:
         file.write(text.encode())
 
 
-def read_json(path: Path, shape: Any = dict) -> Any:
+def read_json(path: AnyPath, shape: Any = dict) -> Any:
     """The content of a JSON file of a shape.
 
     Raises:
@@ -120,12 +116,11 @@ def read_json(path: Path, shape: Any = dict) -> Any:
     try:
         return parse(path.read_bytes(), shape)
     except (OSError, ValueError) as error:
-        if outage(error):
-            raise
+        raise_refusal(error)
         raise UsageError(f"{path} cannot be read ({error}); restore it") from error
 
 
-def scan_json(paths: Iterable[Path], shape: Any) -> tuple[list[Any], list[str]]:
+def scan_json(paths: Iterable[AnyPath], shape: Any) -> tuple[list[Any], list[str]]:
     """The contents of those JSON files that can be read, and what is wrong with the others."""
     contents, wrong = [], []
     for path in paths:
@@ -136,7 +131,7 @@ def scan_json(paths: Iterable[Path], shape: Any) -> tuple[list[Any], list[str]]:
     return contents, wrong
 
 
-def read_or_set_aside(path: Path, shape: Any, default: Any) -> Any:
+def read_or_set_aside(path: AnyPath, shape: Any, default: Any) -> Any:
     """The content of a JSON file that can be done without: a damaged one counts as absent."""
     contents, wrong = scan_json([path] if path.exists() else [], shape)
     if wrong:
@@ -144,7 +139,7 @@ def read_or_set_aside(path: Path, shape: Any, default: Any) -> Any:
     return contents[0] if contents else default
 
 
-def set_aside(path: Path, why: str) -> None:
+def set_aside(path: AnyPath, why: str) -> None:
     """Rename a damaged file, with a warning, so that another one can take its place."""
     if hosts.is_first():
         aside = path.with_name(f"{path.name}.{secrets.token_hex(2)}.damaged")
@@ -155,12 +150,12 @@ def set_aside(path: Path, why: str) -> None:
             logging.warning("%s; it counts as absent", why)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, [] without one; what cannot be read is left out."""
     return scan_metrics(path)[0]
 
 
-def scan_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def scan_metrics(path: AnyPath) -> tuple[list[dict[str, Any]], list[str]]:
     """The lines of a metrics.jsonl that can be read, and what is wrong with the file.
 
     A last line that a kill cut short is not wrong.
@@ -213,7 +208,7 @@ def misfit(value: Any, shape: Any, name: str = "") -> str:
     return next(filter(None, parts), "")
 
 
-def check_writable(option: str, path: Path | None) -> None:
+def check_writable(option: str, path: AnyPath | None) -> None:
     """Raise a UsageError if a file cannot be written there: before the work, not after it."""
     if path is None:
         return

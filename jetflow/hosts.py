@@ -20,11 +20,10 @@ from typing import Any, TypeVar
 import filelock
 import jax
 from absl import logging
-from etils import epath
 from tqdm import tqdm
 
 from jetflow import rendezvous
-from jetflow.buckets import is_bucket, leased
+from jetflow.buckets import AnyPath, is_bucket, leased, refusal
 from jetflow.fields import MOST_SHOWN, differences
 from jetflow.options import Options, option
 from jetflow.rollcall import STATE, RollCall
@@ -176,17 +175,21 @@ def agreed(value: T) -> T:
 def by_first(call: Callable[[], T]) -> T:
     """What a call gives on the first process, or its UsageError or OSError, on all of them."""
     result: Any = None
-    refusal: Sequence[Any] = ()
+    fault: Sequence[Any] = ()
     if STATE.process_id == 0:
         try:
             result = call()
-        except UsageError as error:
-            refusal = (str(error),)
-        except OSError as error:
-            refusal = (error.errno, error.strerror, error.filename and str(error.filename))
-    result, refusal = agreed([result, refusal])
-    if refusal:
-        raise (UsageError if len(refusal) == 1 else OSError)(*refusal)
+        except Exception as error:
+            known = refusal(error) or error
+            if isinstance(known, UsageError):
+                fault = (str(known),)
+            elif isinstance(known, OSError):
+                fault = (known.errno, known.strerror, known.filename and str(known.filename))
+            else:
+                raise
+    result, fault = agreed([result, fault])
+    if fault:
+        raise (UsageError if len(fault) == 1 else OSError)(*fault)
     return result
 
 
@@ -194,7 +197,7 @@ def _wait_for(key: str) -> str:
     return STATE.client.blocking_key_value_get(key, 1000 * LONGEST_WAIT)
 
 
-def wait_to_see(path: Path | epath.Path) -> None:
+def wait_to_see(path: AnyPath) -> None:
     """Wait until this machine sees a file of the first process: network disks may lag behind."""
     end = time.monotonic() + LARGEST_LAG
     while not path.exists() and time.monotonic() < end:
@@ -202,7 +205,7 @@ def wait_to_see(path: Path | epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+def locked(path: AnyPath, *, wait: bool) -> Iterator[bool]:
     """Whether this process has the lock of a file; with `wait`, as soon as no other one has it.
 
     Processes of the same run count too: only the first one should ask. The lock goes with the
@@ -226,7 +229,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 @functools.cache  # once a folder
-def _warn_of_no_locks(folder: Path, error: str) -> None:
+def _warn_of_no_locks(folder: AnyPath, error: str) -> None:
     logging.warning("%s cannot be locked (%s): start no other process there", folder, error)
 
 

@@ -6,12 +6,12 @@ import json
 import math
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from jetflow.buckets import AnyPath
 from jetflow.types import UsageError
 
 ROOM = 2**28  # bytes by which arrays that are read may exceed their compressed file
@@ -38,7 +38,7 @@ class Npz:
         UsageError: also of all methods, on a file that is damaged or has other arrays.
     """
 
-    def __init__(self, path: Path, option: str, expected: str):
+    def __init__(self, path: AnyPath, option: str, expected: str):
         self._path, self._file, self._expected = path, f"{option} {path}", expected
         with self._reading(""):
             if not path.is_file():  # a device may have no end

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.storage import Storage
 
-BUCKET = "bucket"
+BUCKET = "bucket"  # there is another one, private, which nobody may use
 LATE_SECONDS = 5
 ATOMIC = threading.Lock()
 REQUESTS = itertools.count(1)
@@ -42,6 +43,8 @@ class Handler(emulator.RequestHandler):
                 time.sleep(LATE_SECONDS)
             if number % 10 == 0:
                 return self.refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+        if "/b/private" in self.path:
+            return self.refuse(HTTPStatus.FORBIDDEN)
         with ATOMIC:
             name, query = self.object_and_query()
             try:
@@ -108,8 +111,11 @@ def environment(port: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(port: int, *arguments: str):
+def running(*arguments: str):
     """A server in a process of its own; gives the environment of its users."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     process = subprocess.Popen([sys.executable, __file__, str(port), *arguments])
     try:
         for _ in range(600):

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.hosts import ProcessOptions
 from jetflow.mesh import ModelOptions, read_mesh
@@ -48,7 +48,7 @@ class SampleOptions(BenchOptions, SamplingOptions, ModelOptions, ProcessOptions)
     """Of a trained flow, or of a config's with random weights."""
 
     config: Config = option(None)
-    workdir: Path | None = option(
+    workdir: AnyPath | None = option(
         None, "the folder of a run, for its trained flow; this or config must be given"
     )
     batch_sizes: tuple[int, ...] = option(

@@ -1,8 +1,8 @@
 """`jetflow evaluate`: what a trained flow is worth, as JSON in its workdir."""
 
 import dataclasses
-from pathlib import Path
 
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.evals.evaluation import results
 from jetflow.evals.quality import Quality
@@ -18,7 +18,7 @@ from jetflow.options import option
 class CommandOptions(EvaluateOptions, ModelOptions, ProcessOptions):
     """The options of an evaluation, and the flow."""
 
-    workdir: Path = option(help="the folder of the run", example="runs/NAME")
+    workdir: AnyPath = option(help="the folder of the run", example="runs/NAME")
 
 
 def run(options: CommandOptions) -> None:

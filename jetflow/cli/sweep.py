@@ -4,10 +4,10 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jetflow import hosts, signals
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.options import DataOptions, option, spelled
 from jetflow.sweeps import read
@@ -25,10 +25,10 @@ class SweepOptions(DataOptions, hosts.ProcessOptions):
     """The options of `jetflow sweep`."""
 
     sweep: str = option(help="the sweep's file", example="configs/sweeps/NAME.py")
-    workdir: Path = option(
+    workdir: AnyPath = option(
         help="the folder of the sweep; the same command goes on", example="runs/NAME"
     )
-    run: Path | None = option(
+    run: AnyPath | None = option(
         None,
         "the workdir of a trained run to measure; default: the sweep's config is trained in the "
         "sweep's folder",

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from jetflow import hosts
-from jetflow.buckets import Mirror
+from jetflow.buckets import AnyPath, Mirror
 from jetflow.files import METRICS, naming, scan_metrics, set_aside, write_atomically
 
 SPEED = ("images_per_second", "data_wait_share")  # metrics that an equal run need not have equal
@@ -41,7 +40,7 @@ class Reporter:
             data; to be added to.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
+    def __init__(self, workdir: AnyPath, *, start_step: int, total_steps: int):
         first, self._total = hosts.is_first(), total_steps
         self.mirror = Mirror(workdir)
         self._path = path = self.mirror.folder / METRICS
@@ -139,7 +138,7 @@ class Reporter:
         self._stream.flush()
 
 
-def _drop_after(source: Path, path: Path, step: int) -> set[tuple[int, str]]:
+def _drop_after(source: AnyPath, path: AnyPath, step: int) -> set[tuple[int, str]]:
     """Write the metrics up to `step` to `path`, and return which (step, name) there are."""
     lines, wrong = scan_metrics(source)
     kept = [line for line in lines if line["step"] <= step]

@@ -5,7 +5,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax
 from jetflow import hosts, sharding
 from jetflow import workdir as workdirs
 from jetflow.archive import collect
-from jetflow.buckets import as_path
+from jetflow.buckets import AnyPath, as_path
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
@@ -41,7 +40,7 @@ class TrainOptions(DataOptions):
     """What `train` takes, as flags."""
 
     config: Any = option(example="configs/NAME.py")
-    workdir: Path = option(help="the folder of the run", example="runs/NAME")
+    workdir: AnyPath = option(help="the folder of the run", example="runs/NAME")
     extend: bool = option(False, "go on with the run in --workdir to a greater length")
 
 
@@ -99,7 +98,7 @@ class Session:
     """One process's part of a run: from a step to the end, or to a signal."""
 
     run: Run
-    workdir: Path
+    workdir: AnyPath
     checkpoints: Checkpoints
     reporter: Reporter
     poll: Callable[[], None]
@@ -225,7 +224,7 @@ class Session:
             yield drawn
             self.poll()
 
-    def _picture(self, step: int) -> Path:
+    def _picture(self, step: int) -> AnyPath:
         return self.workdir / "samples" / f"step_{step:08d}.png"
 
     def _save(self, state: TrainState, step: int, *, wait: bool = False) -> None:

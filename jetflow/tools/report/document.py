@@ -7,14 +7,13 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from jetflow import hosts
-from jetflow.buckets import as_path
+from jetflow.buckets import AnyPath, as_path
 from jetflow.files import check_writable, write_atomically
 from jetflow.tools.report import plots
 from jetflow.tools.report.run_page import run_page
@@ -30,7 +29,7 @@ MARKDOWN = re.compile(r"[\\`*<>\[\]|&~]|\b_|_\b|^[-+#=](?![\d.])")
 
 def report(
     folder: str | os.PathLike, format: str = "html", out: str | os.PathLike | None = None
-) -> Path | str:
+) -> AnyPath | str:
     """Make one page of a run or a sweep.
 
     Args:
@@ -57,7 +56,7 @@ def report(
     return path
 
 
-def read_page(folder: Path) -> dict[str, Any]:
+def read_page(folder: AnyPath) -> dict[str, Any]:
     """The values of the page of a run or a sweep.
 
     Raises:
@@ -135,5 +134,5 @@ def text(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def _picture(path: Path) -> str:
+def _picture(path: AnyPath) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
