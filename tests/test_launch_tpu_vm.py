@@ -9,6 +9,7 @@ import sys
 import psutil
 import pytest
 import tiny_runs
+from etils import epath
 from test_launch import LAUNCH, PATH, run, script
 
 
@@ -163,13 +164,15 @@ def test_keep_ends_with_the_run(pod, tmp_path, end):
 
 
 @pytest.mark.slow
-def test_two_workers_train_together_and_go_on(pod, tmp_path, data_dir, compilation_cache):
+def test_two_workers_train_into_a_bucket_and_go_on(bucket, compilation_cache, pod, tmp_path):
     script(tmp_path / "jetflow", f'exec {sys.executable} -m jetflow "$@"\n')
     fields = {"train__steps": 400, "train__sample_every": 0, "train__checkpoint_every": 20}
-    words = ["jetflow", *tiny_runs.arguments("tarflow", tmp_path / "run", **fields)]
+    words = ["jetflow", *tiny_runs.arguments("tarflow", epath.Path(bucket, "pod"), **fields)]
     logs = [tmp_path / f"worker{number}" / "jetflow" / "run.log" for number in (0, 1)]
     keep = pod("keep", "pod", "v5e:2x4", *words)
-    tiny_runs.wait_for(lambda: any((tmp_path / "run").glob("checkpoints/[0-9]*")), "a checkpoint")
+    tiny_runs.wait_for(
+        lambda: any(epath.Path(bucket, "pod").glob("checkpoints/[0-9]*")), "a checkpoint"
+    )
     assert pod("stop", "pod").communicate()[0].count("ended with status 143") == 2
     assert keep.wait() == 143
     keep = pod("keep", "pod", "v5e:2x4", *words)
