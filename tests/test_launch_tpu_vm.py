@@ -170,9 +170,7 @@ def test_two_workers_train_into_a_bucket_and_go_on(bucket, compilation_cache, po
     words = ["jetflow", *tiny_runs.arguments("tarflow", epath.Path(bucket, "pod"), **fields)]
     logs = [tmp_path / f"worker{number}" / "jetflow" / "run.log" for number in (0, 1)]
     keep = pod("keep", "pod", "v5e:2x4", *words)
-    tiny_runs.wait_for(
-        lambda: any(epath.Path(bucket, "pod").glob("checkpoints/[0-9]*")), "a checkpoint"
-    )
+    tiny_runs.wait_for(lambda: logs[0].exists() and "step 20/" in logs[0].read_text(), "step 20")
     assert pod("stop", "pod").communicate()[0].count("ended with status 143") == 2
     assert keep.wait() == 143
     keep = pod("keep", "pod", "v5e:2x4", *words)
