@@ -198,10 +198,14 @@ def attend_cached(
     logits = logits.reshape(batch, heads, size, -1)
     logits = logits.astype(at_least_float32(logits.dtype)) * key_scale
     scale = temperature[:, None, None, None] * math.sqrt(head_dim)
-    weights = _softmax(logits, scale, visible) * value_scale
-    mixed = jnp.einsum("bnst,bnth->bnsh", weights.astype(query.dtype).reshape(rows), value)
+    # The softmax, but for its division: so the weights are written to memory in the net's dtype.
+    logits = jnp.where(visible, logits / scale, -jnp.inf)
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = (weights * value_scale).astype(query.dtype)
+    mixed = jnp.einsum("bnst,bnth->bnsh", weights.reshape(rows), value)
     mixed = mixed.reshape(batch, heads // side, side, size, side, head_dim) * own
-    return mixed.sum(axis=-2).reshape(query.shape)
+    return (mixed.sum(axis=-2).reshape(query.shape) / total).astype(query.dtype)
 
 
 def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Array:

@@ -130,7 +130,7 @@ def plan(
     flow, size = run.trainer.flow, section.batch_size
     with devices.compiling(accelerator):
         lowered = _lower(run, program, size, sweeps, decoding)
-        memory, cost = _compile(lowered, run, program, accelerator, slices)
+        memory, cost = _compile(lowered, run, program, accelerator, slices, sweeps)
     tokens = flow.latent_shape[0]
     params = run.abstract_state.params
     test_steps = math.ceil(len(run.test_data) / size)
@@ -255,7 +255,12 @@ def _lower(
 
 
 def _compile(
-    lowered: _Lowered, run: Run, program: str, accelerator: Accelerator, slices: int
+    lowered: _Lowered,
+    run: Run,
+    program: str,
+    accelerator: Accelerator,
+    slices: int,
+    sweeps: float,
 ) -> tuple[Memory, costs.Cost | None]:
     """The memory of a program, and its cost where it fits."""
     state = run.abstract_state
@@ -280,7 +285,6 @@ def _compile(
             hosts = {device.process_index for device in run.mesh.devices.flat}
             nodes = len(hosts) if accelerator.chip else 1
             text = compiled.as_text() or ""
-            sweeps = lowered.sweeps if lowered.window > 1 else 1
             cost = costs.cost(text, run.mesh.size, slices, nodes, sweeps)
     memory = Memory(params, optimizer, ema, other, temporaries, total, capacity, capacity - total)
     return memory, cost
