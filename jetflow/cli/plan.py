@@ -11,7 +11,7 @@ from jetflow.cli.flags import Command
 from jetflow.nn.attention import KERNELS
 from jetflow.options import Options, option
 from jetflow.sampling.decoding import CACHE_DTYPES, METHODS, WINDOW
-from jetflow.tools.plan import roofline
+from jetflow.tools.plan import fitting, roofline
 from jetflow.tools.plan.roofline import Plan
 from jetflow.tools.report.document import columns, text
 from jetflow.types import Config, UsageError
@@ -58,7 +58,7 @@ def run(options: PlanOptions) -> None:
     settings["program"] = options.what
     if not options.fit:
         plans = [roofline.plan(*arguments, **settings)]
-    elif not (plans := roofline.fit(*arguments, **settings, progress=_show)):
+    elif not (plans := fitting.fit(*arguments, **settings, progress=_show)):
         raise UsageError(
             f"not even one image a device fits {options.topology}; take more chips, and split the "
             "state over them with --config.mesh.fsdp=-1 --config.mesh.data=1"
@@ -91,6 +91,7 @@ def describe(plan: Plan) -> str:
         [f"{plan.program}: {plan.parameters:,} parameters, batch {plan.batch_size} "
          f"({_each(plan)} a device), remat {plan.remat}",
          f"nets in {plan.dtype}, precision {plan.precision}, attention {plan.attention}",
+         *([plan.drawn] if plan.drawn else []),
          f"on {slices}{plan.topology}: {plan.devices} devices" + (f" ({mesh})" if mesh else ""),
          "", *_memory(plan), "", *(_cost(plan) if plan.fits else [REMEDIES])]
     )  # fmt: skip
@@ -185,10 +186,11 @@ def _si(number: float) -> str:
     return f"{number:.2f}"
 
 
-def _show(plan: Plan) -> None:
-    state = f"{plan.memory.total / 2**30:.2f} of {plan.memory.capacity / 2**30:.2f} GiB"
-    text = f"remat {plan.remat}, {_each(plan)} images a device: {state}"
-    print(text, file=sys.stderr, flush=True)
+def _show(remat: str, each: int, plan: Plan | None) -> None:
+    state = "compiling"
+    if plan:
+        state = f"{plan.memory.total / 2**30:.2f} of {plan.memory.capacity / 2**30:.2f} GiB"
+    print(f"remat {remat}, {each} images a device: {state}", file=sys.stderr, flush=True)
 
 
 COMMAND = Command(

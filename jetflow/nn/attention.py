@@ -105,6 +105,8 @@ def choose(
         reason = f"no kernel for a {platform}"
     elif kernel == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
         reason = f"cuDNN takes no {dtype.name}"
+    elif kernel == "cudnn" and (old := older_than_ampere()):
+        reason = f"cuDNN's takes compute capability 8.0 and newer, and this GPU has {old}"
     elif kernel == "cudnn" and (head_dim > 128 or head_dim % 8):
         reason = f"cuDNN takes heads of 8, 16, … 128 features, not {head_dim}"
     elif kernel == "splash" and head_dim % 64:
@@ -118,6 +120,15 @@ def choose(
     if method != "auto" and reason:
         raise UsageError(f"config.flow.attention is {method!r}, but {reason}; set it to 'auto'")
     return Choice("xla", reason) if reason else Choice(kernel)
+
+
+def older_than_ampere() -> str:
+    """The compute capability of this machine's GPUs, if it is below 8.0."""
+    if jax.default_backend() != "gpu":
+        return ""  # also where programs are compiled for GPUs that are not here
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    major = capability.partition(".")[0]
+    return capability if major.isdecimal() and int(major) < 8 else ""
 
 
 def platform() -> str | None:

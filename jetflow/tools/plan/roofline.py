@@ -3,22 +3,16 @@
 The programs are those of training, evaluation and sampling, compiled for absent devices.
 """
 
-import bisect
-import copy
 import dataclasses
-import functools
 import math
-import operator
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from jetflow import configs, sharding
+from jetflow import sharding
 from jetflow.data import dataset, sources
 from jetflow.evals import likelihoods
-from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.tools.plan import costs, devices
 from jetflow.tools.plan.devices import Accelerator
 from jetflow.training.experiment import Run, set_up
@@ -49,6 +43,7 @@ class _Lowered(NamedTuple):
     passes: float  # forward passes over all tokens, of which a backward pass is worth two
     window: int = 0  # see `Plan`
     sweeps: int = 1  # of each block
+    drawn: str = ""  # see `Plan`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +77,7 @@ class Plan:
     dtype: str  # of the nets
     precision: str  # of their products; what these come to is in the cost
     attention: str  # the form that is taken, and why
+    drawn: str  # of samples: guidance, denoising and decoding, in words
     parameters: int  # of the flow
     memory: Memory
     model_flops: float  # of a step on each device, by formula, without recomputation
@@ -147,6 +143,7 @@ def plan(
         dtype=config.flow.dtype,
         precision=config.flow.precision,
         attention=str(run.attention),
+        drawn=lowered.drawn,
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         memory=memory,
         model_flops=model_flops,
@@ -157,79 +154,6 @@ def plan(
         cost=cost,
         estimate=_estimate(cost, accelerator, model_flops, size, steps) if cost else None,
     )
-
-
-def fit(
-    config: Config,
-    topology: str,
-    *,
-    program: str = "train",
-    progress: Callable[[Plan], None] = lambda plan: None,
-    **settings: Any,
-) -> list[Plan]:
-    """For each remat policy, the plan of the largest batch that fits, if any; fastest first.
-
-    Tried are 1, 2, 3, 4, 6, 8, 12, 16, … images on each device at a time, up to the data set: first
-    the batch of the config, then what its memory lets expect.
-
-    Args:
-        progress: called with each plan that is tried.
-        settings: of `plan`.
-    """
-    configs.check(config)
-    policies = REMAT_POLICIES if program == "train" else (config.flow.remat,)
-    axes = {name: config.mesh[name] for name in sharding.AXES}
-    found = devices.devices(topology, settings.get("slices", 1))
-    mesh = sharding.make_mesh(**axes, devices=found)
-    parts = sharding.batch_parts(mesh)
-    rows = {"train": parts * config.train.accumulation, "eval": parts}
-    section, split = ("train", "train_split") if program == "train" else ("eval", "test_split")
-    most = max(1, len(load(config.data.name, config.data[split])) // rows[section])
-    largest = []
-    for policy in policies:
-        tried: dict[int, Plan] = {}
-
-        def used(size: int, policy: str = policy, tried: dict[int, Plan] = tried) -> float:
-            changed = copy.deepcopy(config)
-            changed.flow.remat = policy
-            for name, least in rows.items():
-                changed[name].batch_size = least * (size if name == section else 1)
-            tried[size] = plan(changed, topology, program=program, **settings)
-            progress(tried[size])
-            memory = tried[size].memory
-            state = memory.params + memory.optimizer + memory.ema
-            return (memory.total - state) / max(1, memory.capacity - state)
-
-        if size := _largest(used, config[section].batch_size // rows[section], most):
-            largest.append(tried[size])
-    return sorted(largest, key=operator.attrgetter("estimate.images_per_second"), reverse=True)
-
-
-def _largest(used: Callable[[int], float], start: int, most: int) -> int:
-    """The largest size of 1, 2, 3, 4, 6, 8, 12, … `most` that fits, 0 for none.
-
-    Args:
-        used: the share that a size takes of the memory for it, about in proportion to the size.
-    """
-    used = functools.cache(used)
-    sizes = sorted({power * factor for power in (2**n for n in range(40)) for factor in (1, 3)})
-    sizes = [size for size in sizes if size <= most]
-    index, last, share = max(0, bisect.bisect_right(sizes, start) - 1), 0, 0.0
-    for _ in range(3):  # along the line through the last two sizes that were tried
-        size = sizes[index]
-        slope = (used(size) - share) / (size - last)
-        if slope <= 0:
-            break
-        guess = min(16 * size, size + (1 - used(size)) / slope)
-        last, share = size, used(size)
-        index = max(0, bisect.bisect_right(sizes, guess) - 1)
-        if sizes[index] == last:
-            break
-    while index >= 0 and used(sizes[index]) > 1:
-        index -= 1
-    while 0 <= index < len(sizes) - 1 and used(sizes[index + 1]) <= 1:
-        index += 1
-    return sizes[index] if index >= 0 else 0
 
 
 def _lower(
@@ -251,7 +175,13 @@ def _lower(
     if window > 1:
         steps = max(1, math.ceil(sweeps * steps))
         passes *= steps * window / flow.latent_shape[0]
-    return _Lowered(lowered, passes + (2 if sampler.denoise else 0), window, steps)
+    drawn = [f"guidance {sampler.guidance.scale}"] if sampler.guidance else ["no guidance"]
+    drawn += ["denoised"] if sampler.denoise else []
+    if sampler.decoding:
+        drawn += [f"windows of {window} tokens" if window > 1 else "token by token"]
+        drawn += [f"cache in {sampler.decoding[0].cache_dtype or run.config.flow.dtype}"]
+    passes += 2 if sampler.denoise else 0
+    return _Lowered(lowered, passes, window, steps, ", ".join(drawn))
 
 
 def _compile(
