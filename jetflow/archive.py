@@ -2,18 +2,17 @@
 
 import json
 import math
-import os
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
+from etils import epath
 from jaxtyping import Bool, Int, UInt8
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath
 from jetflow.fields import differences, shown
 from jetflow.files import naming, read_or_set_aside, write_atomically, write_json
 from jetflow.npz import ROOM, Npz
@@ -21,7 +20,6 @@ from jetflow.sampling.ancestral import Drawn
 from jetflow.types import UsageError
 
 SETTINGS = "settings.json"
-AT_ONCE = 256  # images
 
 
 class Archive:
@@ -45,72 +43,94 @@ class Archive:
 
     def __init__(
         self,
-        path: Path,
+        path: AnyPath,
         *,
         num: int,
         image_shape: tuple[int, int, int],
         settings: Mapping[str, Any],
     ):
         self._path, self._folder = path, path.with_name(path.name + ".partial")
-        self._row = np.dtype([("images", np.uint8, image_shape), ("finite", bool)])
+        self._shape, self.done = image_shape, 0
         settings = json.loads(json.dumps({"num": num, **settings}))
         before = read_or_set_aside(self._folder / SETTINGS, dict, None)
         if before is None and self._folder.exists():
             logging.warning("%s cannot be gone on with, and is begun anew", self._folder)
-            shutil.rmtree(self._folder)
+            self._remove()
+        self._spans: list[tuple[int, int]] = []  # of the parts
+        for path in sorted(self._folder.glob("images-*-*")):
+            first, end = map(int, path.name.split("-")[1:])
+            if first == self.done:
+                self._spans.append((first, end))
+                self.done = end
+        if before and (differing := differences(before, settings, prefix="")):
+            raise UsageError(
+                f"{self._folder} holds {self.done} images of another sampling "
+                f"({shown(differing)}); give the same settings, or another --npz, or delete it"
+            )
         self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / "rows", "ab" if before else "wb") as file:
-            self.done = file.tell() // self._row.itemsize
-            if before and (differing := differences(before, settings, prefix="")):
-                raise UsageError(
-                    f"{self._folder} holds {self.done} images of another sampling "
-                    f"({shown(differing)}); give the same settings, or another --npz, or delete it"
-                )
-            file.truncate(self.done * self._row.itemsize)  # without what a kill left behind
         write_json(self._folder / SETTINGS, settings)
 
     @property
     def finite(self) -> Bool[np.ndarray, "K"]:
         """Which of its images are finite."""
-        return np.array(self._rows()["finite"])
+        return np.concatenate([np.zeros(0, bool), *self._parts("finite", bool)])
 
     def append(self, images: UInt8[np.ndarray, "B H W C"], finite: Bool[np.ndarray, "B"]) -> None:
-        """The next images, and which are finite; on disk when this returns."""
-        rows = np.empty(len(images), self._row)
-        rows["images"], rows["finite"] = images, finite
-        with naming(self._path), open(self._folder / "rows", "ab") as file:
-            file.write(rows.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        self.done += len(rows)
+        """The next images, and which are finite; on disk when this returns.
+
+        The file of the images comes last: where there is one, there are both.
+        """
+        span = self.done, self.done + len(images)
+        for name, array in (
+            ("finite", finite),
+            ("images", images),
+        ):
+            with naming(self._path), write_atomically(self._part(name, span)) as file:
+                file.write(np.ascontiguousarray(array).tobytes())
+        self._spans.append(span)
+        self.done = span[1]
 
     def first(self, num: int) -> UInt8[np.ndarray, "_ H W C"]:
         """The first images, at most `num`."""
-        return np.array(self._rows()["images"][:num])
+        images, missing = [np.zeros((0, *self._shape), np.uint8)], num
+        for part in self._parts("images", np.uint8) if num else ():
+            images.append(part[:missing])
+            missing -= len(part)
+            if missing <= 0:
+                break
+        return np.concatenate(images)
 
     def finish(self, labels: Int[np.ndarray, "N"] | None) -> None:
         """Make the .npz of what was appended, and remove the folder."""
-        rows = self._rows()
+        arrays = {"images": (self._shape, np.uint8), "finite": ((), bool)}
         with (
             write_atomically(self._path) as whole,
             zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
         ):
-            for name in rows.dtype.names or ():
+            for name, (shape, kind) in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    header = np.lib.format.header_data_from_array_1_0(rows[name])
-                    np.lib.format.write_array_header_1_0(file, header | {"fortran_order": False})
-                    for start in range(0, len(rows), AT_ONCE):
-                        file.write(rows[name][start : start + AT_ONCE].tobytes())
+                    descr = np.lib.format.dtype_to_descr(np.dtype(kind))
+                    header = {"descr": descr, "fortran_order": False, "shape": (self.done, *shape)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for part in self._parts(name, kind):
+                        file.write(part.tobytes())
             if labels is not None:
                 with archive.open("labels.npy", "w") as file:
                     np.lib.format.write_array(file, np.asarray(labels, np.int32))
-        shutil.rmtree(self._folder)
+        self._remove()
 
-    def _rows(self) -> np.ndarray:
-        """What it has, read from the disk where it is needed."""
-        if not self.done:
-            return np.zeros(0, self._row)
-        return np.memmap(self._folder / "rows", self._row, "r", shape=self.done)
+    def _parts(self, name: str, kind: type) -> Iterator[np.ndarray]:
+        """What was appended, part by part, read from the disk."""
+        shape = self._shape if name == "images" else ()
+        for first, end in self._spans:
+            content = self._part(name, (first, end)).read_bytes()
+            yield np.frombuffer(content, kind).reshape(end - first, *shape)
+
+    def _part(self, name: str, span: tuple[int, int]) -> AnyPath:
+        return self._folder / "{}-{:08d}-{:08d}".format(name, *span)
+
+    def _remove(self) -> None:
+        epath.Path(self._folder).rmtree()
 
 
 class Images(NamedTuple):

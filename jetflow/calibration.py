@@ -6,7 +6,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jetflow import hosts, sharding
+from jetflow.buckets import AnyPath
 from jetflow.files import if_possible, read_or_set_aside, write_json
 from jetflow.flows.stack import Stack
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
@@ -24,7 +24,7 @@ REPEATS = 3
 
 
 def fastest(
-    sampler: Sampler, base: Decoding, batch_size: int, *, path: Path, step: int
+    sampler: Sampler, base: Decoding, batch_size: int, *, path: AnyPath, step: int
 ) -> tuple[Decoding, ...]:
     """The fastest decoding of each block, from the calibrations in a file, or measured now.
 

@@ -7,7 +7,6 @@ its type, shape and checksum, sealed by a digest. No tree types are stored: code
 of the optimizer can restore the params.
 """
 
-import contextlib
 import functools
 import inspect
 import json
@@ -29,6 +28,7 @@ from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jetflow import checksums, hosts
+from jetflow.buckets import as_path, raise_refusal
 from jetflow.fields import differences, shown
 from jetflow.files import naming
 from jetflow.types import AnyArray, UsageError
@@ -62,8 +62,7 @@ class Checkpoints:
     def __init__(
         self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None
     ):
-        path = os.fspath(directory)
-        self.directory = epath.Path(path if "://" in path else os.path.abspath(path))
+        self.directory = epath.Path(as_path(directory).absolute())
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         self._policy = policies.AnyPreservationPolicy(kept)
         self._manager: ocp.CheckpointManager | None = None  # which would create the directory
@@ -117,8 +116,10 @@ class Checkpoints:
     def config(self) -> dict[str, Any] | None:
         """The config in the newest sound record; None where there is none."""
         for step in reversed(self.steps()):
-            with contextlib.suppress(Exception):  # as in `_everywhere`
+            try:
                 return _read_record(self.directory / str(step) / "record")["config"] or None
+            except Exception as error:  # as in `_everywhere`
+                raise_refusal(error)
         return None
 
     def save(self, step: int, state: Any, config: dict) -> None:
@@ -273,8 +274,7 @@ def _read_arrays(directory: epath.Path, wanted: dict[str, Any]) -> dict[str, jax
 def _everywhere(read: Callable[[], T]) -> T:
     """`read()` on this process; if it fails on any process, raises Damage on all of them.
 
-    Orbax, TensorStore and JSON raise many types for a damaged file, so any exception counts,
-    except that memory ran out.
+    Orbax, TensorStore and JSON raise many types for a damaged file: any counts but want of memory.
     """
     result, cause = None, None
     try:
@@ -282,6 +282,7 @@ def _everywhere(read: Callable[[], T]) -> T:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
+        raise_refusal(error)  # which says nothing of what is stored
         cause = _explain(error)
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]

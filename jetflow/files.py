@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath, is_bucket, raise_refusal, upload
 from jetflow.types import UsageError
 
 METRICS = "metrics.jsonl"
@@ -31,11 +33,12 @@ REFUSALS |= {errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO}
 
 @contextlib.contextmanager
 def disk_errors_explained() -> Iterator[None]:
-    """A UsageError, with the path and the remedy, in place of an OSError of a disk or a path."""
+    """A UsageError, with the path and the remedy, in place of an error of a disk or a bucket."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in REFUSALS:
+    except Exception as error:
+        raise_refusal(error)
+        if not isinstance(error, OSError) or error.errno not in REFUSALS:
             raise
         is_full, path = error.errno in FULL, error.filename or "the disk"
         remedy = "make room, and the same command goes on" if is_full else "give a path that can"
@@ -43,7 +46,7 @@ def disk_errors_explained() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming(path: os.PathLike, *aliases: Path) -> Iterator[None]:
+def naming(path: os.PathLike, *aliases: AnyPath) -> Iterator[None]:
     """Errors of a disk as OSErrors of this file: those of a full one name none, or an alias of it,
     and libraries in C++ raise what they like."""
     try:
@@ -67,14 +70,21 @@ def if_possible(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def write_atomically(path: Path) -> Iterator[BinaryIO]:
+def write_atomically(path: AnyPath) -> Iterator[BinaryIO]:
     """A file that replaces `path` at the end; if the context fails, nothing changes.
 
-    Missing folders are made. Each of several writers has a temporary file; the last one wins.
+    Missing folders are made. Each of several writers has a temporary file; the last one wins. In a
+    bucket the file is an object, which is uploaded at the end.
 
     Raises:
         OSError: with the path, if it cannot be written.
     """
+    if is_bucket(path):
+        with tempfile.NamedTemporaryFile() as file:
+            yield file  # type: ignore[misc]
+            file.flush()
+            upload(Path(file.name), path)
+        return
     # `tempfile` would make a file that other users cannot read.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with naming(path, temporary):
@@ -88,7 +98,7 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: AnyPath, content: Any) -> None:
     """Write a JSON file whole, on the first process alone."""
     if not hosts.is_first():
         return
@@ -97,7 +107,7 @@ def write_json(path: Path, content: Any) -> None:
         file.write(text.encode())
 
 
-def read_json(path: Path, shape: Any = dict) -> Any:
+def read_json(path: AnyPath, shape: Any = dict) -> Any:
     """The content of a JSON file of a shape.
 
     Raises:
@@ -106,10 +116,11 @@ def read_json(path: Path, shape: Any = dict) -> Any:
     try:
         return parse(path.read_bytes(), shape)
     except (OSError, ValueError) as error:
+        raise_refusal(error)
         raise UsageError(f"{path} cannot be read ({error}); restore it") from error
 
 
-def scan_json(paths: Iterable[Path], shape: Any) -> tuple[list[Any], list[str]]:
+def scan_json(paths: Iterable[AnyPath], shape: Any) -> tuple[list[Any], list[str]]:
     """The contents of those JSON files that can be read, and what is wrong with the others."""
     contents, wrong = [], []
     for path in paths:
@@ -120,7 +131,7 @@ def scan_json(paths: Iterable[Path], shape: Any) -> tuple[list[Any], list[str]]:
     return contents, wrong
 
 
-def read_or_set_aside(path: Path, shape: Any, default: Any) -> Any:
+def read_or_set_aside(path: AnyPath, shape: Any, default: Any) -> Any:
     """The content of a JSON file that can be done without: a damaged one counts as absent."""
     contents, wrong = scan_json([path] if path.exists() else [], shape)
     if wrong:
@@ -128,23 +139,23 @@ def read_or_set_aside(path: Path, shape: Any, default: Any) -> Any:
     return contents[0] if contents else default
 
 
-def set_aside(path: Path, why: str) -> None:
+def set_aside(path: AnyPath, why: str) -> None:
     """Rename a damaged file, with a warning, so that another one can take its place."""
     if hosts.is_first():
         aside = path.with_name(f"{path.name}.{secrets.token_hex(2)}.damaged")
         try:
-            os.replace(path, aside)
+            path.replace(aside)
             logging.warning("%s; it is set aside as %s", why, aside)
         except OSError:  # such as a disk that is read-only
             logging.warning("%s; it counts as absent", why)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, [] without one; what cannot be read is left out."""
     return scan_metrics(path)[0]
 
 
-def scan_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def scan_metrics(path: AnyPath) -> tuple[list[dict[str, Any]], list[str]]:
     """The lines of a metrics.jsonl that can be read, and what is wrong with the file.
 
     A last line that a kill cut short is not wrong.
@@ -197,9 +208,15 @@ def misfit(value: Any, shape: Any, name: str = "") -> str:
     return next(filter(None, parts), "")
 
 
-def check_writable(option: str, path: Path | None) -> None:
+def check_writable(option: str, path: AnyPath | None) -> None:
     """Raise a UsageError if a file cannot be written there: before the work, not after it."""
     if path is None:
+        return
+    if is_bucket(path):
+        probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        with write_atomically(probe):
+            pass
+        probe.unlink()
         return
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):

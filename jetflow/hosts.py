@@ -4,6 +4,7 @@ Every process runs the same program on its own devices. The first one alone writ
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -11,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,54 +20,68 @@ from typing import Any, TypeVar
 import filelock
 import jax
 from absl import logging
-from etils import epath
 from tqdm import tqdm
 
+from jetflow import rendezvous
+from jetflow.buckets import AnyPath, is_bucket, leased, refusal
 from jetflow.fields import MOST_SHOWN, differences
+from jetflow.options import Options, option
 from jetflow.rollcall import STATE, RollCall
 from jetflow.types import UsageError
 
 T = TypeVar("T")
 
 THREADS_PER_DEVICE = 4
-JOIN_SECONDS = 300  # for all processes to come; then JAX aborts those that are there
-NOTICE_SECONDS = 20  # before a process says that it waits for others
+JOIN_SECONDS = 300  # for JAX to join processes that are all there
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, after which the others end
 LAST_WORDS_SECONDS = 5
 LONGEST_WAIT = 24 * 3600  # seconds, for what another process has not done yet
 LOG_SECONDS, LOG_DELAY = 30, 5  # between lines of progress off a terminal, and before the first
 LARGEST_LAG = 60  # seconds until a network disk shows a file that another machine wrote
 
-# What a launcher sets where there are several processes, which `jax.distributed` then finds.
-LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JETFLOW_PROCESSES")
-
 _calls = itertools.count()  # of what all processes must call equally often
 
 
-@contextlib.contextmanager
-def joined(facts: Mapping[str, Any], *, saves_at_signals: bool) -> Iterator[None]:
-    """With the other processes of this run, if there are any.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessOptions(Options):
+    """How the processes of a command that computes find each other, and bear with each other."""
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or Slurm, MPI or, on a TPU
-    pod, JETFLOW_PROCESSES.
+    join_timeout: float = option(15.0, "minutes to wait for processes that are missing", least=0)
+
+
+@contextlib.contextmanager
+def joined(
+    facts: Mapping[str, Any], options: ProcessOptions | None, *, saves_at_signals: bool
+) -> Iterator[None]:
+    """With the other processes of this run, if there are any; `rendezvous.find_place` says so.
 
     A process that fails here ends at once, as the way out of Python would wait for the others: with
     status 2 for bad input, else 1. The others then end within a minute.
 
     Args:
         facts: what all of them must be asked for, by name; `compare` says where they are not.
+        options: None for a command that does not compute: the hosts of a pod do not join for it.
         saves_at_signals: SIGTERM is only noted, for `StopSignal`; otherwise it ends the process.
 
     Raises:
         UsageError: the environment is incomplete.
+        Interruption: another one has not come in time.
     """
     _make_room_for_devices()
-    launched = any((_whole_number(name) or 1) > 1 for name in LAUNCHERS)
-    if not launched and "JAX_COORDINATOR_ADDRESS" not in os.environ:
+    place = rendezvous.find_place(on_pods=options is not None)
+    if place is None:
         yield
         return
+    options = options or ProcessOptions()
+    address = rendezvous.meet(place, options.join_timeout)
     with RollCall() as roll_call, open(os.devnull, "w") as nowhere:
-        _join()
+        jax.distributed.initialize(
+            address, place.count, place.number, place.devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
+        )  # fmt: skip
         if not saves_at_signals:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has joined with one of its own
         roll_call.start()
@@ -77,40 +91,17 @@ def joined(facts: Mapping[str, Any], *, saves_at_signals: bool) -> Iterator[None
                 yield
             STATE.client.wait_at_barrier("jetflow/end", 1000 * LONGEST_WAIT)
         except UsageError as error:
-            _print(str(error))
+            rendezvous.say(str(error))
             if is_first():  # the others, joined through it, mostly fail alike: let them say so
                 time.sleep(LAST_WORDS_SECONDS)
             sys.stdout.flush()
             os._exit(error.status)
         except KeyboardInterrupt:
-            _print("interrupted")
+            rendezvous.say("interrupted")
             sys.stdout.flush()
             os._exit(130)
         except Exception as error:
             roll_call.leave(error)
-
-
-def _join() -> None:
-    """Find the other processes, or say after a while that they are still missing."""
-    text = "still waiting for the other processes of this run, on which the same command must run"
-    notice = threading.Timer(NOTICE_SECONDS, _print, [text])
-    notice.daemon = True
-    notice.start()
-    try:
-        jax.distributed.initialize(
-            num_processes=_whole_number("JAX_NUM_PROCESSES"),
-            process_id=_whole_number("JAX_PROCESS_ID"),
-            initialization_timeout=JOIN_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
-        )
-    except ValueError as error:
-        raise UsageError(
-            f"the processes of this run cannot join ({' '.join(str(error).split())}); set "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each of them"
-        ) from error
-    finally:
-        notice.cancel()
 
 
 def _code() -> dict[str, Any]:
@@ -184,17 +175,21 @@ def agreed(value: T) -> T:
 def by_first(call: Callable[[], T]) -> T:
     """What a call gives on the first process, or its UsageError or OSError, on all of them."""
     result: Any = None
-    refusal: Sequence[Any] = ()
+    fault: Sequence[Any] = ()
     if STATE.process_id == 0:
         try:
             result = call()
-        except UsageError as error:
-            refusal = (str(error),)
-        except OSError as error:
-            refusal = (error.errno, error.strerror, error.filename and str(error.filename))
-    result, refusal = agreed([result, refusal])
-    if refusal:
-        raise (UsageError if len(refusal) == 1 else OSError)(*refusal)
+        except Exception as error:
+            known = refusal(error) or error
+            if isinstance(known, UsageError):
+                fault = (str(known),)
+            elif isinstance(known, OSError):
+                fault = (known.errno, known.strerror, known.filename and str(known.filename))
+            else:
+                raise
+    result, fault = agreed([result, fault])
+    if fault:
+        raise (UsageError if len(fault) == 1 else OSError)(*fault)
     return result
 
 
@@ -202,7 +197,7 @@ def _wait_for(key: str) -> str:
     return STATE.client.blocking_key_value_get(key, 1000 * LONGEST_WAIT)
 
 
-def wait_to_see(path: Path | epath.Path) -> None:
+def wait_to_see(path: AnyPath) -> None:
     """Wait until this machine sees a file of the first process: network disks may lag behind."""
     end = time.monotonic() + LARGEST_LAG
     while not path.exists() and time.monotonic() < end:
@@ -210,16 +205,20 @@ def wait_to_see(path: Path | epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+def locked(path: AnyPath, *, wait: bool) -> Iterator[bool]:
     """Whether this process has the lock of a file; with `wait`, as soon as no other one has it.
 
     Processes of the same run count too: only the first one should ask. The lock goes with the
     process, however it ends. On a disk without locks, such as some network disks, every process
-    gets it, and a warning asks the user to start only one.
+    gets it, and a warning asks the user to start only one. In a bucket it is a lease.
 
     Raises:
         OSError: the file cannot be written.
     """
+    if is_bucket(path):
+        with leased(path, wait=wait) as mine:
+            yield mine
+        return
     with open(path, "a") as file:
         try:
             mine = filelock.lock_descriptor(file.fileno(), blocking=wait)
@@ -230,7 +229,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 @functools.cache  # once a folder
-def _warn_of_no_locks(folder: Path, error: str) -> None:
+def _warn_of_no_locks(folder: AnyPath, error: str) -> None:
     logging.warning("%s cannot be locked (%s): start no other process there", folder, error)
 
 
@@ -240,10 +239,6 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _print(text: str) -> None:
-    print(f"jetflow: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
-
-
 def progress(total: int, name: str, unit: str, done: int = 0) -> tqdm:
     """A progress bar of the first process; off a terminal a line now and then."""
     interval = 0.1 if sys.stderr.isatty() else LOG_SECONDS
@@ -251,13 +246,6 @@ def progress(total: int, name: str, unit: str, done: int = 0) -> tqdm:
         total=total, initial=done, desc=name, unit=f" {unit}", disable=not is_first(),
         leave=False, mininterval=interval, delay=0 if sys.stderr.isatty() else LOG_DELAY,
     )  # fmt: skip
-
-
-def _whole_number(name: str) -> int | None:
-    value = os.environ.get(name)
-    if value is not None and not value.isdigit():
-        raise UsageError(f"{name} is {value!r} in the environment; expected a whole number")
-    return None if value is None else int(value)
 
 
 def _make_room_for_devices() -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, Int, Num, UInt8
 
 from jetflow import calibration, hosts, sharding
 from jetflow.archive import collect
+from jetflow.buckets import as_path
 from jetflow.checkpoint import Checkpoints
 from jetflow.evals import evaluation
 from jetflow.evals.likelihoods import UNIFORM, bits_per_dim
@@ -212,7 +212,7 @@ def load_model(
     Raises:
         UsageError: if there is no run, no checkpoint, or none that is sound.
     """
-    workdir, mesh = Path(workdir), mesh or sharding.make_mesh()
+    workdir, mesh = as_path(workdir), mesh or sharding.make_mesh()
     config, flow, best = read_flow(workdir)
     hosts.compare(flat(config))
     choices = {"auto": best, best: best, "params": "params"}

@@ -6,11 +6,12 @@ import json
 import math
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from jetflow.buckets import AnyPath
 from jetflow.types import UsageError
 
 ROOM = 2**28  # bytes by which arrays that are read may exceed their compressed file
@@ -37,14 +38,14 @@ class Npz:
         UsageError: also of all methods, on a file that is damaged or has other arrays.
     """
 
-    def __init__(self, path: Path, option: str, expected: str):
+    def __init__(self, path: AnyPath, option: str, expected: str):
         self._path, self._file, self._expected = path, f"{option} {path}", expected
         with self._reading(""):
             if not path.is_file():  # a device may have no end
                 raise ValueError("it is no file")
-            with zipfile.ZipFile(path) as archive:
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 entries = {entry.filename: entry for entry in archive.infolist()}
-            self._left = path.stat().st_size + ROOM
+            self._left = epath.Path(path).stat().length + ROOM
         self._entries = {
             name.removesuffix(".npy"): entry
             for name, entry in entries.items()
@@ -134,7 +135,11 @@ class Npz:
         entry = self._entries[name]
         if entry.compress_type not in METHODS:
             raise ValueError(f"compressed by method {entry.compress_type}")
-        with zipfile.ZipFile(self._path) as archive, archive.open(entry) as file:
+        with (
+            self._path.open("rb") as whole,
+            zipfile.ZipFile(whole) as archive,
+            archive.open(entry) as file,
+        ):
             yield file
 
     @contextlib.contextmanager

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from jetflow.buckets import AnyPath, as_path, is_bucket
 from jetflow.types import UsageError
 
 LARGEST = 2**31 - 1  # whole number, as arrays count
@@ -29,7 +32,8 @@ KINDS = {
     float: "a finite number",
     bool: "true or false",
     str: "text",
-    Path: f"a path of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}",
+    Path: f"a path of this machine, at most {LONGEST_PATH} bytes, names at most {LONGEST_NAME}",
+    epath.Path: f"a path of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}",
 }
 
 
@@ -80,7 +84,7 @@ class Options:
 class DataOptions(Options):
     """Where the data sets are."""
 
-    data_dir: Path | None = option(
+    data_dir: AnyPath | None = option(
         None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
     )
 
@@ -92,7 +96,7 @@ def kind_of(options: type[Options], name: str) -> tuple[Any, bool]:
 
 def _item_kind(kind: Any) -> tuple[Any, bool]:
     if isinstance(kind, types.UnionType):
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        *_, kind = (part for part in typing.get_args(kind) if part is not type(None))
     is_tuple = typing.get_origin(kind) is tuple
     return (typing.get_args(kind)[0] if is_tuple else kind), is_tuple
 
@@ -153,7 +157,7 @@ def _item(name: str, field: dataclasses.Field, kind: Any, value: Any) -> Any:
     elif kind in (int, float) and not least <= value <= top:
         expected = _range(least, top if value > least else most)
     else:
-        return kind(value) if kind in (float, Path) else value
+        return {float: float, Path: as_path, epath.Path: as_path}.get(kind, lambda v: v)(value)
     raise UsageError(f"{name} is {value!r:.100}; expected {expected}")
 
 
@@ -165,8 +169,9 @@ def _is(value: Any, kind: Any) -> bool:
     if kind is float:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         return is_number and math.isfinite(value)
-    if kind is Path:
-        return isinstance(value, str | Path) and _is_path(str(value))
+    if kind in (Path, epath.Path):
+        is_path = isinstance(value, str | os.PathLike) and _is_path(os.fspath(value))
+        return is_path and (kind is epath.Path or not is_bucket(as_path(value)))
     return isinstance(value, kind)
 
 

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath
 from jetflow.files import write_atomically
 from jetflow.types import UsageError
 
@@ -72,14 +72,14 @@ def strips(images: UInt8[np.ndarray, "R K H W C"]) -> UInt8[np.ndarray, "GH GW 3
     return grid(np.concatenate(images), list(numbers))
 
 
-def save_png(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+def save_png(path: AnyPath, picture: UInt8[np.ndarray, "H W 3"]) -> None:
     """Write a picture, on the first process; a reader never sees half of it."""
     if hosts.is_first():
         with write_atomically(path) as file:
             Image.fromarray(picture).save(file, format="png")
 
 
-def save_gif(path: Path, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> None:
+def save_gif(path: AnyPath, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> None:
     """Write an animation that stands still on its last frame, on the first process."""
     if not hosts.is_first():
         return

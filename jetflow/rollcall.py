@@ -7,7 +7,6 @@ import ctypes
 import itertools
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -31,7 +30,7 @@ class RollCall(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self._over, self._leaving = threading.Event(), threading.Lock()
-        self._began = self._answered = time.time()  # when process 0 last passed on the signs
+        self._answered = time.time()  # when process 0 last passed on the signs
         self._heard: dict[int, tuple[str, float]] = {}  # the last sign of each, and when it came
         self._set_handler: Any = ctypes.CDLL(None).signal
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self.leave())
@@ -68,7 +67,7 @@ class RollCall(threading.Thread):
     def lost(self) -> str | None:
         """The process that has been silent for longest, in words, if one has been for long."""
         if not self._heard:
-            return f"{_absent()} since {_clock(self._began)}"
+            return None
         number, (_, when) = min(self._heard.items(), key=lambda item: item[1][1])
         if self._answered - when < SILENCE_SECONDS:
             number, when = 0, self._answered
@@ -101,17 +100,3 @@ class RollCall(threading.Thread):
 
 def _clock(when: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(when))
-
-
-def _absent() -> str:
-    """Which processes did not come, as far as this one can know."""
-    others, address = {*range(STATE.num_processes)}, STATE.coordinator_address or ""
-    others.discard(STATE.process_id)
-    try:
-        host, _, port = address.rpartition(":")
-        socket.create_connection((host, int(port)), timeout=5).close()
-        others.discard(0)
-    except OSError:
-        others = {0}
-    numbers = " or ".join(map(str, sorted(others))) if len(others) < 4 else "of some number"
-    return f"process {numbers} has not come to {address}"

@@ -8,13 +8,13 @@ import itertools
 import json
 import platform
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import jax
 
 from jetflow import files, hosts
+from jetflow.buckets import AnyPath, is_bucket
 from jetflow.checkpoint import Checkpoints
 from jetflow.fields import differences, shown
 from jetflow.flows.build import build
@@ -72,7 +72,7 @@ TOTAL_STEPS = "config.resolved.total_steps"  # which follows from others
 LENGTH = ("train.steps", "train.epochs", "train.images", "resolved.total_steps")
 
 
-def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, str]:
+def read_flow(workdir: AnyPath, **overrides: Any) -> tuple[dict[str, Any], Flow, str]:
     """The config of a run, its flow, and the field of its checkpoints with the weights to use.
 
     Args:
@@ -98,7 +98,7 @@ def read_flow(workdir: Path, **overrides: Any) -> tuple[dict[str, Any], Flow, st
         raise UsageError(f"{workdir / CONFIG} describes no flow ({cause}); restore it") from error
 
 
-def read_config(workdir: Path) -> dict[str, Any] | None:
+def read_config(workdir: AnyPath) -> dict[str, Any] | None:
     """The resolved config of the run in `workdir`, or None if there is no run.
 
     The checkpoints hold it too, sealed. That copy decides: it is what the weights were made with.
@@ -129,7 +129,7 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
     return sealed
 
 
-def write_config(workdir: Path, config: dict[str, Any]) -> None:
+def write_config(workdir: AnyPath, config: dict[str, Any]) -> None:
     """Make `workdir` the folder of a run with this resolved config."""
     files.write_json(workdir / CONFIG, {"format": FORMAT, **config})
 
@@ -138,7 +138,7 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
 class Claim:
     """A workdir in which no other process trains; `begun` once it is the folder of a run."""
 
-    workdir: Path
+    workdir: AnyPath
     begun: bool = False
 
     def begin(self, config: dict[str, Any], *, extend: bool = False) -> int:
@@ -176,7 +176,7 @@ class Claim:
         return before
 
 
-def _remedy(workdir: Path, differing: Iterable[str]) -> str:
+def _remedy(workdir: AnyPath, differing: Iterable[str]) -> str:
     names = {name.removeprefix("config.") for name in differing}
     if {"resolved.total_steps"} < names <= set(LENGTH):
         return "give that length, or --extend to train to the new one"
@@ -189,7 +189,7 @@ def _remedy(workdir: Path, differing: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path) -> Iterator[Claim]:
+def claimed(workdir: AnyPath) -> Iterator[Claim]:
     """Keep other trainings out of `workdir`; one that does not `begin` leaves nothing behind.
 
     They are kept out while the context lasts: the lock goes with the process, however it ends. Of
@@ -211,8 +211,10 @@ def _held(claim: Claim) -> Iterator[None]:
     if (workdir / SWEEP).exists():
         raise UsageError(f"{workdir} holds a sweep; give another --workdir")
     lock = workdir / LOCK
-    made = [path for path in (lock, workdir, *workdir.parents) if not path.exists()]
-    workdir.mkdir(parents=True, exist_ok=True)
+    folders = [] if is_bucket(workdir) else [workdir, *workdir.parents]  # a bucket has none
+    made = [path for path in (lock, *folders) if not path.exists()]
+    for folder in folders[:1]:
+        folder.mkdir(parents=True, exist_ok=True)
     with hosts.locked(lock, wait=False) as mine:
         if not mine or not lock.exists():  # one that could not start has just removed it
             raise UsageError(
@@ -222,11 +224,11 @@ def _held(claim: Claim) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):  # another process has put something in
-                for path in [] if claim.begun else made:
+                for path in made if folders and not claim.begun else ():
                     path.unlink() if path == lock else path.rmdir()
 
 
-def result_path(workdir: Path, metric: str, step: int, suffix: str = "") -> Path:
+def result_path(workdir: AnyPath, metric: str, step: int, suffix: str = "") -> AnyPath:
     """The file of a metric's value at a step."""
     return workdir / "evals" / f"{metric}-{step:08d}{suffix}.json"
 
@@ -244,7 +246,7 @@ def suffix(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
     return f"-{text}" if text else ""
 
 
-def write_result(workdir: Path, result: dict[str, Any], suffix: str = "") -> Path:
+def write_result(workdir: AnyPath, result: dict[str, Any], suffix: str = "") -> AnyPath:
     """Write the result of an evaluation, which has a metric and a step."""
     path = result_path(workdir, result["metric"], result["step"], suffix)
     files.write_json(path, result)
@@ -262,7 +264,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def note_environment(workdir: Path, step: int, **facts: Any) -> None:
+def note_environment(workdir: AnyPath, step: int, **facts: Any) -> None:
     """Add this environment to those of a run, from `step` on, unless it is the last one of them.
 
     Args:
@@ -274,7 +276,7 @@ def note_environment(workdir: Path, step: int, **facts: Any) -> None:
         files.write_json(path, [*known, {"from_step": step, **current}])
 
 
-def scan_environments(workdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def scan_environments(workdir: AnyPath) -> tuple[list[dict[str, Any]], list[str]]:
     """The environments of a run, in the order of its steps, and what is wrong with their file."""
     known, wrong = files.scan_json(workdir.glob(ENVIRONMENT), ENVIRONMENTS)
     return [*itertools.chain.from_iterable(known)], wrong

@@ -3,56 +3,40 @@
 #
 #   launch/restart.sh jetflow train --config configs/NAME.py --workdir DIR
 #
-# The command's status decides: 0 (done), 2 (bad input), 3 (the loss is not finite), 130 and 143 (told
-# to stop, and all is saved) end it; any other is a crash, and the command is run again. TRIES crashes
-# without a new checkpoint between them, however long each took, end it as well. Ctrl-C, SIGTERM and
-# SIGHUP reach the command as one SIGTERM, so that it saves.
+# The statuses 0 (done), 2 (bad input), 3 (the loss is not finite), 130 and 143 (told to stop, and all is
+# saved) end it; any other is a crash. TRIES crashes without a new checkpoint between them end it as well.
+# Ctrl-C, SIGTERM and SIGHUP reach the command as one SIGTERM, so that it saves.
 set -uo pipefail
-
-PAUSE=${PAUSE:-10}  # seconds before another start
-TRIES=${TRIES:-5}
-
 (($#)) || { echo "restart.sh: no command; expected launch/restart.sh jetflow train …" >&2; exit 2; }
 
 workdir=$(printf '%s\n' "$@" | sed -n 's/^--workdir=//p; /^--workdir$/{n;p;}')
-newest_checkpoint() {  # its step, or nothing; one that is being written has another name
-  cd "$workdir/checkpoints" 2>/dev/null && printf '%s\n' * | grep -x '[0-9]*' | sort -n | tail -n 1
+newest_checkpoint() {  # its step, or nothing; of a folder or a bucket
+  python -c 'import sys; from etils import epath
+print(max(int(path.name) for path in epath.Path(sys.argv[1], "checkpoints").iterdir() if path.name.isdigit()))
+' "$workdir" 2>/dev/null
 }
 
-finish() {
-  [[ -z ${STATUS_FILE:-} ]] || echo "$1" >"$STATUS_FILE"
-  exit "$1"
-}
-
-stopping=
-child=
+stopping='' child='' crashes=0 before=''
 trap 'stopping=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM INT HUP
-
-crashes=0
-before=
-while true; do
+until [[ -n $stopping ]]; do
   set -m  # in a group of its own: a terminal sends Ctrl-C to all of ours, and it would come twice
   "$@" </dev/null &
   child=$!
   set +m
-  wait "$child"
-  status=$?
-  while kill -0 "$child" 2>/dev/null; do  # a signal ends `wait` before the command has saved
-    wait "$child"
-    status=$?
-  done
+  wait "$child"; status=$?
+  while kill -0 "$child" 2>/dev/null; do wait "$child"; status=$?; done  # a signal ends the first early
   child=
-  case $status in 0 | 2 | 3 | 130 | 143) finish "$status" ;; esac
-  [[ -z $stopping ]] || finish "$status"
+  case $status in 0 | 2 | 3 | 130 | 143) break ;; esac
   now=$(newest_checkpoint)
   if [[ $now == "$before" ]]; then ((crashes += 1)); else crashes=1; fi
   before=$now
-  if ((crashes >= TRIES)); then
+  if ((crashes >= ${TRIES:-5})); then
     echo "restart.sh: $crashes crashes without a new checkpoint (status $status), giving up" >&2
-    finish "$status"
+    break
   fi
-  echo "restart.sh: status $status at $(date -u +%FT%TZ), again in $PAUSE s" >&2
-  sleep "$PAUSE" &
+  echo "restart.sh: status $status at $(date -u +%FT%TZ), again in ${PAUSE:-10} s" >&2
+  sleep "${PAUSE:-10}" &
   wait $!
-  [[ -z $stopping ]] || finish 143
 done
+[[ -z ${STATUS_FILE:-} ]] || echo "$status" >"$STATUS_FILE"
+exit "$status"

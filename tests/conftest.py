@@ -21,6 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before the first import of jetflow, so that every module of it is instrumented.
 install_import_hook("jetflow", "beartype.beartype")
 
+import bucket_server  # noqa: E402
 import jax  # noqa: E402
 import tiny_runs  # noqa: E402
 from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
@@ -58,6 +59,15 @@ def data_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(path))
         yield path
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """The URL of a bucket that this process, and those that it starts, can use."""
+    with bucket_server.running() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield f"gs://{bucket_server.BUCKET}"
 
 
 @pytest.fixture(scope="session")

@@ -5,48 +5,39 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import psutil
 import pytest
 import tiny_runs
-from test_launch import LAUNCH, run, script, wait_for
+from test_launch import LAUNCH, free_port, run, script, wait_for
+
+CREATION = "gcloud compute tpus tpu-vm create pod"
+GKE = "gke.py --name=j --image=i"
 
 
 @pytest.mark.parametrize(
-    ("topology", "expected"),
+    ("command", "status", "expected"),
     [
-        ("v5e:4x4", "--accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite"),
-        ("v6e:2x4", "--accelerator-type=v6e-8 --version=v2-alpha-tpuv6e"),
-        ("v5p:4x4x4", "--accelerator-type=v5p-128 --version=v2-alpha-tpuv5"),
-        ("v4:2x2x4", "--type=v4 --topology=2x2x4 --version=tpu-ubuntu2204-base"),
+        ("tpu_vm.sh create pod v5e:4x4 --dry-run", 0, "--accelerator-type=v5litepod-16 "),
+        ("tpu_vm.sh create pod v6e:2x4 --spot --zone=z --dry-run", 0, "tpuv6e --spot --zone=z"),
+        ("tpu_vm.sh create pod v4:2x2x4 --dry-run", 0, f"{CREATION} --type=v4 --topology=2x2x4 "),
+        ("tpu_vm.sh create pod v5p:4x4x4 --dry-run", 0, f"{CREATION} --accelerator-type=v5p-128 "),
+        ("tpu_vm.sh create pod v3:2x2", 2, "expected one of v4, v5e, v5p or v6e"),
+        ("tpu_vm.sh create", 2, "create needs the name of a TPU VM"),
+        ("tpu_vm.sh fly pod", 2, "expected create, run"),
+        ("tpu_vm.sh run pod --worker=1 jetflow train", 2, "--worker=1 is no option of run"),
+        ("tpu_vm.sh keep pod v5e:4x4", 2, "keep needs a command"),
+        (f"{GKE} --topology=h100:8 jetflow train", 2, "1 of h100:8"),
+        (f"{GKE} --topology=v5e:5x5 jetflow train", 2, "1 of v5e:5x5"),
+        (f"{GKE} --topology=v5e:4x4", 2, "expected one such as jetflow train"),
     ],
-)
-def test_creation(topology, expected):
-    arguments = ("create", "pod", "--topology", topology, "--spot", "--zone=z-a", "--dry-run")
-    command = f"gcloud compute tpus tpu-vm create pod {expected} --zone=z-a --spot\n"
-    said = run(LAUNCH / "tpu_vm.sh", *arguments).stdout
-    assert sorted(said.split()) == sorted(command.split())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("fly", "fly is no action; expected create"),
-        ("create", "create needs the name of a TPU VM"),
-        ("create pod", "create needs --topology"),
-        ("create pod --topology tpu7x:2x2x1", "launch/gke.py"),
-        ("create pod --topology h100", "expected GENERATION:SHAPE"),
-        ("create pod --topology v3:2x2", "a generation of v4, v5e, v5p or v6e"),
-        ("run pod", "run needs a command"),
-        ("run pod train", "begins with the word jetflow"),
-        ("keep pod --topology v5e:4x4", "keep needs a command"),
-        ("logs pod --worker", "--worker needs a value"),
-    ],
-)
-def test_bad_input(arguments, message):
-    ended = run(LAUNCH / "tpu_vm.sh", *arguments.split())
-    assert ended.returncode == 2
-    assert message in ended.stderr and ended.stderr.count("\n") == 1
+)  # fmt: skip
+def test_the_last_line(command, status, expected):
+    program, *words = command.split()
+    ended = run(*[sys.executable] * program.endswith("py"), LAUNCH / program, *words)
+    assert ended.returncode == status
+    assert expected in (ended.stdout + ended.stderr).splitlines()[-1]
 
 
 # The lines of the file `state` are what `describe` says, one after another.
@@ -60,20 +51,20 @@ case $verb in
   describe) head -n 1 "$CLOUD/state" && sed -i '1{$!d}' "$CLOUD/state" ;;
   scp)
     ! rm "$CLOUD/scp_fails" 2>/dev/null || exit 1
-    for worker in 0 1; do mkdir -p "$CLOUD/worker$worker"; cp "$subject" "$CLOUD/worker$worker/${1#*:}"; done ;;
+    for n in 0 1; do mkdir -p "$CLOUD/worker$n"; cp "$subject" "$CLOUD/worker$n/${1#*:}"; done ;;
   ssh)
-    for worker in 0 1; do
-      HOME="$CLOUD/worker$worker" JAX_PROCESS_ID=$worker bash -c "cd; $command" &
+    for n in 0 1; do
+      HOME="$CLOUD/worker$n" JAX_PROCESS_ID=$n bash -c "cd; $command" &
       pids+=($!)
     done
     for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
     exit "${status:-0}" ;;
 esac
-"""  # noqa: E501
+"""
 UV = """\
 case $1 in
   venv) mkdir -p .venv/bin; echo "export PATH=$CLOUD:\\$PATH" >.venv/bin/activate ;;
-  pip) echo "$*" >installed ;;
+  pip) sleep 1 ;;
 esac
 """
 RUNS = """\
@@ -82,7 +73,7 @@ echo ran >>"$CLOUD/ran$JAX_PROCESS_ID"
 until [[ -e $CLOUD/finish ]]; do sleep 0.1; done
 exit "$(cat "$CLOUD/finish")"
 """
-KEEP = ("keep", "pod", "--topology=v5e:2x4", "jetflow", "train")
+KEEP = ("keep", "pod", "v5e:2x4", "jetflow", "train")
 
 
 @pytest.fixture
@@ -90,15 +81,15 @@ def pod(tmp_path):
     """A function: the arguments of tpu_vm.sh, of a clone of the launchers -> its process."""
     clone = tmp_path / "a clone"
     shutil.copytree(LAUNCH, clone / "launch", ignore=shutil.ignore_patterns("__pycache__"))
-    git = ["git", "-C", clone, "-c", "user.name=me", "-c", "user.email=me@localhost"]
-    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "-m", "first"]):
-        assert run(*git, *command).returncode == 0
+    for words in ("init --quiet", "add --all"):
+        run("git", "-C", clone, *words.split(), check=True)
     (clone / "new.py").touch()
     (clone / "launch" / "README.md").unlink()
     for name, text in {"gcloud": GCLOUD, "uv": UV, "jetflow": RUNS}.items():
         script(tmp_path / name, text)
-    variables = {"CLOUD": str(tmp_path), "JETFLOW_PROCESSES": "2", "PAUSE": "1", "POLL": "1"}
-    env = tiny_runs.environment(PATH=f"{tmp_path}:{os.environ['PATH']}", **variables)
+    join = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    path = f"{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    env = tiny_runs.environment(PATH=path, CLOUD=str(tmp_path), PAUSE="1", POLL="1", **join)
     started = []
 
     def start(*arguments):
@@ -122,27 +113,38 @@ def kill(run_pid, number=signal.SIGKILL):
             each.send_signal(number)
 
 
+def times(path):
+    return path.read_text().count("ran") if path.exists() else 0
+
+
 def test_keep_goes_on_after_failures_losses_and_preemption(pod, tmp_path):
     (tmp_path / "state").write_text("PREEMPTED\n")
     (tmp_path / "worker0").mkdir()
     (tmp_path / "scp_fails").touch()
     keep = pod(*KEEP)
     ran = [tmp_path / "ran0", tmp_path / "ran1"]
-    wait_for(lambda: all(path.exists() for path in ran), "both workers")
+    wait_for(lambda: all(map(times, ran)), "both workers")
     for number, count in ((signal.SIGTERM, 2), (signal.SIGKILL, 3)):
         kill(tmp_path / "worker1" / "jetflow" / "run.pid", number)
-        wait_for(lambda: ran[1].read_text().count("ran") == count, "the worker to start again")  # noqa: B023
+        wait_for(lambda: times(ran[1]) == count, "the worker to start again")  # noqa: B023
     copy = tmp_path / "worker1" / "jetflow"
     assert (copy / "new.py").exists() and not (copy / "launch" / "README.md").exists()
-    again = pod("setup", "pod")
+    again = pod("run", "pod", "jetflow", "train")
     assert again.communicate()[1].count("a run is under way") == 2 and again.returncode == 2
     (tmp_path / "finish").write_text("0")
     output, errors = keep.communicate()
     assert keep.returncode == 0 and output.endswith("ended with status 0\n"), errors
     assert "begin failed for pod; again in 1 s" in errors
-    assert ran[0].read_text().count("ran") == 1
+    assert times(ran[0]) == 1  # the healthy worker was left alone
     verbs = (tmp_path / "verbs").read_text().split()
     assert [verb for verb in verbs if verb in ("create", "delete")] == ["delete", "create"]
+    assert not list(tmp_path.glob("worker*/*.tgz"))
+
+
+def test_two_that_start_at_once_start_each_worker_once(pod, tmp_path):
+    both = [pod("run", "pod", "jetflow", "train") for _ in range(2)]
+    assert sum(each.communicate()[1].count("a run is under way") for each in both) == 2
+    assert [times(tmp_path / "ran0"), times(tmp_path / "ran1")] == [1, 1]
 
 
 @pytest.mark.parametrize("end", ["stop", "one gives up"])
@@ -158,3 +160,19 @@ def test_keep_ends_with_the_run(pod, tmp_path, end):
     statuses = {"stop": "143", "one gives up": "2 143"}[end]
     assert output.splitlines()[-1] == f"ended with status {statuses}"
     assert keep.returncode == int(statuses.split()[0])
+
+
+@pytest.mark.slow
+def test_two_workers_train_together_and_go_on(pod, tmp_path, data_dir, compilation_cache):
+    script(tmp_path / "jetflow", f'exec {sys.executable} -m jetflow "$@"\n')
+    fields = {"train__steps": 400, "train__sample_every": 0, "train__checkpoint_every": 20}
+    words = ["jetflow", *tiny_runs.arguments("tarflow", tmp_path / "run", **fields)]
+    logs = [tmp_path / f"worker{number}" / "jetflow" / "run.log" for number in (0, 1)]
+    keep = pod("keep", "pod", "v5e:2x4", *words)
+    wait_for(lambda: any((tmp_path / "run").glob("checkpoints/[0-9]*")), "a checkpoint")
+    assert pod("stop", "pod").communicate()[0].count("ended with status 143") == 2
+    assert keep.wait() == 143
+    keep = pod("keep", "pod", "v5e:2x4", *words)
+    assert keep.wait() == 0, "".join(log.read_text() for log in logs)
+    for text in ("2 x", "resumed at step", "done: step 400"):
+        assert text in logs[0].read_text()

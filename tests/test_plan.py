@@ -17,6 +17,7 @@ from jetflow import cli, configs
 from jetflow.flows.autoregressive import SETTLES
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.tools.plan import costs, devices, fitting, roofline
+from jetflow.training.experiment import count_steps
 
 CONFIGS = tiny_runs.ROOT / "configs"
 
@@ -164,7 +165,7 @@ SMALL += ["--config.flow.num_blocks=2", "--config.flow.layers_per_block=(1,)"]  
 @needs_libtpu
 def test_formula_and_program_agree(capsys):
     """Without recomputation they count the same products, but for what is not needed."""
-    assert cli.main([*SMALL, "--json"]) == 0
+    assert cli.main([*SMALL, "--json", "--price=1.2"]) == 0
     plan = json.loads(capsys.readouterr().out)
     memory, cost = plan["memory"], plan["cost"]
     assert cost["unknown_loops"] == 0
@@ -176,6 +177,18 @@ def test_formula_and_program_agree(capsys):
     parts = ("params", "optimizer", "ema", "other", "temporaries")
     assert sum(memory[part] for part in parts) == memory["total"] <= memory["capacity"]
     assert plan["fits"] and plan["estimate"]["images_per_second"] > 0
+    hours = 500 * plan["estimate"]["step_seconds"] / 3600
+    for budget, share in zip(plan["estimate"]["budgets"], (1, 1 / 2), strict=True):
+        expected = [share, hours / 24 / share, 4 * hours / share, 1.2 * 4 * hours / share]
+        assert list(budget.values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "chips"),
+    [("v5e:4x8", 1, 32), ("tpu7x:2x2x1", 2, 8), ("h100:2x8", 1, 16)],
+)
+def test_chips(topology, slices, chips):
+    assert devices.chips(topology, slices) == chips
 
 
 @pytest.mark.slow
@@ -201,8 +214,9 @@ def test_recomputation_and_a_split_state_are_counted():
 
 @needs_libtpu
 def test_command_prints_what_fits(capsys):
-    assert cli.main([*SMALL, "--what=sample"]) == 0
+    assert cli.main([*SMALL, "--what=sample", "--price=2"]) == 0
     text = capsys.readouterr().out
+    assert "steps on 4 chips" in text and "| cost " in text
     assert "fits, with" in text and "of 15.75" in text and "estimate" in text
     assert "a step evaluates 30 tokens one after another" in text
     assert "\nno guidance, token by token, cache in float32\n" in text
@@ -262,6 +276,25 @@ ROWS = re.findall(
     r"\| `jetflow plan --config configs/(\S+) --topology (\S+)` \|",
     (tiny_runs.ROOT / "docs" / "scaling.md").read_text(),
 )
+
+
+BUDGETS = re.findall(
+    r"\| (\d+) \| (\d+) \| ([\d.]+) s \| ([\d.]+) ([\d.]+) \| ([\d.]+) ([\d.]+) "
+    r"\| `jetflow plan --config configs/(\S+) --topology (\S+)` \|",
+    (tiny_runs.ROOT / "docs" / "scaling.md").read_text().replace(",", ""),
+)
+
+
+@pytest.mark.parametrize("row", BUDGETS, ids=lambda row: row[-2])
+def test_budgets_of_the_page_follow_from_their_steps(row):
+    *figures, name, topology = row
+    config = read(name)
+    images = len(roofline.load(config.data.name, config.data.train_split))
+    seconds, chips = float(figures[2]), devices.chips(topology)
+    steps = count_steps(config.train, images)
+    days = steps * seconds / 86400
+    expected = [chips, steps, seconds, days, 2 * days, 24 * chips * days, 48 * chips * days]
+    assert list(map(float, figures)) == pytest.approx(expected, rel=0.02)
 
 
 SPLASH = """\

@@ -32,7 +32,7 @@ SUMMARIES = {
 }
 HELP = {"-h", "--help", "--helpfull"}
 # Options that may differ from machine to machine.
-LOCAL = {"data_dir", "manual_dir", "inception_weights"}
+LOCAL = {"data_dir", "manual_dir", "inception_weights", "join_timeout"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +69,8 @@ def _run(argv: list[str]) -> int:
         print(help_text(command))
         return 0
     options = parse(command, argv)
-    joined = hosts.joined(facts(argv[0], options), saves_at_signals=argv[0] == "train")
+    processes = options if isinstance(options, hosts.ProcessOptions) else None
+    joined = hosts.joined(facts(argv[0], options), processes, saves_at_signals=argv[0] == "train")
     with joined, disk_errors_explained():
         return command.run(options) or 0
 

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
+from jetflow.hosts import ProcessOptions
 from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import load_model
 from jetflow.options import LARGEST_BATCH, MOST_WORKERS, DataOptions, Options, option
@@ -26,7 +27,7 @@ class BenchOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(BenchOptions, DataOptions):
+class TrainOptions(BenchOptions, DataOptions, ProcessOptions):
     config: Config = option(example="configs/NAME.py")
     steps: int = option(10, "steps in a round", least=1)
 
@@ -43,11 +44,11 @@ class ReadOptions(BenchOptions, DataOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions(BenchOptions, SamplingOptions, ModelOptions):
+class SampleOptions(BenchOptions, SamplingOptions, ModelOptions, ProcessOptions):
     """Of a trained flow, or of a config's with random weights."""
 
     config: Config = option(None)
-    workdir: Path | None = option(
+    workdir: AnyPath | None = option(
         None, "the folder of a run, for its trained flow; this or config must be given"
     )
     batch_sizes: tuple[int, ...] = option(

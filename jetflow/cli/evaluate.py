@@ -1,23 +1,24 @@
 """`jetflow evaluate`: what a trained flow is worth, as JSON in its workdir."""
 
 import dataclasses
-from pathlib import Path
 
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.evals.evaluation import results
 from jetflow.evals.quality import Quality
 from jetflow.evals.records import describe
 from jetflow.evals.settings import EvaluateOptions
+from jetflow.hosts import ProcessOptions
 from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import load_model
 from jetflow.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommandOptions(EvaluateOptions, ModelOptions):
+class CommandOptions(EvaluateOptions, ModelOptions, ProcessOptions):
     """The options of an evaluation, and the flow."""
 
-    workdir: Path = option(help="the folder of the run", example="runs/NAME")
+    workdir: AnyPath = option(help="the folder of the run", example="runs/NAME")
 
 
 def run(options: CommandOptions) -> None:

@@ -45,6 +45,9 @@ class PlanOptions(Options):
         "with --what sample: of cached keys and values; default: the net's",
         choices=CACHE_DTYPES,
     )
+    price: float | None = option(
+        None, "of an hour of a TPU chip or a GPU, in any currency: what the steps cost", least=0.0
+    )
     json: bool = option(False, "print JSON")
 
 
@@ -53,7 +56,7 @@ def run(options: PlanOptions) -> None:
     arguments = (options.config, options.topology)
     _refuse_idle(options, OF_SAMPLING, "--what sample", options.what == "sample")
     _refuse_idle(options, OF_WINDOWS, "--method jacobi", options.method == "jacobi")
-    names = ("slices", *OF_SAMPLING, *OF_WINDOWS)
+    names = ("slices", "price", *OF_SAMPLING, *OF_WINDOWS)
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     settings["program"] = options.what
     if not options.fit:
@@ -138,8 +141,7 @@ def _cost(plan: Plan) -> list[str]:
         "",
         f"estimate (roofline), ms a step: {times}",
         f"  no faster than {text(1000 * estimate.step_seconds)} ms a step, bound by "
-        f"{RESOURCES[estimate.bound_by]}: at most {estimate.images_per_second:,.0f} images/s; "
-        f"{plan.steps:,} steps take {_duration(estimate.days)} or more on {plan.devices} devices",
+        f"{RESOURCES[estimate.bound_by]}: at most {estimate.images_per_second:,.0f} images/s",
         f"  the FLOPs of the formula are {estimate.peak_share:.0%} of what the devices could do in "
         "that time in bfloat16",
     ]
@@ -152,7 +154,13 @@ def _cost(plan: Plan) -> list[str]:
         )
     if cost.unknown_loops and plan.window < 2:
         lines.append(f"{cost.unknown_loops} loops of unknown length count as if they ran once")
-    return lines
+    heading = f"{plan.steps:,} steps on {plan.chips:,} chips"
+    names = {"days": "days", "chip_hours": "chip-hours", "cost": "cost"}
+    rows = [[title, *(getattr(one, name) for one in estimate.budgets)]
+            for name, title in names.items()]  # fmt: skip
+    shares = [f"at {one.share:.0%} of the roofline" for one in estimate.budgets]
+    known = [row for row in rows if row[1] is not None]
+    return [*lines, "", columns([heading, *shares], known)]
 
 
 def _differences(plan: Plan) -> list[str]:
@@ -169,14 +177,6 @@ def _differences(plan: Plan) -> list[str]:
     if 0.6 < ratio < 1 and plan.program == "sample":
         reason = "as a token sees the cache of those before it alone"
     return [f"the program's FLOPs are {ratio:.2f} times those of the formula, {reason}"]
-
-
-def _duration(days: float) -> str:
-    units = (("days", 1), ("hours", 24), ("minutes", 24 * 60))
-    return next(
-        (f"{text(days * per)} {unit}" for unit, per in units if days * per >= 2),
-        f"{text(days * 86400)} s",
-    )
 
 
 def _si(number: float) -> str:

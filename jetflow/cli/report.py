@@ -2,9 +2,9 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.options import Options, option
 from jetflow.tools.report.document import FORMATS, report
@@ -14,11 +14,13 @@ from jetflow.tools.report.document import FORMATS, report
 class ReportOptions(Options):
     """What `jetflow report` takes."""
 
-    dir: Path = option(help="the folder of a run or a sweep")
+    dir: AnyPath = option(help="the folder of a run or a sweep")
     format: str = option("html", "a page with all pictures inside, its text and tables alone, or "
                          "its numbers", choices=FORMATS)  # fmt: skip
-    out: Path | None = option(None, "the file to write; default: DIR/report.html, and of the other "
-                              "formats standard output")  # fmt: skip
+    out: AnyPath | None = option(
+        None,
+        "the file to write; default: DIR/report.html, and of the other formats standard output",
+    )
 
 
 def run(options: ReportOptions) -> None:

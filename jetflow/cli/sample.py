@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 
 from jetflow import hosts, pictures
 from jetflow.archive import Archive, Collected, collect
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.data import dataset as pipeline
 from jetflow.files import check_writable
@@ -34,12 +35,12 @@ WITHOUT_EFFECT = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions(SamplingOptions, ModelOptions, DataOptions):
+class SampleOptions(SamplingOptions, ModelOptions, DataOptions, hosts.ProcessOptions):
     """The options of `jetflow sample`."""
 
-    workdir: Path = option(help="the folder of the run", example="runs/NAME")
-    out: Path = option(Path("grid.png"), "the picture to write; a .gif moves")
-    npz: Path | None = option(
+    workdir: AnyPath = option(help="the folder of the run", example="runs/NAME")
+    out: AnyPath = option(Path("grid.png"), "the picture to write; a .gif moves")
+    npz: AnyPath | None = option(
         None,
         "also write the images, uint8 [N, H, W, C], and labels; if a kill cuts it short, the same "
         "command goes on",

@@ -4,10 +4,10 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jetflow import hosts, signals
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.options import DataOptions, option, spelled
 from jetflow.sweeps import read
@@ -21,14 +21,14 @@ FAILED = 1  # an exit status: the same command tries the points that failed agai
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepOptions(DataOptions):
+class SweepOptions(DataOptions, hosts.ProcessOptions):
     """The options of `jetflow sweep`."""
 
     sweep: str = option(help="the sweep's file", example="configs/sweeps/NAME.py")
-    workdir: Path = option(
+    workdir: AnyPath = option(
         help="the folder of the sweep; the same command goes on", example="runs/NAME"
     )
-    run: Path | None = option(
+    run: AnyPath | None = option(
         None,
         "the workdir of a trained run to measure; default: the sweep's config is trained in the "
         "sweep's folder",
@@ -49,7 +49,9 @@ class SweepOptions(DataOptions):
 
 def run(options: SweepOptions) -> int:
     """The exit status is 0, `FAILED`, or 128 + the number of the signal that stopped a training."""
-    arguments = vars(options) | {"fix": _typed(options.fix or {}), "shard": _shard(options.shard)}
+    names = {field.name for field in dataclasses.fields(hosts.ProcessOptions)}
+    arguments = {name: value for name, value in vars(options).items() if name not in names}
+    arguments |= {"fix": _typed(options.fix or {}), "shard": _shard(options.shard)}
     sweep = read(options.sweep).with_fixed(arguments["fix"])
     points = sweep.chosen(arguments["shard"], options.point)
     if arguments.pop("print"):

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
 from jetflow import sharding
+from jetflow.buckets import AnyPath
 from jetflow.data.dataset import Dataset
 from jetflow.evals import likelihoods
 from jetflow.evals.batching import Batching
@@ -39,7 +39,7 @@ def evaluate(model: TrainedFlow, options: EvaluateOptions) -> list[dict[str, Any
 
 def results(
     model: TrainedFlow, options: EvaluateOptions
-) -> Iterator[tuple[dict[str, Any], Path | None]]:
+) -> Iterator[tuple[dict[str, Any], AnyPath | None]]:
     """The records of `evaluate`, each as soon as it is measured, and its file if it has one."""
     sharding.check_batch("batch_size", options.batch_size, model.mesh)
     quality, likelihood = Quality(model, options), _Likelihoods(model, options)

@@ -6,7 +6,6 @@ All in float64, in memory that does not grow with the number of images.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int
 
 from jetflow import hosts, sharding
 from jetflow.archive import Images, read_images
+from jetflow.buckets import AnyPath
 from jetflow.evals import inception
 from jetflow.evals.batching import Batching
 from jetflow.evals.distances import Gaussian
@@ -132,13 +132,13 @@ class Statistics:
             parts[name] = Gaussian(mean, scatter / max(self.done - 1, 1))  # zero of a single image
         return parts
 
-    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def save(self, path: AnyPath, settings: Mapping[str, Any]) -> None:
         """Write all that was added, on the first process; `settings` is what it depends on."""
         if hosts.is_first():
             with if_possible("what a kill would cost"), write_atomically(path) as file:
                 np.savez(file, settings=np.array(json.dumps(settings)), **self.arrays)
 
-    def resume(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def resume(self, path: AnyPath, settings: Mapping[str, Any]) -> None:
         """Go on from what `save` wrote with the same settings, if the first process finds it."""
         if hosts.is_first() and path.exists():
             try:
@@ -167,7 +167,7 @@ def _features(arrays, images):
 
 
 def write_reference(
-    path: Path, statistics: Statistics, network: Network, data: dict[str, Any]
+    path: AnyPath, statistics: Statistics, network: Network, data: dict[str, Any]
 ) -> None:
     """A reference file: moments under ADM's names, some features, and where all comes from."""
     arrays = statistics.parts()
@@ -179,7 +179,7 @@ def write_reference(
 
 
 def read_reference(
-    path: Path,
+    path: AnyPath,
     network: Network,
     measure: Callable[[Images], Statistics],
     *,
@@ -246,7 +246,10 @@ def _facts(file: Npz) -> dict[str, Any]:
     return {name: facts[name] for name in ("data", "images", "network") if name in facts}
 
 
-def checksum(path: Path) -> str:
+def checksum(path: AnyPath) -> str:
     """The first 16 hex digits of the file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -12,6 +11,7 @@ from jaxtyping import UInt8
 
 from jetflow import hosts, sharding, workdir
 from jetflow.archive import Images, read_images
+from jetflow.buckets import AnyPath
 from jetflow.evals import distances, features, inception
 from jetflow.evals.batching import Batching
 from jetflow.evals.features import Features, Statistics
@@ -160,7 +160,7 @@ class Quality:
         chunk = options.batch_size
         return features.read_reference(path, self.network, measure, chunk=chunk, images=needed)
 
-    def make_reference(self) -> Path:
+    def make_reference(self) -> AnyPath:
         """Write the reference file that the options ask for."""
         options, path = self.options, self._reference_path()
         sharding.check_batch("batch_size", options.batch_size, self.model.mesh)
@@ -180,7 +180,7 @@ class Quality:
     def _reference_split(self) -> str:
         return self.options.reference_split or self.model.config["data"]["train_split"]
 
-    def _reference_path(self) -> Path:
+    def _reference_path(self) -> AnyPath:
         if self.options.reference:
             return self.options.reference
         data = self.options.reference_data or self.model.config["data"]["name"]

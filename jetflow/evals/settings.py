@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jetflow.buckets import AnyPath
 from jetflow.data.dataset import Dataset, load
 from jetflow.evals import inception
 from jetflow.noise import LARGEST_SEED, Noise
@@ -45,8 +46,8 @@ class EvaluateOptions(SamplingOptions, DataOptions):
         128, "images at a time; changes rounding errors alone", least=1, most=LARGEST_BATCH
     )
     num_samples: int = option(50_000, "images drawn", least=2, most=MOST_SAMPLES)
-    samples: Path | None = option(None, "an .npz of `jetflow sample` to take images from")
-    reference: Path | None = option(
+    samples: AnyPath | None = option(None, "an .npz of `jetflow sample` to take images from")
+    reference: AnyPath | None = option(
         None, "an .npz of make_reference or of ADM's evaluator; default: that of make_reference"
     )
     make_reference: bool = option(
@@ -92,7 +93,7 @@ class TrainedFlow(abc.ABC):
         weights: which parameters of the training these are: "ema", averaged ones, or "params".
     """
 
-    workdir: Path
+    workdir: AnyPath
     config: dict[str, Any]
     flow: Flow
     variables: dict[str, Any]
@@ -118,7 +119,7 @@ def source(model: TrainedFlow) -> dict[str, Any]:
 
 
 def run_data(
-    model: TrainedFlow, split: str, data_dir: Path | None, name: str | None = None
+    model: TrainedFlow, split: str, data_dir: AnyPath | None, name: str | None = None
 ) -> Dataset:
     """A split of a data set, by default of that of a run.
 

@@ -19,6 +19,7 @@ import psutil
 from jax.sharding import Mesh
 
 from jetflow import calibration, configs, sharding
+from jetflow.buckets import AnyPath
 from jetflow.data import dataset
 from jetflow.data.reading import cores
 from jetflow.model import Model
@@ -166,7 +167,7 @@ def bench_data(
     workers: int = 0,
     batch_size: int | None = None,
     repeats: int = 5,
-    data_dir: Path | None = None,
+    data_dir: AnyPath | None = None,
 ) -> Reading:
     """Measure the reading of a config's training batches."""
     configs.check(config)
@@ -213,7 +214,7 @@ def processor_seconds() -> float:
 
 
 def bench_train(
-    config: Config, *, steps: int = 10, repeats: int = 5, data_dir: Path | None = None
+    config: Config, *, steps: int = 10, repeats: int = 5, data_dir: AnyPath | None = None
 ) -> Training:
     """Measure the training step of a config, in rounds of so many steps."""
     run = set_up(config, functools.partial(dataset.load, data_dir=data_dir))

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath, Mirror
 from jetflow.files import METRICS, naming, scan_metrics, set_aside, write_atomically
 
 SPEED = ("images_per_second", "data_wait_share")  # metrics that an equal run need not have equal
@@ -35,19 +35,20 @@ class Reporter:
     so that an interrupted run leaves the same metrics as an uninterrupted one.
 
     Attributes:
+        mirror: brings the files to a bucket, if the run lives in one.
         waited: seconds since the last `log` in which the devices had nothing to do, for want of
             data; to be added to.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
-        path, first = workdir / METRICS, hosts.is_first()
-        self._total = total_steps
-        self._written = _drop_after(path, start_step) if first else set()
+    def __init__(self, workdir: AnyPath, *, start_step: int, total_steps: int):
+        first, self._total = hosts.is_first(), total_steps
+        self.mirror = Mirror(workdir)
+        self._path = path = self.mirror.folder / METRICS
+        self._written = _drop_after(workdir / METRICS, path, start_step) if first else set()
         self._file = path.open("a") if first else open(os.devnull, "w")  # noqa: SIM115
         self._stream = sys.stderr if first else self._file
-        self._path = path
         # Written at once: a thread of its own would end on a full disk, and adding to it hang.
-        self._events = EventsWriter(str(workdir / "events")) if first else None
+        self._events = EventsWriter(str(path.with_name("events"))) if first else None
         self._add_event(start_step + 1, session_log={"status": START})
         self._live = self._stream.isatty()
         self._bar = tqdm(
@@ -67,6 +68,8 @@ class Reporter:
             if self._events:
                 self._events.close()
 
+        self.mirror.close()
+
     def has(self, step: int, name: str) -> bool:
         """Whether metric `name` of `step` was written, now or before an interruption."""
         return (step, name) in self._written
@@ -83,6 +86,7 @@ class Reporter:
         self._written |= {(step, name) for name in metrics}
         scalars = [one for name in metrics for one in summary.scalar(name, metrics[name]).value]
         self._add_event(step, summary={"value": scalars})
+        self.mirror.copy()
 
     def picture(self, step: int, name: str, grid: UInt8[np.ndarray, "H W 3"]) -> None:
         """An image for TensorBoard."""
@@ -134,12 +138,12 @@ class Reporter:
         self._stream.flush()
 
 
-def _drop_after(path: Path, step: int) -> set[tuple[int, str]]:
-    """Keep the metrics up to `step`, and return which (step, name) there are."""
-    lines, wrong = scan_metrics(path)
+def _drop_after(source: AnyPath, path: AnyPath, step: int) -> set[tuple[int, str]]:
+    """Write the metrics up to `step` to `path`, and return which (step, name) there are."""
+    lines, wrong = scan_metrics(source)
     kept = [line for line in lines if line["step"] <= step]
     with write_atomically(path) as file:
         file.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
         if wrong:
-            set_aside(path, wrong[0])
+            set_aside(source, wrong[0])
     return {(int(line["step"]), name) for line in kept for name in line}

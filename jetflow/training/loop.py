@@ -5,7 +5,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import jax
 from jetflow import hosts, sharding
 from jetflow import workdir as workdirs
 from jetflow.archive import collect
+from jetflow.buckets import AnyPath, as_path
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.data import dataset as pipeline
 from jetflow.data.reading import Ahead
@@ -40,7 +40,7 @@ class TrainOptions(DataOptions):
     """What `train` takes, as flags."""
 
     config: Any = option(example="configs/NAME.py")
-    workdir: Path = option(help="the folder of the run", example="runs/NAME")
+    workdir: AnyPath = option(help="the folder of the run", example="runs/NAME")
     extend: bool = option(False, "go on with the run in --workdir to a greater length")
 
 
@@ -67,7 +67,7 @@ def train(
         Diverged: the loss, its gradient or the parameters are no longer finite.
         Stopped: a signal asked for it; everything is saved.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     run = set_up(config, functools.partial(pipeline.load, data_dir=data_dir))
     section = run.config.train
     checkpoints = Checkpoints(
@@ -98,7 +98,7 @@ class Session:
     """One process's part of a run: from a step to the end, or to a signal."""
 
     run: Run
-    workdir: Path
+    workdir: AnyPath
     checkpoints: Checkpoints
     reporter: Reporter
     poll: Callable[[], None]
@@ -224,13 +224,14 @@ class Session:
             yield drawn
             self.poll()
 
-    def _picture(self, step: int) -> Path:
+    def _picture(self, step: int) -> AnyPath:
         return self.workdir / "samples" / f"step_{step:08d}.png"
 
     def _save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
         """Start saving the state; the metrics up to it are on disk before."""
         self._flush()
         with self.reporter.pause():
+            self.reporter.mirror.copy(wait=True)
             try:
                 self.checkpoints.save(step, state, self.run.resolved_config)
                 if wait:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -134,6 +135,11 @@ def find(topology: str) -> Accelerator:
             f"NODESxGPUS with 1 to 8 GPUs a node, as in h100:2x8, of {known}"
         )
     return accelerator
+
+
+def chips(topology: str, slices: int = 1) -> int:
+    """TPU chips, or GPUs, of so many slices of a topology."""
+    return slices * math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
 def gpus(shape: str) -> tuple[int, int] | None:

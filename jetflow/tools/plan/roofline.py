@@ -13,7 +13,7 @@ import jax
 from jetflow import sharding
 from jetflow.data import dataset, sources
 from jetflow.evals import likelihoods
-from jetflow.tools.plan import costs, devices
+from jetflow.tools.plan import costs, devices, estimates
 from jetflow.tools.plan.devices import Accelerator
 from jetflow.training.experiment import Run, set_up
 from jetflow.types import Config, UsageError
@@ -47,30 +47,14 @@ class _Lowered(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-    """The least time of a step by the roofline.
-
-    The resources are compute (matrix products, each at the peak of its dtype and precision), hbm
-    (bytes to and from memory), links (exchanges within a slice or a node, over all links) and
-    network (exchanges between slices or nodes).
-    """
-
-    seconds_by_resource: dict[str, float]
-    bound_by: str  # the scarcest resource
-    step_seconds: float  # by that resource
-    images_per_second: float  # at most
-    days: float  # of all steps, at least
-    peak_share: float  # of bfloat16's peak, by the FLOPs of the formula: at most
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a program needs on a topology; without cost and estimate where it does not fit."""
 
     program: str  # one of `PROGRAMS`
     topology: str  # such as "v5e:4x4"
     slices: int  # of that topology
-    devices: int
+    chips: int  # of TPUs, or GPUs
+    devices: int  # as JAX counts them: a chip of tpu7x is two
     mesh: dict[str, int]
     batch_size: int
     remat: str
@@ -86,7 +70,7 @@ class Plan:
     window: int  # tokens in each of these; 0 where nothing is decoded
     fits: bool
     cost: costs.Cost | None  # of the compiled program
-    estimate: Estimate | None
+    estimate: estimates.Estimate | None
 
 
 def load(name: str, split: str) -> dataset.Dataset:
@@ -105,6 +89,7 @@ def plan(
     slices: int = 1,
     program: str = "train",
     sweeps: float = SWEEPS,
+    price: float | None = None,
     **decoding: Any,
 ) -> Plan:
     """Compile one program of a run for a topology, and read off what it needs.
@@ -112,6 +97,7 @@ def plan(
     Args:
         sweeps: of each block in sampling by windows, as a share of the tokens: it depends on the
             weights, and the program does not fix it.
+        price: of a chip-hour, in any currency, for the costs of the estimate's budgets.
         decoding: fields of `SamplingOptions` for sampling, such as `method` and `window`.
 
     Raises:
@@ -123,7 +109,7 @@ def plan(
     accelerator = devices.find(topology)
     run = set_up(config, load, devices.devices(topology, slices))
     section = config.train if program == "train" else config.eval
-    flow, size = run.trainer.flow, section.batch_size
+    flow, size, chips = run.trainer.flow, section.batch_size, devices.chips(topology, slices)
     with devices.compiling(accelerator):
         lowered = _lower(run, program, size, sweeps, decoding)
         memory, cost = _compile(lowered, run, program, accelerator, slices, sweeps)
@@ -132,10 +118,12 @@ def plan(
     test_steps = math.ceil(len(run.test_data) / size)
     steps = run.total_steps if program == "train" else test_steps
     model_flops = lowered.passes * costs.forward_flops(params, tokens) * size / run.mesh.size
+    facts = (accelerator, model_flops, size, steps, chips, price)
     return Plan(
         program=program,
         topology=topology,
         slices=slices,
+        chips=chips,
         devices=run.mesh.size,
         mesh=dict(run.mesh.shape),
         batch_size=size,
@@ -152,7 +140,7 @@ def plan(
         window=lowered.window,
         fits=cost is not None,
         cost=cost,
-        estimate=_estimate(cost, accelerator, model_flops, size, steps) if cost else None,
+        estimate=estimates.estimate(cost, *facts) if cost else None,
     )
 
 
@@ -218,30 +206,6 @@ def _compile(
             cost = costs.cost(text, run.mesh.size, slices, nodes, sweeps)
     memory = Memory(params, optimizer, ema, other, temporaries, total, capacity, capacity - total)
     return memory, cost
-
-
-def _estimate(
-    cost: costs.Cost, accelerator: Accelerator, model_flops: float, batch_size: int, steps: int
-) -> Estimate:
-    between = sum(one.bytes for one in cost.collectives if one.kind.endswith(costs.BETWEEN))
-    sent = sum(one.bytes for one in cost.collectives)
-    computed = cost.flops_by_arithmetic.items()
-    seconds = {
-        "compute": sum(flops / accelerator.peak(arithmetic) for arithmetic, flops in computed),
-        "hbm": cost.hbm_bytes / accelerator.hbm_bandwidth,
-        "links": (sent - between) / accelerator.link_bandwidth,
-        "network": between / accelerator.network_bandwidth,
-    }
-    bound_by = max(seconds, key=seconds.__getitem__)
-    least = seconds[bound_by]
-    return Estimate(
-        seconds_by_resource=seconds,
-        bound_by=bound_by,
-        step_seconds=least,
-        images_per_second=batch_size / least,
-        days=steps * least / 86400,
-        peak_share=model_flops / least / accelerator.flops,
-    )
 
 
 def _bytes_needed(message: str) -> int:

@@ -7,13 +7,13 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath, as_path
 from jetflow.files import check_writable, write_atomically
 from jetflow.tools.report import plots
 from jetflow.tools.report.run_page import run_page
@@ -29,7 +29,7 @@ MARKDOWN = re.compile(r"[\\`*<>\[\]|&~]|\b_|_\b|^[-+#=](?![\d.])")
 
 def report(
     folder: str | os.PathLike, format: str = "html", out: str | os.PathLike | None = None
-) -> Path | str:
+) -> AnyPath | str:
     """Make one page of a run or a sweep.
 
     Args:
@@ -44,10 +44,10 @@ def report(
     """
     if format not in FORMATS:
         raise UsageError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    page = read_page(Path(folder))
+    page = read_page(as_path(folder))
     if out is None and format != "html":
         return render(page, format)
-    path = Path(folder, "report.html") if out is None else Path(out)
+    path = as_path(folder) / "report.html" if out is None else as_path(out)
     check_writable("out", path)
     content = render(page, format)
     if hosts.is_first():
@@ -56,7 +56,7 @@ def report(
     return path
 
 
-def read_page(folder: Path) -> dict[str, Any]:
+def read_page(folder: AnyPath) -> dict[str, Any]:
     """The values of the page of a run or a sweep.
 
     Raises:
@@ -134,5 +134,5 @@ def text(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def _picture(path: Path) -> str:
+def _picture(path: AnyPath) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

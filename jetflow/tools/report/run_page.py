@@ -3,12 +3,12 @@
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jetflow.buckets import AnyPath
 from jetflow.fields import flat
 from jetflow.files import METRICS, scan_json, scan_metrics
 from jetflow.pictures import MOST_ROWS
@@ -24,7 +24,7 @@ SHOWN = ("metric", "value", "standard_error", "step", "weights", "data", "parts"
          "network", "train_data")  # fmt: skip
 
 
-def run_page(workdir: Path) -> dict[str, Any]:
+def run_page(workdir: AnyPath) -> dict[str, Any]:
     """The values of the page of a run, also of one that has not ended.
 
     Raises:

@@ -4,9 +4,9 @@ import itertools
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from jetflow.buckets import AnyPath
 from jetflow.sweeps import short_names
 from jetflow.tools.report.run_page import described, side_by_side
 from jetflow.tools.sweep.store import Store
@@ -35,7 +35,7 @@ class Axis(NamedTuple):
         return ", ".join(choices[n]["label"] if n in choices else LACKING for n in self.settings)
 
 
-def sweep_page(path: Path) -> dict[str, Any]:
+def sweep_page(path: AnyPath) -> dict[str, Any]:
     """The values of the page of a sweep, also of one that has not ended."""
     content, (records, damaged) = Store(path).content(), Store(path).scan()
     known = {record["number"]: record for record in records}
@@ -195,7 +195,7 @@ def _plot(points: list[Point], axes: list[Axis], metric: str, axis: Axis) -> dic
     return dict(metric=metric, axis=axis.name, lines=lines, many=many)
 
 
-def _map(points: list[Point], axes: list[Axis], metric: str, pictures: Path) -> dict[str, Any]:
+def _map(points: list[Point], axes: list[Axis], metric: str, pictures: AnyPath) -> dict[str, Any]:
     """All points: the axis of most values in columns, all others in rows."""
     wide = max(axes, key=lambda axis: len(axis.values))
     rest = [axis for axis in axes if axis is not wide]

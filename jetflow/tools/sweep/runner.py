@@ -7,7 +7,6 @@ import os
 import time
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jetflow import configs, hosts, pictures, sharding, signals
+from jetflow.buckets import AnyPath, as_path
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.fields import flat
@@ -69,8 +69,8 @@ def sweep(
         Stopped: a signal stopped a training; everything is saved.
     """
     sweep = (sweep if isinstance(sweep, Sweep) else read(os.fspath(sweep))).with_fixed(fix or {})
-    run, data_dir = (None if path is None else Path(path).resolve() for path in (run, data_dir))
-    runner = Runner(sweep, Store(Path(workdir)), run, data_dir)
+    run, data_dir = (None if path is None else as_path(path).resolve() for path in (run, data_dir))
+    runner = Runner(sweep, Store(as_path(workdir)), run, data_dir)
     points = sweep.chosen(shard, point)
     runner.begin()
     for each in points:
@@ -90,8 +90,8 @@ class Runner:
 
     sweep: Sweep
     store: Store
-    run: Path | None = None
-    data_dir: Path | None = None
+    run: AnyPath | None = None
+    data_dir: AnyPath | None = None
     _failures: dict[str, Exception | None] = dataclasses.field(default_factory=dict)  # of trainings
     _loaded: tuple[Any, Model] | None = None
     _likelihoods: dict[Any, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
@@ -183,7 +183,7 @@ class Runner:
             "parameters": sum(sizes),
         }
 
-    def _trained(self, point: Point) -> Path:
+    def _trained(self, point: Point) -> AnyPath:
         """The workdir of the point's run, when its training has ended.
 
         One that failed is not tried again for the points that share it.
@@ -200,7 +200,7 @@ class Runner:
             raise failure
         return workdir
 
-    def _load(self, workdir: Path, step: int | None, mesh: Mesh) -> Model:
+    def _load(self, workdir: AnyPath, step: int | None, mesh: Mesh) -> Model:
         loaded = self._loaded
         if loaded is None or loaded[0] != (workdir, mesh) or step not in (None, loaded[1].step):
             self._loaded = loaded = None  # makes room

@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath
 from jetflow.fields import differences, shown
 from jetflow.files import NONE, NUMBER, read_json, read_or_set_aside, scan_json, write_json
 from jetflow.sweeps import Point
@@ -29,7 +29,7 @@ RECORD |= {"metrics?": {str: NUMBER}, "errors?": {str: NUMBER}}
 class Store:
     """The folder: `sweep.json`, and each point's record and picture in `points/`."""
 
-    path: Path
+    path: AnyPath
 
     def begin(self, content: dict[str, Any]) -> None:
         """Make it the folder of this sweep, or go on with it.
@@ -71,7 +71,7 @@ class Store:
         content = self.content()
         return content["fixed"].get("step") if content["run"] == run else None
 
-    def record_path(self, point: Point) -> Path:
+    def record_path(self, point: Point) -> AnyPath:
         return self.path / "points" / f"{point.name}.json"
 
     def is_done(self, point: Point) -> bool:
