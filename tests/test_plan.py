@@ -16,7 +16,7 @@ import jetflow
 from jetflow import cli, configs
 from jetflow.flows.autoregressive import SETTLES
 from jetflow.nn.transformer import REMAT_POLICIES
-from jetflow.tools.plan import costs, devices, fitting, roofline
+from jetflow.tools.plan import costs, devices, roofline
 from jetflow.training.experiment import count_steps
 
 CONFIGS = tiny_runs.ROOT / "configs"
@@ -371,7 +371,7 @@ def test_fit_of_sampling():
     changes = {"train.accumulation": 2, "mesh.data": 1, "mesh.tensor": -1, "flow.width": 4096,
                "flow.num_blocks": 1, "flow.head_dim": 1024, "eval.batch_size": 2**20}  # fmt: skip
     config = read("digits_tarflow.py", **changes)
-    [plan] = fitting.fit(config, "v5e:2x2", program="sample")
+    [plan] = roofline.fit(config, "v5e:2x2", program="sample")
     assert plan.program == "sample" and plan.fits and plan.mesh["tensor"] == 4
 
 
@@ -385,9 +385,9 @@ def test_largest(start):
                 tried.append(size)
                 return constant + (1 - constant) * size / limit
 
-            assert fitting._largest(used, start, 1000) == expected
+            assert roofline._largest(used, start, 1000) == expected
             assert len(tried) <= 7
-    assert fitting._largest(lambda size: size / 1000, start, 48) == 48
+    assert roofline._largest(lambda size: size / 1000, start, 48) == 48
 
 
 def test_without_libtpu(monkeypatch):

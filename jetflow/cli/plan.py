@@ -11,7 +11,7 @@ from jetflow.cli.flags import Command
 from jetflow.nn.attention import KERNELS
 from jetflow.options import Options, option
 from jetflow.sampling.decoding import CACHE_DTYPES, METHODS, WINDOW
-from jetflow.tools.plan import fitting, roofline
+from jetflow.tools.plan import roofline
 from jetflow.tools.plan.roofline import Plan
 from jetflow.tools.report.document import columns, text
 from jetflow.types import Config, UsageError
@@ -61,7 +61,7 @@ def run(options: PlanOptions) -> None:
     settings["program"] = options.what
     if not options.fit:
         plans = [roofline.plan(*arguments, **settings)]
-    elif not (plans := fitting.fit(*arguments, **settings, progress=_show)):
+    elif not (plans := roofline.fit(*arguments, **settings, progress=_show)):
         raise UsageError(
             f"not even one image a device fits {options.topology}; take more chips, and split the "
             "state over them with --config.mesh.fsdp=-1 --config.mesh.data=1"

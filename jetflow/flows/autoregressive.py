@@ -1,6 +1,6 @@
 """TarFlow: autoregressive affine blocks over patches (arXiv 2412.06329)."""
 
-import itertools
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -186,14 +186,9 @@ class AutoregressiveBlock(nn.Module):
         )
         for stage, room in _stages(tokens, width):
             carry = carry._replace(cache=enlarged(carry.cache, room))
+            goes_on = lambda _, carry, stop=stage.stop: carry.done <= stop  # noqa: E731
             with jax.named_scope(f"{SETTLES}{stage.stop - stage.start}"):
-                carry = nn.while_loop(
-                    lambda _, carry, stop=stage.stop: carry.done <= stop,
-                    sweep,
-                    self,
-                    carry,
-                    split_rngs={"params": False},
-                )
+                carry = nn.while_loop(goes_on, sweep, self, carry, split_rngs={"params": False})
         return carry.tokens, carry.logdet, carry.sweeps, carry.residual
 
     def _context(self, label, batch: int, guidance: Guidance | None) -> _Context:
@@ -264,10 +259,7 @@ def _stages(tokens: int, window: int) -> list[tuple[slice, int]]:
     rooms = [steps * number // count for number in range(1, count + 1)]
     rooms = [room for room in rooms if room == steps or room >= window]
     stops = [room if room == steps else room - window + 1 for room in rooms]
-    return [
-        (slice(*pair), room)
-        for pair, room in zip(itertools.pairwise([0, *stops]), rooms, strict=True)
-    ]
+    return [(slice(*pair), room) for pair, room in zip(pairwise([0, *stops]), rooms, strict=True)]
 
 
 def _interleave(conditional: Float[Array, "B *S"], unconditional: Float[Array, "B *S"]):
