@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jetflow import checksums, hosts, rollcall
-from jetflow.buckets import as_path, raise_refusal
+from jetflow.buckets import as_path, is_bucket, raise_refusal
 from jetflow.fields import differences, shown
 from jetflow.files import naming
 from jetflow.types import AnyArray, UsageError
@@ -60,7 +60,8 @@ class Checkpoints:
     def __init__(
         self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None
     ):
-        self.directory = epath.Path(as_path(directory).absolute())
+        path = os.fspath(as_path(directory))
+        self.directory = epath.Path(path if is_bucket(directory) else os.path.abspath(path))
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         self._policy = policies.AnyPreservationPolicy(kept)
         self._manager: ocp.CheckpointManager | None = None  # which would create the directory
@@ -126,9 +127,8 @@ class Checkpoints:
         `state` may be donated as soon as this returns: on an accelerator the copy is complete by
         then; on the CPU it is a view, and XLA does not reuse a buffer while there is a view of it.
 
-        A step that this object wrote or verified with the same arrays is left alone; any other
-        checkpoint of this step is replaced. Steps that `restore` found damaged are deleted: they
-        must neither count among the newest ones nor come back at the next start.
+        A step that this object wrote or verified with the same arrays is left alone; any other one
+        of this step is replaced. Steps that `restore` found damaged are deleted for good.
 
         Args:
             step: the name of the checkpoint.

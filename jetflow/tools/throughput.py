@@ -24,7 +24,7 @@ from jetflow.data import dataset
 from jetflow.data.reading import cores
 from jetflow.model import Model
 from jetflow.sampling.ancestral import Sampler
-from jetflow.sampling.decoding import METHODS
+from jetflow.sampling.decoding import METHODS, WINDOW
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.tools.plan import costs, roofline
 from jetflow.tools.plan.devices import ACCELERATORS
@@ -123,7 +123,8 @@ def bench_sample(
     for size in batch_sizes:
         sharding.check_batch("batch_sizes", size, model.mesh)
         for method in methods if model.flow.decoded_blocks else ("cached",):
-            options = SamplingOptions(**{**fields, "method": method})
+            own = {} if method == "jacobi" else {"window": WINDOW}
+            options = SamplingOptions(**{**fields, "method": method, **own})
             yield _sampling(model.sampler(options, size), method, size, repeats)
 
 

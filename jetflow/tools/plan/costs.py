@@ -79,14 +79,14 @@ def forward_flops(params: Any, tokens: int) -> float:
     return total
 
 
-def cost(text: str, devices: int, slices: int = 1, nodes: int = 1, sweeps: int = 1) -> Cost:
+def cost(text: str, devices: int, slices: int = 1, nodes: int = 1, sweeps: float = 0) -> Cost:
     """The cost of a compiled program by its HLO text.
 
     Args:
         devices: over all slices or nodes.
         slices: parts of the devices that a slower network joins, of TPUs.
         nodes: the same of GPUs, in their order.
-        sweeps: how often the body of a loop of unknown length runs.
+        sweeps: of windows, as a share of the tokens, see `hlo.executions`.
     """
     program = hlo.parse(text)
     hbm_bytes = 0.0
