@@ -82,11 +82,23 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
-    """Where the data sets are."""
+    """Where the data sets are, and where those of a bucket are copied to on each machine."""
 
     data_dir: AnyPath | None = option(
         None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
     )
+    data_cache: Path | None = option(
+        None, "a fast disk for data of a bucket; default: jetflow/data in ~/.cache"
+    )
+    data_cache_gb: float | None = option(
+        None, "at most so much there, or 0 to read from gs:// itself; default: the room there is",
+        least=0.0,
+    )  # fmt: skip
+
+    @property
+    def data_fields(self) -> dict[str, Any]:
+        """These fields, for functions that read data."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(DataOptions)}
 
 
 def kind_of(options: type[Options], name: str) -> tuple[Any, bool]:
