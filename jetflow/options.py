@@ -81,19 +81,24 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
-    """Where the data sets are, and where those of a bucket are copied to on each machine."""
+class DataFolders(Options):
+    """Where the data sets are."""
 
     data_dir: AnyPath | None = option(
         None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
     )
     data_cache: Path | None = option(
-        None, "a fast disk for data of a bucket; default: jetflow/data in ~/.cache"
+        None, "a folder of this machine for data of a bucket; default: ~/.cache/jetflow/data"
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(DataFolders):
+    """How data sets are read; those of a bucket are copied to each machine."""
+
     data_cache_gb: float | None = option(
-        None, "at most so much there, or 0 to read from gs:// itself; default: the room there is",
-        least=0.0,
-    )  # fmt: skip
+        None, "most GB in data_cache; 0 reads from gs:// itself; default: all that fit", least=0.0
+    )
 
     @property
     def data_fields(self) -> dict[str, Any]:

@@ -9,21 +9,19 @@ In a bucket nothing can be renamed. Each shard is made on this machine, uploaded
 note behind it, and dataset_info.json comes last: without it, the folder counts as partial.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -32,15 +30,12 @@ from jetflow.data import shards
 from jetflow.data.archives import DAMAGE, entries
 from jetflow.data.cache import METADATA, locked_in_turn
 from jetflow.data.images import MAX_PIXELS, Unreadable, large_files
-from jetflow.data.reading import cores
+from jetflow.data.reading import cores, mapped
 from jetflow.data.shards import one_line
-from jetflow.data.source import Contents, Image, Member, Source, name_hash
+from jetflow.data.source import Contents, Image, Member, Source, grouped, name_hash
 from jetflow.files import write_atomically
-from jetflow.options import MOST_WORKERS, DataOptions, option
+from jetflow.options import MOST_WORKERS, DataFolders, option
 from jetflow.types import NO_LABEL, UsageError
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 UNREADABLE = "unreadable.tsv"  # name and reason of each image that was left out
 ORIGIN = "origin.tsv"  # name, bytes and time of each file of the archives, and the limit
@@ -60,7 +55,7 @@ def _is_there(path: AnyPath) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareOptions(DataOptions):
+class PrepareOptions(DataFolders):
     """How a data set is prepared, and where."""
 
     manual_dir: Path | None = option(
@@ -74,7 +69,6 @@ class PrepareOptions(DataOptions):
         False, "go on without folders of images that belong to no split or class"
     )
     overwrite: bool = option(False, "prepare it anew although it is there")
-    data_cache_gb: float | None = dataclasses.field(default=0.0, init=False)  # no flag: no copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +268,7 @@ class Preparation:
                 if not (facts := shards.written(note, files, digests)):
                     inside = (image for member in group for image in member.images)
                     record = functools.partial(self._record, split, bool(contents.classes))
-                    shards.write(note, files, _mapped(record, inside, pool, ahead=2 * threads))
+                    shards.write(note, files, mapped(record, inside, pool, ahead=2 * threads))
                     if not (facts := shards.written(note, files, digests)):
                         raise OSError(f"{note.stem} does not read as it was written")
                     for path in kept:
@@ -294,7 +288,7 @@ class Preparation:
         """The split and the members of each shard in order, its file in each split, its note."""
         name = self.source.name.split("/")[0]
         for split, members in contents.splits.items():
-            groups = _groups(members)
+            groups = grouped(members, SHARD_BYTES, SHARD_MEMBERS)
             splits = contents.splits if self.source.held_out else [split]
             for number, group in enumerate(groups):
                 end = f"array_record-{number:05d}-of-{len(groups):05d}"  # as TFDS calls them
@@ -318,29 +312,3 @@ class Preparation:
 def _lines(folder: AnyPath) -> set[str]:
     file = folder / ORIGIN
     return set(file.read_bytes().decode("utf-8", "replace").splitlines() if _is_there(file) else ())
-
-
-def _groups(members: Sequence[Member]) -> list[list[Member]]:
-    """Neighbours: up to `SHARD_BYTES`, and up to `SHARD_MEMBERS` of them."""
-    groups: list[list[Member]] = []
-    size = 0
-    for member in members:
-        size += member.size
-        if not groups or size > SHARD_BYTES or len(groups[-1]) == SHARD_MEMBERS:
-            groups.append([])
-            size = member.size
-        groups[-1].append(member)
-    return groups
-
-
-def _mapped(
-    function: Callable[[A], B], items: Iterable[A], pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[B]:
-    """`function(item)` of all items, in order; so many chunks of them are under way at once."""
-    items, coming = iter(items), collections.deque[Future[list[B]]]()
-    while chunk := list(itertools.islice(items, 8)):
-        coming.append(pool.submit(lambda chunk: list(map(function, chunk)), chunk))
-        if len(coming) > ahead:
-            yield from coming.popleft().result()
-    for future in coming:
-        yield from future.result()

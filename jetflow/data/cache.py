@@ -49,55 +49,61 @@ class Copy:
     Args:
         name: of the data set.
         origin: its folder in a bucket.
-
-    Raises:
-        UsageError: the folder of all copies cannot be written.
     """
 
     def __init__(self, name: str, origin: AnyPath, options: DataOptions):
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        root = options.data_cache or Path(cache, "jetflow", "data")
-        self._root = expanded("data_cache", root).absolute()
-        self._name, self._origin, self._limit = name, origin, options.data_cache_gb
-        self._metadata, self.copied = self._read_metadata(), 0
+        root = options.data_cache or Path("~/.cache/jetflow/data")
+        self._root, self._limit = expanded("data_cache", root).absolute(), options.data_cache_gb
+        self._name, self._origin, self.copied = name, origin, 0
+        self._metadata = self._read_metadata()
         digest = hashlib.sha256(b"\0".join(self._metadata.values())).hexdigest()[:16]
         self.folder = self._root / f"{re.sub('[^A-Za-z0-9]+', '-', name)[:80]}-{digest}"
-        with self._disk_errors_explained():
-            self._root.mkdir(parents=True, exist_ok=True)
-            self._lock = open(f"{self.folder}.lock", "ab")  # noqa: SIM115 (until it is closed)
-            with contextlib.suppress(OSError):  # a disk without locks
-                fcntl.flock(self._lock, fcntl.LOCK_SH)
-            os.utime(self._lock.name)
-            for file, content in self._metadata.items():
-                if not self._is_whole(file, len(content)):
-                    with write_atomically(self.folder / file) as written:
-                        written.write(content)
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._lock = open(f"{self.folder}.lock", "ab")  # noqa: SIM115 (until it is closed)
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        os.utime(self._lock.name)
+        for file, content in self._metadata.items():
+            with write_atomically(self.folder / file) as written:
+                written.write(content)
 
     def fetch(self, sizes: Mapping[str, int]) -> None:
-        """Copy files that are not here yet: their names and bytes.
+        """Copy those files, of so many bytes, that are not here yet.
 
         Raises:
             UsageError: there is no room, or the data set has changed.
         """
-        if all(self._is_whole(file, size) for file, size in sizes.items()):
+        if not self._missing(sizes):
             return
-        with (
-            self._disk_errors_explained(),
-            locked_in_turn(self._root / "copying", f"copies data of a bucket to {self._root}"),
-        ):
-            for file in self.folder.glob("*.tmp"):  # of a kill
+        what = f"copies data of a bucket to {self._root}"
+        with locked_in_turn(self._root / "copying", what):
+            for file in self.folder.glob("*array_record*.tmp"):  # of a kill
                 file.unlink()
-            missing = {file: size for file, size in sizes.items() if not self._is_whole(file, size)}
+            missing = self._missing(sizes)
             self._make_room(sum(missing.values()))
             bar = hosts.progress(len(missing), f"copying {self._name}", "files")
             with bar, ThreadPoolExecutor(THREADS) as pool:
-                for size in pool.map(self._fetch, missing, missing.values()):
-                    self.copied += size
+                for _ in pool.map(self._fetch, missing, missing.values()):
                     bar.update()
+            self.copied += sum(missing.values())
 
     def close(self) -> None:
         """Let the copy be removed, when others need the room."""
         self._lock.close()
+
+    def _missing(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        paths = {file: self.folder / file for file in sizes}
+        whole = {file: path.exists() and path.stat().st_size for file, path in paths.items()}
+        return {file: size for file, size in sizes.items() if whole[file] != size}
+
+    def _fetch(self, file: str, size: int) -> None:
+        with write_atomically(self.folder / file) as written:
+            with contextlib.suppress(FileNotFoundError):
+                download(self._origin / file, Path(written.name))
+            # Nothing of a data set is written anew before its metadata are gone.
+            is_same = self._read_metadata() == self._metadata
+            if not is_same or os.path.getsize(written.name) != size:
+                raise self._changed()
 
     def _read_metadata(self) -> dict[str, bytes]:
         try:
@@ -107,33 +113,16 @@ class Copy:
 
     def _changed(self) -> UsageError:
         return UsageError(
-            f"data set {self._name!r} in {self._origin} is being prepared anew; run the same "
-            "command again when that is done"
+            f"data set {self._name!r} in {self._origin} is damaged, or being prepared anew; run "
+            "the same command again when that is done"
         )
-
-    def _is_whole(self, file: str, size: int) -> bool:
-        path = self.folder / file
-        return path.exists() and path.stat().st_size == size
-
-    def _fetch(self, file: str, size: int) -> int:
-        with write_atomically(self.folder / file) as written:
-            try:
-                download(self._origin / file, Path(written.name))
-            except FileNotFoundError as error:
-                raise self._changed() from error
-            # Nothing of a data set is written anew before its metadata are gone.
-            if os.path.getsize(written.name) != size or self._read_metadata() != self._metadata:
-                raise self._changed()
-        return size
 
     def _make_room(self, missing: int) -> None:
         """Remove copies that were not used for longest, until so many bytes more have room."""
         locks = sorted(self._root.glob("*.lock"), key=lambda lock: lock.stat().st_mtime)
         sizes = {lock: _size(lock.with_suffix("")) for lock in locks}
-        free = shutil.disk_usage(self._root).free
-        room = SHARE * (sum(sizes.values()) + free)
-        if self._limit is not None:
-            room = min(room, self._limit * GB)
+        room = SHARE * (sum(sizes.values()) + shutil.disk_usage(self._root).free)
+        room = room if self._limit is None else min(room, self._limit * GB)
         wanted = sizes.pop(Path(self._lock.name)) + missing
         for lock in sizes:
             if wanted <= room < wanted + sum(sizes.values()) and _removed(lock):
@@ -146,25 +135,13 @@ class Copy:
                 "--data_cache_gb, or end what reads other data sets there"
             )
 
-    @contextlib.contextmanager
-    def _disk_errors_explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not error.errno:  # of the bucket
-                raise
-            raise UsageError(
-                f"data set {self._name!r} cannot be copied to {self._root} ({error}); make room "
-                "and make it writable, or give another --data_cache"
-            ) from error
-
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*"))
 
 
 def _removed(lock: Path) -> bool:
-    """Whether the copy of a lock could be removed, which nobody reads."""
+    """Whether the copy of a lock could be removed, as nobody reads it."""
     with open(lock, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -124,12 +124,11 @@ def load(name: str, split: str, **fields: Any) -> Dataset:
     """
     options = DataOptions(**fields)
     data_dir, copy = _root(options.data_dir), None
-    folder, make = data_dir / name / VERSION, functools.partial(_make_ready, name, data_dir)
-    if is_bucket(folder):
-        hosts.by_first(make)
-        copy = Copy(name, folder, options) if options.data_cache_gb != 0 else None
-    else:
-        make()
+    folder, ready = data_dir / name / VERSION, functools.partial(_make_ready, name, data_dir)
+    hosts.by_first(ready)
+    ready()  # on a disk of one's own
+    if is_bucket(folder) and options.data_cache_gb != 0:
+        copy = Copy(name, folder, options)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Every shard stays open, and the whole of ImageNet has thousands of them.
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
@@ -220,7 +219,7 @@ def prepare(name: str, **fields: Any) -> Prepared:
     if options.overwrite or not is_prepared(folder) or source.is_in(manual_dir):
         Preparation(source, folder, manual_dir, options).run()
     infos = opened(name, folder, checked=not is_bucket(folder)).info.splits
-    splits = {split: load(name, split, **options.data_fields) for split in infos}
+    splits = {split: load(name, split, data_dir=data_dir, data_cache_gb=0.0) for split in infos}
     counts = {split: len(dataset) for split, dataset in splits.items()}
     file = folder / UNREADABLE
     lines = file.read_bytes().decode("utf-8", "replace") if file.exists() else ""
