@@ -18,7 +18,7 @@ from etils import epath
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jetflow.buckets import AnyPath, raise_refusal
+from jetflow.buckets import AnyPath, is_bucket, raise_refusal
 from jetflow.data.source import Contents, Source
 from jetflow.files import naming, read_json, write_atomically
 from jetflow.types import UsageError
@@ -178,7 +178,8 @@ def opened(name: str, folder: AnyPath, *, checked: bool = True) -> Any:
         builder: Any = tfds.builder_from_directory(folder)
         sizes = dict(builder.info.metadata or {}).get("files", {})
     except Exception as error:  # TFDS raises nearly any type for files that are no JSON
-        raise_refusal(error)
+        if is_bucket(folder):
+            raise_refusal(error)
         raise _damaged(name, folder, error) from error
     for file, size in sizes.items() if checked else ():
         path = folder / file
