@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from etils import epath
 from tqdm import tqdm
 
 from jetflow.buckets import AnyPath, download, is_bucket, raise_refusal, upload
@@ -121,7 +122,7 @@ class Preparation:
 
     def _publish(self, partial: Path) -> None:
         """Make what is finished the data set, at once."""
-        if is_bucket(self.folder):
+        if isinstance(self.folder, epath.Path):
             last = partial / METADATA[0]
             for file in [path for path in partial.iterdir() if path.is_file() and path != last]:
                 upload(file, self.folder / file.name)
@@ -165,7 +166,7 @@ class Preparation:
     @contextlib.contextmanager
     def _partial(self, origin: str) -> Iterator[Path]:
         """The folder for what is not finished, without what came of other archives."""
-        if is_bucket(self.folder):
+        if isinstance(self.folder, epath.Path):
             if self.options.data_cache:
                 self.options.data_cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.options.data_cache) as scratch:
@@ -198,8 +199,8 @@ class Preparation:
         try:
             contents = self.source.contents(paths, folder / NOTES, self.options.max_pixels)
             self._check_left_out(contents)
-            if is_bucket(self.folder):
-                self._begin(folder / ORIGIN)
+            if isinstance(self.folder, epath.Path):
+                self._begin(self.folder, folder / ORIGIN)
             notes, checksums = self._write(contents, folder)
         except DAMAGE as error:
             raise UsageError(
@@ -221,12 +222,12 @@ class Preparation:
         shards.write_metadata(self.source, contents, notes, folder, **facts)
         shutil.rmtree(folder / NOTES)
 
-    def _begin(self, record: Path) -> None:
+    def _begin(self, folder: epath.Path, record: Path) -> None:
         """Leave in the bucket no data set, and of one that was begun what came of these files."""
-        known, is_done = self.folder / ORIGIN, is_prepared(self.folder)
+        known, is_done = folder / ORIGIN, is_prepared(folder)
         if is_done or not known.exists() or known.read_bytes() != record.read_bytes():
-            (self.folder / METADATA[0]).unlink(missing_ok=True)
-            self.folder.rmtree(missing_ok=True)
+            (folder / METADATA[0]).unlink(missing_ok=True)
+            folder.rmtree(missing_ok=True)
             upload(record, known)
 
     def _kept(self, note: Path, files: Mapping[str, Path]) -> dict[Path, AnyPath]:

@@ -133,18 +133,7 @@ def load(name: str, split: str, **fields: Any) -> Dataset:
     # Every shard stays open, and the whole of ImageNet has thousands of them.
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
     builder = opened(name, copy.folder if copy else folder, checked=not is_bucket(folder))
-    try:
-        stored = builder.as_data_source(
-            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
-        if not len(stored):
-            raise ValueError("no examples")
-    except ValueError as error:  # what TFDS raises for unknown, malformed and empty splits
-        counts = ", ".join(f"{s.name} ({s.num_examples:,})" for s in builder.info.splits.values())
-        raise UsageError(
-            f"{split!r} is not a split of data set {name!r} with examples in it; it has {counts} "
-            "and parts of these, such as 'train[:90%]'"
-        ) from error
+    stored = _stored(name, builder, split)
     files = builder.info.splits[split].file_instructions
     features = builder.info.features
     metadata = builder.info.metadata or {}
@@ -181,6 +170,23 @@ def _make_ready(name: str, data_dir: AnyPath) -> None:
             )
         print(f"preparing data set {name} in {folder} (once)", file=sys.stderr, flush=True)
         Preparation(source, folder, manual_dir).run()
+
+
+def _stored(name: str, builder: Any, split: str) -> Any:
+    """TFDS's data source of a split's stored bytes."""
+    try:
+        stored = builder.as_data_source(
+            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+        if not len(stored):
+            raise ValueError("no examples")
+    except ValueError as error:  # what TFDS raises for unknown, malformed and empty splits
+        counts = ", ".join(f"{s.name} ({s.num_examples:,})" for s in builder.info.splits.values())
+        raise UsageError(
+            f"{split!r} is not a split of data set {name!r} with examples in it; it has {counts} "
+            "and parts of these, such as 'train[:90%]'"
+        ) from error
+    return stored
 
 
 class Prepared(NamedTuple):
