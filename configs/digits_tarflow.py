@@ -15,9 +15,9 @@ def get_config():
     config.flow.layers_per_block = (2,)
     config.flow.scan = False
     config.noise.label_drop = 0.1
-    config.optim.lr = 2e-3
+    config.optim.lr = 3e-3
     config.train.batch_size = 32
-    config.train.steps = 2000
+    config.train.steps = 1500
     config.train.ema_decay = 0.99
     config.train.log_every = 100
     config.train.eval_every = 500

@@ -33,26 +33,22 @@ from jetflow.types import Interruption, UsageError
 
 AnyPath: TypeAlias = Path | epath.Path  # of this machine, or of a bucket
 
-# The library behind each scheme, and the extra that installs it.
-SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-
 RENEWED_SECONDS = 5.0  # between the signs of life of who holds a lease
 EXPIRES_SECONDS = 45.0  # without one, after which a lease is free
 WATCHED_SECONDS = 12.0  # at the least, as clocks of two machines differ
 MIRRORED_SECONDS = 30  # between copies of a growing file
 
 # Whose errors are a bucket's, a network's or a permission's, and what plain ones say then.
-LIBRARIES = {"gcsfs", "google", "s3fs", "botocore", "aiohttp", "requests"}
-OURS = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|Forbidden|gs://|s3://|storage/v1"
-DENIED = "PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|[Cc]redentials|AccessDenied|40[134]"
+LIBRARIES = {"gcsfs", "google", "aiohttp", "requests"}
+OURS = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|Forbidden|storage/v1"
+DENIED = "PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|[Cc]redentials|\\b40[134]\\b"
 
 # Their messages come as errors too, which are explained where they end.
 for _library in ("gcsfs", "google.auth"):
     standard_logging.getLogger(_library).setLevel(standard_logging.CRITICAL)
 
 # A process sees what others write.
-for _scheme in (*SCHEMES, "gcs"):
-    fsspec_config.conf.setdefault(_scheme, {})["use_listings_cache"] = False
+fsspec_config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
 def as_path(text: str | os.PathLike) -> AnyPath:
@@ -65,16 +61,13 @@ def as_path(text: str | os.PathLike) -> AnyPath:
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", text)  # pathlib makes one slash of two
     if match is None:
         return Path(text)
-    scheme = match[1]
-    if scheme not in SCHEMES:
-        expected = ", ".join(f"{name}://" for name in SCHEMES)
-        raise UsageError(f"{text} has an unknown scheme; expected a folder, or one of {expected}")
-    library, extra = SCHEMES[scheme]
+    if match[1] != "gs":
+        raise UsageError(f"{text} has an unknown scheme; expected a folder, or gs://BUCKET/FOLDER")
     try:
-        importlib.import_module(library)
+        importlib.import_module("gcsfs")
     except ImportError as error:
-        raise UsageError(f"{text} needs {library}: pip install 'jetflow[{extra}]'") from error
-    return epath.Path(f"{scheme}://{text[match.end() :]}")
+        raise UsageError(f"{text} needs gcsfs: pip install 'jetflow[gcs]'") from error
+    return epath.Path(f"gs://{text[match.end() :]}")
 
 
 def is_bucket(path: os.PathLike) -> bool:

@@ -19,16 +19,14 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from jetflow import checksums, hosts
-from jetflow.buckets import as_path, raise_refusal
+from jetflow import checksums, hosts, rollcall
+from jetflow.buckets import as_path, is_bucket, raise_refusal
 from jetflow.fields import differences, shown
 from jetflow.files import naming
 from jetflow.types import AnyArray, UsageError
@@ -62,7 +60,8 @@ class Checkpoints:
     def __init__(
         self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None
     ):
-        self.directory = epath.Path(as_path(directory).absolute())
+        path = os.fspath(as_path(directory))
+        self.directory = epath.Path(path if is_bucket(directory) else os.path.abspath(path))
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         self._policy = policies.AnyPreservationPolicy(kept)
         self._manager: ocp.CheckpointManager | None = None  # which would create the directory
@@ -128,9 +127,8 @@ class Checkpoints:
         `state` may be donated as soon as this returns: on an accelerator the copy is complete by
         then; on the CPU it is a view, and XLA does not reuse a buffer while there is a view of it.
 
-        A step that this object wrote or verified with the same arrays is left alone; any other
-        checkpoint of this step is replaced. Steps that `restore` found damaged are deleted: they
-        must neither count among the newest ones nor come back at the next start.
+        A step that this object wrote or verified with the same arrays is left alone; any other one
+        of this step is replaced. Steps that `restore` found damaged are deleted for good.
 
         Args:
             step: the name of the checkpoint.
@@ -277,6 +275,7 @@ def _everywhere(read: Callable[[], T]) -> T:
     Orbax, TensorStore and JSON raise many types for a damaged file: any counts but want of memory.
     """
     result, cause = None, None
+    rollcall.reach("reading a checkpoint")
     try:
         result = read()
     except (MemoryError, jax.errors.JaxRuntimeError):
@@ -284,10 +283,9 @@ def _everywhere(read: Callable[[], T]) -> T:
     except Exception as error:
         raise_refusal(error)  # which says nothing of what is stored
         cause = _explain(error)
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]
-        if failed.size and cause is None:
-            cause = f"not readable on process {failed[0]}"
+    failed = hosts.failing(cause is not None)
+    if failed is not None and cause is None:
+        cause = f"not readable on process {failed}"
     if cause:
         raise Damage(cause)
     return result  # type: ignore[return-value]

@@ -1,12 +1,12 @@
 """Prints the JobSet that runs jetflow on TPU slices of a GKE cluster. See launch/README.md.
 
-python launch/gke.py --name N --topology v5e:4x4 --image I jetflow train … | kubectl apply -f -
+python launch/gke.py NAME v5e:4x4 SLICES IMAGE jetflow train --config … | kubectl apply -f -
 """
 
-import argparse
 import json
 import math
 import string
+import sys
 from pathlib import Path
 
 # The node label cloud.google.com/gke-tpu-accelerator.
@@ -19,26 +19,24 @@ ACCELERATORS = {
 }
 SINGLE_HOSTS = {"1x1": 1, "2x4": 8}  # chips of slices with one host other than four
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", required=True, help="of the JobSet")
-    parser.add_argument("--topology", required=True, help="GENERATION:SHAPE, as in v5e:4x4")
-    parser.add_argument("--slices", type=int, default=1, help="so many of that topology")
-    parser.add_argument("--image", required=True, help="a container image with jetflow in it")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="jetflow train --config …")
-    options = parser.parse_args()
-    generation, _, shape = options.topology.partition(":")
+
+def main(name: str, topology: str, slices: str, image: str, jetflow: str, *words: str) -> None:
+    generation, _, shape = topology.partition(":")
     chips = math.prod(int(side) for side in shape.split("x") if side.isdigit())
     each = SINGLE_HOSTS.get(shape, 4)
-    if generation not in ACCELERATORS or chips % each or options.slices < 1:
-        parser.error(
-            f"no TPU slices: {options.slices} of {options.topology}; expected 1 of v5e:4x4"
-        )
-    if options.command[:1] != ["jetflow"]:
-        parser.error("no command; expected one such as jetflow train --config …")
-    fields = vars(options) | dict(
-        accelerator=ACCELERATORS[generation], shape=shape, chips=each, hosts=chips // each,
-        command=json.dumps(options.command),
+    if generation not in ACCELERATORS or chips % each or not int(slices):
+        raise ValueError(f"there are no {slices} TPU slices {topology}")
+    text = Path(__file__).with_suffix(".yaml").read_text()
+    fields = dict(
+        name=name, slices=slices, image=image, command=json.dumps([jetflow, *words]), shape=shape,
+        accelerator=ACCELERATORS[generation], chips=each, hosts=chips // each,
     )  # fmt: skip
-    template = string.Template(Path(__file__).with_suffix(".yaml").read_text())
-    print(template.safe_substitute(fields), end="")
+    print(string.Template(text).substitute(fields), end="")
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except (TypeError, ValueError) as error:
+        print(f"gke.py: {error}; expected NAME v5e:4x4 1 IMAGE jetflow train …", file=sys.stderr)
+        sys.exit(2)

@@ -1,6 +1,7 @@
 """The fused forms of attention against the one that is written out, and which one is taken."""
 
 import itertools
+import types
 
 import flow_laws
 import jax
@@ -64,6 +65,17 @@ def test_auto_takes_what_serves(platform, changed, method, reason):
     chosen = choose("auto", platform=platform, **OPTIONS | changed)
     assert chosen.method == method and reason in chosen.reason
     assert bool(chosen.reason) == (method == "xla")
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [("7.5", "has 7.5"), ("8.0", ""), ("12.0", ""), ("gfx942", "")]
+)
+def test_old_gpus_have_no_kernel(capability, reason, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    gpu = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    chosen = choose("auto", platform="gpu", **OPTIONS)
+    assert chosen.method == ("xla" if reason else "cudnn") and reason in chosen.reason
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 import json
 import os
+import pickle
+import socket
 import subprocess
 import sys
 import threading
 import time
 
+import bucket_server
 import numpy as np
 import pytest
 import tiny_runs
@@ -33,7 +36,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(buckets, "WATCHED_SECONDS", 2.0)
 
 
-def test_a_run_is_the_same_as_in_a_folder(trained, folder, tmp_path, monkeypatch, capsys):
+def test_a_run_is_the_same_as_in_a_folder(trained, folder, tmp_path, monkeypatch, capsys, caplog):
     """Stopped on the way, and nothing of it stays on this machine."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -75,15 +78,18 @@ def test_a_run_is_the_same_as_in_a_folder(trained, folder, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+SWEEP = """
+from jetflow.sweeps import Sweep, axis, product
+def get_sweep():
+    points = product(axis("temperature", [0.5, 1.0]))
+    fixed = {"num_samples": 8, "draws": 1}
+    return Sweep(points, metrics=("sample_accuracy",), fixed=fixed)
+"""
+
+
 def test_a_sweep_goes_on(trained, folder, tmp_path, monkeypatch, capsys):
     file = tmp_path / "temperatures.py"
-    file.write_text(
-        "from jetflow.sweeps import Sweep, axis, product\n"
-        "def get_sweep():\n"
-        "    points = product(axis('temperature', [0.5, 1.0]))\n"
-        "    fixed = {'num_samples': 8, 'draws': 1}\n"
-        "    return Sweep(points, metrics=('sample_accuracy',), fixed=fixed)\n"
-    )
+    file.write_text(SWEEP)
     command = ["sweep", "--sweep", file, "--workdir", folder, "--run", trained("tarflow")]
     assert cli.main([*map(str, command), "--point", "1"]) == 0
     assert cli.main([*map(str, command)]) == 0
@@ -165,18 +171,22 @@ def test_a_lease_that_nobody_renews_is_taken_over(folder, quick, monkeypatch, ca
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("ftp://there/run", "ftp://there/run has an unknown scheme; expected a folder, or one of"),
-        ("s3://there/run", "s3://there/run needs s3fs: pip install 'jetflow[s3]'"),
+        ("ftp://there/run", "ftp://there/run has an unknown scheme; expected a folder, or gs://"),
         ("gs://private/run", "a bucket refuses (Forbidden: b/private/o"),
         ("gs://nowhere/run", "gs://nowhere/run/.lock cannot be written: there is no such bucket"),
     ],
 )
-def test_what_cannot_be_used_is_said_in_a_line(path, message, bucket, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
+def test_what_cannot_be_used_is_said_in_a_line(path, message, bucket, capsys):
     arguments = tiny_runs.arguments("tarflow", path)
     assert cli.main(arguments) == 2
     *before, error = capsys.readouterr().err.splitlines()
     assert message in error and all("preparing" in line for line in before)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UsageError, match=r"needs gcsfs: pip install 'jetflow\[gcs\]'"):
+        as_path("gs://bucket/run")
 
 
 @pytest.mark.parametrize("option", ["out", "npz"])
@@ -187,3 +197,126 @@ def test_a_result_is_refused_before_the_work(option, trained, bucket, capsys):
     assert cli.main([*arguments, f"--{option}", path]) == 2
     error = capsys.readouterr().err
     assert "a bucket refuses" in error and error.count("\n") == 1
+
+
+REMAINS = """
+import pickle, sys, tiny_runs
+from jetflow.buckets import as_path
+sys.stdout.buffer.write(pickle.dumps(tiny_runs.remains(as_path(sys.argv[1]))))
+"""
+DAMAGE = """
+import sys, jetflow
+from jetflow.buckets import as_path
+for path in as_path(sys.argv[1]).glob("checkpoints/12/state/ocdbt.process_0/d/*"):
+    path.write_bytes(path.read_bytes()[:-100])
+print(jetflow.load_model(sys.argv[1]).step)
+"""
+
+
+def output(program, folder, environment) -> bytes:
+    """Of a program in a process of its own."""
+    environment |= {"PYTHONPATH": f"{tiny_runs.ROOT}:{tiny_runs.ROOT / 'tests'}"}
+    command = [sys.executable, "-c", program, folder]
+    ended = subprocess.run(command, env=tiny_runs.environment(**environment), capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_kills_and_a_bad_network_change_nothing(trained, data_dir, compilation_cache):
+    """Every tenth request is refused, and one in fifty takes five seconds."""
+    folder = "gs://bucket/run"
+    expected = remains(trained("tarflow"))
+    with bucket_server.running("flaky") as environment:
+        for kill, line in enumerate(["step 4/12", "step 8/12", ""]):
+            process = tiny_runs.start(tiny_runs.arguments("tarflow", folder), **environment)
+            said = ""
+            while line and line not in said:
+                said += (last := process.stderr.readline())
+                assert last, said
+            if line:
+                process.kill()
+            said += process.communicate(timeout=900)[1]
+            assert process.returncode == (-9 if line else 0) and "Traceback" not in said, said
+            assert ("is taken over" in said) == (kill > 0)
+        assert_same(pickle.loads(output(REMAINS, folder, environment)), expected)
+        assert output(DAMAGE, folder, environment) == b"10\n"
+
+
+# Plain samples, for they compile faster.
+FIELDS = {
+    "mesh__fsdp": 2,
+    "mesh__data": -1,
+    "flow__width": 128,
+    "eval__guidance": 0.0,
+    "eval__denoise": False,
+}
+
+
+@pytest.fixture
+def together(bucket, tmp_path, compilation_cache):
+    """A function: starts a command line on processes that share eight devices and a bucket, and
+    have an empty folder each for all else."""
+    started = []
+
+    def start(*line, processes) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        group = []
+        for number in range(processes):
+            own = tmp_path / f"{len(started)}"
+            own.mkdir()
+            folders = dict.fromkeys(["HOME", "TMPDIR", "TFDS_DATA_DIR", "XDG_CACHE_HOME"], str(own))
+            several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+            several |= {"JAX_PROCESS_ID": str(number), "JAX_NUM_CPU_DEVICES": str(8 // processes)}
+            data = ["--data_dir", f"{bucket}/data", "--data_cache", str(own / "data")]
+            group.append(tiny_runs.start([*map(str, line), *data], **folders, **several))
+            started.append(group[-1])
+        return group
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def finish(group) -> str:
+    """What the first of the processes printed, when all have ended well."""
+    ends = [process.communicate(timeout=900) for process in group]
+    assert not any(process.returncode for process in group), ends
+    return ends[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tarflow", "jet"])
+def test_processes_share_nothing_but_a_bucket(name, together, folder, tmp_path):
+    """One is killed, and twice as many go on; they end as one alone would have."""
+    expected = as_path(f"{folder}-alone")
+    finish(together(*tiny_runs.arguments(name, expected, **FIELDS), processes=1))
+    command = tiny_runs.arguments(name, folder, **FIELDS)
+    group = together(*command, processes=2)
+    while not (folder / "checkpoints" / "5" / "commit_success.txt").exists():
+        assert all(process.poll() is None for process in group), finish(group)
+        time.sleep(0.1)
+    group[1].kill()
+    for process in group:
+        process.communicate(timeout=900)
+        assert process.returncode
+    finish(together(*command, processes=4))
+    tiny_runs.assert_metrics_near(folder, expected, rel=1e-6)
+    if name == "jet":
+        return
+    bits = []
+    for workdir, processes in ((folder, 2), (expected, 1)):
+        flags = ["--workdir", workdir, "--draws", 1, "--mesh", "fsdp=2,data=4"]
+        finish(together("evaluate", *flags, "--metrics", "bpd", processes=processes))
+        (result,) = workdir.glob("evals/bpd-*draws=1.json")
+        bits.append(json.loads(result.read_text())["value"])
+    assert bits[0] == pytest.approx(bits[1], rel=1e-6)
+    sweep = tmp_path / "temperatures.py"
+    sweep.write_text(SWEEP)
+    flags = ["--workdir", folder / "sweep", "--run", folder, "--fix", "mesh=fsdp=2"]
+    finish(together("sweep", "--sweep", sweep, *flags, processes=2))
+    records = sorted((folder / "sweep" / "points").glob("*.json"))
+    assert [json.loads(path.read_text())["status"] for path in records] == ["done"] * 2

@@ -71,6 +71,24 @@ def test_windows_change_nothing(window, name, float64):
     windows_change_nothing(window, name)
 
 
+@pytest.mark.usefixtures("fresh_traces")
+def test_the_cache_of_windows_grows(float64, monkeypatch):
+    """As often as a window that begins at a stage's end needs."""
+    monkeypatch.setattr(autoregressive, "STAGE", 4)
+    stages = [(slice(0, 4), 5), (slice(4, 9), 10), (slice(9, 15), 15)]
+    assert autoregressive._stages(16, window=2) == stages
+    assert autoregressive._stages(16, window=6) == [(slice(0, 5), 10), (slice(5, 15), 15)]
+    assert autoregressive._stages(16, window=15) == [(slice(0, 15), 15)]
+    how = (Decoding(2), Decoding(4))
+    x, logdet, sweeps, residual = inverse(how, GUIDANCES["both"])
+    monkeypatch.setattr(autoregressive, "STAGE", 64)
+    jax.clear_caches()
+    expected = inverse(how, GUIDANCES["both"])
+    np.testing.assert_allclose(x, expected[0], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(logdet, expected[1], rtol=1e-11)
+    assert (sweeps, residual) == (expected[2], [0, 0])
+
+
 def test_a_tolerance_saves_sweeps_and_bounds_the_error(float64):
     exact = inverse(None, strength=0.1)[0]
     before = 15

@@ -135,8 +135,9 @@ def test_samples_are_those_of_the_reference(name):
 @pytest.mark.usefixtures("fresh_traces")
 def test_the_cache_grows_as_it_is_filled(monkeypatch):
     """One token in the first stage, and one in the next."""
-    monkeypatch.setattr(autoregressive, "SEGMENT", 1)
-    assert [part.stop - part.start for part in autoregressive._segments(3)] == [1, 1, 1]
+    monkeypatch.setattr(autoregressive, "STAGE", 1)
+    stages = [(slice(0, 1), 1), (slice(1, 2), 2), (slice(2, 3), 3)]
+    assert autoregressive._stages(4, window=1) == stages
     samples_are_those_of_the_reference("annealed")
     real = autoregressive.enlarged
     emptied = lambda *args: jax.tree.map(jnp.zeros_like, real(*args))  # noqa: E731

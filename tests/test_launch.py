@@ -1,15 +1,12 @@
 """The launchers: restart.sh and slurm.sbatch run for real, YAML by its schema; their README."""
 
-import getpass
 import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 
 import kubernetes_validate
 import pytest
@@ -27,23 +24,10 @@ def run(*command, **options):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
 
 
-def wait_for(condition, what, seconds=600):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.05)
-
-
 def script(path, text):
     """An executable for a PATH."""
     path.write_text(f"#!/usr/bin/env bash\n{text}")
     path.chmod(0o755)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 # restart.sh
@@ -83,7 +67,7 @@ def test_the_command_gets_one_sigterm_and_is_waited_for(tmp_path, sent):
     """A terminal, too, sends Ctrl-C to a whole group."""
     command = [LAUNCH / "restart.sh", "bash", "-c", SIGNALS]
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
-    wait_for((tmp_path / "up").exists, "the command")
+    tiny_runs.wait_for((tmp_path / "up").exists, "the command")
     os.killpg(process.pid, sent)
     assert process.wait() == 143
     assert (tmp_path / "got").read_text() == "TERM\n"
@@ -104,8 +88,8 @@ def test_the_command_gets_one_sigterm_and_is_waited_for(tmp_path, sent):
 )
 def test_job_set(topology, slices, label, chips, hosts):
     command = ["jetflow", "train", "--workdir", 'gs://b/a "b" $image']
-    options = ["--name=jet", "--image=i/j:1", f"--topology={topology}", f"--slices={slices}"]
-    found = yaml.safe_load(run(sys.executable, LAUNCH / "gke.py", *options, *command).stdout)
+    words = ["jet", topology, slices, "i/j:1", *command]
+    found = yaml.safe_load(run(sys.executable, LAUNCH / "gke.py", *words).stdout)
     [replicated] = found["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "jet"}}
     kubernetes_validate.validate(job | replicated["template"], "1.33", strict=True)
@@ -169,56 +153,3 @@ def test_slurm_queues_again_what_was_told_to_stop(tmp_path, status, again):
     command = ("bash", LAUNCH / "slurm.sbatch", "jetflow", "train", "--workdir=a run")
     assert run(*command, env=env, cwd=tiny_runs.ROOT).returncode == status
     assert (tmp_path / "requeued").exists() == again
-
-
-@pytest.fixture
-def slurm(tmp_path, compilation_cache):
-    """The environment of a Slurm of one node; skips, and says why, where it cannot start."""
-    env = tiny_runs.environment(
-        PATH=f"{tmp_path}:{PATH}:/usr/sbin", SLURM_CONF=f"{tmp_path}/slurm.conf"
-    )
-    if not shutil.which("slurmctld", path=env["PATH"]):
-        pytest.skip("slurmctld not found; in Debian: apt install slurm-wlm")
-    host, user = socket.gethostname().split(".")[0], getpass.getuser()
-    conf = (
-        f"ClusterName=test SlurmctldHost={host}(127.0.0.1) SlurmUser={user} SlurmdUser={user} "
-        "AuthType=auth/none AuthInfo=cred_expire=5 CredType=cred/none KillWait=60 "
-        "ProctrackType=proctrack/linuxproc "
-        f"SlurmctldPort={free_port()} SlurmctldPidFile={tmp_path}/slurmctld.pid "
-        f"SlurmdPort={free_port()} SlurmdPidFile={tmp_path}/slurmd.pid "
-        f"StateSaveLocation={tmp_path} SlurmdSpoolDir={tmp_path}/spool"
-    ).replace(" ", "\n")
-    conf += (
-        f"\nNodeName={host} NodeAddr=127.0.0.1 CPUs=2\nPartitionName=all Nodes=ALL Default=YES\n"
-    )
-    (tmp_path / "slurm.conf").write_text(conf)
-    for daemon in ("slurmctld", "slurmd"):
-        run(daemon, env=env)
-    try:
-        wait_for(lambda: "idle" in run("sinfo", "--noheader", env=env).stdout, "Slurm", 60)
-        yield env
-    finally:
-        run("scancel", "--user", user, env=env)
-        wait_for(lambda: not run("squeue", "--noheader", env=env).stdout, "the queue to be empty")
-        for pid in tmp_path.glob("slurm*.pid"):
-            os.kill(int(pid.read_text()), signal.SIGTERM)
-
-
-@pytest.mark.slow
-def test_slurm_runs_two_tasks_and_queues_them_again(slurm, tmp_path, data_dir):
-    workdir = tmp_path / "runs" / "tiny"
-    fields = {"train__steps": 300, "train__checkpoint_every": 20, "train__eval_every": 0,
-              "train__sample_every": 0, "eval__guidance": 0.0, "eval__denoise": False}  # fmt: skip
-    script(tmp_path / "jetflow", f'exec {sys.executable} -m jetflow "$@"\n')
-    shutil.copytree(LAUNCH, tmp_path / "launch")
-    arguments = tiny_runs.arguments("tarflow", workdir, **fields)
-    command = ["sbatch", "--parsable", "--ntasks=2", "launch/slurm.sbatch", "jetflow", *arguments]
-    number = run(*command, env=slurm, cwd=tmp_path, check=True).stdout.strip()
-    log = tmp_path / f"jetflow-{number}.log"
-    wait_for(lambda: any((workdir / "checkpoints").glob("[0-9]*")), "a checkpoint")
-    assert "2 x" in log.read_text()
-    run("scancel", "--signal=TERM", number, env=slurm)  # as a time limit or a preemption does
-    wait_for(lambda: "done: step 300" in log.read_text(), "the end")
-    assert all(text in log.read_text() for text in ("told to stop", "all saved", "resumed at step"))
-    wait_for(lambda: not run("squeue", "--noheader", env=slurm).stdout, "the end of the job")
-    assert "Restarts=1" in run("scontrol", "show", "job", number, env=slurm).stdout

@@ -1,7 +1,6 @@
 """tpu_vm.sh with a stand-in of gcloud whose workers are folders, and whose processes run here."""
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -10,10 +9,8 @@ import sys
 import psutil
 import pytest
 import tiny_runs
-from test_launch import LAUNCH, free_port, run, script, wait_for
-
-CREATION = "gcloud compute tpus tpu-vm create pod"
-GKE = "gke.py --name=j --image=i"
+from etils import epath
+from test_launch import LAUNCH, PATH, run, script
 
 
 @pytest.mark.parametrize(
@@ -21,16 +18,16 @@ GKE = "gke.py --name=j --image=i"
     [
         ("tpu_vm.sh create pod v5e:4x4 --dry-run", 0, "--accelerator-type=v5litepod-16 "),
         ("tpu_vm.sh create pod v6e:2x4 --spot --zone=z --dry-run", 0, "tpuv6e --spot --zone=z"),
-        ("tpu_vm.sh create pod v4:2x2x4 --dry-run", 0, f"{CREATION} --type=v4 --topology=2x2x4 "),
-        ("tpu_vm.sh create pod v5p:4x4x4 --dry-run", 0, f"{CREATION} --accelerator-type=v5p-128 "),
+        ("tpu_vm.sh create pod v4:2x2x4 --dry-run", 0, "create pod --type=v4 --topology=2x2x4 "),
+        ("tpu_vm.sh create pod v5p:4x4x4 --dry-run", 0, "--accelerator-type=v5p-128 "),
         ("tpu_vm.sh create pod v3:2x2", 2, "expected one of v4, v5e, v5p or v6e"),
         ("tpu_vm.sh create", 2, "create needs the name of a TPU VM"),
         ("tpu_vm.sh fly pod", 2, "expected create, run"),
         ("tpu_vm.sh run pod --worker=1 jetflow train", 2, "--worker=1 is no option of run"),
         ("tpu_vm.sh keep pod v5e:4x4", 2, "keep needs a command"),
-        (f"{GKE} --topology=h100:8 jetflow train", 2, "1 of h100:8"),
-        (f"{GKE} --topology=v5e:5x5 jetflow train", 2, "1 of v5e:5x5"),
-        (f"{GKE} --topology=v5e:4x4", 2, "expected one such as jetflow train"),
+        ("gke.py jet h100:8 1 IMAGE jetflow train", 2, "no 1 TPU slices h100:8; expected NAME"),
+        ("gke.py jet v5e:5x5 1 IMAGE jetflow train", 2, "no 1 TPU slices v5e:5x5; expected NAME"),
+        ("gke.py jet v5e:4x4 1 IMAGE", 2, "expected NAME v5e:4x4 1 IMAGE jetflow train"),
     ],
 )  # fmt: skip
 def test_the_last_line(command, status, expected):
@@ -87,9 +84,13 @@ def pod(tmp_path):
     (clone / "launch" / "README.md").unlink()
     for name, text in {"gcloud": GCLOUD, "uv": UV, "jetflow": RUNS}.items():
         script(tmp_path / name, text)
-    join = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    path = f"{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    env = tiny_runs.environment(PATH=path, CLOUD=str(tmp_path), PAUSE="1", POLL="1", **join)
+    join = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{tiny_runs.free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    env = tiny_runs.environment(
+        PATH=f"{tmp_path}:{PATH}", CLOUD=str(tmp_path), PAUSE="1", POLL="1", **join
+    )
     started = []
 
     def start(*arguments):
@@ -123,10 +124,10 @@ def test_keep_goes_on_after_failures_losses_and_preemption(pod, tmp_path):
     (tmp_path / "scp_fails").touch()
     keep = pod(*KEEP)
     ran = [tmp_path / "ran0", tmp_path / "ran1"]
-    wait_for(lambda: all(map(times, ran)), "both workers")
+    tiny_runs.wait_for(lambda: all(map(times, ran)), "both workers")
     for number, count in ((signal.SIGTERM, 2), (signal.SIGKILL, 3)):
         kill(tmp_path / "worker1" / "jetflow" / "run.pid", number)
-        wait_for(lambda: times(ran[1]) == count, "the worker to start again")  # noqa: B023
+        tiny_runs.wait_for(lambda: times(ran[1]) == count, "the worker to start again")  # noqa: B023
     copy = tmp_path / "worker1" / "jetflow"
     assert (copy / "new.py").exists() and not (copy / "launch" / "README.md").exists()
     again = pod("run", "pod", "jetflow", "train")
@@ -152,9 +153,9 @@ def test_keep_ends_with_the_run(pod, tmp_path, end):
     if end == "one gives up":
         script(tmp_path / "jetflow", f"((JAX_PROCESS_ID)) && exit 2\n{RUNS}")
     keep = pod(*KEEP)
-    wait_for((tmp_path / "ran0").exists, "a worker")
+    tiny_runs.wait_for((tmp_path / "ran0").exists, "a worker")
     if end == "stop":
-        wait_for((tmp_path / "ran1").exists, "the other")
+        tiny_runs.wait_for((tmp_path / "ran1").exists, "the other")
         assert pod("stop", "pod").communicate()[0].count("ended with status 143") == 2
     output, _ = keep.communicate()
     statuses = {"stop": "143", "one gives up": "2 143"}[end]
@@ -163,16 +164,17 @@ def test_keep_ends_with_the_run(pod, tmp_path, end):
 
 
 @pytest.mark.slow
-def test_two_workers_train_together_and_go_on(pod, tmp_path, data_dir, compilation_cache):
+def test_two_workers_train_into_a_bucket_and_go_on(bucket, compilation_cache, pod, tmp_path):
     script(tmp_path / "jetflow", f'exec {sys.executable} -m jetflow "$@"\n')
-    fields = {"train__steps": 400, "train__sample_every": 0, "train__checkpoint_every": 20}
-    words = ["jetflow", *tiny_runs.arguments("tarflow", tmp_path / "run", **fields)]
+    fields = {"train__steps": 300, "train__checkpoint_every": 100, "train__sample_every": 0,
+              "train__eval_every": 0, "eval__guidance": 0.0, "eval__denoise": False}  # fmt: skip
+    words = ["jetflow", *tiny_runs.arguments("tarflow", epath.Path(bucket, "pod"), **fields)]
     logs = [tmp_path / f"worker{number}" / "jetflow" / "run.log" for number in (0, 1)]
     keep = pod("keep", "pod", "v5e:2x4", *words)
-    wait_for(lambda: any((tmp_path / "run").glob("checkpoints/[0-9]*")), "a checkpoint")
+    tiny_runs.wait_for(lambda: logs[0].exists() and "step 20/" in logs[0].read_text(), "step 20")
     assert pod("stop", "pod").communicate()[0].count("ended with status 143") == 2
     assert keep.wait() == 143
     keep = pod("keep", "pod", "v5e:2x4", *words)
     assert keep.wait() == 0, "".join(log.read_text() for log in logs)
-    for text in ("2 x", "resumed at step", "done: step 400"):
+    for text in ("2 x", "resumed at step", "done: step 300"):
         assert text in logs[0].read_text()

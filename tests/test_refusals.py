@@ -165,6 +165,8 @@ sample --workdir JET --step 7                     no checkpoint of step 7
 sample --workdir JET --step -1                    --step is -1
 sample --workdir JET --guidance 1                 guidance is 1.0, but needs a TarFlow
 sample --workdir JET --denoise                    gaussian
+sample --workdir TARFLOW --window 8               window is 8, which has no effect with
+sample --workdir TARFLOW --method auto --window 8  no effect with method auto
 sample --workdir JET --method jacobi              Jet is inverted in one pass
 sample --workdir TARFLOW --temperature nan        --temperature is nan
 sample --workdir TARFLOW --denoise_std 1          add denoise

@@ -94,6 +94,7 @@ def describe(plan: Plan) -> str:
         [f"{plan.program}: {plan.parameters:,} parameters, batch {plan.batch_size} "
          f"({_each(plan)} a device), remat {plan.remat}",
          f"nets in {plan.dtype}, precision {plan.precision}, attention {plan.attention}",
+         *([plan.drawn] if plan.drawn else []),
          f"on {slices}{plan.topology}: {plan.devices} devices" + (f" ({mesh})" if mesh else ""),
          "", *_memory(plan), "", *(_cost(plan) if plan.fits else [REMEDIES])]
     )  # fmt: skip
@@ -185,10 +186,11 @@ def _si(number: float) -> str:
     return f"{number:.2f}"
 
 
-def _show(plan: Plan) -> None:
-    state = f"{plan.memory.total / 2**30:.2f} of {plan.memory.capacity / 2**30:.2f} GiB"
-    text = f"remat {plan.remat}, {_each(plan)} images a device: {state}"
-    print(text, file=sys.stderr, flush=True)
+def _show(remat: str, each: int, plan: Plan | None) -> None:
+    state = "compiling"
+    if plan:
+        state = f"{plan.memory.total / 2**30:.2f} of {plan.memory.capacity / 2**30:.2f} GiB"
+    print(f"remat {remat}, {each} images a device: {state}", file=sys.stderr, flush=True)
 
 
 COMMAND = Command(

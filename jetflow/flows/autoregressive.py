@@ -1,6 +1,6 @@
 """TarFlow: autoregressive affine blocks over patches (arXiv 2412.06329)."""
 
-import itertools
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,8 @@ from jetflow.types import BlockInputs, BlockOutputs, Decoding, Guidance
 LARGEST_GUESS = 1e4  # far above any token's value, far below what overflows in a net
 # Tokens between enlargements of the cache. Each stage is compiled anew; its steps read the whole
 # cache, which is what bounds accelerators.
-SEGMENT, MOST_SEGMENTS = 64, {"tpu": 8, "gpu": 8, "cpu": 3}
+STAGE, MOST_STAGES = 64, {"tpu": 8, "gpu": 8, "cpu": 3}
+SETTLES = "settles_"  # and how many tokens: in the name of a loop, which the plan of a run reads
 EMBEDDING_INIT = nn.initializers.normal(stddev=1e-2)
 
 
@@ -116,11 +117,7 @@ class AutoregressiveBlock(nn.Module):
         return BlockInputs(x, logdet, x[None], sweeps[None], residual[None])
 
     def _token_by_token(self, z, context: _Context, decoding: Decoding):
-        """T − 1 steps.
-
-        A step reads the whole cache, so it grows as they go on: in few stages, as each is a loop of
-        its own.
-        """
+        """T − 1 steps."""
         batch, tokens, _ = z.shape
 
         def step(block: AutoregressiveBlock, carry, inputs):
@@ -135,10 +132,10 @@ class AutoregressiveBlock(nn.Module):
         carry, parts = (z[:, 0], cache, jnp.zeros(batch, z.dtype)), [z[None, :, 0]]
         scanned = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
         inputs = jnp.arange(tokens - 1), z[:, 1:].swapaxes(0, 1)
-        for segment in _segments(tokens - 1):
+        for stage, room in _stages(tokens, window=1):
             token, cache, total = carry
-            carry = token, enlarged(cache, segment.stop), total
-            carry, part = scanned(self, carry, jax.tree.map(lambda a, s=segment: a[s], inputs))
+            carry = token, enlarged(cache, room), total
+            carry, part = scanned(self, carry, jax.tree.map(lambda a, s=stage: a[s], inputs))
             parts.append(part)
         x = jnp.concatenate(parts).swapaxes(0, 1)
         return x, carry[-1], jnp.array(tokens - 1), jnp.zeros((), z.dtype)
@@ -179,18 +176,20 @@ class AutoregressiveBlock(nn.Module):
                 jnp.maximum(carry.residual, jnp.where(place < count - 1, change, 0.0).max()),
             )
 
-        start = _Window(
+        carry = _Window(
             jnp.array(1),
             _guess(z).at[:, 0].set(z[:, 0]),
-            self.transformer.empty_cache(len(context.condition), tokens, decoding.cache_dtype),
+            self.transformer.empty_cache(len(context.condition), 0, decoding.cache_dtype),
             jnp.zeros(batch, z.dtype),
             jnp.array(0),
             jnp.zeros((), z.dtype),
         )
-        end = nn.while_loop(
-            lambda _, carry: carry.done < tokens, sweep, self, start, split_rngs={"params": False}
-        )
-        return end.tokens, end.logdet, end.sweeps, end.residual
+        for stage, room in _stages(tokens, width):
+            carry = carry._replace(cache=enlarged(carry.cache, room))
+            goes_on = lambda _, carry, stop=stage.stop: carry.done <= stop  # noqa: E731
+            with jax.named_scope(f"{SETTLES}{stage.stop - stage.start}"):
+                carry = nn.while_loop(goes_on, sweep, self, carry, split_rngs={"params": False})
+        return carry.tokens, carry.logdet, carry.sweeps, carry.residual
 
     def _context(self, label, batch: int, guidance: Guidance | None) -> _Context:
         """With guidance the conditional and the unconditional pass are one batch."""
@@ -248,14 +247,19 @@ class AutoregressiveBlock(nn.Module):
         return jnp.where(self.backward, tokens[:, ::-1], tokens)
 
 
-def _segments(steps: int) -> list[slice]:
-    """The steps of sequential decoding between which the cache grows."""
-    count = min(
-        -(-steps // SEGMENT),
-        MOST_SEGMENTS.get(platform() or jax.default_backend(), MOST_SEGMENTS["cpu"]),
-    )
-    bounds = [steps * number // count for number in range(count + 1)] if count else []
-    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+def _stages(tokens: int, window: int) -> list[tuple[slice, int]]:
+    """The stages of a decoding, between which the cache grows, and its room in each.
+
+    A sweep reads the whole cache. Yet the stages are few, as each is a loop of its own. A step is
+    the settling of a token after the first, and a window that begins at a stage's end has room.
+    """
+    steps = tokens - 1
+    most = MOST_STAGES.get(platform() or jax.default_backend(), MOST_STAGES["cpu"])
+    count = min(-(-steps // STAGE), most)
+    rooms = [steps * number // count for number in range(1, count + 1)]
+    rooms = [room for room in rooms if room == steps or room >= window]
+    stops = [room if room == steps else room - window + 1 for room in rooms]
+    return [(slice(*pair), room) for pair, room in zip(pairwise([0, *stops]), rooms, strict=True)]
 
 
 def _interleave(conditional: Float[Array, "B *S"], unconditional: Float[Array, "B *S"]):

@@ -105,6 +105,8 @@ def choose(
         reason = f"no kernel for a {platform}"
     elif kernel == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
         reason = f"cuDNN takes no {dtype.name}"
+    elif kernel == "cudnn" and (old := older_than_ampere()):
+        reason = f"cuDNN's takes compute capability 8.0 and newer, and this GPU has {old}"
     elif kernel == "cudnn" and (head_dim > 128 or head_dim % 8):
         reason = f"cuDNN takes heads of 8, 16, … 128 features, not {head_dim}"
     elif kernel == "splash" and head_dim % 64:
@@ -118,6 +120,15 @@ def choose(
     if method != "auto" and reason:
         raise UsageError(f"config.flow.attention is {method!r}, but {reason}; set it to 'auto'")
     return Choice("xla", reason) if reason else Choice(kernel)
+
+
+def older_than_ampere() -> str:
+    """The compute capability of this machine's GPUs, if it is below 8.0."""
+    if jax.default_backend() != "gpu":
+        return ""  # also where programs are compiled for GPUs that are not here
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    major = capability.partition(".")[0]
+    return capability if major.isdecimal() and int(major) < 8 else ""
 
 
 def platform() -> str | None:
@@ -198,10 +209,14 @@ def attend_cached(
     logits = logits.reshape(batch, heads, size, -1)
     logits = logits.astype(at_least_float32(logits.dtype)) * key_scale
     scale = temperature[:, None, None, None] * math.sqrt(head_dim)
-    weights = _softmax(logits, scale, visible) * value_scale
-    mixed = jnp.einsum("bnst,bnth->bnsh", weights.astype(query.dtype).reshape(rows), value)
+    # The softmax, but for its division: so the weights are written to memory in the net's dtype.
+    logits = jnp.where(visible, logits / scale, -jnp.inf)
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = (weights * value_scale).astype(query.dtype)
+    mixed = jnp.einsum("bnst,bnth->bnsh", weights.reshape(rows), value)
     mixed = mixed.reshape(batch, heads // side, side, size, side, head_dim) * own
-    return mixed.sum(axis=-2).reshape(query.shape)
+    return (mixed.sum(axis=-2).reshape(query.shape) / total).astype(query.dtype)
 
 
 def _softmax(logits: Array, scale: Array | float, visible: Array | bool) -> Array:

@@ -66,6 +66,11 @@ class SamplingOptions(Options):
             flow, "jacobi" if self.method == "auto" else self.method, window=self.window,
             tolerance=self.tolerance, cache_dtype=self.cache_dtype,
         )  # fmt: skip
+        if self.window != WINDOW and self.method != "jacobi":
+            raise UsageError(
+                f"window is {self.window}, which has no effect with method {self.method}; add "
+                "method jacobi, or leave it out"
+            )
         std = self.denoised_std(noise)
         return Sampler(flow, variables, guidance, self.temperature, std, how, mesh)
 

@@ -23,7 +23,7 @@ from jetflow.data import dataset
 from jetflow.data.reading import cores
 from jetflow.model import Model
 from jetflow.sampling.ancestral import Sampler
-from jetflow.sampling.decoding import METHODS
+from jetflow.sampling.decoding import METHODS, WINDOW
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.tools.plan import costs, roofline
 from jetflow.tools.plan.devices import ACCELERATORS
@@ -124,7 +124,8 @@ def bench_sample(
     for size in batch_sizes:
         sharding.check_batch("batch_sizes", size, model.mesh)
         for method in methods if model.flow.decoded_blocks else ("cached",):
-            options = SamplingOptions(**{**fields, "method": method})
+            own = {} if method == "jacobi" else {"window": WINDOW}
+            options = SamplingOptions(**{**fields, "method": method, **own})
             yield _sampling(model.sampler(options, size), method, size, repeats)
 
 
@@ -157,7 +158,7 @@ def _sampling(sampler: Sampler, method: str, batch_size: int, repeats: int) -> S
         sweeps=drawn.sweeps,
         token_by_token=(flow.latent_shape[0] - 1,) * flow.decoded_blocks,
         residual=drawn.residual,
-        peak_bytes=costs.peak_bytes(program),
+        peak_bytes=sharding.peak_bytes(program),
     )
 
 
@@ -244,7 +245,7 @@ def bench_train(config: Config, *, steps: int = 10, repeats: int = 5, **data: An
         data_wait_share=sum(waited for _, waited in real) / sum(seconds for seconds, _ in real),
         model_flops=flops,
         utilisation=flops / median / peak if peak else None,
-        peak_bytes=costs.peak_bytes(step),
+        peak_bytes=sharding.peak_bytes(step),
     )
 
 

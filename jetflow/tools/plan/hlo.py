@@ -10,9 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
+from jetflow.flows.autoregressive import SETTLES
+
 _CALLED = re.compile(
     r"(?:condition|body|calls|to_apply|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
+_SETTLED = rf'op_name="[^"]*/{SETTLES}(\d+)/'
 _CALLERS = ("while", "fusion", "call", "conditional", "async-start")
 
 
@@ -90,11 +93,12 @@ def parse(text: str) -> Program:
     return program
 
 
-def executions(program: Program, sweeps: int = 1) -> Iterator[tuple[Computation, int, bool]]:
+def executions(program: Program, sweeps: float = 0.0) -> Iterator[tuple[Computation, int, bool]]:
     """Each computation, how often it runs, and whether in a fusion: once a place that calls it.
 
     Args:
-        sweeps: how often the body of a loop runs whose length the program does not fix.
+        sweeps: how often the body of a loop runs whose length the program does not fix, as a
+            share of the tokens that it settles; of other loops, once.
     """
     waiting = [(program["ENTRY"], 1, False)]
     while waiting:
@@ -105,7 +109,8 @@ def executions(program: Program, sweeps: int = 1) -> Iterator[tuple[Computation,
                 continue
             is_loop = instruction.opcode == "while"
             known = trip_count(program, computation, instruction) if is_loop else 1
-            trips = times * (sweeps if known is None else known)
+            settled = int(instruction.attribute(_SETTLED) or 0)
+            trips = times * (max(1, round(sweeps * settled)) if known is None else known)
             inner = is_fused or instruction.opcode == "fusion"
             for several, one in _CALLED.findall(instruction.attributes):
                 names = re.findall(r"[\w.\-]+", several or one)

@@ -49,6 +49,7 @@ class _Lowered(NamedTuple):
     passes: float  # forward passes over all tokens, of which a backward pass is worth two
     window: int = 0  # see `Plan`
     sweeps: int = 1  # of each block
+    drawn: str = ""  # see `Plan`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Plan:
     dtype: str  # of the nets
     precision: str  # of their products; what these come to is in the cost
     attention: str  # the form that is taken, and why
+    drawn: str  # of samples: guidance, denoising and decoding, in words
     parameters: int  # of the flow
     memory: Memory
     model_flops: float  # of a step on each device, by formula, without recomputation
@@ -116,7 +118,7 @@ def plan(
     flow, size, chips = run.trainer.flow, section.batch_size, devices.chips(topology, slices)
     with devices.compiling(accelerator):
         lowered = _lower(run, program, size, sweeps, decoding)
-        memory, cost = _compile(lowered, run, program, accelerator, slices)
+        memory, cost = _compile(lowered, run, program, accelerator, slices, sweeps)
     tokens = flow.latent_shape[0]
     params = run.abstract_state.params
     test_steps = math.ceil(len(run.test_data) / size)
@@ -135,6 +137,7 @@ def plan(
         dtype=config.flow.dtype,
         precision=config.flow.precision,
         attention=str(run.attention),
+        drawn=lowered.drawn,
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         memory=memory,
         model_flops=model_flops,
@@ -152,7 +155,7 @@ def fit(
     topology: str,
     *,
     program: str = "train",
-    progress: Callable[[Plan], None] = lambda plan: None,
+    progress: Callable[[str, int, Plan | None], None] = lambda *_: None,
     **settings: Any,
 ) -> list[Plan]:
     """For each remat policy, the plan of the largest batch that fits, if any; fastest first.
@@ -161,7 +164,8 @@ def fit(
     the batch of the config, then what its memory lets expect.
 
     Args:
-        progress: called with each plan that is tried.
+        progress: called with the policy, the images on each device and None before each plan is
+            compiled, which may take minutes, and with the plan after it.
         settings: of `plan`.
     """
     configs.check(config)
@@ -182,8 +186,10 @@ def fit(
             changed.flow.remat = policy
             for name, least in rows.items():
                 changed[name].batch_size = least * (size if name == section else 1)
+            each = changed[section].batch_size // parts
+            progress(policy, each, None)
             tried[size] = plan(changed, topology, program=program, **settings)
-            progress(tried[size])
+            progress(policy, each, tried[size])
             memory = tried[size].memory
             state = memory.params + memory.optimizer + memory.ema
             return (memory.total - state) / max(1, memory.capacity - state)
@@ -239,11 +245,17 @@ def _lower(
     if window > 1:
         steps = max(1, math.ceil(sweeps * steps))
         passes *= steps * window / flow.latent_shape[0]
-    return _Lowered(lowered, passes + (2 if sampler.denoise else 0), window, steps)
+    drawn = [f"guidance {sampler.guidance.scale}"] if sampler.guidance else ["no guidance"]
+    drawn += ["denoised"] if sampler.denoise else []
+    if sampler.decoding:
+        drawn += [f"windows of {window} tokens" if window > 1 else "token by token"]
+        drawn += [f"cache in {sampler.decoding[0].cache_dtype or run.config.flow.dtype}"]
+    passes += 2 if sampler.denoise else 0
+    return _Lowered(lowered, passes, window, steps, ", ".join(drawn))
 
 
 def _compile(
-    lowered: _Lowered, run: Run, program: str, accelerator: Accelerator, slices: int
+    lowered: _Lowered, run: Run, program: str, accelerator: Accelerator, slices: int, sweeps: float
 ) -> tuple[Memory, costs.Cost | None]:
     """The memory of a program, and its cost where it fits."""
     state = run.abstract_state
@@ -259,7 +271,7 @@ def _compile(
         total = _bytes_needed(str(error))
     else:
         analysis: Any = compiled.memory_analysis()
-        total = costs.peak_bytes(compiled)
+        total = sharding.peak_bytes(compiled)
         held = analysis.argument_size_in_bytes + analysis.generated_code_size_in_bytes
         held += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         temporaries = total - held
@@ -267,9 +279,7 @@ def _compile(
         if total <= capacity:  # for GPUs, programs compile that do not fit
             hosts = {device.process_index for device in run.mesh.devices.flat}
             nodes = len(hosts) if accelerator.chip else 1
-            text = compiled.as_text() or ""
-            sweeps = lowered.sweeps if lowered.window > 1 else 1
-            cost = costs.cost(text, run.mesh.size, slices, nodes, sweeps)
+            cost = costs.cost(compiled.as_text() or "", run.mesh.size, slices, nodes, sweeps)
     memory = Memory(params, optimizer, ema, other, temporaries, total, capacity, capacity - total)
     return memory, cost
 
