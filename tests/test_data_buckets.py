@@ -81,6 +81,7 @@ def test_preparing_goes_on_shard_by_shard(data, manual, tmp_path, monkeypatch):
     written, write = [], shards.write
 
     def watched(note, *arguments):
+        assert not (data.folder / NAME / "1.0.0" / "dataset_info.json").exists()
         kept = copied(tmp_path / "scratch")  # at most the one that is damaged
         assert all(f"-{note.stem[-5:]}-of" in name for name in kept)
         written.append(note)
@@ -102,7 +103,8 @@ def test_preparing_goes_on_shard_by_shard(data, manual, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"prepared in gs://.* from other files"):
         jetflow.prepare(NAME, data_dir=data.folder, **options)
     anew = jetflow.prepare(NAME, data_dir=data.folder, overwrite=True, **options)
-    assert len(written) == 12 - 3 + 12
+    jetflow.prepare(NAME, data_dir=data.folder, overwrite=True, **options)  # of the same files
+    assert len(written) == 12 - 3 + 12 + 12
     assert len(anew.splits["train"]) < len(whole.splits["train"])
 
 
