@@ -163,6 +163,7 @@ def gathered(value: T) -> list[T]:
     """
     if not jax.distributed.is_initialized():
         return [value]
+    rollcall.reach_barrier()
     key = f"jetflow/gathered/{next(_calls)}"
     STATE.client.key_value_set(f"{key}/{STATE.process_id}", json.dumps(value))
     numbers = range(STATE.num_processes) if STATE.process_id == 0 else ()
@@ -174,7 +175,6 @@ def failing(failed: bool) -> int | None:
 
     Not by the devices, whose exchanges end in an error where one process is late.
     """
-    rollcall.reach("the barrier behind it")
     numbers = agreed([number for number, bad in enumerate(gathered(failed)) if bad])
     return numbers[0] if numbers else None
 
@@ -195,6 +195,7 @@ def agreed(value: T) -> T:
     """
     if not jax.distributed.is_initialized():
         return value
+    rollcall.reach_barrier()
     key = f"jetflow/agreed/{next(_calls)}"
     if STATE.process_id == 0:
         STATE.client.key_value_set(key, json.dumps(value))
@@ -268,11 +269,11 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def progress(total: int, name: str, unit: str, done: int = 0) -> tqdm:
-    """A progress bar of the first process; off a terminal a line now and then."""
+def progress(total: int, name: str, unit: str, done: int = 0, *, shown: bool = False) -> tqdm:
+    """A bar of the first process, or one `shown` by any; off a terminal a line now and then."""
     interval = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     return tqdm(
-        total=total, initial=done, desc=name, unit=f" {unit}", disable=not is_first(),
+        total=total, initial=done, desc=name, unit=f" {unit}", disable=not (shown or is_first()),
         leave=False, mininterval=interval, delay=0 if sys.stderr.isatty() else LOG_DELAY,
     )  # fmt: skip
 

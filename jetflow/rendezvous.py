@@ -191,7 +191,8 @@ def meet(place: Place, minutes: float) -> str:
                     desk = Desk(int(bound.rpartition(":")[2]), Lobby(place.count).answer)
                     stack.enter_context(desk)
                 host, _, port = address.rpartition(":")
-                news = ask(host, port, place.number, who, over)
+                question = place.number, who, over
+                news = desk.answer(*question) if desk else ask(host, port, *question)
                 if "refusal" in news:
                     raise UsageError(f"the processes of this run cannot join: {news['refusal']}")
                 if news["ready"]:

@@ -6,7 +6,6 @@ Where JAX aborts the processes that are left, from C++ and after pages of it, th
 import ctypes
 import dataclasses
 import itertools
-import json
 import os
 import signal
 import sys
@@ -25,33 +24,47 @@ BEAT_SECONDS = 2  # between the signs of life of a process
 SILENCE_SECONDS = 7  # without one, after which a process is named where a run has failed
 STALL_SECONDS = 60  # of silence, or behind the others, after which a process is named
 PATIENCE_SECONDS = 900  # behind the others, after which the run ends
+TRIES = 5  # to reach process 0 for the first time, before a process says that it cannot
+BARRIER = "the barrier after "
 STATE: Any = distributed.global_state
 
 
 class Position(NamedTuple):
-    """Where a process is: how many positions came before, the same on all of them, and a text."""
+    """Where a process is."""
 
-    count: int = 0
+    count: int = 0  # of the positions before, which are the same on all processes
     text: str = "the start"
+    moves: int = 0  # within this one
 
 
 _position = START = Position()
 
 
 def reach(text: str = "") -> None:
-    """Say where this process is, as in "step 12", or without a text that it gets on there.
+    """Say where this process is, as in "step 12"; without a text, that it goes on with the same.
 
-    All processes say so equally often, and the others name one that stays behind.
+    All processes must call this equally often. The others name one that stays behind.
     """
     global _position
     _position = Position(_position.count + 1, text or _position.text)
 
 
+def reach_barrier() -> None:
+    """Say that this process waits for the others; to be called as `reach` is."""
+    reach(BARRIER + _position.text.removeprefix(BARRIER))
+
+
+def advance() -> None:
+    """Say that this process is not stuck where it is; it alone may call this, and often."""
+    global _position
+    _position = _position._replace(moves=_position.moves + 1)
+
+
 @dataclasses.dataclass
 class Member:
-    """What was heard of a process last, and for how many beats it was the same."""
+    """What was heard last of a process, and for how many beats it has been the same."""
 
-    sign: int = 0
+    sign: int = 0  # before the first one
     position: Position = START
     silent: int = 0
     still: int = 0
@@ -66,12 +79,13 @@ class Member:
 class RollCall:
     """A context that names the process that is lost or behind, and ends this one if it must.
 
-    A process is lost if nothing is heard of it, and behind if others have passed it and it does not
-    move. Time is counted in beats of this process's own, which it does not make while it is
-    stopped: when it goes on, it does not take the others for lost.
+    A process is lost if it was heard of before and no longer is. It is behind if it is the last of
+    all and does not move. Time is counted in this process's own beats. It makes none while it is
+    stopped: when it goes on, it does not take the others for lost. A process that was never heard
+    of, as a firewall lies between, is left to JAX.
 
     Args:
-        ends: whether it ends this process where another one stalls; else it waits, and says so.
+        ends: whether to end this process where another one stalls; else it waits, and says so.
     """
 
     def __init__(self, *, ends: bool):
@@ -79,7 +93,6 @@ class RollCall:
         self._members: dict[int, Member] = {}
         self._signs: dict[int, tuple[int, Position]] = {}  # as process 0 passed them on last
         self._last: dict[int, list[Any]] = {}  # as they came to process 0
-        self._is_cut = False  # from process 0
         self._set_handler: Any = ctypes.CDLL(None).signal
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self.leave())
 
@@ -101,21 +114,25 @@ class RollCall:
     def _exchange(self) -> None:
         """Give signs of life to process 0, and take those of the others.
 
-        Not through JAX's service: its connection to a process would break where that is stopped
-        for a minute after a word on it.
+        Not through JAX's service: it drops a process that is stopped for a minute just after it has
+        sent something. Process 0 itself needs no network, which may not lead back to it.
         """
         key, host = "jetflow/desk", STATE.coordinator_address.rpartition(":")[0]
-        if STATE.process_id == 0:
+        if is_first := STATE.process_id == 0:
             desk = Desk(0, self._pass_on)
             STATE.client.key_value_set(key, str(desk.server_address[1]))
         port = STATE.client.blocking_key_value_get(key, 1000 * int(PATIENCE_SECONDS))
         for beat in itertools.count(1):
+            question = STATE.process_id, [beat, _position]
             try:
-                signs = ask(host, port, STATE.process_id, [beat, _position])
+                signs = self._pass_on(*question) if is_first else ask(host, port, *question)
                 self._signs = {number: (sign, Position(*where)) for number, (sign, where) in signs}
-                self._is_cut = False
-            except (OSError, json.JSONDecodeError) as error:
-                self._is_cut = not isinstance(error, TimeoutError)
+            except (OSError, ValueError) as error:  # a ValueError of what is not JSON
+                if beat == TRIES and not self._signs:
+                    say(
+                        f"process {STATE.process_id} cannot name one that stalls, as {host}:{port} "
+                        f"does not answer ({error}); open all ports between the hosts for that"
+                    )
             if self._over.wait(BEAT_SECONDS):
                 return
 
@@ -125,7 +142,7 @@ class RollCall:
 
     def _watch(self) -> None:
         """Name who stalls, once a minute, or end this process."""
-        before, beats = self._signs, itertools.count()
+        before, beats = None, itertools.count()
         while not self._over.wait(BEAT_SECONDS):
             self.beat(self._signs if self._signs is not before else {})
             before, lost = self._signs, self.lost(STALL_SECONDS)
@@ -146,27 +163,30 @@ class RollCall:
     def lost(self, seconds: int | float = SILENCE_SECONDS) -> str:
         """The process that has been silent for longest, in words, if for so long; else nothing."""
         others = {n: member for n, member in self._members.items() if n != STATE.process_id}
-        number = max(others, key=lambda number: others[number].silent, default=0)
-        if not others or others[number].silent * BEAT_SECONDS < seconds:
-            if not self._is_cut:
-                return ""
-            number = 0
-        member = self._members[number]
+        number = max(others, key=lambda n: others[n].silent if others[n].sign else -1, default=0)
+        member = others.get(number, Member())
+        if not member.sign or member.silent * BEAT_SECONDS < seconds:
+            return ""
         since, where = _clock(member.silent), member.position.text
         return f"nothing was heard of process {number} since {since}, when it was at {where}"
 
     def behind(self, seconds: int | float) -> str:
-        """The process that others wait for, in words, if for so long; else nothing."""
-        positions = {number: member.position for number, member in self._members.items()}
-        first = max(positions, key=lambda number: positions[number].count)
-        for number, member in self._members.items():
-            is_passed = member.position.count < positions[first].count
-            if is_passed and member.still * BEAT_SECONDS >= seconds:
-                return (
-                    f"{_who(number)} has been at {member.position.text} since "
-                    f"{_clock(member.still)}, and {_who(first)} is at {positions[first].text}"
-                )
-        return ""
+        """The process that others wait for, in words, if for so long; else nothing.
+
+        One between the first and the last waits for the last itself.
+        """
+        counts = {number: member.position.count for number, member in self._members.items()}
+        last = min(counts, key=lambda number: (counts[number], -self._members[number].still))
+        first = max(counts, key=lambda number: counts[number])
+        member, front = self._members[last], self._members[first].position
+        # All may wait for one that was never heard of.
+        is_clear = counts[last] < counts[first] and all(m.sign for m in self._members.values())
+        if not is_clear or member.still * BEAT_SECONDS < seconds:
+            return ""
+        return (
+            f"{_who(last)} has been at {member.position.text} since {_clock(member.still)}, "
+            f"and {_who(first)} is at {front.text}"
+        )
 
     def leave(self, error: Exception | None = None) -> NoReturn:
         """End this process with one line: which other one is lost, or its own error; what to do."""

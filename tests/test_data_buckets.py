@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+import threading
 
 import archives
 import bucket_server
@@ -15,7 +16,7 @@ from test_prepare import LAYOUT, NAME, SYNSETS, stop_after
 from tiny_runs import assert_same, remains
 
 import jetflow
-from jetflow import cli
+from jetflow import cli, hosts, rollcall
 from jetflow.buckets import as_path
 from jetflow.data import builder, cache, shards
 from jetflow.data.dataset import eval_batches, load, train_batches
@@ -131,6 +132,37 @@ def test_the_shards_of_a_split_are_copied_once(data, data_dir):
     assert data(split="test").copied == test.copied
     assert np.array_equal(images(data()), images(load("digits", "test", data_dir=data_dir)))
     assert not leftover.exists()
+
+
+def test_a_copy_shows_on_any_process_how_it_gets_on(data, monkeypatch, capsys):
+    """And the others count no more positions than without it."""
+    monkeypatch.setattr(rollcall, "_position", rollcall.START)
+    monkeypatch.setattr(hosts, "LOG_DELAY", 0)
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    data()
+    first = rollcall._position
+    assert "copying digits" in capsys.readouterr().err
+    data()
+    assert rollcall._position.count == 2 * first.count
+    assert (first.moves, rollcall._position.moves) == (1, 0)
+
+
+def test_who_waits_for_the_copy_of_another_is_not_stuck(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rollcall, "_position", rollcall.START)
+    monkeypatch.setattr(cache, "PAUSE_SECONDS", 0.01)
+    lock = tmp_path / "lock"
+
+    def wait():
+        with cache.locked_in_turn(lock, "copies"):
+            pass
+
+    waiter = threading.Thread(target=wait)
+    with hosts.locked(lock, wait=True):
+        waiter.start()
+        while rollcall._position.moves < 3:
+            assert waiter.is_alive()
+    waiter.join()
+    assert capsys.readouterr().err == "another process copies; waiting\n"
 
 
 def test_without_a_cache_the_bucket_itself_is_read(data):

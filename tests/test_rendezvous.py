@@ -235,6 +235,16 @@ def test_processes_meet(meeting):
     assert results == [address] * 3
 
 
+def test_the_first_needs_no_way_to_its_own_address(monkeypatch):
+    """As in a container, whose port another machine's address leads to."""
+    port = free_port()
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", f"0.0.0.0:{port}")
+    places = Place(0, 2, "nowhere.invalid:1", None), Place(1, 2, f"localhost:{port}", None)
+    with ThreadPoolExecutor() as pool:
+        results = [*pool.map(rendezvous.meet, places, (0.5, 0.5))]
+    assert results == [place.address for place in places]
+
+
 def test_all_say_who_is_missing_until_the_first_gives_up(meeting, capsys):
     (first, second), address = meeting((0, 6), (1, 60))
     notices = capsys.readouterr().err.splitlines()

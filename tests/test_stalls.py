@@ -1,8 +1,13 @@
 """Processes that stop, or do not get on: the others name them, and end or wait."""
 
+import itertools
+import threading
+from types import SimpleNamespace
+
+import jax
 import pytest
 
-from jetflow import rollcall
+from jetflow import hosts, rollcall
 from jetflow.rollcall import Position, RollCall
 
 MINUTE = 30  # beats of two seconds
@@ -60,6 +65,24 @@ def test_one_that_does_not_move_while_others_do_is_behind(roll_call):
     assert not roll_call.behind(60)
 
 
+def test_who_waits_for_the_last_is_not_behind(roll_call):
+    """Process 0 waits for process 2, which copies a large data set, and process 1 for both."""
+    for moves in range(20 * MINUTE):
+        hear(roll_call, {0: at(6), 1: at(7), 2: Position(5, "the copy", moves)})
+        assert not roll_call.behind(60)
+    hear(roll_call, {0: at(6), 1: at(7), 2: Position(5, "the copy", moves)}, MINUTE)
+    assert "process 2 has been at the copy since" in roll_call.behind(60)
+
+
+def test_one_that_was_never_heard_of_is_left_to_jax(roll_call):
+    """And those that may wait for it are not blamed."""
+    roll_call._members[2] = rollcall.Member()
+    hear(roll_call, {0: at(6), 1: at(7)}, 20 * MINUTE)
+    assert not roll_call.lost(60) and not roll_call.behind(60)
+    hear(roll_call, {0: at(6)}, MINUTE)
+    assert "process 1" in roll_call.lost(60)
+
+
 def test_one_that_is_slow_but_moves_is_not_behind(roll_call):
     for step in range(6, 12):
         hear(roll_call, {0: at(step + 1), 1: at(step + 1), 2: at(step)}, MINUTE // 2)
@@ -77,3 +100,83 @@ def test_where_a_process_is(monkeypatch):
     rollcall.reach("step 1")
     rollcall.reach()
     assert rollcall._position == Position(2, "step 1")
+    rollcall.advance()
+    assert rollcall._position == Position(2, "step 1", 1)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_who_waits_for_the_others_says_so(roll_call, monkeypatch, number):
+    client = SimpleNamespace(key_value_set=lambda *_: None, blocking_key_value_get=lambda *_: "7")
+    monkeypatch.setattr(rollcall.STATE, "client", client)
+    monkeypatch.setattr(rollcall.STATE, "process_id", number)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(rollcall, "_position", at(5))
+    hosts.gathered(7)
+    assert rollcall._position == Position(6, "the barrier after step 5")
+    assert hosts.agreed(7) == 7
+    assert rollcall._position == Position(7, "the barrier after step 5")
+
+
+@pytest.fixture
+def exchange(monkeypatch):
+    """A function: the exchange of signs of one process of two; what came of it after 20 beats.
+
+    Args:
+        ask: is called with the number of the beat in place of a question to process 0.
+    """
+    monkeypatch.setattr(rollcall, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(rollcall.STATE, "coordinator_address", "nowhere.invalid:1")
+    client = SimpleNamespace(key_value_set=lambda *_: None, blocking_key_value_get=lambda *_: "1")
+    monkeypatch.setattr(rollcall.STATE, "client", client)
+    monkeypatch.setattr(rollcall.STATE, "num_processes", 2)
+
+    def exchange(number, ask=None):
+        monkeypatch.setattr(rollcall.STATE, "process_id", number)
+        beats, enough, ends = itertools.count(1), threading.Event(), []
+
+        def count(answer):
+            if (beat := next(beats)) == 20:
+                enough.set()
+            return answer(beat)
+
+        roll_call = RollCall(ends=True)
+        monkeypatch.setattr(rollcall, "ask", lambda *_: count(ask))
+        monkeypatch.setattr(roll_call, "_end", ends.append)
+        if number == 0:
+            passed = roll_call._pass_on
+            monkeypatch.setattr(roll_call, "_pass_on", lambda *sign: count(lambda _: passed(*sign)))
+        roll_call.start()
+        assert enough.wait(60)
+        roll_call._over.set()
+        return roll_call, ends
+
+    return exchange
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), ValueError("an empty answer")])
+def test_a_cut_from_process_0_is_not_its_loss_at_once(exchange, error):
+    def ask(beat):
+        if beat > 1:
+            raise error
+        return [(0, [1, [5, "step 5", 0]]), (1, [1, [5, "step 5", 0]])]
+
+    roll_call, ends = exchange(1, ask)
+    assert not ends and not roll_call.lost(60)
+    for _ in range(6000):
+        roll_call.beat({})
+    assert "nothing was heard of process 0" in roll_call.lost(60)
+
+
+def test_process_0_needs_no_network_to_itself(exchange):
+    roll_call, ends = exchange(0)
+    assert not ends and roll_call._signs[0][0] >= 19
+
+
+def test_who_never_reaches_process_0_says_so_once_and_goes_on(exchange, monkeypatch, capsys):
+    def ask(_):
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(rollcall, "STALL_SECONDS", 0.05)
+    roll_call, ends = exchange(1, ask)
+    assert not ends and not roll_call.lost(0)
+    assert capsys.readouterr().err.count("nowhere.invalid:1 does not answer (refused)") == 1

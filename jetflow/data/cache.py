@@ -12,11 +12,12 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jetflow import hosts
+from jetflow import hosts, rollcall
 from jetflow.buckets import AnyPath, download
 from jetflow.files import write_atomically
 from jetflow.options import DataOptions, expanded
@@ -25,17 +26,23 @@ from jetflow.types import UsageError
 # The first one is written last: without it there is no data set.
 METADATA = ("dataset_info.json", "features.json", "metadata.json")
 THREADS = 4  # files that are copied at once
+PAUSE_SECONDS = 1  # between two looks at a lock
 SHARE = 0.95  # of a disk's free room that copies may take
 GB = 1e9
 
 
 @contextlib.contextmanager
 def locked_in_turn(lock: AnyPath, what: str) -> Iterator[None]:
-    """With a lock, as soon as no other process has it; if one has, it is told what it does."""
+    """With a lock, as soon as no other process has it; if one has, a line says what that does."""
+    told = False
     with contextlib.ExitStack() as stack:
-        if not stack.enter_context(hosts.locked(lock, wait=False)):
-            print(f"another process {what}; waiting", file=sys.stderr, flush=True)
-            stack.enter_context(hosts.locked(lock, wait=True))
+        while not stack.enter_context(hosts.locked(lock, wait=False)):
+            stack.close()
+            if not told:
+                print(f"another process {what}; waiting", file=sys.stderr, flush=True)
+            told = True
+            rollcall.advance()  # if anything is stuck, it is the other one
+            time.sleep(PAUSE_SECONDS)
         yield
 
 
@@ -81,10 +88,11 @@ class Copy:
                 file.unlink()
             missing = self._missing(sizes)
             self._make_room(sum(missing.values()))
-            bar = hosts.progress(len(missing), f"copying {self._name}", "files")
+            bar = hosts.progress(len(missing), f"copying {self._name}", "files", shown=True)
             with bar, ThreadPoolExecutor(THREADS) as pool:
                 for _ in pool.map(self._fetch, missing, missing.values()):
                     bar.update()
+                    rollcall.advance()
             self.copied += sum(missing.values())
 
     def close(self) -> None:

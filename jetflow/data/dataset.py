@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
-from jetflow import hosts
+from jetflow import hosts, rollcall
 from jetflow.buckets import AnyPath, as_path, is_bucket
 from jetflow.data import reading, shards, sources
 from jetflow.data.builder import UNREADABLE, Preparation, PrepareOptions, is_prepared
@@ -125,7 +125,9 @@ def load(name: str, split: str, **fields: Any) -> Dataset:
     options = DataOptions(**fields)
     data_dir, copy = _root(options.data_dir), None
     folder, ready = data_dir / name / VERSION, functools.partial(_make_ready, name, data_dir)
+    rollcall.reach(f"looking for the data set {name}")
     hosts.by_first(ready)
+    rollcall.reach(f"loading the data set {name}")
     ready()  # on a disk of one's own
     if is_bucket(folder) and options.data_cache_gb != 0:
         copy = Copy(name, folder, options)
