@@ -119,6 +119,7 @@ class RollCall:
         """
         key, host = "jetflow/desk", STATE.coordinator_address.rpartition(":")[0]
         if is_first := STATE.process_id == 0:
+            self._pass_on(0, [1, _position])  # which the first one that asks must hear
             desk = Desk(0, self._pass_on)
             STATE.client.key_value_set(key, str(desk.server_address[1]))
         port = STATE.client.blocking_key_value_get(key, 1000 * int(PATIENCE_SECONDS))
@@ -160,7 +161,7 @@ class RollCall:
             if signs or number == 0:
                 member.hear(*signs.get(number, (member.sign, member.position)))
 
-    def lost(self, seconds: int | float = SILENCE_SECONDS) -> str:
+    def lost(self, seconds: int | float) -> str:
         """The process that has been silent for longest, in words, if for so long; else nothing."""
         others = {n: member for n, member in self._members.items() if n != STATE.process_id}
         number = max(others, key=lambda n: others[n].silent if others[n].sign else -1, default=0)
@@ -196,7 +197,7 @@ class RollCall:
             traceback.print_exception(error)
             seconds = 0
         end = time.monotonic() + seconds
-        while not (lost := self.lost()) and time.monotonic() < end:
+        while not (lost := self.lost(SILENCE_SECONDS)) and time.monotonic() < end:
             time.sleep(BEAT_SECONDS / 4)
         cause = " ".join(str(error).split())[:300] if error else "see the lines above"
         self._end(lost or f"it or another one failed ({cause})")

@@ -144,6 +144,7 @@ with hosts.joined(facts, None, saves_at_signals=False):
     if data_dir:
         from jetflow.data.dataset import load
         load("digits", "train", data_dir=data_dir[0])
+    time.sleep(4 * rollcall.BEAT_SECONDS)  # until they have heard of each other
     print("joined", file=sys.__stdout__, flush=True)
     time.sleep(600)
 """
@@ -203,6 +204,7 @@ def test_the_others_name_a_process_that_is_lost(start, lost, number):
 STEPS = """
 rollcall.PATIENCE_SECONDS, on_stall, sleeper, seconds = 10, *sys.argv[1:4]
 with hosts.joined({}, hosts.ProcessOptions(on_stall=on_stall), saves_at_signals=False):
+    time.sleep(4 * rollcall.BEAT_SECONDS)  # until they have heard of each other
     for step in range(3):
         rollcall.reach(f"step {step}")
         if step == 1 and os.environ["JAX_PROCESS_ID"] == sleeper:
