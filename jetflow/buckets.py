@@ -70,7 +70,7 @@ def as_path(text: str | os.PathLike) -> AnyPath:
     return epath.Path(f"gs://{text[match.end() :]}")
 
 
-def is_bucket(path: os.PathLike) -> bool:
+def is_bucket(path: str | os.PathLike) -> bool:
     """Whether a path is one of a bucket."""
     return "://" in os.fspath(path)
 

@@ -63,7 +63,7 @@ class Checkpoints:
         self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None
     ):
         path = os.fspath(as_path(directory))
-        self.directory = epath.Path(path if is_bucket(directory) else os.path.abspath(path))
+        self.directory = epath.Path(path if is_bucket(path) else os.path.abspath(path))
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         self._policy = policies.AnyPreservationPolicy(kept)
         self._manager: ocp.CheckpointManager | None = None  # which would create the directory

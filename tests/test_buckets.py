@@ -16,7 +16,7 @@ import tiny_runs
 from tiny_runs import assert_same, remains
 
 import jetflow
-from jetflow import archive, buckets, cli
+from jetflow import archive, buckets, cli, configs
 from jetflow.buckets import as_path, leased
 from jetflow.training.log import Reporter
 from jetflow.types import UsageError
@@ -76,6 +76,7 @@ def test_a_run_is_the_same_as_in_a_folder(trained, folder, tmp_path, monkeypatch
     assert command("report", folder) == f"{folder}/report.html\n"
     assert "</html>" in (folder / "report.html").read_text()
     assert list(tmp_path.iterdir()) == []
+    configs.check(tiny_runs.config("tarflow", init_from=str(folder)))
 
 
 SWEEP = """
