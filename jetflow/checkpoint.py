@@ -19,15 +19,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Shaped
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from jetflow import checksums, hosts
+from jetflow import checksums, hosts, rollcall
 from jetflow.buckets import as_path, is_bucket, raise_refusal
 from jetflow.fields import differences, shown
 from jetflow.files import naming
@@ -277,6 +275,7 @@ def _everywhere(read: Callable[[], T]) -> T:
     Orbax, TensorStore and JSON raise many types for a damaged file: any counts but want of memory.
     """
     result, cause = None, None
+    rollcall.reach("reading a checkpoint")
     try:
         result = read()
     except (MemoryError, jax.errors.JaxRuntimeError):
@@ -284,10 +283,9 @@ def _everywhere(read: Callable[[], T]) -> T:
     except Exception as error:
         raise_refusal(error)  # which says nothing of what is stored
         cause = _explain(error)
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.array(cause is not None)).nonzero()[0]
-        if failed.size and cause is None:
-            cause = f"not readable on process {failed[0]}"
+    failed = hosts.failing(cause is not None)
+    if failed is not None and cause is None:
+        cause = f"not readable on process {failed}"
     if cause:
         raise Damage(cause)
     return result  # type: ignore[return-value]

@@ -22,7 +22,7 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
-from jetflow import rendezvous
+from jetflow import rendezvous, rollcall
 from jetflow.buckets import AnyPath, is_bucket, leased, refusal
 from jetflow.fields import MOST_SHOWN, differences
 from jetflow.options import Options, option
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 THREADS_PER_DEVICE = 4
 JOIN_SECONDS = 300  # for JAX to join processes that are all there
-HEARTBEAT_SECONDS = 30  # without a sign of life from a process, after which the others end
+HEARTBEAT_SECONDS = 150  # without one, after which JAX ends what the roll call has not ended
 LAST_WORDS_SECONDS = 5
 LONGEST_WAIT = 24 * 3600  # seconds, for what another process has not done yet
 LOG_SECONDS, LOG_DELAY = 30, 5  # between lines of progress off a terminal, and before the first
@@ -47,6 +47,12 @@ class ProcessOptions(Options):
     """How the processes of a command that computes find each other, and bear with each other."""
 
     join_timeout: float = option(15.0, "minutes to wait for processes that are missing", least=0)
+    on_stall: str = option(
+        "end",
+        "if a process is silent for a minute, or stays behind the others for 15: end the run, or "
+        "wait for it, and say so each minute",
+        choices=("end", "wait"),
+    )
 
 
 @contextlib.contextmanager
@@ -74,12 +80,13 @@ def joined(
         return
     options = options or ProcessOptions()
     address = rendezvous.meet(place, options.join_timeout)
-    with RollCall() as roll_call, open(os.devnull, "w") as nowhere:
+    ends = options.on_stall == "end"
+    with RollCall(ends=ends) as roll_call, open(os.devnull, "w") as nowhere:
         jax.distributed.initialize(
             address, place.count, place.number, place.devices,
             cluster_detection_method="deactivate",
             initialization_timeout=JOIN_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS if ends else LONGEST_WAIT,
             shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
         )  # fmt: skip
         if not saves_at_signals:
@@ -129,13 +136,11 @@ def compare(facts: Mapping[str, Any]) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    key, own = f"jetflow/facts/{next(_calls)}", {name: str(fact) for name, fact in facts.items()}
-    STATE.client.key_value_set(f"{key}/{STATE.process_id}", json.dumps(own))
+    own = {name: str(fact) for name, fact in facts.items()}
 
     def check() -> None:
         differing: dict[str, str] = {}
-        for number in range(1, STATE.num_processes):
-            other = json.loads(_wait_for(f"{key}/{number}"))
+        for number, other in enumerate(others):
             for name, (here, there) in differences(own, other, prefix="").items():
                 text = f"{name} is {here} on process 0 and {there} on process {number}"
                 differing.setdefault(name, text)
@@ -147,7 +152,31 @@ def compare(facts: Mapping[str, Any]) -> None:
                 "with the same code and data, on all of them"
             )
 
+    others = gathered(own)
     by_first(check)
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, which must all ask, on the first one; on the others nothing.
+
+    Others than the first go on at once; they hear of the outcome by `agreed` or `by_first`.
+    """
+    if not jax.distributed.is_initialized():
+        return [value]
+    key = f"jetflow/gathered/{next(_calls)}"
+    STATE.client.key_value_set(f"{key}/{STATE.process_id}", json.dumps(value))
+    numbers = range(STATE.num_processes) if STATE.process_id == 0 else ()
+    return [json.loads(_wait_for(f"{key}/{number}")) for number in numbers]
+
+
+def failing(failed: bool) -> int | None:
+    """The first process on which something failed, on all of them, however late one of them is.
+
+    Not by the devices, whose exchanges end in an error where one process is late.
+    """
+    rollcall.reach("the barrier behind it")
+    numbers = agreed([number for number, bad in enumerate(gathered(failed)) if bad])
+    return numbers[0] if numbers else None
 
 
 def is_first() -> bool:

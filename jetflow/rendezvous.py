@@ -13,7 +13,7 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks
@@ -108,17 +108,21 @@ def _is_present(kind: type[ClusterEnv]) -> bool:
     return is_possible and not kind.opt_in_only_method and kind.is_env_present()
 
 
-class Lobby(socketserver.ThreadingTCPServer):
-    """Where the first process tells each that asks who is missing; a context manager."""
+class Desk(socketserver.ThreadingTCPServer):
+    """A port at which this process answers questions, lines of JSON; a context manager.
+
+    Args:
+        port: 0 for any, which is then in `server_address`.
+        answer: takes a question, which is of JSON, and gives the answer.
+    """
 
     daemon_threads = allow_reuse_address = True
+    request_queue_size = 1024
     address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
 
-    def __init__(self, count: int, port: int):
-        self._count, self._over = count, False
-        self._seen: dict[int, tuple[str, float]] = {}  # who each process is, and when it asked
-        self._informed: set[int] = set()  # who know that all are there
-        super().__init__(("", port), _Visit)
+    def __init__(self, port: int, answer: Callable[..., Any]):
+        self.answer = answer
+        super().__init__(("", port), _Question)
         threading.Thread(target=self.serve_forever, args=(PAUSE_SECONDS / 10,), daemon=True).start()
 
     def __exit__(self, *_) -> None:
@@ -128,47 +132,66 @@ class Lobby(socketserver.ThreadingTCPServer):
     def handle_error(self, *_) -> None:
         """A stranger, such as one who tries all ports, is let go."""
 
-    def answer(self, number: int, count: int, who: str, over: bool = False) -> dict[str, Any]:
-        """Who is missing, and whether this process may go on; `over`: the others shall not wait."""
-        if count != self._count:
-            return {"refusal": f"JAX_NUM_PROCESSES is {count}, but {self._count} on process 0"}
-        now, self._over = time.monotonic(), self._over or over
+
+class _Question(socketserver.StreamRequestHandler):
+    timeout = ABSENCE_SECONDS
+
+    def handle(self) -> None:
+        assert isinstance(self.server, Desk)
+        answer = self.server.answer(*json.loads(self.rfile.readline()))
+        self.wfile.write(json.dumps(answer).encode())
+
+
+def ask(host: str, port: int | str, *question: Any) -> Any:
+    """What a desk answers; an OSError or a JSONDecodeError if it does not."""
+    with socket.create_connection((host.strip("[]"), int(port)), ABSENCE_SECONDS) as desk:
+        desk.sendall(json.dumps(question).encode() + b"\n")
+        return json.loads(desk.makefile().read())
+
+
+class Lobby:
+    """What the first process knows of those that come."""
+
+    def __init__(self, count: int):
+        self._count, self._over = count, False
+        self._seen: dict[int, tuple[str, float]] = {}  # who each process is, and when it asked
+        self._informed: set[int] = set()  # who know that all are there
+
+    def answer(self, number: int, who: str, over: bool = False) -> dict[str, Any]:
+        """Who is missing, and whether one may go on; `over`: the first one waits no longer."""
+        now, self._over = time.monotonic(), self._over or (over and number == 0)
         present = {n for n, (_, when) in self._seen.items() if now - when < ABSENCE_SECONDS}
         if number in present and self._seen[number][0] != who:
             return {"refusal": f"there are two of process {number}; give each its own number"}
         self._seen[number] = who, now
-        missing = sorted({*range(count)} - present - {number})
+        missing = sorted({*range(self._count)} - present - {number})
         if not missing:
             self._informed.add(number)
-        ready = not missing and (number > 0 or len(self._informed) == count)
+        ready = not missing and (number > 0 or len(self._informed) == self._count)
         return {"missing": missing, "ready": ready, "over": self._over}
-
-
-class _Visit(socketserver.StreamRequestHandler):
-    timeout = ABSENCE_SECONDS
-
-    def handle(self) -> None:
-        assert isinstance(self.server, Lobby)
-        number, count, who = json.loads(self.rfile.readline())
-        self.wfile.write(json.dumps(self.server.answer(number, count, who)).encode())
 
 
 def meet(place: Place, minutes: float) -> str:
     """Wait until all processes are there; the address at which JAX joins them.
 
     Raises:
-        UsageError: another one has this process's number, or another count.
+        UsageError: another one has this process's number.
         Interruption: one has not come in time, by the clock of the first one if that has come.
     """
     notice, end = time.monotonic() + NOTICE_SECONDS, time.monotonic() + MINUTE * minutes
-    address, visit, cause = place.address, None, ""
+    address, desk, cause = place.address, None, ""
+    who = f"{socket.gethostname()} {os.getpid()}"
     with contextlib.ExitStack() as stack:
         while True:
             missing, over = {0}, time.monotonic() > end
             try:
                 address = address or _address(place)
-                visit = visit or stack.enter_context(_visiting(place, address))
-                news = visit(over)
+                if place.number == 0 and desk is None:
+                    bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+                    desk = Desk(int(bound.rpartition(":")[2]), Lobby(place.count).answer)
+                    stack.enter_context(desk)
+                host, _, port = address.rpartition(":")
+                news = ask(host, port, place.number, who, over)
                 if "refusal" in news:
                     raise UsageError(f"the processes of this run cannot join: {news['refusal']}")
                 if news["ready"]:
@@ -193,26 +216,6 @@ def _address(place: Place) -> str:
     """Of the first process, as soon as its host has a name."""
     assert place.environment
     return place.environment.get_coordinator_address(1, os.environ.get("JAX_COORDINATOR_PORT"))
-
-
-@contextlib.contextmanager
-def _visiting(place: Place, address: str) -> Iterator[Callable[[bool], dict[str, Any]]]:
-    """A function that asks the first process, which may say that it waits no longer."""
-    host, _, port = address.rpartition(":")
-    own = (place.number, place.count, f"{socket.gethostname()} {os.getpid()}")
-    if place.number == 0:
-        bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
-        with Lobby(place.count, int(bound.rpartition(":")[2])) as lobby:
-            yield lambda over: lobby.answer(*own, over)
-        return
-
-    def ask(over: bool) -> dict[str, Any]:
-        del over
-        with socket.create_connection((host.strip("[]"), int(port)), ABSENCE_SECONDS) as lobby:
-            lobby.sendall(json.dumps(own).encode() + b"\n")
-            return json.loads(lobby.makefile().read())
-
-    yield ask
 
 
 def named(numbers: Collection[int]) -> str:

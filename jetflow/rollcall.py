@@ -1,37 +1,85 @@
-"""Which process of a run is lost: each hears of all the others, and names it before it ends.
+"""Which process of a run is lost or behind: each hears of all the others, and names it.
 
-JAX aborts the processes that are left, from C++ and after pages of it; the last line is ours.
+Where JAX aborts the processes that are left, from C++ and after pages of it, the last line is ours.
 """
 
 import ctypes
+import dataclasses
 import itertools
+import json
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax._src import distributed  # the only way to the service through which processes join
 
+from jetflow.rendezvous import Desk, ask, say
+
 BEAT_SECONDS = 2  # between the signs of life of a process
 SILENCE_SECONDS = 7  # without one, after which a process is named where a run has failed
+STALL_SECONDS = 60  # of silence, or behind the others, after which a process is named
+PATIENCE_SECONDS = 900  # behind the others, after which the run ends
 STATE: Any = distributed.global_state
 
 
-class RollCall(threading.Thread):
-    """A context in which a process that JAX aborts says which other one is lost.
+class Position(NamedTuple):
+    """Where a process is: how many positions came before, the same on all of them, and a text."""
 
-    It ends no process by itself: JAX does, or a computation that fails.
+    count: int = 0
+    text: str = "the start"
+
+
+_position = START = Position()
+
+
+def reach(text: str = "") -> None:
+    """Say where this process is, as in "step 12", or without a text that it gets on there.
+
+    All processes say so equally often, and the others name one that stays behind.
+    """
+    global _position
+    _position = Position(_position.count + 1, text or _position.text)
+
+
+@dataclasses.dataclass
+class Member:
+    """What was heard of a process last, and for how many beats it was the same."""
+
+    sign: int = 0
+    position: Position = START
+    silent: int = 0
+    still: int = 0
+
+    def hear(self, sign: int, position: Position) -> None:
+        """Take in the sign of a beat, which may be an old one."""
+        self.silent = self.silent + 1 if sign == self.sign else 0
+        self.still = self.still + 1 if position == self.position else 0
+        self.sign, self.position = sign, position
+
+
+class RollCall:
+    """A context that names the process that is lost or behind, and ends this one if it must.
+
+    A process is lost if nothing is heard of it, and behind if others have passed it and it does not
+    move. Time is counted in beats of this process's own, which it does not make while it is
+    stopped: when it goes on, it does not take the others for lost.
+
+    Args:
+        ends: whether it ends this process where another one stalls; else it waits, and says so.
     """
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._over, self._leaving = threading.Event(), threading.Lock()
-        self._answered = time.time()  # when process 0 last passed on the signs
-        self._heard: dict[int, tuple[str, float]] = {}  # the last sign of each, and when it came
+    def __init__(self, *, ends: bool):
+        self._ends, self._over, self._leaving = ends, threading.Event(), threading.Lock()
+        self._members: dict[int, Member] = {}
+        self._signs: dict[int, tuple[int, Position]] = {}  # as process 0 passed them on last
+        self._last: dict[int, list[Any]] = {}  # as they came to process 0
+        self._is_cut = False  # from process 0
         self._set_handler: Any = ctypes.CDLL(None).signal
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self.leave())
 
@@ -44,59 +92,109 @@ class RollCall(threading.Thread):
         self._over.set()
         self._set_handler(signal.SIGABRT, None)
 
-    def run(self) -> None:
-        """Give signs of life, and note those of the others, now that all are there."""
-        client = STATE.client
-        self._answered = time.time()
-        self._heard = {number: ("", self._answered) for number in range(STATE.num_processes)}
-        for beat in itertools.count():
+    def start(self) -> None:
+        """Begin, now that all are there."""
+        self._members = {number: Member() for number in range(STATE.num_processes)}
+        for target in (self._exchange, self._watch):
+            threading.Thread(target=target, daemon=True).start()
+
+    def _exchange(self) -> None:
+        """Give signs of life to process 0, and take those of the others.
+
+        Not through JAX's service: its connection to a process would break where that is stopped
+        for a minute after a word on it.
+        """
+        key, host = "jetflow/desk", STATE.coordinator_address.rpartition(":")[0]
+        if STATE.process_id == 0:
+            desk = Desk(0, self._pass_on)
+            STATE.client.key_value_set(key, str(desk.server_address[1]))
+        port = STATE.client.blocking_key_value_get(key, 1000 * int(PATIENCE_SECONDS))
+        for beat in itertools.count(1):
             try:
-                key = f"jetflow/alive/{STATE.process_id}"
-                client.key_value_set(key, str(beat), allow_overwrite=True)
-                signs = client.key_value_dir_get("jetflow/alive/")
-            except jax.errors.JaxRuntimeError:
-                return
-            self._answered = time.time()
-            for key, sign in signs:
-                number = int(key.rpartition("/")[2])
-                if self._heard[number][0] != sign:
-                    self._heard[number] = sign, self._answered
+                signs = ask(host, port, STATE.process_id, [beat, _position])
+                self._signs = {number: (sign, Position(*where)) for number, (sign, where) in signs}
+                self._is_cut = False
+            except (OSError, json.JSONDecodeError) as error:
+                self._is_cut = not isinstance(error, TimeoutError)
             if self._over.wait(BEAT_SECONDS):
                 return
 
-    def lost(self) -> str | None:
-        """The process that has been silent for longest, in words, if one has been for long."""
-        if not self._heard:
-            return None
-        number, (_, when) = min(self._heard.items(), key=lambda item: item[1][1])
-        if self._answered - when < SILENCE_SECONDS:
-            number, when = 0, self._answered
-            if self.is_alive() and time.time() - when < SILENCE_SECONDS:
-                return None
-        who = "this one" if number == STATE.process_id else f"process {number}"
-        return f"nothing was heard of {who} since {_clock(when)}"
+    def _pass_on(self, number: int, sign: list[Any]) -> list[tuple[int, list[Any]]]:
+        self._last[number] = sign
+        return [*self._last.items()]
+
+    def _watch(self) -> None:
+        """Name who stalls, once a minute, or end this process."""
+        before, beats = self._signs, itertools.count()
+        while not self._over.wait(BEAT_SECONDS):
+            self.beat(self._signs if self._signs is not before else {})
+            before, lost = self._signs, self.lost(STALL_SECONDS)
+            if self._ends and (why := lost or self.behind(PATIENCE_SECONDS)):
+                self._end(why)
+            stall = lost or self.behind(STALL_SECONDS)
+            if not stall:
+                beats = itertools.count()
+            elif next(beats) * BEAT_SECONDS % STALL_SECONDS < BEAT_SECONDS:
+                say(stall)
+
+    def beat(self, signs: Mapping[int, tuple[int, Position]]) -> None:
+        """Take in the signs of a beat; if there are none, process 0 did not pass them on."""
+        for number, member in self._members.items():
+            if signs or number == 0:
+                member.hear(*signs.get(number, (member.sign, member.position)))
+
+    def lost(self, seconds: int | float = SILENCE_SECONDS) -> str:
+        """The process that has been silent for longest, in words, if for so long; else nothing."""
+        others = {n: member for n, member in self._members.items() if n != STATE.process_id}
+        number = max(others, key=lambda number: others[number].silent, default=0)
+        if not others or others[number].silent * BEAT_SECONDS < seconds:
+            if not self._is_cut:
+                return ""
+            number = 0
+        member = self._members[number]
+        since, where = _clock(member.silent), member.position.text
+        return f"nothing was heard of process {number} since {since}, when it was at {where}"
+
+    def behind(self, seconds: int | float) -> str:
+        """The process that others wait for, in words, if for so long; else nothing."""
+        positions = {number: member.position for number, member in self._members.items()}
+        first = max(positions, key=lambda number: positions[number].count)
+        for number, member in self._members.items():
+            is_passed = member.position.count < positions[first].count
+            if is_passed and member.still * BEAT_SECONDS >= seconds:
+                return (
+                    f"{_who(number)} has been at {member.position.text} since "
+                    f"{_clock(member.still)}, and {_who(first)} is at {positions[first].text}"
+                )
+        return ""
 
     def leave(self, error: Exception | None = None) -> NoReturn:
         """End this process with one line: which other one is lost, or its own error; what to do."""
+        seconds = SILENCE_SECONDS + 2 * BEAT_SECONDS  # until one that has ended is missed
+        of_jax = error is None or isinstance(error, jax.errors.JaxRuntimeError)
+        if not of_jax and "Gloo" not in str(error):
+            traceback.print_exception(error)
+            seconds = 0
+        end = time.monotonic() + seconds
+        while not (lost := self.lost()) and time.monotonic() < end:
+            time.sleep(BEAT_SECONDS / 4)
+        cause = " ".join(str(error).split())[:300] if error else "see the lines above"
+        self._end(lost or f"it or another one failed ({cause})")
+
+    def _end(self, why: str) -> NoReturn:
         with self._leaving:
-            seconds = SILENCE_SECONDS + 2 * BEAT_SECONDS  # until one that has ended is missed
-            of_jax = error is None or isinstance(error, jax.errors.JaxRuntimeError)
-            if not of_jax and "Gloo" not in str(error):
-                traceback.print_exception(error)
-                seconds = 0
-            end = time.monotonic() + seconds
-            while not (lost := self.lost()) and time.monotonic() < end:
-                time.sleep(BEAT_SECONDS / 4)
-            cause = " ".join(str(error).split())[:300] if error else "see the lines above"
-            print(
-                f"jetflow: process {STATE.process_id} of {STATE.num_processes} ends, as "
-                f"{lost or f'it or another one failed ({cause})'}; "
-                "run the same command on all of them again to go on",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            say(
+                f"process {STATE.process_id} of {STATE.num_processes} ends, as {why}; "
+                "run the same command on all of them again to go on"
+            )
             sys.stdout.flush()
             os._exit(1)
 
 
-def _clock(when: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(when))
+def _who(number: int) -> str:
+    return "this one" if number == STATE.process_id else f"process {number}"
+
+
+def _clock(beats: int) -> str:
+    """The time of so many beats ago."""
+    return time.strftime("%H:%M:%S", time.localtime(time.time() - beats * BEAT_SECONDS))

@@ -114,11 +114,27 @@ def bytes_per_device(state: Any) -> int:
     )
 
 
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Memory of a device at the moment of largest use, with the program's own code."""
+    # The sum of arguments, results and `temp_size_in_bytes` is more than is ever in use at once.
+    memory: Any = compiled.memory_analysis()
+    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    if not peak:  # for GPUs XLA lays out the temporaries by their largest use, and states that
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
+    return peak + memory.generated_code_size_in_bytes
+
+
+def memory_of(mesh: Mesh) -> int:
+    """Bytes of each device; CPU devices share those of the machine."""
+    devices = mesh.local_devices
+    memory = psutil.virtual_memory().total // len(devices)
+    return (devices[0].memory_stats() or {}).get("bytes_limit", memory)
+
+
 def check_memory(state: Any, mesh: Mesh) -> None:
     """Raise a UsageError where a tree of abstract arrays is larger than its devices' memory."""
-    device, needed = mesh.local_devices[0], bytes_per_device(state)
-    memory = psutil.virtual_memory().total // len(mesh.local_devices)  # of CPU devices
-    memory = (device.memory_stats() or {}).get("bytes_limit", memory)
+    needed, memory = bytes_per_device(state), memory_of(mesh)
     if needed > memory:
         raise UsageError(
             f"the training state takes {needed / 2**30:,.1f} GiB of each device's "

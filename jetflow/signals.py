@@ -6,6 +6,8 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
+from jetflow import rollcall
+
 
 class Stopped(Exception):
     """A signal asked the run to stop; `signal` is its number."""
@@ -47,6 +49,7 @@ class StopSignal:
     def poll(self) -> None:
         """Raise `Stopped` if a signal came."""
         self._polls += 1
+        rollcall.reach()
         if self._several and multihost_utils.reached_preemption_sync_point(self._polls):
             self._number = signal.SIGTERM
         if self._number is not None:

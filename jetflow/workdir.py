@@ -38,7 +38,9 @@ SHAPE = {
     "eval": {"draws": int},
     "resolved": {"image_shape": [int], "num_classes": int, "total_steps": int, "defaults?": dict},
 }
-ENVIRONMENTS = [{"from_step": int}]
+ENVIRONMENTS = [
+    {"from_step": int, "devices?": str, "images_at_once?": int, "bytes_beside_state?": int}
+]
 SOURCES = {
     "data?": dict,
     "train_data?": dict,
@@ -62,6 +64,7 @@ FREE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "train.accumulation",
     "flow.attention",
     "flow.scan",
     "mesh",
@@ -272,8 +275,16 @@ def note_environment(workdir: AnyPath, step: int, **facts: Any) -> None:
     """
     current, path = environment() | facts, workdir / ENVIRONMENT
     known = files.read_or_set_aside(path, ENVIRONMENTS, [])
-    if not known or {**known[-1], "from_step": None} != {"from_step": None, **current}:
+    if not known or not current.items() <= known[-1].items():
         files.write_json(path, [*known, {"from_step": step, **current}])
+
+
+def note_memory(workdir: AnyPath, **facts: int) -> None:
+    """Add what a step takes to the last of the environments of a run."""
+    path = workdir / ENVIRONMENT
+    known = files.read_or_set_aside(path, ENVIRONMENTS, [])
+    if known and not facts.items() <= known[-1].items():
+        files.write_json(path, [*known[:-1], known[-1] | facts])
 
 
 def scan_environments(workdir: AnyPath) -> tuple[list[dict[str, Any]], list[str]]:

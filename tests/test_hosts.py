@@ -130,12 +130,16 @@ def test_what_processes_must_be_asked_for(line, more, differing):
 
 
 # Joins, with facts; loads a data set, if a folder is given; and waits until it is ended.
-PROGRAM = """
-import json, sys, time
-from jetflow import hosts, rendezvous, rollcall
+QUICK = """
+import json, os, sys, time
+from jetflow import hosts, rollcall
+hosts.LAST_WORDS_SECONDS = 1
+rollcall.BEAT_SECONDS, rollcall.SILENCE_SECONDS, rollcall.STALL_SECONDS = 0.5, 3, 5
+"""
+PROGRAM = (
+    QUICK
+    + """
 facts, *data_dir = map(json.loads, sys.argv[1:])
-hosts.HEARTBEAT_SECONDS, hosts.LAST_WORDS_SECONDS = 8, 1
-rollcall.BEAT_SECONDS, rollcall.SILENCE_SECONDS = 0.5, 3
 with hosts.joined(facts, None, saves_at_signals=False):
     if data_dir:
         from jetflow.data.dataset import load
@@ -143,6 +147,7 @@ with hosts.joined(facts, None, saves_at_signals=False):
     print("joined", file=sys.__stdout__, flush=True)
     time.sleep(600)
 """
+)
 program = functools.partial(dict, program=["-c", PROGRAM])
 
 
@@ -187,9 +192,75 @@ def test_the_others_name_a_process_that_is_lost(start, lost, number):
     assert other.returncode == 1
     assert re.match(
         rf"jetflow: process {1 - lost} of 2 ends, as nothing was heard of process {lost} since "
-        r"\d\d:\d\d:\d\d; run the same command",
+        r"\d\d:\d\d:\d\d, when it was at .*; run the same command",
         errors.splitlines()[-1],
     )
+    if number == signal.SIGSTOP or lost == 1:  # JAX itself ends those who lose the first
+        assert errors.count("\n") == 1
+
+
+# Three steps together; at the second one process sleeps.
+STEPS = """
+rollcall.PATIENCE_SECONDS, on_stall, sleeper, seconds = 10, *sys.argv[1:4]
+with hosts.joined({}, hosts.ProcessOptions(on_stall=on_stall), saves_at_signals=False):
+    for step in range(3):
+        rollcall.reach(f"step {step}")
+        if step == 1 and os.environ["JAX_PROCESS_ID"] == sleeper:
+            print("sleeps", file=sys.__stdout__, flush=True)
+            time.sleep(float(seconds))
+        hosts.failing(False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_is_stopped_is_awaited_and_goes_on(start, lost):
+    group = start(["wait", lost, 5], program=["-c", QUICK + STEPS])
+    while "sleeps" not in group[lost].stdout.readline():
+        pass
+    group[lost].send_signal(signal.SIGSTOP)
+    notice = group[1 - lost].stderr.readline()  # by its silence, or by its position
+    assert re.match(f"jetflow: (nothing was heard of process {lost} |process {lost} has)", notice)
+    group[lost].send_signal(signal.SIGCONT)
+    finish(group)
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_get_on_ends_the_run(start):
+    """It is alive, but its disk may hang; it hears of that itself."""
+    (_, other), (_, own) = finish(start(["end", 1, 600], program=["-c", QUICK + STEPS]), status=1)
+    text = "has been at step 1 since .*, and {} is at the barrier behind it"
+    for errors, who, front in ((other, "process 1", "this one"), (own, "this one", "process 0")):
+        notice, end = errors.splitlines()
+        assert re.match(f"jetflow: {who} {text.format(front)}$", notice)
+        assert re.match(f"jetflow: process . of 2 ends, as {who} {text.format(front)}; run", end)
+
+
+# A command of `jetflow`, of whose processes one reads its part of a checkpoint late.
+LATE = """
+import jetflow.checkpoint
+seconds, late, read = float(sys.argv.pop(1)), sys.argv.pop(1), jetflow.checkpoint._read_arrays
+def read_late(*arguments):
+    time.sleep(seconds if os.environ["JAX_PROCESS_ID"] == late else 0)
+    return read(*arguments)
+jetflow.checkpoint._read_arrays = read_late
+from jetflow.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_process_may_read_its_checkpoint_late(start, alone, tmp_path, late):
+    """For twice as long as what makes the others name it."""
+    workdir = shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    line, program = train("tarflow", workdir), ["-c", QUICK + LATE]
+    group = start([10, late, *line], program=program)
+    ends = finish(group)
+    assert f"process {late} has been at reading a checkpoint" in ends[1 - late][1]
+    assert "done: step 12" in ends[0][1]
+    tiny_runs.assert_metrics_near(workdir, alone, rel=1e-6)
 
 
 def test_a_lock_keeps_others_out(tmp_path):

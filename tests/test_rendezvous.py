@@ -218,9 +218,9 @@ def meeting(monkeypatch):
     address = f"localhost:{free_port()}"
 
     def meet(*processes):
-        def one(number, minutes, count=3):
+        def one(number, minutes):
             try:
-                return rendezvous.meet(Place(number, count, address, None), float(minutes))
+                return rendezvous.meet(Place(number, 3, address, None), float(minutes))
             except UsageError as error:
                 return error
 
@@ -250,27 +250,22 @@ def test_without_the_first_the_others_know_of_it_alone(meeting):
     assert "no sign of process 0 of 3" in str(one) and "no sign of process 0 of 3" in str(other)
 
 
-def test_who_counts_otherwise_is_refused(meeting):
-    (_, error), _ = meeting((0, 6), (1, 1000, 2))
-    assert "JAX_NUM_PROCESSES is 2, but 3 on process 0" in str(error)
-
-
 def test_two_of_one_number_are_refused():
-    with rendezvous.Lobby(3, free_port()) as lobby:
-        assert "refusal" not in lobby.answer(1, 3, "one host")
-        assert "refusal" not in lobby.answer(1, 3, "one host")
-        assert "two of process 1" in lobby.answer(1, 3, "another")["refusal"]
+    lobby = rendezvous.Lobby(3)
+    assert "refusal" not in lobby.answer(1, "one host")
+    assert "refusal" not in lobby.answer(1, "one host")
+    assert "two of process 1" in lobby.answer(1, "another")["refusal"]
 
 
 def test_a_stranger_at_the_door_does_no_harm(capsys):
     port = free_port()
-    with rendezvous.Lobby(3, port) as lobby:
+    with rendezvous.Desk(port, rendezvous.Lobby(3).answer):
         for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"\xff\n"):
             with socket.create_connection(("localhost", port)) as stranger:
                 stranger.sendall(greeting)
                 stranger.shutdown(socket.SHUT_WR)
                 assert stranger.recv(100) == b""
-        assert lobby.answer(0, 3, "me")["missing"] == [1, 2]
+        assert rendezvous.ask("localhost", port, 0, "me")["missing"] == [1, 2]
     assert not capsys.readouterr().err
 
 

@@ -157,7 +157,7 @@ def _sampling(sampler: Sampler, method: str, batch_size: int, repeats: int) -> S
         sweeps=drawn.sweeps,
         token_by_token=(flow.latent_shape[0] - 1,) * flow.decoded_blocks,
         residual=drawn.residual,
-        peak_bytes=costs.peak_bytes(program),
+        peak_bytes=sharding.peak_bytes(program),
     )
 
 
@@ -243,7 +243,7 @@ def bench_train(
         data_wait_share=sum(waited for _, waited in real) / sum(seconds for seconds, _ in real),
         model_flops=flops,
         utilisation=flops / median / peak if peak else None,
-        peak_bytes=costs.peak_bytes(step),
+        peak_bytes=sharding.peak_bytes(step),
     )
 
 

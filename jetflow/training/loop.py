@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jetflow import hosts, sharding
+from jetflow import hosts, rollcall, sharding
 from jetflow import workdir as workdirs
 from jetflow.archive import collect
 from jetflow.buckets import AnyPath, as_path
@@ -25,6 +25,7 @@ from jetflow.options import DataOptions, option
 from jetflow.pictures import labels_in_turn, samples_grid, save_png
 from jetflow.sampling.ancestral import Drawn, draw_all, not_finite
 from jetflow.signals import Stopped, StopSignal
+from jetflow.training import footprint
 from jetflow.training.experiment import Run, set_up
 from jetflow.training.log import Reporter
 from jetflow.training.step import Metrics, TrainState
@@ -80,11 +81,12 @@ def train(
         fresh, table = run.fresh_state() if begins else (None, "")
         before = hosts.by_first(lambda: claim.begin(run.resolved_config, extend=extend))
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
+        doubt = footprint.doubt(run, workdirs.scan_environments(workdir)[0])
         workdirs.note_environment(
             workdir, start, total_steps=run.total_steps, attention=str(run.attention)
         )
         with Reporter(workdir, start_step=start, total_steps=run.total_steps) as reporter:
-            notes = [table] if table else []
+            notes = [line for line in (table, doubt) if line]
             if before < run.total_steps:
                 notes += [
                     f"extended from {before} to {run.total_steps} steps: from step {start} on, the "
@@ -120,12 +122,13 @@ class Session:
             if start < total:
                 batches = self.run.batches(start)  # which are read while the step compiles
                 self.reporter.say("compiling the training step")
+                rollcall.reach("the compilation of the training step")
                 with self.reporter.pause():
-                    abstract = self.run.abstract_batch(self.run.config.train.batch_size)
-                    train_step = self.run.lower_step(state, abstract).compile()
+                    train_step = self._compile(state)
                     self.poll()
                     batch = next(batches)
             for step in range(start + 1, total + 1):
+                rollcall.reach(f"step {step}")
                 # It runs on the device while the last one is logged and the next batch comes.
                 state, metrics = train_step(state, batch)
                 self._flush()
@@ -150,6 +153,13 @@ class Session:
                 batches.close()
         self._save(state, step, wait=True)
         self._conclude()
+
+    def _compile(self, state: TrainState) -> jax.stages.Compiled:
+        abstract = self.run.abstract_batch(self.run.config.train.batch_size)
+        with footprint.explained(self.run):
+            train_step = self.run.lower_step(state, abstract).compile()
+        workdirs.note_memory(self.workdir, **footprint.measured(self.run, train_step))
+        return train_step
 
     def _flush(self) -> None:
         """Write the metrics of the last step: never more than two are under way."""
@@ -193,6 +203,7 @@ class Session:
 
     def _evaluate(self, state: TrainState, step: int, noise: Noise, last: bool) -> None:
         section, data, flow = self.run.config.eval, self.run.test_data, self.run.trainer.flow
+        rollcall.reach(f"the evaluation of step {step}")
         with self.reporter.pause():
             density = bpd.Density(
                 flow, state.variables(), Batching(self.run.mesh, section.batch_size), noise,
@@ -208,6 +219,7 @@ class Session:
 
     def _sample(self, state: TrainState, step: int) -> None:
         flow, num = self.run.trainer.flow, self.run.config.eval.samples
+        rollcall.reach(f"the samples of step {step}")
         labels = labels_in_turn(num, flow.num_classes)
         sampler, key = self.run.sampler(state.variables()), key_for(0, 0, Purpose.SAMPLE)
         batches = draw_all(sampler, key, num=num, label=labels)
@@ -230,6 +242,7 @@ class Session:
     def _save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
         """Start saving the state; the metrics up to it are on disk before."""
         self._flush()
+        rollcall.reach(f"the checkpoint of step {step}")
         with self.reporter.pause():
             self.reporter.mirror.copy(wait=True)
             try:

@@ -63,17 +63,6 @@ class Cost:
     unknown_loops: int  # loops of unknown length, counted as `cost` says
 
 
-def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Memory of a device at the moment of largest use, with the program's own code."""
-    # The sum of arguments, results and `temp_size_in_bytes` is more than is ever in use at once.
-    memory: Any = compiled.memory_analysis()
-    peak = getattr(memory, "peak_memory_in_bytes", 0)
-    if not peak:  # for GPUs XLA lays out the temporaries by their largest use, and states that
-        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        peak = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
-    return peak + memory.generated_code_size_in_bytes
-
-
 def forward_flops(params: Any, tokens: int) -> float:
     """FLOPs of the nets' matrix products for one image: two per multiplication with addition.
 

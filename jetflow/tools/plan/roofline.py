@@ -271,7 +271,7 @@ def _compile(
         total = _bytes_needed(str(error))
     else:
         analysis: Any = compiled.memory_analysis()
-        total = costs.peak_bytes(compiled)
+        total = sharding.peak_bytes(compiled)
         held = analysis.argument_size_in_bytes + analysis.generated_code_size_in_bytes
         held += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         temporaries = total - held
