@@ -81,6 +81,12 @@ def upload(file: Path, path: AnyPath) -> None:
     system.put_file(os.fspath(file), name)
 
 
+def download(path: AnyPath, file: Path) -> None:
+    """Make a file of an object of a bucket; FileNotFoundError where there is none."""
+    system, name = url_to_fs(os.fspath(path))
+    system.get_file(name, os.fspath(file))
+
+
 def refusal(error: BaseException) -> UsageError | None:
     """What a bucket or its network refused, in one line; None for an error of anything else.
 

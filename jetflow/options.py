@@ -81,12 +81,29 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
+class DataFolders(Options):
     """Where the data sets are."""
 
     data_dir: AnyPath | None = option(
         None, "prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
     )
+    data_cache: Path | None = option(
+        None, "a folder of this machine for data of a bucket; default: ~/.cache/jetflow/data"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(DataFolders):
+    """How data sets are read; those of a bucket are copied to each machine."""
+
+    data_cache_gb: float | None = option(
+        None, "most GB in data_cache; 0 reads from gs:// itself; default: all that fit", least=0.0
+    )
+
+    @property
+    def data_fields(self) -> dict[str, Any]:
+        """These fields, for functions that read data."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(DataOptions)}
 
 
 def kind_of(options: type[Options], name: str) -> tuple[Any, bool]:

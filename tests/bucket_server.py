@@ -48,7 +48,11 @@ class Handler(emulator.RequestHandler):
         with ATOMIC:
             name, query = self.object_and_query()
             try:
-                self.generation = self.storage.get_file_obj(BUCKET, name).get("generation")
+                found = self.storage.get_file_obj(BUCKET, name)
+                self.generation = found.get("generation")
+                if (self.headers.get("range") or "").startswith("bytes=-"):
+                    first = max(int(found["size"]) - int(self.headers["range"][7:]), 0)
+                    self.headers.replace_header("range", f"bytes={first}-")
             except NotFound:
                 self.generation = None
             wanted = query.get("ifGenerationMatch", [self.generation or "0"])[0]
@@ -104,6 +108,7 @@ def environment(port: int) -> dict[str, str]:
     return {
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # of ArrayRecord
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google for the kind of the bucket
         "NO_GCE_CHECK": "true",

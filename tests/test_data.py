@@ -195,7 +195,7 @@ def test_prepares_once_with_a_line(tmp_path, monkeypatch, capfd, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("moment", ["_groups", "_mapped"])
+@pytest.mark.parametrize("moment", ["grouped", "mapped"])
 def test_another_process_may_finish_first(moment, tmp_path, monkeypatch, digits):
     """On a disk without locks."""
     monkeypatch.setattr(hosts, "locked", lambda *_, **__: contextlib.nullcontext(True))

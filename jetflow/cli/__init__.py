@@ -32,7 +32,8 @@ SUMMARIES = {
 }
 HELP = {"-h", "--help", "--helpfull"}
 # Options that may differ from machine to machine.
-LOCAL = {"data_dir", "manual_dir", "inception_weights", "join_timeout"}
+LOCAL = {"data_dir", "data_cache", "data_cache_gb"}
+LOCAL |= {"manual_dir", "inception_weights", "join_timeout"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -78,19 +78,21 @@ def sample(options: SampleOptions) -> None:
 
 def train(options: TrainOptions) -> None:
     speed = throughput.bench_train(
-        options.config, steps=options.steps, repeats=options.repeats, data_dir=options.data_dir
+        options.config, steps=options.steps, repeats=options.repeats, **options.data_fields
     )
     _print(options, [speed], "")
 
 
 def data(options: ReadOptions) -> None:
-    fields = {name: getattr(options, name) for name in ("batch_size", "repeats", "data_dir")}
     speeds = (
-        throughput.bench_data(options.config, workers=workers, **fields)
+        throughput.bench_data(
+            options.config, workers=workers, batch_size=options.batch_size,
+            repeats=options.repeats, **options.data_fields,
+        )
         for workers in options.workers
-    )
+    )  # fmt: skip
     _print(options, speeds, "workers batch_size images_per_second images_per_core_second "
-           "megabytes_per_second first_batch_seconds")  # fmt: skip
+           "megabytes_per_second first_batch_seconds open_seconds copied_megabytes")  # fmt: skip
 
 
 def _print(options: BenchOptions, speeds: Iterable[Any], names: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
+from etils import epath
 
 from jetflow import configs
 from jetflow.options import Options, expanded, kind_of, spelled
@@ -126,7 +127,7 @@ def _value(options: type[Options], name: str, given: Any) -> Any:
         if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[1])]:
             raise UsageError(f"{name} has {wrong[0]!r}; expected NAME=VALUE")
         return {key: value for key, _, value in pairs}
-    if kind is Path and given.startswith("~"):
+    if kind in (Path, epath.Path) and given.startswith("~"):
         given = str(expanded(name, given))
     return given if kind is bool else spelled(options, name, given)
 

@@ -166,7 +166,7 @@ def _reconstruct(options: SampleOptions, model: Model, sampler: Sampler, num: in
         label = check_labels(model.flow, options.label, len(images))
     else:
         data = model.config["data"]
-        dataset = pipeline.load(data["name"], data["test_split"], data_dir=options.data_dir)
+        dataset = pipeline.load(data["name"], data["test_split"], **options.data_fields)
         batch = next(pipeline.eval_batches(dataset, batch_size=min(num, len(dataset))))
         images, label = batch.image, batch.label if model.flow.num_classes else None
     z, _ = latents.encode(sampler, images, label, model.noise.kind, options.batch_size)

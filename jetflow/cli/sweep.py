@@ -95,7 +95,7 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 def _command(options: SweepOptions, number: int) -> list[str]:
     """The command line that measures one point."""
-    names = ("sweep", "workdir", "run", "data_dir")
+    names = ("sweep", "workdir", "run", "data_dir", "data_cache", "data_cache_gb")
     given = [f"--{name}={value}" for name in names if (value := getattr(options, name)) is not None]
     fix = [f"--fix={name}={text}" for name, text in (options.fix or {}).items()]
     return ["jetflow", "sweep", *given, *fix, f"--point={number}"]

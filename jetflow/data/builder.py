@@ -4,52 +4,59 @@ Threads decode the images: Pillow does so outside of Python's lock. Each shard i
 place and then renamed. Prepared again after a kill, a data set keeps the shards that are whole.
 Until all is done, its folder is called `….partial`. Order and bytes do not depend on the number of
 threads.
+
+In a bucket nothing can be renamed. Each shard is made on this machine, uploaded and forgotten, a
+note behind it, and dataset_info.json comes last: without it, the folder counts as partial.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
+from etils import epath
 from tqdm import tqdm
 
-from jetflow import hosts
+from jetflow.buckets import AnyPath, download, is_bucket, raise_refusal, upload
 from jetflow.data import shards
 from jetflow.data.archives import DAMAGE, entries
+from jetflow.data.cache import METADATA, locked_in_turn
 from jetflow.data.images import MAX_PIXELS, Unreadable, large_files
-from jetflow.data.reading import cores
+from jetflow.data.reading import cores, mapped
 from jetflow.data.shards import one_line
-from jetflow.data.source import Contents, Image, Member, Source, name_hash
+from jetflow.data.source import Contents, Image, Member, Source, grouped, name_hash
 from jetflow.files import write_atomically
-from jetflow.options import MOST_WORKERS, DataOptions, option
+from jetflow.options import MOST_WORKERS, DataFolders, option
 from jetflow.types import NO_LABEL, UsageError
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 UNREADABLE = "unreadable.tsv"  # name and reason of each image that was left out
 ORIGIN = "origin.tsv"  # name, bytes and time of each file of the archives, and the limit
+NOTES = "notes"  # a folder: what `shards.write` notes of each shard
 
 # What a kill may cost: some 5,000 photographs.
 SHARD_BYTES, SHARD_MEMBERS = 512 * 2**20, 4096
 
 
-def is_prepared(folder: Path) -> bool:
-    return os.path.exists(folder / "dataset_info.json")  # False for a name that is too long
+def is_prepared(folder: AnyPath) -> bool:
+    return _is_there(folder / METADATA[0])
+
+
+def _is_there(path: AnyPath) -> bool:
+    # os.path says so of a name that is too long, too.
+    return path.exists() if is_bucket(path) else os.path.exists(path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareOptions(DataOptions):
+class PrepareOptions(DataFolders):
     """How a data set is prepared, and where."""
 
     manual_dir: Path | None = option(
@@ -70,7 +77,7 @@ class Preparation:
     """A data set on its way from `manual_dir` to `folder`."""
 
     source: Source
-    folder: Path
+    folder: AnyPath
     manual_dir: Path
     options: PrepareOptions = PrepareOptions(workers=1)
 
@@ -83,26 +90,25 @@ class Preparation:
                 from; or `folder` cannot be written.
         """
         paths = self.source.paths(self.manual_dir)
-        origin, old = self._origin(paths), self.folder.with_name(f"{self.folder.name}.old")
+        origin, is_local = self._origin(paths), not is_bucket(self.folder)
         try:
             if not self._is_done():
-                is_there = self.folder.exists() and not is_prepared(self.folder)
+                is_there = is_local and self.folder.exists() and not is_prepared(self.folder)
                 if is_there and not self.options.overwrite:
                     raise UsageError(
                         f"{self.folder} is there without a complete data set; prepare it anew with "
                         f"`jetflow prepare {self.source.name} --overwrite`"
                     )
-                self.folder.parent.mkdir(parents=True, exist_ok=True)
-                with self._locked():
+                if is_local:
+                    self.folder.parent.mkdir(parents=True, exist_ok=True)
+                lock = self.folder.with_name(f"{self.folder.name}.lock")
+                with locked_in_turn(lock, f"prepares {self.source.name}"):
                     if not self._is_done():
                         with self._partial(origin) as partial:
                             self._make(paths, partial)
-                            if self.options.overwrite and self.folder.exists():
-                                shutil.rmtree(old, ignore_errors=True)  # of a kill
-                                self.folder.rename(old)
-                            partial.rename(self.folder)
-                            shutil.rmtree(old, ignore_errors=True)
+                            self._publish(partial)
         except OSError as error:
+            raise_refusal(error)
             if not self._is_done():  # else, on a disk without locks, another process was first
                 raise UsageError(
                     f"data set {self.source.name!r} cannot be prepared in {self.folder} ({error}); "
@@ -114,15 +120,21 @@ class Preparation:
     def _is_done(self) -> bool:
         return is_prepared(self.folder) and not self.options.overwrite
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = self.folder.with_name(f"{self.folder.name}.lock")
-        with contextlib.ExitStack() as stack:
-            if not stack.enter_context(hosts.locked(lock, wait=False)):
-                text = f"another process prepares {self.source.name}; waiting"
-                print(text, file=sys.stderr, flush=True)
-                stack.enter_context(hosts.locked(lock, wait=True))
-            yield
+    def _publish(self, partial: Path) -> None:
+        """Make what is finished the data set, at once."""
+        if isinstance(self.folder, epath.Path):
+            last = partial / METADATA[0]
+            for file in [path for path in partial.iterdir() if path.is_file() and path != last]:
+                upload(file, self.folder / file.name)
+            upload(last, self.folder / last.name)
+            (self.folder / NOTES).rmtree()
+            return
+        old = self.folder.with_name(f"{self.folder.name}.old")
+        if self.options.overwrite and self.folder.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a kill
+            self.folder.rename(old)
+        partial.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _origin(self, paths: Sequence[Path]) -> str:
         """A line for each file of the archives that is read: name, bytes and time; the limit."""
@@ -154,6 +166,15 @@ class Preparation:
     @contextlib.contextmanager
     def _partial(self, origin: str) -> Iterator[Path]:
         """The folder for what is not finished, without what came of other archives."""
+        if isinstance(self.folder, epath.Path):
+            if self.options.data_cache:
+                self.options.data_cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.options.data_cache) as scratch:
+                partial = Path(scratch, self.folder.name)
+                (partial / NOTES).mkdir(parents=True)
+                (partial / ORIGIN).write_bytes(origin.encode())
+                yield partial
+            return
         # What needs no archive has nothing to go on with, and so a folder for each process: on a
         # disk without locks several may be here.
         own = "" if self.source.archives else f".{secrets.token_hex(4)}"
@@ -164,7 +185,7 @@ class Preparation:
             shutil.rmtree(partial)
         for path in partial.glob("*.incomplete"):  # of a kill
             path.unlink()
-        (partial / "notes").mkdir(parents=True, exist_ok=True)
+        (partial / NOTES).mkdir(parents=True, exist_ok=True)
         with write_atomically(record) as file:
             file.write(origin.encode())
         try:
@@ -176,8 +197,10 @@ class Preparation:
     def _make(self, paths: Sequence[Path], folder: Path) -> None:
         place = " and ".join(map(str, paths))
         try:
-            contents = self.source.contents(paths, folder / "notes", self.options.max_pixels)
+            contents = self.source.contents(paths, folder / NOTES, self.options.max_pixels)
             self._check_left_out(contents)
+            if isinstance(self.folder, epath.Path):
+                self._begin(self.folder, folder / ORIGIN)
             notes, checksums = self._write(contents, folder)
         except DAMAGE as error:
             raise UsageError(
@@ -197,7 +220,22 @@ class Preparation:
         (folder / UNREADABLE).write_text("".join(f"{line}\n" for line in left_out), "utf-8")
         facts = {"origin": one_line(place), "checksums": checksums}
         shards.write_metadata(self.source, contents, notes, folder, **facts)
-        shutil.rmtree(folder / "notes")
+        shutil.rmtree(folder / NOTES)
+
+    def _begin(self, folder: epath.Path, record: Path) -> None:
+        """Leave in the bucket no data set, and of one that was begun what came of these files."""
+        known, is_done = folder / ORIGIN, is_prepared(folder)
+        if is_done or not known.exists() or known.read_bytes() != record.read_bytes():
+            (folder / METADATA[0]).unlink(missing_ok=True)
+            folder.rmtree(missing_ok=True)
+            upload(record, known)
+
+    def _kept(self, note: Path, files: Mapping[str, Path]) -> dict[Path, AnyPath]:
+        """The files of a shard, the note last, and where they are kept in a bucket."""
+        if not is_bucket(self.folder):
+            return {}
+        folder = note.parent.parent
+        return {path: self.folder / path.relative_to(folder) for path in (*files.values(), note)}
 
     def _check_left_out(self, contents: Contents) -> None:
         if contents.left_out:
@@ -224,12 +262,20 @@ class Preparation:
             ThreadPoolExecutor(threads) as pool,
         ):  # fmt: skip
             for split, group, files, note in self._shards(contents, folder):
+                kept = self._kept(note, files)
+                for path in kept if kept and kept[note].exists() else ():
+                    with contextlib.suppress(FileNotFoundError):
+                        download(kept[path], path)
                 if not (facts := shards.written(note, files, digests)):
                     inside = (image for member in group for image in member.images)
                     record = functools.partial(self._record, split, bool(contents.classes))
-                    shards.write(note, files, _mapped(record, inside, pool, ahead=2 * threads))
+                    shards.write(note, files, mapped(record, inside, pool, ahead=2 * threads))
                     if not (facts := shards.written(note, files, digests)):
                         raise OSError(f"{note.stem} does not read as it was written")
+                    for path in kept:
+                        upload(path, kept[path])
+                for path in kept:
+                    path.unlink(missing_ok=True)
                 notes.append(facts)
                 images += sum(facts["counts"].values())
                 left_out += len(facts["left_out"])
@@ -243,12 +289,12 @@ class Preparation:
         """The split and the members of each shard in order, its file in each split, its note."""
         name = self.source.name.split("/")[0]
         for split, members in contents.splits.items():
-            groups = _groups(members)
+            groups = grouped(members, SHARD_BYTES, SHARD_MEMBERS)
             splits = contents.splits if self.source.held_out else [split]
             for number, group in enumerate(groups):
                 end = f"array_record-{number:05d}-of-{len(groups):05d}"  # as TFDS calls them
                 files = {each: folder / f"{name}-{each}.{end}" for each in splits}
-                yield split, group, files, folder / "notes" / f"{split}-{number:06d}.json"
+                yield split, group, files, folder / NOTES / f"{split}-{number:06d}.json"
 
     def _record(self, split: str, is_labelled: bool, image: Image) -> tuple[str, bytes | str]:
         """Its split and record, or the line that says why it is left out."""
@@ -264,32 +310,6 @@ class Preparation:
         return "validation" if is_held_out else split, content
 
 
-def _lines(folder: Path) -> set[str]:
+def _lines(folder: AnyPath) -> set[str]:
     file = folder / ORIGIN
-    return set(file.read_text("utf-8", "replace").splitlines() if os.path.exists(file) else ())
-
-
-def _groups(members: Sequence[Member]) -> list[list[Member]]:
-    """Neighbours: up to `SHARD_BYTES`, and up to `SHARD_MEMBERS` of them."""
-    groups: list[list[Member]] = []
-    size = 0
-    for member in members:
-        size += member.size
-        if not groups or size > SHARD_BYTES or len(groups[-1]) == SHARD_MEMBERS:
-            groups.append([])
-            size = member.size
-        groups[-1].append(member)
-    return groups
-
-
-def _mapped(
-    function: Callable[[A], B], items: Iterable[A], pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[B]:
-    """`function(item)` of all items, in order; so many chunks of them are under way at once."""
-    items, coming = iter(items), collections.deque[Future[list[B]]]()
-    while chunk := list(itertools.islice(items, 8)):
-        coming.append(pool.submit(lambda chunk: list(map(function, chunk)), chunk))
-        if len(coming) > ahead:
-            yield from coming.popleft().result()
-    for future in coming:
-        yield from future.result()
+    return set(file.read_bytes().decode("utf-8", "replace").splitlines() if _is_there(file) else ())

@@ -11,6 +11,7 @@ import hashlib
 import os
 import resource
 import sys
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +22,16 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int
 
 from jetflow import hosts
+from jetflow.buckets import AnyPath, as_path, is_bucket
 from jetflow.data import reading, shards, sources
 from jetflow.data.builder import UNREADABLE, Preparation, PrepareOptions, is_prepared
+from jetflow.data.cache import Copy
 from jetflow.data.shards import Records, opened
-from jetflow.options import expanded
+from jetflow.options import DataOptions, expanded
 from jetflow.types import NO_LABEL, Batch, UsageError
 
 VERSION = "1.0.0"
-MANUAL = Path("downloads", "manual")  # archives, in the folder of all data sets
+MANUAL = "downloads/manual"  # archives, in the folder of all data sets
 
 # Few threads: for small images Python's lock is the limit, and Grain's default of 16 threads reads
 # photos/16 a third slower than two do (15,000 images a second against 20,000, on two cores).
@@ -49,6 +52,7 @@ class Dataset:
         resize: how the images came to their size.
         known_checksum: what `checksum` gives, where it was taken when the data was prepared.
         origin: the paths of the archives that it was prepared from; "" without any.
+        copied: bytes that came from a bucket to this machine when it was loaded.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Dataset:
     resize: str = "none"
     known_checksum: str | None = None
     origin: str = ""
+    copied: int = 0
 
     def __len__(self) -> int:
         return len(self.source)
@@ -102,23 +107,62 @@ class Dataset:
         return f"{data}: {len(self):,} images of {shape}, {classes}{origin}"
 
 
-def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) -> Dataset:
+def load(name: str, split: str, **fields: Any) -> Dataset:
     """A split of a data set, which is prepared first where that takes no archives.
 
-    Several processes may call this at once.
+    Several processes may call this at once. Of data in a bucket, the shards of the split are copied
+    to this machine first, where they are not there yet.
 
     Args:
         name: of a data set, with its size where it has some: "digits", "photos/16".
         split: "train", "test", or a part as TFDS writes it: "train[:90%]".
-        data_dir: where prepared data lies; default `$TFDS_DATA_DIR`, else ~/tensorflow_datasets.
+        fields: of `DataOptions`, such as data_dir="gs://bucket/data".
 
     Raises:
         UsageError: unknown name or split, or data that is damaged, or not there and cannot be
-            prepared.
+            prepared; or the machine has no room for its copy.
     """
-    source, folder = sources.find(name), _root(data_dir) / name / VERSION
+    options = DataOptions(**fields)
+    data_dir, copy = _root(options.data_dir), None
+    folder, ready = data_dir / name / VERSION, functools.partial(_make_ready, name, data_dir)
+    hosts.by_first(ready)
+    ready()  # on a disk of one's own
+    if is_bucket(folder) and options.data_cache_gb != 0:
+        copy = Copy(name, folder, options)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Every shard stays open, and the whole of ImageNet has thousands of them.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
+    builder = opened(name, copy.folder if copy else folder, checked=not is_bucket(folder))
+    stored = _stored(name, builder, split)
+    files = builder.info.splits[split].file_instructions
+    features = builder.info.features
+    metadata = builder.info.metadata or {}
+    source = Records(name, stored, features, files)
+    if copy:
+        names = (os.path.basename(file.filename) for file in files)
+        copy.fetch({name: metadata["files"][name] for name in names})
+        weakref.finalize(source, copy.close)
+    sums = {info.name: info.num_examples for info in builder.info.splits.values()}
+    sums |= metadata.get("checksums", {})
+    hosts.compare({f"the checksum of {name} {part}": sum for part, sum in sums.items()})
+    return Dataset(
+        name=name,
+        version=str(builder.version),
+        split=split,
+        image_shape=features["image"].shape,
+        num_classes=features["label"].num_classes if "label" in features else 0,
+        source=source,
+        resize=metadata.get("resize", "none"),
+        known_checksum=metadata.get("checksums", {}).get(split),
+        origin=metadata.get("origin", ""),
+        copied=copy.copied if copy else 0,
+    )
+
+
+def _make_ready(name: str, data_dir: AnyPath) -> None:
+    """Prepare a data set that takes no archives, if it is not there."""
+    source, folder, manual_dir = sources.find(name), data_dir / name / VERSION, _manual(data_dir)
     if not is_prepared(folder):
-        manual_dir = _root(data_dir) / MANUAL
         if source.archives:
             raise UsageError(
                 f"data set {name!r} was not found in {folder}; prepare it once with `jetflow "
@@ -126,10 +170,10 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
             )
         print(f"preparing data set {name} in {folder} (once)", file=sys.stderr, flush=True)
         Preparation(source, folder, manual_dir).run()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Every shard stays open, and the whole of ImageNet has thousands of them.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
-    builder = opened(name, folder)
+
+
+def _stored(name: str, builder: Any, split: str) -> Any:
+    """TFDS's data source of a split's stored bytes."""
     try:
         stored = builder.as_data_source(
             split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
@@ -142,22 +186,7 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
             f"{split!r} is not a split of data set {name!r} with examples in it; it has {counts} "
             "and parts of these, such as 'train[:90%]'"
         ) from error
-    features = builder.info.features
-    metadata = builder.info.metadata or {}
-    sums = {info.name: info.num_examples for info in builder.info.splits.values()}
-    sums |= metadata.get("checksums", {})
-    hosts.compare({f"the checksum of {name} {part}": sum for part, sum in sums.items()})
-    return Dataset(
-        name=name,
-        version=str(builder.version),
-        split=split,
-        image_shape=features["image"].shape,
-        num_classes=features["label"].num_classes if "label" in features else 0,
-        source=Records(name, stored, features, builder.info.splits[split].file_instructions),
-        resize=metadata.get("resize", "none"),
-        known_checksum=metadata.get("checksums", {}).get(split),
-        origin=metadata.get("origin", ""),
-    )
+    return stored
 
 
 class Prepared(NamedTuple):
@@ -171,7 +200,7 @@ class Prepared(NamedTuple):
         differences: a line for each split whose number of images is not the published one.
     """
 
-    folder: Path
+    folder: AnyPath
     splits: dict[str, Dataset]
     unreadable: list[str]
     differences: list[str]
@@ -190,23 +219,32 @@ def prepare(name: str, **fields: Any) -> Prepared:
     options = PrepareOptions(**fields)
     data_dir = _root(options.data_dir)
     source, folder = sources.find(name), data_dir / name / VERSION
-    manual_dir = expanded("manual_dir", options.manual_dir or data_dir / MANUAL).absolute()
+    manual_dir = _manual(data_dir)
+    if options.manual_dir:
+        manual_dir = expanded("manual_dir", options.manual_dir).absolute()
     if options.overwrite or not is_prepared(folder) or source.is_in(manual_dir):
         Preparation(source, folder, manual_dir, options).run()
-    splits = {
-        split: load(name, split, data_dir=data_dir) for split in opened(name, folder).info.splits
-    }
+    infos = opened(name, folder, checked=not is_bucket(folder)).info.splits
+    splits = {split: load(name, split, data_dir=data_dir, data_cache_gb=0.0) for split in infos}
     counts = {split: len(dataset) for split, dataset in splits.items()}
     file = folder / UNREADABLE
-    unreadable = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
+    lines = file.read_bytes().decode("utf-8", "replace") if file.exists() else ""
+    unreadable = lines.splitlines()
     return Prepared(folder, splits, unreadable, source.differences(counts, len(unreadable)))
 
 
-def _root(data_dir: str | os.PathLike | None) -> Path:
+def _root(data_dir: str | os.PathLike | None) -> AnyPath:
     """The folder of all data sets: as given, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     # TFDS has the same default, but reads the environment only once, at import.
     root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return expanded("data_dir", root)
+    root = as_path(root)
+    return root if is_bucket(root) else expanded("data_dir", root)
+
+
+def _manual(data_dir: AnyPath) -> Path:
+    """The folder of archives by default, which is one of this machine."""
+    root = _root("~/tensorflow_datasets") if is_bucket(data_dir) else data_dir
+    return Path(root / MANUAL).absolute()
 
 
 def train_batches(

@@ -2,13 +2,14 @@
 
 import collections
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar
 
@@ -77,6 +78,19 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # on Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def mapped(
+    function: Callable[[S], T], items: Iterable[S], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[T]:
+    """`function(item)` of all items, in order; so many chunks of them are under way at once."""
+    items, coming = iter(items), collections.deque[Future[list[T]]]()
+    while chunk := list(itertools.islice(items, 8)):
+        coming.append(pool.submit(lambda chunk: list(map(function, chunk)), chunk))
+        if len(coming) > ahead:
+            yield from coming.popleft().result()
+    for future in coming:
+        yield from future.result()
 
 
 def read_by_workers(batches: grain.IterDataset, count: int) -> Generator[Batch, None, None]:

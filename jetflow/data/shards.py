@@ -18,6 +18,7 @@ from etils import epath
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from jetflow.buckets import AnyPath, is_bucket, raise_refusal
 from jetflow.data.source import Contents, Source
 from jetflow.files import naming, read_json, write_atomically
 from jetflow.types import UsageError
@@ -170,21 +171,24 @@ def write_metadata(
     info.write_to_directory(folder)
 
 
-def opened(name: str, folder: Path) -> Any:  # TFDS's decorators hide its signatures
-    """TFDS's builder of prepared data whose files are there as a whole."""
+# TFDS's decorators hide its signatures.
+def opened(name: str, folder: AnyPath, *, checked: bool = True) -> Any:
+    """TFDS's builder of prepared data; `checked`: whose files are there as a whole."""
     try:
         builder: Any = tfds.builder_from_directory(folder)
         sizes = dict(builder.info.metadata or {}).get("files", {})
     except Exception as error:  # TFDS raises nearly any type for files that are no JSON
+        if is_bucket(folder):
+            raise_refusal(error)
         raise _damaged(name, folder, error) from error
-    for file, size in sizes.items():
+    for file, size in sizes.items() if checked else ():
         path = folder / file
         if not path.exists() or path.stat().st_size != size:
             raise _damaged(name, path, f"not there with {size:,} bytes")
     return builder
 
 
-def _damaged(name: str, path: str | Path, reason: Exception | str) -> UsageError:
+def _damaged(name: str, path: str | AnyPath, reason: Exception | str) -> UsageError:
     return UsageError(
         f"data set {name!r} is damaged: {path} ({' '.join(str(reason).split())}); prepare it anew "
         f"with `jetflow prepare {name} --overwrite`, and its archives"

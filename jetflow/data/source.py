@@ -45,6 +45,19 @@ class Member(NamedTuple):
     images: Iterable[Image]
 
 
+def grouped(members: Sequence[Member], most_bytes: int, most_members: int) -> list[list[Member]]:
+    """Neighbours: up to so many bytes, and up to so many of them."""
+    groups: list[list[Member]] = []
+    size = 0
+    for member in members:
+        size += member.size
+        if not groups or size > most_bytes or len(groups[-1]) == most_members:
+            groups.append([])
+            size = member.size
+        groups[-1].append(member)
+    return groups
+
+
 class Contents(NamedTuple):
     """What the archives hold.
 

@@ -133,7 +133,7 @@ class _Likelihoods:
         )
 
     def _data(self, split: str) -> Dataset:
-        return run_data(self.model, split, self.options.data_dir)
+        return run_data(self.model, split, self.options)
 
 
 def spread(dataset: Dataset, count: int) -> Dataset:

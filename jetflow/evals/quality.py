@@ -167,7 +167,7 @@ class Quality:
         check_writable("reference", path)
         self.count_samples()  # a bad file of them is refused first
         split, name = self._reference_split(), options.reference_data
-        data = run_data(self.model, split, options.data_dir, name)
+        data = run_data(self.model, split, options, name)
         statistics = Statistics(len(data), options.num_features).collect(
             self.network, self.batching, self.batching.of_data(data), "reference"
         )

@@ -119,7 +119,7 @@ def source(model: TrainedFlow) -> dict[str, Any]:
 
 
 def run_data(
-    model: TrainedFlow, split: str, data_dir: AnyPath | None, name: str | None = None
+    model: TrainedFlow, split: str, options: DataOptions, name: str | None = None
 ) -> Dataset:
     """A split of a data set, by default of that of a run.
 
@@ -132,4 +132,4 @@ def run_data(
             f"{model.workdir} names no data set; convert it again with --data NAME, to another "
             "--out"
         )
-    return load(name, split, data_dir=data_dir)
+    return load(name, split, **options.data_fields)

@@ -19,7 +19,6 @@ import psutil
 from jax.sharding import Mesh
 
 from jetflow import calibration, configs, sharding
-from jetflow.buckets import AnyPath
 from jetflow.data import dataset
 from jetflow.data.reading import cores
 from jetflow.model import Model
@@ -70,6 +69,8 @@ class Reading:
     images_per_core_second: float  # images by processor time of all processes
     megabytes_per_second: float  # of pixels
     first_batch_seconds: float  # from the start of the workers
+    open_seconds: float  # before that, to find the data, and to copy it from a bucket,
+    copied_megabytes: float  # of which so much was not on this machine yet
     cores: int  # that this process may use
 
 
@@ -167,13 +168,14 @@ def bench_data(
     workers: int = 0,
     batch_size: int | None = None,
     repeats: int = 5,
-    data_dir: AnyPath | None = None,
+    **data: Any,
 ) -> Reading:
-    """Measure the reading of a config's training batches."""
+    """Measure the reading of a config's training batches; `data`: fields of `DataOptions`."""
     configs.check(config)
-    source = dataset.load(config.data.name, config.data.train_split, data_dir=data_dir)
     size = batch_size or config.train.batch_size
     start = time.perf_counter()
+    source = dataset.load(config.data.name, config.data.train_split, **data)
+    opened, start = time.perf_counter() - start, time.perf_counter()
     batches = dataset.train_batches(source, batch_size=size, seed=0, workers=workers)
     with contextlib.closing(batches):
         image = next(batches).image
@@ -192,6 +194,8 @@ def bench_data(
         images_per_core_second=statistics.median(count * size / used for count, _, used in rounds),
         megabytes_per_second=median * image[0].nbytes / 1e6,
         first_batch_seconds=first,
+        open_seconds=opened,
+        copied_megabytes=source.copied / 1e6,
         cores=cores(),
     )
 
@@ -213,11 +217,9 @@ def processor_seconds() -> float:
     return sum(spent.user + spent.system for spent in times)
 
 
-def bench_train(
-    config: Config, *, steps: int = 10, repeats: int = 5, data_dir: AnyPath | None = None
-) -> Training:
+def bench_train(config: Config, *, steps: int = 10, repeats: int = 5, **data: Any) -> Training:
     """Measure the training step of a config, in rounds of so many steps."""
-    run = set_up(config, functools.partial(dataset.load, data_dir=data_dir))
+    run = set_up(config, functools.partial(dataset.load, **data))
     size = config.train.batch_size
     state, _ = run.fresh_state()
     step = run.lower_step(state, run.abstract_batch(size)).compile()

@@ -49,8 +49,8 @@ def train(
     config: Config,
     workdir: str | os.PathLike,
     *,
-    data_dir: str | os.PathLike | None = None,
     extend: bool = False,
+    **data: Any,
 ) -> None:
     """Train, or go on training, in `workdir`.
 
@@ -59,9 +59,9 @@ def train(
 
     Args:
         config: an ml_collections ConfigDict with the sections of configs/base.py.
-        data_dir: of prepared data sets; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
         extend: accept a config that is longer than that of the run. The schedule is then that of
             the new length, from the next step on, which environment.json records.
+        data: where the data sets are: fields of `DataOptions`, such as data_dir.
 
     Raises:
         UsageError: the config cannot work, or the workdir is not free for it.
@@ -69,7 +69,7 @@ def train(
         Stopped: a signal asked for it; everything is saved.
     """
     workdir = as_path(workdir)
-    run = set_up(config, functools.partial(pipeline.load, data_dir=data_dir))
+    run = set_up(config, functools.partial(pipeline.load, **data))
     section = run.config.train
     checkpoints = Checkpoints(
         workdir / "checkpoints", keep=section.keep_checkpoints, keep_every=section.keep_every

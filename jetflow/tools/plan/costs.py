@@ -79,7 +79,7 @@ def forward_flops(params: Any, tokens: int) -> float:
     return total
 
 
-def cost(text: str, devices: int, slices: int = 1, nodes: int = 1, sweeps: float = 0) -> Cost:
+def cost(text: str, devices: int, slices: int = 1, nodes: int = 1, sweeps: float = 0.0) -> Cost:
     """The cost of a compiled program by its HLO text.
 
     Args:

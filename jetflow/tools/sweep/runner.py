@@ -21,7 +21,7 @@ from jetflow.fields import flat
 from jetflow.files import disk_errors_explained, write_json
 from jetflow.mesh import ModelOptions, read_mesh
 from jetflow.model import Model, load_model
-from jetflow.options import checked
+from jetflow.options import DataOptions, checked
 from jetflow.sweeps import Point, Sweep, is_of_training, read
 from jetflow.tools.report.document import report
 from jetflow.tools.sweep.store import Store
@@ -29,7 +29,8 @@ from jetflow.training.loop import Diverged, train
 from jetflow.types import Config, UsageError
 from jetflow.workdir import SWEEP, environment, read_flow, suffix
 
-OWN = ("metrics", "data_dir", "make_reference")  # options that the sweep itself gives
+# Options that the sweep itself gives.
+OWN = ("metrics", "make_reference", *DataOptions().data_fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def sweep(
     fix: Mapping[str, Any] | None = None,
     shard: tuple[int, int] | None = None,
     point: int | None = None,
-    data_dir: str | os.PathLike | None = None,
+    **data: Any,
 ) -> list[dict[str, Any]]:
     """Measure the points of a sweep that were not measured yet, and write its page.
 
@@ -59,7 +60,7 @@ def sweep(
         fix: settings of all points, in place of the sweep's.
         shard: (i, n) for every n-th point from the i-th on.
         point: the number of the only point to measure.
-        data_dir: of prepared data sets.
+        data: where the data sets are: fields of `DataOptions`, such as data_dir.
 
     Returns:
         The records of all points that were measured or failed, also by others.
@@ -69,8 +70,8 @@ def sweep(
         Stopped: a signal stopped a training; everything is saved.
     """
     sweep = (sweep if isinstance(sweep, Sweep) else read(os.fspath(sweep))).with_fixed(fix or {})
-    run, data_dir = (None if path is None else as_path(path).resolve() for path in (run, data_dir))
-    runner = Runner(sweep, Store(as_path(workdir)), run, data_dir)
+    run = None if run is None else as_path(run).resolve()
+    runner = Runner(sweep, Store(as_path(workdir)), run, DataOptions(**data).data_fields)
     points = sweep.chosen(shard, point)
     runner.begin()
     for each in points:
@@ -91,7 +92,7 @@ class Runner:
     sweep: Sweep
     store: Store
     run: AnyPath | None = None
-    data_dir: AnyPath | None = None
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
     _failures: dict[str, Exception | None] = dataclasses.field(default_factory=dict)  # of trainings
     _loaded: tuple[Any, Model] | None = None
     _likelihoods: dict[Any, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
@@ -193,7 +194,7 @@ class Runner:
             self._failures[name] = None
             try:
                 with self.store.locked(f"run,{name}", wait=True):
-                    train(self._config(point), workdir, data_dir=self.data_dir)
+                    train(self._config(point), workdir, **self.data)
             except Exception as error:
                 self._failures[name] = error
         if (failure := self._failures[name]) is not None:
@@ -255,7 +256,7 @@ class Runner:
             UsageError: if one is unknown, is of the wrong type, or is not to be given.
         """
         known = [field.name for field in dataclasses.fields(PointOptions) if field.name not in OWN]
-        options: dict[str, Any] = {"metrics": self.sweep.metrics, "data_dir": self.data_dir}
+        options: dict[str, Any] = {"metrics": self.sweep.metrics, **self.data}
         for name, value in self.sweep.settings(point).items():
             if is_of_training(name) and self.run:
                 raise UsageError(
