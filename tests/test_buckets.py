@@ -209,7 +209,7 @@ DAMAGE = """
 import sys, jetflow
 from jetflow.buckets import as_path
 for path in as_path(sys.argv[1]).glob("checkpoints/12/state/ocdbt.process_0/d/*"):
-    path.write_bytes(path.read_bytes()[:-100])
+    path.write_bytes(bytes(path.stat().length))
 print(jetflow.load_model(sys.argv[1]).step)
 """
 
