@@ -231,12 +231,12 @@ def meeting(monkeypatch):
 
 
 def test_processes_meet(meeting):
-    results, address = meeting((2, 1000), (1, 1000), (0, 1000))
+    results, address = meeting((2, 60), (1, 60), (0, 60))
     assert results == [address] * 3
 
 
 def test_all_say_who_is_missing_until_the_first_gives_up(meeting, capsys):
-    (first, second), address = meeting((0, 6), (1, 1000))
+    (first, second), address = meeting((0, 6), (1, 60))
     notices = capsys.readouterr().err.splitlines()
     for number, error in ((0, first), (1, second)):
         assert isinstance(error, Interruption)
