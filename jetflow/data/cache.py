@@ -137,7 +137,11 @@ class Copy:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*"))
+    size = 0
+    for file in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process has renamed it
+            size += file.stat().st_size
+    return size
 
 
 def _removed(lock: Path) -> bool:
