@@ -31,7 +31,7 @@ GB = 1e9
 
 @contextlib.contextmanager
 def locked_in_turn(lock: AnyPath, what: str) -> Iterator[None]:
-    """With a lock, as soon as no other process has it; if one has, it is told what it does."""
+    """With a lock, as soon as no other process has it; a line says which one this one waits for."""
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(hosts.locked(lock, wait=False)):
             print(f"another process {what}; waiting", file=sys.stderr, flush=True)
