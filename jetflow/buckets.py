@@ -76,6 +76,11 @@ def is_bucket(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def resolved(path: AnyPath) -> AnyPath:
+    """The path from the root of this machine; that of a bucket as it is."""
+    return path if is_bucket(path) else path.resolve()
+
+
 def upload(file: Path, path: AnyPath) -> None:
     """Make an object of a bucket of a file, whole or not at all."""
     system, name = url_to_fs(os.fspath(path))
