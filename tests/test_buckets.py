@@ -377,8 +377,8 @@ def test_processes_share_nothing_but_a_bucket(name, together, folder, tmp_path):
         process.communicate(timeout=900)
         assert process.returncode
     finish(together(*command, processes=4))
-    pairs = zip(*(files.read_metrics(path / "metrics.jsonl") for path in (folder, expected)))
-    for line, wanted in pairs:
+    lines = (files.read_metrics(path / "metrics.jsonl") for path in (folder, expected))
+    for line, wanted in zip(*lines, strict=True):
         assert line.keys() == wanted.keys()
         for metric in [metric for metric in wanted if "bpd" in metric]:
             assert line[metric] == pytest.approx(wanted[metric], rel=1e-6), (metric, line["step"])
