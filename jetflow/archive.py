@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, UInt8
 from jetflow import hosts
 from jetflow.buckets import AnyPath
 from jetflow.fields import differences, shown
-from jetflow.files import naming, read_or_set_aside, write_atomically, write_json
+from jetflow.files import listed, naming, read_or_set_aside, write_atomically, write_json
 from jetflow.npz import ROOM, Npz
 from jetflow.sampling.ancestral import Drawn
 from jetflow.types import UsageError
@@ -57,8 +57,9 @@ class Archive:
             logging.warning("%s cannot be gone on with, and is begun anew", self._folder)
             self._remove()
         self._spans: list[tuple[int, int]] = []  # of the parts
-        for path in sorted(self._folder.glob("images-*-*")):
-            first, end = map(int, path.name.split("-")[1:])
+        for path in listed(self._folder):
+            name, *span = path.name.split("-")
+            first, end = map(int, span) if name == "images" and span[-1].isdigit() else (-1, 0)
             if first == self.done:
                 self._spans.append((first, end))
                 self.done = end

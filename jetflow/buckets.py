@@ -38,12 +38,13 @@ EXPIRES_SECONDS = 45.0  # without one, after which a lease is free
 WATCHED_SECONDS = 12.0  # at the least, as clocks of two machines differ
 MIRRORED_SECONDS = 30  # between copies of a growing file
 
-# Whose errors are a bucket's, a network's or a permission's, and what plain ones say then.
+# Whose errors are a bucket's, a network's or a permission's, and what others say of these.
 LIBRARIES = {"gcsfs", "google", "aiohttp", "requests"}
-OURS = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|Forbidden|storage/v1"
+STATUS = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|INTERNAL:"
+STATUS += "|RESOURCE_EXHAUSTED|CURL error|retry attempts|Forbidden|storage/v1"
 DENIED = "PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|[Cc]redentials|\\b40[134]\\b"
 
-# Their messages come as errors too, which are explained where they end.
+# They also raise what they log.
 for _library in ("gcsfs", "google.auth"):
     standard_logging.getLogger(_library).setLevel(standard_logging.CRITICAL)
 
@@ -70,9 +71,14 @@ def as_path(text: str | os.PathLike) -> AnyPath:
     return epath.Path(f"gs://{text[match.end() :]}")
 
 
-def is_bucket(path: os.PathLike) -> bool:
+def is_bucket(path: str | os.PathLike) -> bool:
     """Whether a path is one of a bucket."""
     return "://" in os.fspath(path)
+
+
+def resolved(path: AnyPath) -> AnyPath:
+    """The path from the root of this machine; that of a bucket as it is."""
+    return path if is_bucket(path) else path.resolve()
 
 
 def upload(file: Path, path: AnyPath) -> None:
@@ -93,13 +99,14 @@ def refusal(error: BaseException) -> UsageError | None:
     An `Interruption` where the same command may succeed later.
     """
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    is_plain = isinstance(error, OSError | ValueError) and not getattr(error, "errno", None)
-    is_known = type(error).__module__.partition(".")[0] in LIBRARIES
     is_missing = isinstance(error, FileNotFoundError) and "/upload/" not in text  # an object
-    if isinstance(error, UsageError) or is_missing:
+    if isinstance(error, UsageError | BrokenPipeError) or is_missing:
         return None
-    if not (is_known or (is_plain and re.search(OURS, text))):
-        return None
+    is_plain = isinstance(error, OSError | ValueError) and not getattr(error, "errno", None)
+    is_refused = isinstance(error, TimeoutError | ConnectionError)
+    is_refused |= type(error).__module__.partition(".")[0] in LIBRARIES
+    if not (is_refused or (is_plain and re.search(STATUS, text))):
+        return refusal(error.__cause__) if error.__cause__ else None
     if isinstance(error, FileNotFoundError) or re.search(DENIED, text):
         return UsageError(f"a bucket refuses ({text}); see to its name and your permissions for it")
     return Interruption(f"a bucket did not answer ({text}); the same command goes on")
@@ -169,7 +176,7 @@ def leased(path: AnyPath, *, wait: bool) -> Iterator[bool]:
 
     The lease is an object that tells its holder, who writes it anew every few seconds. One that
     stays as it is for `EXPIRES_SECONDS` is taken over, with a warning; one of a process of this
-    machine that has ended at once. Who was taken for dead and was not ends as soon as it notices.
+    machine that has ended at once. A holder that was only slow ends when it notices.
     """
     lease = _Lease(path)
     mine = lease.take(wait=wait)
@@ -201,7 +208,7 @@ class _Lease(threading.Thread):
             found = self._store.read(self._key).result()
             generation, watched = found.stamp.generation, time.monotonic() - since
             holder = _parsed(found.value) if found.state == "value" else None
-            if holder is None or _has_ended(holder) or watched > _patience(holder):
+            if holder is None or _has_ended(holder) or _is_left(holder, watched):
                 if self._write(generation):
                     if holder is not None:
                         logging.warning("%s of %s is taken over", self._path, _name(holder))
@@ -229,12 +236,13 @@ class _Lease(threading.Thread):
                 logging.warning("%s could not be renewed (%s)", self._path, str(error)[:200])
                 continue
             if not kept and not self._over.is_set():
-                other = _parsed(self._store.read(self._key).result().value)
-                print(
-                    f"jetflow: {self._path} was taken over by {_name(other)}, as this process had "
-                    "given no sign of life; it ends here and leaves the rest to that one",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                with contextlib.suppress(Exception):  # it must end, whatever can be said
+                    other = _parsed(self._store.read(self._key).result().value)
+                    print(
+                        f"jetflow: {self._path} was taken over by {_name(other)}, as this process "
+                        "had given no sign of life; it ends here and leaves the rest to that one",
+                        file=sys.stderr, flush=True,
+                    )  # fmt: skip
                 os._exit(1)
 
     def give_back(self) -> None:
@@ -283,10 +291,10 @@ def _has_ended(holder: Mapping[str, Any]) -> bool:
         return True
 
 
-def _patience(holder: Mapping[str, Any]) -> float:
-    """Seconds to watch a lease that does not change before it counts as left behind."""
-    left = holder["renewed"] + EXPIRES_SECONDS - time.time()
-    return min(max(left, WATCHED_SECONDS), EXPIRES_SECONDS)
+def _is_left(holder: Mapping[str, Any], watched: float) -> bool:
+    """Whether a lease that did not change while it was watched counts as left behind."""
+    is_old = time.time() > holder["renewed"] + EXPIRES_SECONDS
+    return watched > EXPIRES_SECONDS or (watched > WATCHED_SECONDS and is_old)
 
 
 def _name(holder: Mapping[str, Any]) -> str:

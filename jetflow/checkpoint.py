@@ -28,7 +28,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from jetflow import checksums, hosts, rollcall
 from jetflow.buckets import as_path, is_bucket, raise_refusal
 from jetflow.fields import differences, shown
-from jetflow.files import naming
+from jetflow.files import listed, naming
 from jetflow.types import AnyArray, UsageError
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Checkpoints:
         self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None
     ):
         path = os.fspath(as_path(directory))
-        self.directory = epath.Path(path if is_bucket(directory) else os.path.abspath(path))
+        self.directory = epath.Path(path if is_bucket(path) else os.path.abspath(path))
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         self._policy = policies.AnyPreservationPolicy(kept)
         self._manager: ocp.CheckpointManager | None = None  # which would create the directory
@@ -105,8 +105,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps on disk, oldest first; a save that was cut short is not among them."""
-        paths = ocp.utils.checkpoint_steps_paths(self.directory)
-        return sorted(int(path.name) for path in paths if path.name.isdigit())
+        paths = [path for path in listed(self.directory) if path.name.isdigit()]
+        if is_bucket(self.directory):  # where Orbax would take an error for a save cut short
+            paths = [path for path in paths if (path / "commit_success.txt").exists()]
+        return sorted(int(path.name) for path in paths)
 
     def latest(self) -> int | None:
         """The newest step on disk (its arrays unverified), or None."""

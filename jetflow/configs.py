@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jetflow import sharding
+from jetflow.buckets import AnyPath
 from jetflow.noise import LARGEST_SEED
 from jetflow.options import (
     BOOLS,
@@ -152,7 +153,7 @@ _TYPES: tuple[tuple[Any, Any, str], ...] = (
     (float, option(least=0.0, most=0.999999), "train.ema_decay optim.b1 optim.b2 noise.label_drop"),
     (bool, option(), "data.labels noise.flip"),
     (str, option(), "data.name data.train_split data.test_split"),
-    (Path, option(""), "init_from"),
+    (AnyPath, option(""), "init_from"),
     (str, option(choices=("auto", "ema", "params")), "init_weights"),
     (tuple[int, ...], option(least=1, most=MOST_LAYERS), "flow.layers_per_block"),
     (tuple[str, ...], option(choices=("channels", "spatial")), "flow.kinds"),

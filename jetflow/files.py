@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from jetflow import hosts
-from jetflow.buckets import AnyPath, is_bucket, raise_refusal, upload
+from jetflow.buckets import AnyPath, is_bucket, raise_refusal, refusal, upload
 from jetflow.types import UsageError
 
 METRICS = "metrics.jsonl"
@@ -98,6 +98,11 @@ def write_atomically(path: AnyPath) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
 
 
+def listed(folder: AnyPath) -> list[Any]:
+    """The paths in a folder, [] without one; `glob` overlooks what a bucket does not answer."""
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
 def write_json(path: AnyPath, content: Any) -> None:
     """Write a JSON file whole, on the first process alone."""
     if not hosts.is_first():
@@ -115,8 +120,10 @@ def read_json(path: AnyPath, shape: Any = dict) -> Any:
     """
     try:
         return parse(path.read_bytes(), shape)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise_refusal(error)
+        if not isinstance(error, OSError | ValueError):
+            raise
         raise UsageError(f"{path} cannot be read ({error}); restore it") from error
 
 
@@ -127,6 +134,8 @@ def scan_json(paths: Iterable[AnyPath], shape: Any) -> tuple[list[Any], list[str
         try:
             contents.append(read_json(path, shape))
         except UsageError as error:
+            if error.__cause__ and refusal(error.__cause__):  # the file may be sound
+                raise
             wrong.append(str(error))
     return contents, wrong
 
@@ -163,7 +172,10 @@ def scan_metrics(path: AnyPath) -> tuple[list[dict[str, Any]], list[str]]:
     lines, wrong = [], []
     try:
         content = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    except OSError as error:
+    except Exception as error:
+        raise_refusal(error)
+        if not isinstance(error, OSError):
+            raise
         content, wrong = [b""], [str(error)]
     for number, line in enumerate(content, 1):
         try:

@@ -27,7 +27,7 @@ from jetflow.buckets import AnyPath, is_bucket, leased, refusal
 from jetflow.fields import MOST_SHOWN, differences
 from jetflow.options import Options, option
 from jetflow.rollcall import STATE, RollCall
-from jetflow.types import UsageError
+from jetflow.types import Interruption, UsageError
 
 T = TypeVar("T")
 
@@ -212,14 +212,16 @@ def by_first(call: Callable[[], T]) -> T:
         except Exception as error:
             known = refusal(error) or error
             if isinstance(known, UsageError):
-                fault = (str(known),)
+                fault = (str(known), known.status)
             elif isinstance(known, OSError):
                 fault = (known.errno, known.strerror, known.filename and str(known.filename))
             else:
                 raise
     result, fault = agreed([result, fault])
+    if len(fault) == 2:
+        raise (Interruption if fault[1] == Interruption.status else UsageError)(fault[0])
     if fault:
-        raise (UsageError if len(fault) == 1 else OSError)(*fault)
+        raise OSError(*fault)
     return result
 
 

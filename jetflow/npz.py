@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jetflow.buckets import AnyPath
+from jetflow.buckets import AnyPath, raise_refusal
 from jetflow.types import UsageError
 
 ROOM = 2**28  # bytes by which arrays that are read may exceed their compressed file
@@ -148,5 +148,6 @@ class Npz:
         try:
             yield
         except Exception as error:
+            raise_refusal(error)
             reason = str(error) or type(error).__name__
             raise self.fault(f"{name}: {reason}" if name else reason) from error

@@ -8,7 +8,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from jetflow import hosts
-from jetflow.buckets import AnyPath
+from jetflow.buckets import AnyPath, as_path
 from jetflow.files import write_atomically
 from jetflow.types import UsageError
 
@@ -101,7 +101,8 @@ def read_pictures(
     images = []
     for path in paths:
         try:
-            picture = Image.open(path).convert("L" if channels == 1 else "RGB")
+            with as_path(path).open("rb") as file:
+                picture = Image.open(file).convert("L" if channels == 1 else "RGB")
         except OSError as error:
             raise UsageError(f"images has {path}, not a readable picture ({error})") from error
         if picture.size != (width, height):

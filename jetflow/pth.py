@@ -14,12 +14,12 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from jetflow.buckets import as_path
 from jetflow.files import write_atomically
 from jetflow.types import UsageError
 
@@ -278,7 +278,7 @@ def write_pth(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> Non
     for key, (name, array) in enumerate(tensors.items()):
         parts += [_dumps(name), _tensor(str(key), array, names[array.dtype])]
     files = {"data.pkl": b"".join([*parts, b"u."]), "byteorder": sys.byteorder.encode()}
-    with write_atomically(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+    with write_atomically(as_path(path)) as file, zipfile.ZipFile(file, "w") as archive:
         for member, content in files.items():
             archive.writestr(zipfile.ZipInfo(f"archive/{member}"), content)
         for key, array in enumerate(tensors.values()):

@@ -25,7 +25,6 @@ SILENCE_SECONDS = 7  # without one, after which a process is named where a run h
 STALL_SECONDS = 60  # of silence, or behind the others, after which a process is named
 PATIENCE_SECONDS = 900  # behind the others, after which the run ends
 TRIES = 5  # to reach process 0 for the first time, before a process says that it cannot
-BARRIER = "the barrier after "
 STATE: Any = distributed.global_state
 
 
@@ -51,7 +50,7 @@ def reach(text: str = "") -> None:
 
 def reach_barrier() -> None:
     """Say that this process waits for the others; to be called as `reach` is."""
-    reach(BARRIER + _position.text.removeprefix(BARRIER))
+    reach("the barrier after " + _position.text.removeprefix("the barrier after "))
 
 
 def advance() -> None:
@@ -79,10 +78,9 @@ class Member:
 class RollCall:
     """A context that names the process that is lost or behind, and ends this one if it must.
 
-    A process is lost if it was heard of before and no longer is. It is behind if it is the last of
-    all and does not move. Time is counted in this process's own beats. It makes none while it is
-    stopped: when it goes on, it does not take the others for lost. A process that was never heard
-    of, as a firewall lies between, is left to JAX.
+    A process is lost if it was heard of but no longer is (else it is left to JAX, as with a
+    firewall between), and behind if it is the last of all and does not move. Time is counted in
+    this process's own beats: after a stop, it does not take the others for lost.
 
     Args:
         ends: whether to end this process where another one stalls; else it waits, and says so.
@@ -114,12 +112,12 @@ class RollCall:
     def _exchange(self) -> None:
         """Give signs of life to process 0, and take those of the others.
 
-        Not through JAX's service: it drops a process that is stopped for a minute just after it has
-        sent something. Process 0 itself needs no network, which may not lead back to it.
+        Not through JAX's service, which drops a process that is stopped for a minute just after it
+        has sent something. From process 0 the network may not lead back to it.
         """
         key, host = "jetflow/desk", STATE.coordinator_address.rpartition(":")[0]
         if is_first := STATE.process_id == 0:
-            self._pass_on(0, [1, _position])  # which the first one that asks must hear
+            self._pass_on(0, [1, _position])  # so that whoever asks first hears of it
             desk = Desk(0, self._pass_on)
             STATE.client.key_value_set(key, str(desk.server_address[1]))
         port = STATE.client.blocking_key_value_get(key, 1000 * int(PATIENCE_SECONDS))
@@ -130,10 +128,8 @@ class RollCall:
                 self._signs = {number: (sign, Position(*where)) for number, (sign, where) in signs}
             except (OSError, ValueError) as error:  # a ValueError of what is not JSON
                 if beat == TRIES and not self._signs:
-                    say(
-                        f"process {STATE.process_id} cannot name one that stalls, as {host}:{port} "
-                        f"does not answer ({error}); open all ports between the hosts for that"
-                    )
+                    own, where = STATE.process_id, f"{host}:{port} does not answer ({error})"
+                    say(f"process {own} cannot name who stalls, as {where}; open all ports for it")
             if self._over.wait(BEAT_SECONDS):
                 return
 
@@ -163,26 +159,23 @@ class RollCall:
 
     def lost(self, seconds: int | float) -> str:
         """The process that has been silent for longest, in words, if for so long; else nothing."""
-        others = {n: member for n, member in self._members.items() if n != STATE.process_id}
-        number = max(others, key=lambda n: others[n].silent if others[n].sign else -1, default=0)
-        member = others.get(number, Member())
-        if not member.sign or member.silent * BEAT_SECONDS < seconds:
+        members, own = self._members, STATE.process_id
+        silent = {n: member.silent for n, member in members.items() if member.sign and n != own}
+        number = max(silent, key=lambda number: silent[number], default=0)
+        if not silent or silent[number] * BEAT_SECONDS < seconds:
             return ""
-        since, where = _clock(member.silent), member.position.text
+        since, where = _clock(silent[number]), members[number].position.text
         return f"nothing was heard of process {number} since {since}, when it was at {where}"
 
     def behind(self, seconds: int | float) -> str:
-        """The process that others wait for, in words, if for so long; else nothing.
-
-        One between the first and the last waits for the last itself.
-        """
-        counts = {number: member.position.count for number, member in self._members.items()}
-        last = min(counts, key=lambda number: (counts[number], -self._members[number].still))
-        first = max(counts, key=lambda number: counts[number])
-        member, front = self._members[last], self._members[first].position
-        # All may wait for one that was never heard of.
-        is_clear = counts[last] < counts[first] and all(m.sign for m in self._members.values())
-        if not is_clear or member.still * BEAT_SECONDS < seconds:
+        """The process that all others wait for, in words, if for so long; else nothing."""
+        members = self._members
+        last = min(members, key=lambda n: (members[n].position.count, -members[n].still))
+        first = max(members, key=lambda n: members[n].position.count)
+        member, front = members[last], members[first].position
+        is_known = all(each.sign for each in members.values())  # else it may wait itself
+        is_behind = is_known and member.position.count < front.count
+        if not is_behind or member.still * BEAT_SECONDS < seconds:
             return ""
         return (
             f"{_who(last)} has been at {member.position.text} since {_clock(member.still)}, "

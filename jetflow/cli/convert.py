@@ -4,10 +4,10 @@ import dataclasses
 import functools
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
+from jetflow.buckets import AnyPath
 from jetflow.cli.flags import Command
 from jetflow.files import check_writable
 from jetflow.model import load_model
@@ -22,8 +22,8 @@ from jetflow.types import UsageError
 class ReverseOptions(Options):
     """The way back."""
 
-    source: Path = option(help="the workdir of a TarFlow")
-    out: Path = option(help="the .pth file to write", example="FILE.pth")
+    source: AnyPath = option(help="the workdir of a TarFlow")
+    out: AnyPath = option(help="the .pth file to write", example="FILE.pth")
 
 
 def _reverse(options: ReverseOptions) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from jetflow import hosts, pictures
 from jetflow.archive import Archive, Collected, collect
-from jetflow.buckets import AnyPath
+from jetflow.buckets import AnyPath, resolved
 from jetflow.cli.flags import Command
 from jetflow.data import dataset as pipeline
 from jetflow.files import check_writable
@@ -136,7 +136,7 @@ def _draw(options: SampleOptions, model: Model, sampler: Sampler, num: int) -> N
 
 def _archive(options: SampleOptions, model: Model, num: int) -> Archive:
     """The .npz, begun or taken up again, with all that its images depend on."""
-    settings = {"workdir": str(model.workdir.resolve()), "step": model.step}
+    settings = {"workdir": str(resolved(model.workdir)), "step": model.step}
     settings |= {"label": options.label, "seed": options.seed} | options.used(model.noise)
     assert options.npz is not None
     return Archive(options.npz, num=num, image_shape=model.flow.image_shape, settings=settings)

@@ -47,10 +47,10 @@ SHARD_BYTES, SHARD_MEMBERS = 512 * 2**20, 4096
 
 
 def is_prepared(folder: AnyPath) -> bool:
-    return _is_there(folder / METADATA[0])
+    return _exists(folder / METADATA[0])
 
 
-def _is_there(path: AnyPath) -> bool:
+def _exists(path: AnyPath) -> bool:
     # os.path says so of a name that is too long, too.
     return path.exists() if is_bucket(path) else os.path.exists(path)
 
@@ -93,8 +93,8 @@ class Preparation:
         origin, is_local = self._origin(paths), not is_bucket(self.folder)
         try:
             if not self._is_done():
-                is_there = is_local and self.folder.exists() and not is_prepared(self.folder)
-                if is_there and not self.options.overwrite:
+                is_incomplete = is_local and self.folder.exists() and not is_prepared(self.folder)
+                if is_incomplete and not self.options.overwrite:
                     raise UsageError(
                         f"{self.folder} is there without a complete data set; prepare it anew with "
                         f"`jetflow prepare {self.source.name} --overwrite`"
@@ -312,4 +312,4 @@ class Preparation:
 
 def _lines(folder: AnyPath) -> set[str]:
     file = folder / ORIGIN
-    return set(file.read_bytes().decode("utf-8", "replace").splitlines() if _is_there(file) else ())
+    return set(file.read_bytes().decode("utf-8", "replace").splitlines() if _exists(file) else ())

@@ -26,14 +26,13 @@ from jetflow.types import UsageError
 # The first one is written last: without it there is no data set.
 METADATA = ("dataset_info.json", "features.json", "metadata.json")
 THREADS = 4  # files that are copied at once
-PAUSE_SECONDS = 1  # between two looks at a lock
 SHARE = 0.95  # of a disk's free room that copies may take
 GB = 1e9
 
 
 @contextlib.contextmanager
 def locked_in_turn(lock: AnyPath, what: str) -> Iterator[None]:
-    """With a lock, as soon as no other process has it; if one has, a line says what that does."""
+    """With a lock, as soon as no other process has it; a line says which one this one waits for."""
     told = False
     with contextlib.ExitStack() as stack:
         while not stack.enter_context(hosts.locked(lock, wait=False)):
@@ -42,7 +41,7 @@ def locked_in_turn(lock: AnyPath, what: str) -> Iterator[None]:
                 print(f"another process {what}; waiting", file=sys.stderr, flush=True)
             told = True
             rollcall.advance()  # if anything is stuck, it is the other one
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(1)
         yield
 
 
@@ -145,7 +144,11 @@ class Copy:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*"))
+    size = 0
+    for file in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process has renamed it
+            size += file.stat().st_size
+    return size
 
 
 def _removed(lock: Path) -> bool:

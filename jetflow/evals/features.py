@@ -23,7 +23,7 @@ from jetflow.evals.distances import Gaussian
 from jetflow.evals.inception import Network
 from jetflow.files import if_possible, write_atomically
 from jetflow.npz import Npz
-from jetflow.types import Batch, UsageError
+from jetflow.types import Batch, Interruption, UsageError
 
 SIZES = {"pooled": 2048, "spatial": 17 * 17 * 7}  # features of the FID, and of the sFID
 MOMENTS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM names them
@@ -149,6 +149,8 @@ class Statistics:
                         for name, array in self.arrays.items()
                     }
             except UsageError as error:
+                if isinstance(error, Interruption):
+                    raise
                 logging.warning("%s: all samples are drawn again", error)
         if jax.process_count() > 1:
             self.arrays = {name: _agreed(array) for name, array in self.arrays.items()}

@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,7 +165,7 @@ def read_jet(path: str | os.PathLike, sizes: JetSizes) -> Published:
     return Published(section, flow, variables)
 
 
-def to_tarflow(path: Path, flow: Flow, variables: Variables) -> None:
+def to_tarflow(path: str | os.PathLike, flow: Flow, variables: Variables) -> None:
     """Write a TarFlow as a state dict of apple/ml-tarflow, which `torch.load` reads.
 
     Raises:

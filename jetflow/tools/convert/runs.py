@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jetflow.buckets import AnyPath
 from jetflow.checkpoint import Checkpoints
 from jetflow.data import sources
 from jetflow.files import check_writable
@@ -28,7 +29,7 @@ class RunOptions(Options):
     """What every model is made a run with."""
 
     source: Path = option(help="the checkpoint")
-    out: Path = option(
+    out: AnyPath = option(
         help="the workdir to make; with --reverse, the .pth file", example="runs/NAME"
     )
     data: str = option("", "the data set that `jetflow evaluate` is to use")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jetflow.buckets import AnyPath
+from jetflow.buckets import AnyPath, resolved
 from jetflow.fields import flat
 from jetflow.files import METRICS, scan_json, scan_metrics
 from jetflow.pictures import MOST_ROWS
@@ -47,7 +47,7 @@ def run_page(workdir: AnyPath) -> dict[str, Any]:
     )
     return dict(
         kind="run",
-        title=f"Run {workdir.resolve().name}",
+        title=f"Run {resolved(workdir).name}",
         damaged=damaged,
         parameters=sum(math.prod(leaf.shape) for leaf in parameters),
         step=max((line["step"] for line in metrics), default=None),

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jetflow import configs, hosts, pictures, sharding, signals
-from jetflow.buckets import AnyPath, as_path
+from jetflow.buckets import AnyPath, as_path, resolved
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.fields import flat
@@ -70,7 +70,7 @@ def sweep(
         Stopped: a signal stopped a training; everything is saved.
     """
     sweep = (sweep if isinstance(sweep, Sweep) else read(os.fspath(sweep))).with_fixed(fix or {})
-    run = None if run is None else as_path(run).resolve()
+    run = None if run is None else resolved(as_path(run))
     runner = Runner(sweep, Store(as_path(workdir)), run, DataOptions(**data).data_fields)
     points = sweep.chosen(shard, point)
     runner.begin()

@@ -8,7 +8,7 @@ from typing import Any
 from jetflow import hosts
 from jetflow.buckets import AnyPath
 from jetflow.fields import differences, shown
-from jetflow.files import NONE, NUMBER, read_json, read_or_set_aside, scan_json, write_json
+from jetflow.files import NONE, NUMBER, listed, read_json, read_or_set_aside, scan_json, write_json
 from jetflow.sweeps import Point
 from jetflow.types import UsageError
 from jetflow.workdir import CONFIG, SOURCES, SWEEP
@@ -86,7 +86,9 @@ class Store:
 
     def scan(self) -> tuple[list[dict[str, Any]], list[str]]:
         """The records that can be read, and what is wrong with the others."""
-        records, wrong = scan_json(sorted((self.path / "points").glob("*.json")), RECORD)
+        records, wrong = scan_json(
+            [path for path in listed(self.path / "points") if path.suffix == ".json"], RECORD
+        )
         return sorted(records, key=lambda record: record["number"]), wrong
 
     def _check(self) -> None:
