@@ -44,7 +44,7 @@ _calls = itertools.count()  # of what all processes must call equally often
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessOptions(Options):
-    """How the processes of a command that computes find each other, and bear with each other."""
+    """How the processes of a command find each other, and how long they wait for each other."""
 
     join_timeout: float = option(15.0, "minutes to wait for processes that are missing", least=0)
     on_stall: str = option(
@@ -59,10 +59,10 @@ class ProcessOptions(Options):
 def joined(
     facts: Mapping[str, Any], options: ProcessOptions | None, *, saves_at_signals: bool
 ) -> Iterator[None]:
-    """With the other processes of this run, if there are any; `rendezvous.find_place` says so.
+    """A context in which this process is joined to the others of its run, if there are any.
 
-    A process that fails here ends at once, as the way out of Python would wait for the others: with
-    status 2 for bad input, else 1. The others then end within a minute.
+    A process that fails inside ends at once, with status 2 for bad input, else 1: Python's own exit
+    would wait for the others. They then end within a minute.
 
     Args:
         facts: what all of them must be asked for, by name; `compare` says where they are not.
@@ -157,9 +157,9 @@ def compare(facts: Mapping[str, Any]) -> None:
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all processes, which must all ask, on the first one; on the others nothing.
+    """The values of all processes on the first one, and [] on the others; all must call this.
 
-    Others than the first go on at once; they hear of the outcome by `agreed` or `by_first`.
+    Only the first one waits. The others learn of the outcome by `agreed` or `by_first`.
     """
     if not jax.distributed.is_initialized():
         return [value]
@@ -189,9 +189,9 @@ def is_first() -> bool:
 
 
 def agreed(value: T) -> T:
-    """The first process's value, on all of them, which must all ask: anything that JSON can hold.
+    """The first process's value on all of them, which must all call this; of JSON's kinds.
 
-    The first one goes on at once.
+    The first one does not wait.
     """
     if not jax.distributed.is_initialized():
         return value
@@ -266,7 +266,7 @@ def _warn_of_no_locks(folder: AnyPath, error: str) -> None:
 
 
 def note(text: str) -> None:
-    """Tell a person how it goes; the first process does."""
+    """A line on standard error, of the first process alone."""
     if is_first():
         print(text, file=sys.stderr, flush=True)
 

@@ -60,10 +60,10 @@ class Place(NamedTuple):
 
 
 def find_place(*, on_pods: bool) -> Place | None:
-    """This process's place, as the environment tells it; None for a process that is alone.
+    """This process's place, from the environment; None for a process that is alone.
 
-    By hand, by Slurm or Open MPI, by Kubernetes, or by what a TPU host knows of its pod. A machine
-    that is none of these is asked nothing, least of all over its network.
+    It is set by hand, by Slurm, Open MPI or Kubernetes, or by a TPU host's pod. On any other
+    machine nothing is looked up, above all not over the network.
 
     Args:
         on_pods: whether the hosts of a pod join. Unlike a launcher, a pod does not start a command
@@ -130,7 +130,7 @@ class Desk(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def handle_error(self, *_) -> None:
-        """A stranger, such as one who tries all ports, is let go."""
+        """Ignore what strangers send, such as port scanners."""
 
 
 class _Question(socketserver.StreamRequestHandler):
@@ -229,7 +229,7 @@ def named(numbers: Collection[int]) -> str:
 
 
 def say(text: str) -> None:
-    """Tell a person; every process does."""
+    """A line on standard error, of any process."""
     print(f"jetflow: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Which process of a run is lost or behind: each hears of all the others, and names it.
+"""Which process of a run is lost or behind: each process hears of all the others, and names it.
 
-Where JAX aborts the processes that are left, from C++ and after pages of it, the last line is ours.
+When JAX aborts the others from C++, with pages of output, the last line still says which one it is.
 """
 
 import ctypes
@@ -95,7 +95,7 @@ class RollCall:
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self.leave())
 
     def __enter__(self) -> "RollCall":
-        # One of Python's own would not run any more: it only leaves a note for the main thread.
+        # A handler of Python's would run too late: it waits for the main thread.
         self._set_handler(signal.SIGABRT, self._handler)
         return self
 
