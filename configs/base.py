@@ -17,6 +17,7 @@ def jet() -> ConfigDict:
             kinds=("channels",) * 4 + ("spatial",),  # cycle of the couplings' splits
             net="vit",  # of the couplings: vit, or conv, convolutions of as many parameters
             scale_factor=2.0,  # a coupling scales a dimension by less than this
+            noise_conditional=False,  # one flow for all levels of noise, with noise.kind levels
             dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
             precision="default",  # of float32 matmuls on TPUs and GPUs: default, high, highest
             attention="auto",  # xla (written out), splash (TPU), cudnn (GPU), or what suits
@@ -43,6 +44,7 @@ def tarflow() -> ConfigDict:
             layers_per_block=(8,),  # transformer layers of every block, or one number a block
             head_dim=64,  # features of an attention head; must divide width
             volume_preserving=False,  # predict shifts only, and learn the prior's variance
+            noise_conditional=False,  # one flow for all levels of noise, with noise.kind levels
             pixel_scale=128.0,  # pixels v become v / pixel_scale - 1; 127.5 with gaussian noise
             dtype="float32",  # of the nets' matmuls, or bfloat16; the rest stays float32
             precision="default",  # of float32 matmuls on TPUs and GPUs: default, high, highest
@@ -72,6 +74,20 @@ def for_samples(config: ConfigDict, noise_std: float) -> ConfigDict:
     config.noise.kind = "gaussian"
     config.noise.std = noise_std
     config.eval.denoise = True
+    return config
+
+
+def for_levels(config: ConfigDict, t0: float, t1: float, steps: int) -> ConfigDict:
+    """iTARFlow's recipe (arXiv 2604.20041): all levels of noise in training, many to denoise."""
+    config.flow.pixel_scale = 127.5
+    config.flow.noise_conditional = True
+    config.noise.kind = "levels"
+    config.noise.t0 = t0
+    config.noise.t1 = t1
+    config.eval.denoise = True
+    config.eval.denoise_steps = steps
+    config.eval.guide_rule = "scale"
+    config.eval.guide_blocks = 1
     return config
 
 
@@ -136,8 +152,12 @@ def _common() -> ConfigDict:
                 workers=0,  # processes that read training batches; 0 for threads of this one
             ),
             noise=dict(
-                kind="uniform",  # dequantisation by U[0, 1), or gaussian
-                std=0.0,  # of the gaussian noise, in units where pixels span [-1, 1]
+                kind="uniform",  # dequantisation by U[0, 1), or gaussian, or levels: gaussian
+                std=0.0,  # of gaussian noise, in units where pixels span [-1, 1]
+                t0=0.0,  # least and
+                t1=0.0,  # largest std that levels draw for an image
+                distribution="uniform",  # of them; or square: of t², or lognormal
+                weight="t",  # of an image in the loss, by its level: t, t2 (t²), 1
                 label_drop=0.0,  # share of labels hidden in training, for guidance
                 flip=False,  # mirror images at random
             ),
@@ -182,9 +202,14 @@ def _common() -> ConfigDict:
                 temperature=1.0,  # of those samples: multiplies the prior's standard deviation
                 guidance=0.0,  # strength; 0 for none
                 guide_what="ab",  # guided predictions: a log-scale, b shift, ab both
+                guide_rule="log_scale",  # what is guided: log_scale, scale, or by rule starflow
+                guide_blocks=0,  # guided, of those decoded first; 0 for all
                 attention_temperature=1.0,  # of the unguided pass; flows without labels need != 1
                 annealed=False,  # guidance that grows from the first token to the last
-                denoise=False,  # one denoising step after sampling, for gaussian noise
+                denoise=False,  # denoise after sampling, for gaussian noise and levels,
+                denoise_steps=1,  # in so many steps, for levels
+                denoise_clip=False,  # clip what a step takes for the clean image
+                denoise_eta=0.0,  # share of new noise in each step but the last
             ),
         )
     )

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from jetflow import hosts, sharding
 from jetflow.buckets import AnyPath
 from jetflow.files import if_possible, read_or_set_aside, write_json
-from jetflow.flows.stack import Stack
+from jetflow.flows.stack import Stack, guidance_of
 from jetflow.sampling.ancestral import AS_WRITTEN, Sampler
 from jetflow.sampling.decoding import WINDOW
-from jetflow.types import Decoding
+from jetflow.types import Condition, Decoding
 
 REPEATS = 3
 
@@ -46,6 +46,7 @@ def fastest(
         "tolerance": base.tolerance,
         "cache_dtype": base.cache_dtype,
         "guidance": None if sampler.guidance is None else dataclasses.asdict(sampler.guidance),
+        "noise_level": sampler.noise_level,
     }
     known = read_or_set_aside(path, [{"conditions": dict, "windows": [int]}], [])
     before = [entry["windows"] for entry in known if entry["conditions"] == conditions]
@@ -69,6 +70,8 @@ def calibrate(sampler: Sampler, base: Decoding, batch_size: int) -> list[int]:
     assert isinstance(flow, Stack)
     index = np.arange(batch_size)
     label = sampler.place(index % flow.num_classes if flow.num_classes else None)
+    level = None if sampler.noise_level is None else np.full(batch_size, sampler.noise_level)
+    condition = Condition(label, sampler.place(level))
     z = sampler.place(sampler.latents(jax.random.key(0), index))
     tried = windows(flow.latent_shape[0], jax.devices()[0].platform)
     best, hidden = [], None if hosts.is_first() else True
@@ -77,7 +80,8 @@ def calibrate(sampler: Sampler, base: Decoding, batch_size: int) -> list[int]:
     with sharding.on(sampler.mesh):
         for number in bar:
             block, variables = flow.blocks[number].clone(name=None), params[f"blocks_{number}"]
-            inputs = block, {"params": variables}, z, label, sampler.guidance
+            guidance = guidance_of(flow, number, sampler.guidance)
+            inputs = block, {"params": variables}, z, condition, guidance
 
             def seconds(window: int, inputs=inputs) -> float:
                 decoding = dataclasses.replace(base, window=window)

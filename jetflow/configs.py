@@ -147,11 +147,12 @@ _TYPES: tuple[tuple[Any, Any, str], ...] = (
     (int, option(least=1, most=MOST_LAYERS), "flow.num_couplings flow.block_depth flow.num_blocks"),
     (int, option(least=1, most=LARGEST_WIDTH), "flow.patch_size flow.width flow.head_dim "
         "flow.num_heads"),
-    (float, option(least=0.0), "optim.min_lr optim.weight_decay optim.clip_norm noise.std"),
+    (float, option(least=0.0), "optim.min_lr optim.weight_decay optim.clip_norm noise.std "
+        "noise.t0 noise.t1"),
     (float, option(least=1e-30), "optim.lr optim.eps flow.pixel_scale"),
     (float, option(least=1.001), "flow.scale_factor"),
     (float, option(least=0.0, most=0.999999), "train.ema_decay optim.b1 optim.b2 noise.label_drop"),
-    (bool, option(), "data.labels noise.flip"),
+    (bool, option(), "data.labels noise.flip flow.noise_conditional"),
     (str, option(), "data.name data.train_split data.test_split"),
     (AnyPath, option(""), "init_from"),
     (str, option(choices=("auto", "ema", "params")), "init_weights"),

@@ -5,7 +5,20 @@ from typing import Any
 
 MOST_SHOWN = 4  # fields that differ
 # Fields that the configs of older runs lack, with what counts for those.
-LATER = {"flow.precision": "default", "flow.attention": "auto"}
+LATER = {
+    "flow.precision": "default",
+    "flow.attention": "auto",
+    "flow.noise_conditional": False,
+    "noise.t0": 0.0,
+    "noise.t1": 0.0,
+    "noise.distribution": "uniform",
+    "noise.weight": "t",
+    "eval.guide_rule": "log_scale",
+    "eval.guide_blocks": 0,
+    "eval.denoise_steps": 1,
+    "eval.denoise_clip": False,
+    "eval.denoise_eta": 0.0,
+}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "config.") -> dict[str, Any]:

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jetflow.types import AnyArray, Flow
+from jetflow.types import AnyArray, Condition, Flow
 
 Variance = Float[AnyArray, "T D"] | float
 
@@ -37,21 +37,21 @@ def bits_per_dim(nats: Float[Array, "B"], z: Float[Array, "B T D"]) -> Float[Arr
 
 
 def eval_step(
-    flow: Flow, variables: Any, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None
+    flow: Flow, variables: Any, x: Float[Array, "B H W C"], condition: Condition
 ) -> Float[Array, "B"]:
     """Bits per dimension of each example, at given pixel values."""
-    return eval_parts(flow, variables, x, label)[0]
+    return eval_parts(flow, variables, x, condition)[0]
 
 
 def eval_parts(
-    flow: Flow, variables: Any, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None
+    flow: Flow, variables: Any, x: Float[Array, "B H W C"], condition: Condition
 ) -> tuple[Float[Array, "B"], Float[Array, "P B"]]:
     """Bits per dimension of each example, and what each part of the flow contributes to them.
 
     The parts are the prior, the preprocessing, and the blocks in the order in which an image goes
     through them; of a Jet, its couplings. They add up to the whole.
     """
-    z, logdet, block_logdets, _ = flow.apply(variables, x, label, method="forward_blocks")
+    z, logdet, block_logdets, _ = flow.apply(variables, x, *condition, method="forward_blocks")
     variance = prior_variance(variables)
     pixels = jnp.full((1, *logdet.shape), flow.pixel_logdet, logdet.dtype)
     parts = jnp.concatenate([prior_nll(z, variance)[None], -pixels, -block_logdets])

@@ -17,7 +17,7 @@ from jetflow.archive import collect
 from jetflow.buckets import as_path
 from jetflow.checkpoint import Checkpoints
 from jetflow.evals import evaluation
-from jetflow.evals.likelihoods import UNIFORM, bits_per_dim
+from jetflow.evals.likelihoods import bits_per_dim
 from jetflow.evals.settings import EvaluateOptions, TrainedFlow
 from jetflow.fields import flat
 from jetflow.files import METRICS, read_metrics
@@ -114,7 +114,7 @@ class Model(TrainedFlow):
         label: int | Int[AnyArray, "B"] | None = None,
         *,
         seed: int = 0,
-        noise: Noise = UNIFORM,
+        noise: Noise | None = None,
     ) -> Float[Array, "B"]:
         """−log2 p per dimension of each image, under one draw of the noise, all images at once.
 
@@ -123,7 +123,8 @@ class Model(TrainedFlow):
         Args:
             images: whole pixel values 0..255; uint8 inside `jax.jit`.
             label: of the images, p(x | label); None or -1 for none.
-            noise: pass `model.noise` for the likelihood that a training with gaussian noise raises.
+            noise: pass `model.noise` for the likelihood that a training with gaussian noise raises,
+                or `model.noise.at(0.1)` for that of a noise level.
 
         Raises:
             UsageError: on images that are no pixels, such as floats in [0, 1], or a bad label.
@@ -131,6 +132,7 @@ class Model(TrainedFlow):
         key = key_for(seed, 0, Purpose.EVALUATE)
         pixels = jnp.asarray(_pixels(images))
         label = check_labels(self.flow, label, len(pixels))
+        noise = noise or self.noise.dequantisation
         return bits_per_dim(self.flow, self.variables, pixels, label, key, noise=noise)
 
     def encode(

@@ -43,25 +43,49 @@ class Batch(NamedTuple):
     index: Any
 
 
+GUIDANCE_RULES = ("log_scale", "scale", "starflow")
+
+
+class Condition(NamedTuple):
+    """What a flow is told beside the image.
+
+    Attributes:
+        label: of each image, -1 for none, or shares of the classes; None without labels.
+        noise_level: of each image, in units where pixels span [-1, 1]; None for a flow that is not
+            noise-conditional.
+    """
+
+    label: Int[Array, "B"] | Float[Array, "B Y"] | None = None
+    noise_level: Float[Array, "B"] | None = None
+
+
 @flax.struct.dataclass
 class Guidance:
-    """How a sampler pushes away from the unconditional prediction (TarFlow, arXiv 2412.06329).
+    """How a sampler pushes away from the unconditional prediction.
 
-    With c the conditional and u the unconditional prediction of log-scale and shift, both become
-    c + scale·(c − u).
+    With c the conditional and u the unconditional prediction, μ a shift and σ a scale:
+
+    - log_scale: c + g·(c − u) of log σ and μ (TarFlow, arXiv 2412.06329);
+    - scale: c + g·(c − u) of σ and μ (iTARFlow, arXiv 2604.20041);
+    - starflow: with s = min(σc/σu, 1)² and d = 1 + g − g·s, σ = σc/√d and
+      μ = ((1 + g)·μc − g·s·μu)/d (STARFlow, arXiv 2506.06276).
 
     Attributes:
         scale: the strength g; 0 is plain sampling.
+        rule: of these three.
         what: which predictions are guided: "a" the log-scale, "b" the shift, "ab" both.
         temperature: τ, divides the attention logits of the unconditional pass only; with τ ≠ 1 the
             unconditional pass is worse than the conditional one even without labels.
         annealed: multiply g by j / (T − 1) at the j-th decoded token, j = 0 … T − 1.
+        blocks: how many are guided, of those that are decoded first; 0 for all.
     """
 
     scale: Any = 0.0  # a float, but an array where a function of it is traced
     what: str = flax.struct.field(pytree_node=False, default="ab")
     temperature: Any = 1.0
     annealed: bool = flax.struct.field(pytree_node=False, default=False)
+    rule: str = flax.struct.field(pytree_node=False, default="log_scale")
+    blocks: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @flax.struct.dataclass
@@ -127,13 +151,15 @@ class Flow(Protocol):
         z, logdet = flow.apply(variables, x, label, method="forward")
         x, logdet = flow.apply(variables, z, label, guidance, decoding, method="inverse")
 
-    with images x [B, H, W, C], latents z [B, T, D], log-determinants [B] of the map itself, and
-    label [B] or None. `guidance` and `decoding`, one of each block, default to None: plain
+    and with `noise_level=t` besides where it is noise-conditional. Images x are [B, H, W, C], latents
+    z [B, T, D], log-determinants [B] of the map itself, label [B] or None, and t [B] in units where
+    pixels span [-1, 1]. `guidance` and `decoding`, one of each block, default to None: plain
     sampling, token by token. "forward_blocks" and "inverse_blocks" return `BlockOutputs` and
     `BlockInputs`.
 
     Attributes:
         num_classes: 0 for a flow without labels.
+        noise_conditional: whether it is one flow for all noise levels, and takes one.
         image_shape: (H, W, C).
         latent_shape: (T, D).
         pixel_scale: pixel values per unit of what the blocks see.
@@ -146,6 +172,7 @@ class Flow(Protocol):
     """
 
     num_classes: int
+    noise_conditional: bool
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...

@@ -12,9 +12,9 @@ from jetflow.cli.flags import Command
 from jetflow.files import check_writable
 from jetflow.model import load_model
 from jetflow.options import Options, option
-from jetflow.tools.convert import jet_run, tarflow_run, to_tarflow
+from jetflow.tools.convert import itarflow_run, jet_run, tarflow_run, to_tarflow
 from jetflow.tools.convert.models import Published
-from jetflow.tools.convert.runs import JetOptions, TarflowOptions
+from jetflow.tools.convert.runs import ItarflowOptions, JetOptions, TarflowOptions
 from jetflow.types import UsageError
 
 
@@ -40,7 +40,9 @@ def _reverse(options: ReverseOptions) -> None:
     print(f"step {model.step} of {options.source}: {options.out}")
 
 
-def _forth(run: Callable[..., Published], options: TarflowOptions | JetOptions) -> None:
+def _forth(
+    run: Callable[..., Published], options: TarflowOptions | ItarflowOptions | JetOptions
+) -> None:
     """Make a workdir, say what it is, and the commands that go on with it."""
     published, workdir = run(**vars(options)), shlex.quote(str(options.out))
     kind, num_classes = published.section["kind"], published.flow.num_classes
@@ -51,9 +53,12 @@ def _forth(run: Callable[..., Published], options: TarflowOptions | JetOptions) 
         print(f"measure it:  jetflow evaluate --workdir {workdir}")
     else:
         print("measure it:  convert it again with --data NAME, which `jetflow evaluate` needs")
-    std = options.noise_std if isinstance(options, TarflowOptions) else 0.0
     settings = {f"flow.{name}": value for name, value in published.section.items()}
-    settings |= {"noise.kind": "gaussian" if std else "uniform", "noise.std": std}
+    if isinstance(options, ItarflowOptions):
+        settings |= {"noise.kind": "levels", "noise.t0": options.t0, "noise.t1": options.t1}
+    else:
+        std = options.noise_std if isinstance(options, TarflowOptions) else 0.0
+        settings |= {"noise.kind": "gaussian" if std else "uniform", "noise.std": std}
     settings |= {"data.labels": num_classes > 0, "init_from": options.out}
     del settings["flow.kind"]
     words = [shlex.quote(f"--config.{name}={value}") for name, value in settings.items()]
@@ -72,6 +77,13 @@ COMMANDS = {
         "--patch_size 2 --noise_std 0.05",
         TarflowOptions,
         functools.partial(_forth, tarflow_run),
+        ("source",),
+    ),
+    "itarflow": Command(
+        "jetflow convert itarflow SOURCE.pth --out runs/itar --image_size 64 --channels 3 "
+        "--patch_size 2 --t1 0.3",
+        ItarflowOptions,
+        functools.partial(_forth, itarflow_run),
         ("source",),
     ),
     "jet": Command(

@@ -49,11 +49,11 @@ def results(
         if metric in DISTANCES:
             measured, ending = quality.measure(metric), quality.suffix()
         else:
-            measured, ending = [likelihood.measure(metric)], likelihood.suffix(metric)
+            measured, ending = likelihood.measure(metric), likelihood.suffix(metric)
         for result in measured:
-            path = None
+            path, level = None, likelihood.level(result)
             with if_possible("the result"):
-                path = write_result(model.workdir, result, ending)
+                path = write_result(model.workdir, result, ending + level)
             yield result, path
 
 
@@ -81,15 +81,31 @@ class _Likelihoods:
         defaults |= {"split": config["data"]["test_split"], "seed": 0}
         return suffix(settings | {"split": self.split, "seed": options.seed}, defaults)
 
-    def measure(self, metric: str) -> dict[str, Any]:
-        """The record of a metric."""
+    def measure(self, metric: str) -> Iterator[dict[str, Any]]:
+        """The records of a metric: one, or one a level of noise."""
+        noise, levels = self.model.noise, self.options.levels
+        if levels and noise.kind != "levels":
+            raise UsageError(
+                f"levels is {levels}, which is for flows trained with noise of all levels"
+            )
         if metric.endswith("accuracy"):
-            return self._accuracy(metric)
-        noise = likelihoods.UNIFORM
+            yield self._accuracy(metric)
+            return
+        noises = [noise.dequantisation]
         if metric.startswith("noised_"):
-            noise, plain = self.model.noise, metric.removeprefix("noised_")
             if noise.kind == "uniform":
+                plain = metric.removeprefix("noised_")
                 raise UsageError(f"{metric} is for flows trained with gaussian noise; use {plain}")
+            noises = [noise.at(level) for level in levels] if levels else [noise]
+        for noise in noises:
+            yield self._likelihood(metric, noise)
+
+    def level(self, result: dict[str, Any]) -> str:
+        """What the file's name ends in, where a record is of one level of noise."""
+        noise = result.get("noise", {})
+        return f"-level={noise['t0']:g}" if self.options.levels and "t1" in noise else ""
+
+    def _likelihood(self, metric: str, noise: Noise) -> dict[str, Any]:
         held_out, density = self._data(self.split), self._density(noise)
         test = density.likelihood(held_out)
         if not metric.endswith("_gap"):
@@ -102,7 +118,7 @@ class _Likelihoods:
         error = math.hypot(test.error_over_examples, train.error_over_examples)
         facts: dict[str, Any] = {"held_out": finite(test.mean), "train": finite(train.mean)}
         facts |= {"draws": self.draws, "conditional": test.conditional}
-        facts |= {"noise": {"kind": test.noise.kind, "std": test.noise.std}}
+        facts |= {"noise": likelihoods.noise_facts(test.noise)}
         facts |= {"data": test.data.facts(), "train_data": train.data.facts()}
         return record(metric, test.mean - train.mean, error, **facts, **source(self.model))
 
@@ -111,7 +127,10 @@ class _Likelihoods:
         model, options = self.model, self.options
         if not model.flow.num_classes:
             raise UsageError(f"{metric} is for flows with labels; leave it out of metrics")
-        density = self._density(dataclasses.replace(model.noise, label_drop=0.0, flip=False))
+        noise = dataclasses.replace(model.noise, label_drop=0.0, flip=False)
+        if noise.kind == "levels":
+            noise = noise.at((options.levels or (math.sqrt(noise.t0 * noise.t1),))[0])
+        density = self._density(noise)
         if metric == "sample_accuracy":
             num, batches = options.num_samples, drawn_batches(model, options)
             facts: dict[str, Any] = {"samples": {"images": num, **options.sampling(model)}}
@@ -123,7 +142,7 @@ class _Likelihoods:
         value = float(np.nansum(right) / num)
         error = math.sqrt(value * (1 - value) / num)  # as binomial
         facts |= {"draws": self.draws, "not_finite": int(np.isnan(right).sum())}
-        facts |= {"noise": {"kind": density.noise.kind, "std": density.noise.std}}
+        facts |= {"noise": likelihoods.noise_facts(density.noise)}
         return record(metric, value, error, **facts, **source(model))
 
     def _density(self, noise: Noise) -> Density:

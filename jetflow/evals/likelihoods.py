@@ -23,7 +23,7 @@ from jetflow.evals.batching import Batching
 from jetflow.flows.stack import check_labels
 from jetflow.likelihood import eval_parts, eval_step, importance_weighted
 from jetflow.noise import Noise, Purpose, key_for, keys_by_example
-from jetflow.types import Batch, Flow
+from jetflow.types import Batch, Condition, Flow
 
 UNIFORM = Noise("uniform")
 
@@ -42,7 +42,8 @@ def bits_per_dim(
 
     With the default noise, uniform dequantisation, its mean is an upper bound on the bits per
     dimension of the discrete images. With gaussian noise it is the likelihood of noised data, which
-    cannot be compared with that.
+    cannot be compared with that. A noise-conditional flow is told the level of a noise: give
+    `Noise(t0=0.01)`, or `Noise("levels", t0=0.1, t1=0.1)`.
 
     Args:
         images: pixel values 0..255.
@@ -68,18 +69,19 @@ def lower(flow: Flow, variables: Any, batch: Batch, mesh: Mesh, noise: Noise = U
 @functools.partial(jax.jit, static_argnames=("flow", "noise"))
 def _bits_and_parts(flow, noise, variables, images, label, key, index):
     """Bits [B], and what each part of the flow contributes to them, [B, P]."""
-    x = noise.add_by_example(images, keys_by_example(key, index), flow.pixel_scale)
-    bits, parts = eval_parts(flow, variables, x, label)
+    x, level = noise.add_by_example(images, keys_by_example(key, index), flow.pixel_scale)
+    bits, parts = eval_parts(flow, variables, x, Condition(label, level))
     return bits, parts.T
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "noise"))
 def _bits_by_label(flow, noise, variables, images, key, index):
     """Bits per dimension under every label, [B, Y]: one label at a time, for the whole batch."""
-    x = noise.add_by_example(images, keys_by_example(key, index), flow.pixel_scale)
+    x, level = noise.add_by_example(images, keys_by_example(key, index), flow.pixel_scale)
 
     def under(label):
-        return eval_step(flow, variables, x, jnp.full(len(x), label, jnp.int32))
+        condition = Condition(jnp.full(len(x), label, jnp.int32), level)
+        return eval_step(flow, variables, x, condition)
 
     return jax.lax.map(under, jnp.arange(flow.num_classes)).T
 
@@ -134,7 +136,7 @@ class Likelihood:
         facts: dict[str, Any] = {"draws": len(self.bits), "conditional": self.conditional}
         facts |= {"importance_weighted": records.finite(self.importance_weighted)}
         facts |= {"parts": {"prior": prior, "pixels": pixels, "blocks": blocks}}
-        facts |= {"noise": {"kind": self.noise.kind, "std": self.noise.std}}
+        facts |= {"noise": noise_facts(self.noise)}
         facts |= {"data": self.data.facts(), "step": step, "weights": weights}
         return records.record(metric_name(self.noise), self.mean, self.standard_error, **facts)
 
@@ -210,6 +212,14 @@ class Density:
             finite = np.isfinite(bits).all(1)  # the least of nan would be the first label's
             right[index] = np.where(finite, bits.argmin(1) == label, np.nan)
         return right
+
+
+def noise_facts(noise: Noise) -> dict[str, Any]:
+    """What is recorded of the noise of an evaluation."""
+    facts: dict[str, Any] = {"kind": noise.kind, "std": noise.std}
+    if noise.t0:  # what a noise-conditional flow is told
+        facts |= {"t0": noise.t0, "t1": noise.t1, "distribution": noise.distribution}
+    return facts
 
 
 def metric_name(noise: Noise) -> str:

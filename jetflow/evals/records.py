@@ -40,9 +40,15 @@ def _describe_likelihood(result: Mapping[str, Any]) -> str:
     if noise["kind"] == "uniform":
         return text
     return (
-        f"{text}\n  (of data with gaussian noise of std {noise['std']:g} added: not comparable "
-        "with a bpd of dequantised images)"
+        f"{text}\n  (of data with gaussian noise of std {_std(noise)} added: not comparable with a "
+        "bpd of dequantised images)"
     )
+
+
+def _std(noise: Mapping[str, Any]) -> str:
+    """Of gaussian noise: one, or from the least level to the largest."""
+    least, largest = noise.get("t0", noise["std"]), noise.get("t1", noise["std"])
+    return f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
 
 
 def _describe_gap(result: Mapping[str, Any]) -> str:

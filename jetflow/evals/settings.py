@@ -41,6 +41,12 @@ class EvaluateOptions(SamplingOptions, DataOptions):
     draws: int | None = option(
         None, "noise draws an example; default: the run's", least=1, most=MOST_DRAWS
     )
+    levels: tuple[float, ...] | None = option(
+        None,
+        "of noise, at each of which noised_bpd is measured, and accuracies at the first; default: "
+        "the levels of training, drawn as there; for noise-conditional flows",
+        least=1e-6,
+    )
     seed: int = option(0, "of the draws, and of samples", least=0, most=LARGEST_SEED)
     batch_size: int = option(
         128, "images at a time; changes rounding errors alone", least=1, most=LARGEST_BATCH

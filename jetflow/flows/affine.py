@@ -31,10 +31,11 @@ def normalise(x, log_scale, shift) -> TokensAndLogDet:
     return (x - shift) * jnp.exp(-log_scale), -log_scale.sum((1, 2))
 
 
-def denormalise(z, log_scale, shift) -> TokensAndLogDet:
-    """x = z·exp(log_scale) + shift: the inverse of `normalise`."""
+def denormalise(z, log_scale, shift, sign=None) -> TokensAndLogDet:
+    """x = z·exp(log_scale) + shift: the inverse of `normalise`; sign, if given, is of the scale."""
     z, log_scale, shift = widen(z, log_scale, shift)
-    return z * jnp.exp(log_scale) + shift, log_scale.sum((1, 2))
+    scale = jnp.exp(log_scale) if sign is None else sign * jnp.exp(log_scale)
+    return z * scale + shift, log_scale.sum((1, 2))
 
 
 def squash(x, bias, gate, limit: float) -> TokensAndLogDet:

@@ -9,11 +9,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows import affine
+from jetflow.flows.guidance import Prediction, guided, interleave
 from jetflow.nn.attention import platform
 from jetflow.nn.causal import KERNEL_INIT, Cache, CausalTransformer, bias_init, enlarged
+from jetflow.nn.condition import LevelEmbedding, class_token
 from jetflow.nn.dense import at_least_float32
-from jetflow.nn.transformer import class_token
-from jetflow.types import BlockInputs, BlockOutputs, Decoding, Guidance
+from jetflow.types import BlockInputs, BlockOutputs, Condition, Decoding, Guidance
 
 LARGEST_GUESS = 1e4  # far above any token's value, far below what overflows in a net
 # Tokens between enlargements of the cache. Each stage is compiled anew; its steps read the whole
@@ -31,7 +32,7 @@ class _Context(NamedTuple):
     """
 
     position: Float[Array, "T W"]  # embeddings in decoding order
-    condition: Float[Array, "P W"]
+    embedding: Float[Array, "P W"]  # of the label and the noise level
     temperature: Float[Array, "P"]
     layer_params: tuple[Any, ...]
     guidance: Guidance | None
@@ -57,6 +58,7 @@ class AutoregressiveBlock(nn.Module):
         num_classes: 0 for a block without class embedding.
         backward: decode the tokens from the last to the first; an array in a loop over blocks.
         volume_preserving: predict no α; the log-determinant is 0.
+        noise_conditional: embed the noise level as well.
     """
 
     transformer: CausalTransformer
@@ -64,6 +66,7 @@ class AutoregressiveBlock(nn.Module):
     num_classes: int
     backward: bool | Array
     volume_preserving: bool
+    noise_conditional: bool = False
 
     @property
     def net(self) -> CausalTransformer:
@@ -79,6 +82,8 @@ class AutoregressiveBlock(nn.Module):
         if self.num_classes:
             shape = (self.num_classes, width)
             self.class_embedding = self.param("class_embedding", EMBEDDING_INIT, shape, jnp.float32)
+        if self.noise_conditional:
+            self.level_embedding = LevelEmbedding(width)
         self.proj_out = nn.Dense(
             features if self.volume_preserving else 2 * features,
             dtype=at_least_float32(dtype),
@@ -86,15 +91,13 @@ class AutoregressiveBlock(nn.Module):
             bias_init=bias_init(width),
         )
 
-    def forward_blocks(
-        self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None
-    ) -> BlockOutputs:
+    def forward_blocks(self, x: Float[Array, "B T D"], condition: Condition) -> BlockOutputs:
         """All tokens at once."""
         x = self._in_order(x)
         predict = AutoregressiveBlock._predict
         if self.transformer.remat == "block":
             predict = nn.remat(predict)
-        log_scale, shift = predict(self, x, label)
+        log_scale, shift = predict(self, x, condition)
         z, logdet = affine.normalise(x, log_scale, shift)
         scale = affine.root_mean_square(z)
         return BlockOutputs(self._in_order(z), logdet, logdet[None], scale[None])
@@ -102,14 +105,14 @@ class AutoregressiveBlock(nn.Module):
     def inverse_blocks(
         self,
         z: Float[Array, "B T D"],
-        label: Int[Array, "B"] | None,
+        condition: Condition,
         guidance: Guidance | None,
         decoding: Decoding | None = None,
     ) -> BlockInputs:
         """Token by token, or a window of tokens at a time, against a KV cache."""
         decoding = decoding or Decoding()
         (z,) = affine.widen(self._in_order(z))
-        context = self._context(label, len(z), guidance)
+        context = self._context(condition, len(z), guidance)
         window = min(decoding.window, z.shape[1] - 1)
         decode = self._by_windows if window > 1 else self._token_by_token
         x, logdet, sweeps, residual = decode(z, context, decoding)
@@ -123,12 +126,12 @@ class AutoregressiveBlock(nn.Module):
         def step(block: AutoregressiveBlock, carry, inputs):
             token, cache, total = carry
             index, next_z = inputs
-            log_scale, shift, cache = block._extend(token[:, None], index, cache, context)
-            x, logdet = affine.denormalise(next_z[:, None], log_scale, shift)
+            predicted, cache = block._extend(token[:, None], index, cache, context)
+            x, logdet = affine.denormalise(next_z[:, None], *predicted)
             return (x[:, 0], cache, total + logdet), x[:, 0]
 
         # Token 0 has no past: its shift and log-scale are zero.
-        cache = self.transformer.empty_cache(len(context.condition), 0, decoding.cache_dtype)
+        cache = self.transformer.empty_cache(len(context.embedding), 0, decoding.cache_dtype)
         carry, parts = (z[:, 0], cache, jnp.zeros(batch, z.dtype)), [z[None, :, 0]]
         scanned = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
         inputs = jnp.arange(tokens - 1), z[:, 1:].swapaxes(0, 1)
@@ -158,8 +161,8 @@ class AutoregressiveBlock(nn.Module):
             final = jnp.arange(tokens)[:, None] < carry.done
             lost = ~jnp.isfinite(jnp.where(final, carry.tokens, 0.0)).all((1, 2))
             before = _window(carry.tokens, first - 1, width)
-            log_scale, shift, cache = block._extend(before, first - 1, carry.cache, context)
-            value, _ = affine.denormalise(_window(z, first, width), log_scale, shift)
+            predicted, cache = block._extend(before, first - 1, carry.cache, context)
+            value, _ = affine.denormalise(_window(z, first, width), *predicted)
             old = _window(carry.tokens, first, width)
             change = jnp.where(lost[:, None, None], 0.0, _change(value, old)).max((0, 2))
             change = jnp.where(settled, 0.0, change)
@@ -171,7 +174,7 @@ class AutoregressiveBlock(nn.Module):
                 first + count,
                 jax.lax.dynamic_update_slice_in_dim(carry.tokens, guess, first, axis=1),
                 cache,
-                carry.logdet + jnp.where(new, log_scale, 0.0).sum((1, 2)),
+                carry.logdet + jnp.where(new, predicted.log_scale, 0.0).sum((1, 2)),
                 carry.sweeps + 1,
                 jnp.maximum(carry.residual, jnp.where(place < count - 1, change, 0.0).max()),
             )
@@ -179,7 +182,7 @@ class AutoregressiveBlock(nn.Module):
         carry = _Window(
             jnp.array(1),
             _guess(z).at[:, 0].set(z[:, 0]),
-            self.transformer.empty_cache(len(context.condition), 0, decoding.cache_dtype),
+            self.transformer.empty_cache(len(context.embedding), 0, decoding.cache_dtype),
             jnp.zeros(batch, z.dtype),
             jnp.array(0),
             jnp.zeros((), z.dtype),
@@ -191,40 +194,40 @@ class AutoregressiveBlock(nn.Module):
                 carry = nn.while_loop(goes_on, sweep, self, carry, split_rngs={"params": False})
         return carry.tokens, carry.logdet, carry.sweeps, carry.residual
 
-    def _context(self, label, batch: int, guidance: Guidance | None) -> _Context:
+    def _context(self, condition: Condition, batch: int, guidance: Guidance | None) -> _Context:
         """With guidance the conditional and the unconditional pass are one batch."""
-        condition, temperature = self._class_token(label, batch), jnp.ones(batch)
+        embedding, temperature = self._embedding(condition, batch), jnp.ones(batch)
         if guidance is not None:
-            condition = _interleave(condition, self._class_token(None, batch))
-            temperature = _interleave(temperature, jnp.full_like(temperature, guidance.temperature))
+            without = self._embedding(condition._replace(label=None), batch)
+            embedding = interleave(embedding, without)
+            temperature = interleave(temperature, jnp.full_like(temperature, guidance.temperature))
         position = self._in_order(self.position[None])[0]
         layer_params = self.transformer.layer_params()
-        return _Context(position, condition, temperature, layer_params, guidance)
+        return _Context(position, embedding, temperature, layer_params, guidance)
 
     def _extend(self, x: Float[Array, "B S D"], start, cache: Cache, context: _Context):
-        """Log-scale and shift of the tokens after each of x, which are the tokens from `start`."""
+        """The map of the tokens after each of x, which are the tokens from `start`; the cache."""
         batch, size, _ = x.shape
         position = jax.lax.dynamic_slice_in_dim(context.position, start, size)
-        hidden = self.proj_in(jnp.repeat(x, len(context.condition) // batch, axis=0))
-        hidden = hidden + (position + context.condition[:, None]).astype(hidden.dtype)
+        hidden = self.proj_in(jnp.repeat(x, len(context.embedding) // batch, axis=0))
+        hidden = hidden + (position + context.embedding[:, None]).astype(hidden.dtype)
         hidden, cache = self.transformer.extend(
             hidden, cache, start, context.temperature, context.layer_params
         )
-        log_scale, shift = self._split(self.proj_out(hidden))
-        guidance = context.guidance
+        predicted, guidance = Prediction(*self._split(self.proj_out(hidden))), context.guidance
         if guidance is not None:
             strength = guidance.scale
             if guidance.annealed:
                 index = start + jnp.arange(size)[:, None]
                 strength = strength * ((index + 1) / (self.token_shape[0] - 1))
-            log_scale = _guide(log_scale, strength, "a" in guidance.what)
-            shift = _guide(shift, strength, "b" in guidance.what)
-        return log_scale, shift, cache
+            predicted = guided(predicted, guidance, strength)
+        return predicted, cache
 
-    def _predict(self, x, label):
+    def _predict(self, x, condition: Condition):
         """Log-scale and shift of every token: the net's outputs, shifted by one token."""
         # Summed before it is rounded to the net's dtype, as in `inverse`.
-        embedding = self._in_order(self.position[None]) + self._class_token(label, len(x))[:, None]
+        embedding = self._embedding(condition, len(x))[:, None]
+        embedding = self._in_order(self.position[None]) + embedding
         hidden = self.proj_in(x) + embedding.astype(self.transformer.dtype)
         out = self.proj_out(self.transformer(hidden))
         return self._split(jnp.pad(out[:, :-1], ((0, 0), (1, 0), (0, 0))))
@@ -234,11 +237,15 @@ class AutoregressiveBlock(nn.Module):
             return jnp.zeros_like(out), out
         return jnp.split(out, 2, axis=-1)
 
-    def _class_token(self, label: Int[Array, "B"] | None, batch: int) -> Float[Array, "B W"]:
-        """The embedding of the label; of a dropped or absent one, the mean over the classes."""
-        if not self.num_classes:
-            return jnp.zeros((batch, self.transformer.width))
-        return class_token(self.class_embedding, self.class_embedding.mean(axis=0), label, batch)
+    def _embedding(self, condition: Condition, batch: int) -> Float[Array, "B W"]:
+        """That of the label, or of a dropped one the mean over the classes; and of the level."""
+        embedding = jnp.zeros((batch, self.transformer.width))
+        if self.num_classes:
+            mean = self.class_embedding.mean(axis=0)
+            embedding = class_token(self.class_embedding, mean, condition.label, batch)
+        if self.noise_conditional:
+            embedding = embedding + self.level_embedding(condition.noise_level)
+        return embedding
 
     def _in_order(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Between image order and decoding order; its own inverse."""
@@ -260,19 +267,6 @@ def _stages(tokens: int, window: int) -> list[tuple[slice, int]]:
     rooms = [room for room in rooms if room == steps or room >= window]
     stops = [room if room == steps else room - window + 1 for room in rooms]
     return [(slice(*pair), room) for pair, room in zip(pairwise([0, *stops]), rooms, strict=True)]
-
-
-def _interleave(conditional: Float[Array, "B *S"], unconditional: Float[Array, "B *S"]):
-    """Rows c₀ u₀ c₁ u₁ …"""
-    stacked = jnp.stack([conditional, unconditional], axis=1)
-    return stacked.reshape(-1, *conditional.shape[1:])
-
-
-def _guide(prediction: Float[Array, "P S D"], strength, guided: bool) -> Float[Array, "P//2 S D"]:
-    """c + g·(c − u) of the interleaved conditional and unconditional predictions."""
-    pairs = prediction.reshape(-1, 2, *prediction.shape[1:])
-    conditional, unconditional = pairs[:, 0], pairs[:, 1]
-    return conditional + strength * (conditional - unconditional) if guided else conditional
 
 
 def _change(value: Float[Array, "B S D"], guess: Float[Array, "B S D"]) -> Float[Array, "B S D"]:

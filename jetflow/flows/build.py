@@ -35,6 +35,7 @@ def jet(
     block_depth: int,
     kinds: Sequence[str] = ("channels",) * 4 + ("spatial",),
     scale_factor: float = 2.0,
+    noise_conditional: bool = False,
     net: str = "vit",
     dtype: str = "float32",
     precision: str = "default",
@@ -44,7 +45,8 @@ def jet(
 ) -> Stack:
     """Jet (arXiv 2412.15129): `num_couplings` couplings with nets of `block_depth` layers.
 
-    With `net` "conv" the nets are convolutional, of as many parameters, for comparison.
+    With `net` "conv" the nets are convolutional, of as many parameters, for comparison. With
+    `noise_conditional` they are told the noise level.
     """
     _divides("num_heads", num_heads, "width", width)
     pixels = Pixels(image_shape, patch_size, scale=127.5, feature_order="hwc")
@@ -61,10 +63,14 @@ def jet(
         attention=_one_of("attention", attention, METHODS),
         remat=_one_of("remat", remat, tuple(REMAT_POLICIES)),
         scan=scan,
+        noise_conditional=noise_conditional,
     )
     coupling = Coupling(encoder, scale_factor)
     couplings = Couplings(coupling, pixels.grid, features, num_couplings, tuple(kinds))
-    return Stack(pixels, (couplings,), num_classes, precision=_precision(precision))
+    return Stack(
+        pixels, (couplings,), num_classes, precision=_precision(precision),
+        noise_conditional=noise_conditional,
+    )  # fmt: skip
 
 
 def tarflow(
@@ -77,6 +83,7 @@ def tarflow(
     layers_per_block: int | Sequence[int],
     head_dim: int = 64,
     volume_preserving: bool = False,
+    noise_conditional: bool = False,
     pixel_scale: float = 128.0,
     dtype: str = "float32",
     precision: str = "default",
@@ -86,7 +93,8 @@ def tarflow(
 ) -> Stack:
     """TarFlow (arXiv 2412.06329): `num_blocks` autoregressive blocks in alternating direction.
 
-    `layers_per_block` may give each block its own depth. `pixel_scale` is 128 in the published
+    `layers_per_block` may give each block its own depth. With `noise_conditional` it is one flow for
+    all noise levels (iTARFlow, arXiv 2604.20041). `pixel_scale` is 128 in the published
     model for uniformly dequantised images, 127.5 in those trained with gaussian noise.
     """
     _divides("head_dim", head_dim, "width", width)
@@ -118,10 +126,13 @@ def tarflow(
             num_classes,
             backward=index % 2 == 1,
             volume_preserving=volume_preserving,
+            noise_conditional=noise_conditional,
         )
         for index, depth in enumerate(depths)
     )
-    return Stack(pixels, blocks, num_classes, volume_preserving, _precision(precision))
+    return Stack(
+        pixels, blocks, num_classes, volume_preserving, _precision(precision), noise_conditional
+    )
 
 
 FLOWS: dict[str, Callable[..., Stack]] = {"jet": jet, "tarflow": tarflow}

@@ -16,7 +16,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jetflow.flows import affine
 from jetflow.nn.encoder import Encoder
-from jetflow.types import AnyArray, BlockInputs, BlockOutputs, Decoding, Guidance, UsageError
+from jetflow.types import (
+    AnyArray,
+    BlockInputs,
+    BlockOutputs,
+    Condition,
+    Decoding,
+    Guidance,
+    UsageError,
+)
 
 KINDS = ("channels", "spatial")
 SPATIAL_CYCLE = tuple(
@@ -142,24 +150,24 @@ class Coupling(nn.Module):
     net: Encoder
     scale_factor: float
 
-    def forward(self, x: Float[Array, "B T D"], split: Splits, places, label):
+    def forward(self, x: Float[Array, "B T D"], split: Splits, places, condition):
         x1, x2 = divide(x, split)
-        bias, gate = self._predict(x1, places, label)
+        bias, gate = self._predict(x1, places, condition)
         y2, logdet = affine.squash(x2, bias, gate, self.scale_factor)
         return merge(x1.astype(y2.dtype), y2, split), logdet
 
-    def inverse(self, y: Float[Array, "B T D"], split: Splits, places, label):
+    def inverse(self, y: Float[Array, "B T D"], split: Splits, places, condition):
         y1, y2 = divide(y, split)
-        bias, gate = self._predict(y1, places, label)
+        bias, gate = self._predict(y1, places, condition)
         x2, logdet = affine.unsquash(y2, bias, gate, self.scale_factor)
         return merge(y1.astype(x2.dtype), x2, split), logdet
 
-    def _predict(self, x1: Float[Array, "B T H"], places: Int[Array, "T"] | None, label):
+    def _predict(self, x1: Float[Array, "B T H"], places: Int[Array, "T"] | None, condition):
         """Bias and gate; a net that convolves gets the tokens as they lie on the grid."""
         if places is None:
-            predicted = self.net(x1, label)
+            predicted = self.net(x1, condition)
         else:
-            predicted = self.net(jnp.take(x1, places, axis=1), label)
+            predicted = self.net(jnp.take(x1, places, axis=1), condition)
             predicted = jnp.take(predicted, jnp.argsort(places), axis=1)
         return jnp.split(predicted, 2, axis=-1)
 
@@ -198,13 +206,11 @@ class Couplings(nn.Module):
         halves = self.num_couplings * math.prod(self.grid) * self.features / 2
         return halves * math.log(self.layers.scale_factor)
 
-    def forward_blocks(
-        self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None
-    ) -> BlockOutputs:
+    def forward_blocks(self, x: Float[Array, "B T D"], condition: Condition) -> BlockOutputs:
         def body(layer: Coupling, carry, order):
             x, total = carry
             split, places = order
-            y, logdet = layer.forward(x, split, places, label)
+            y, logdet = layer.forward(x, split, places, condition)
             return (y, total + logdet), (logdet, affine.root_mean_square(y))
 
         (z, logdet), statistics = self._scan(body, x, reverse=False)
@@ -213,7 +219,7 @@ class Couplings(nn.Module):
     def inverse_blocks(
         self,
         z: Float[Array, "B T D"],
-        label: Int[Array, "B"] | None,
+        condition: Condition,
         guidance: Guidance | None,
         decoding: Decoding | None = None,
     ) -> BlockInputs:
@@ -223,7 +229,7 @@ class Couplings(nn.Module):
         def body(layer: Coupling, carry, order):
             y, total = carry
             split, places = order
-            x, logdet = layer.inverse(y, split, places, label)
+            x, logdet = layer.inverse(y, split, places, condition)
             return (x, total + logdet), x
 
         (x, logdet), tokens = self._scan(body, z, reverse=True)

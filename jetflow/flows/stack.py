@@ -1,7 +1,9 @@
 """A flow: preprocessing, then a chain of blocks."""
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,15 @@ from jaxtyping import Array, Float, Int
 from jetflow.flows import affine
 from jetflow.flows.pixels import Pixels
 from jetflow.nn.attention import Choice, choose
-from jetflow.types import BlockInputs, BlockOutputs, Decoding, Flow, Guidance, UsageError
+from jetflow.types import (
+    BlockInputs,
+    BlockOutputs,
+    Condition,
+    Decoding,
+    Flow,
+    Guidance,
+    UsageError,
+)
 
 
 class Stack(nn.Module):
@@ -21,12 +31,13 @@ class Stack(nn.Module):
 
     Attributes:
         pixels: the preprocessing.
-        blocks: modules with `forward_blocks(x, label)`,
-            `inverse_blocks(z, label, guidance, decoding)` and their `net`.
+        blocks: modules with `forward_blocks(x, condition)`,
+            `inverse_blocks(z, condition, guidance, decoding)` and their `net`.
         num_classes: 0 for a flow without labels.
         learned_prior: keep the prior variance of each latent dimension in the collection
             `prior`, as the mean square of the latents; else the prior is standard normal.
         precision: of all products, as `jax.default_matmul_precision` takes it; None for as it is.
+        noise_conditional: whether the blocks are told the noise level.
     """
 
     pixels: Pixels
@@ -34,6 +45,7 @@ class Stack(nn.Module):
     num_classes: int = 0
     learned_prior: bool = False
     precision: str | None = None
+    noise_conditional: bool = False
 
     def setup(self):
         if self.learned_prior:
@@ -82,13 +94,16 @@ class Stack(nn.Module):
         x, _ = self.pixels.inverse(tokens.reshape(-1, *self.latent_shape))
         return x.reshape(*tokens.shape[:-2], *self.image_shape)
 
-    def __call__(self, x, label=None):
-        return self.forward(x, label)
+    def __call__(self, x, label=None, noise_level=None):
+        return self.forward(x, label, noise_level)
 
     def forward(
-        self, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None = None
+        self,
+        x: Float[Array, "B H W C"],
+        label: Int[Array, "B"] | None = None,
+        noise_level: Float[Array, "*B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B"]]:
-        return self.forward_blocks(x, label)[:2]
+        return self.forward_blocks(x, label, noise_level)[:2]
 
     def inverse(
         self,
@@ -96,26 +111,30 @@ class Stack(nn.Module):
         label: Int[Array, "B"] | None = None,
         guidance: Guidance | None = None,
         decoding: Sequence[Decoding] | None = None,
+        noise_level: Float[Array, "*B"] | None = None,
     ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
-        return self.inverse_blocks(z, label, guidance, decoding)[:2]
+        return self.inverse_blocks(z, label, guidance, decoding, noise_level)[:2]
 
-    def forward_blocks(self, x, label=None) -> BlockOutputs:
+    def forward_blocks(self, x, label=None, noise_level=None) -> BlockOutputs:
         if x.shape[1:] != self.image_shape:
             raise UsageError(
                 f"images are {x.shape[1:]}; this flow was built for {self.image_shape}"
             )
+        condition, blocks = self._condition(label, noise_level, len(x)), []
         x, total = self.pixels.forward(x)
-        blocks = []
         for block in self.blocks:
             with jax.default_matmul_precision(self.precision):
-                blocks.append(block.forward_blocks(x, label))
+                blocks.append(block.forward_blocks(x, condition))
             x, total = blocks[-1].z, total + blocks[-1].logdet
         logdets, scales = zip(*[block[2:] for block in blocks], strict=True)
         return BlockOutputs(x, total, jnp.concatenate(logdets), jnp.concatenate(scales))
 
-    def inverse_blocks(self, z, label=None, guidance=None, decoding=None) -> BlockInputs:
+    def inverse_blocks(
+        self, z, label=None, guidance=None, decoding=None, noise_level=None
+    ) -> BlockInputs:
+        condition = self._condition(label, noise_level, len(z))
         with jax.default_matmul_precision(self.precision):
-            blocks = self._inverses(z, label, guidance, decoding)
+            blocks = self._inverses(z, condition, guidance, decoding)
         x, logdet = self.pixels.inverse(blocks[-1].x)
         total = sum((block.logdet for block in blocks), jnp.zeros(z.shape[0]))
         tokens = jnp.concatenate([block.tokens for block in blocks])
@@ -124,35 +143,67 @@ class Stack(nn.Module):
             x, total + logdet, tokens, jnp.concatenate(sweeps), jnp.concatenate(residuals)
         )
 
-    def _inverses(self, z, label, guidance, decoding) -> list[BlockInputs]:
-        """Of each block, the last first.
+    def _condition(self, label, noise_level, batch: int) -> Condition:
+        if (noise_level is None) == self.noise_conditional:
+            have = "needs a noise_level" if self.noise_conditional else "takes no noise_level"
+            raise UsageError(f"this flow {have}: noise_conditional is {self.noise_conditional}")
+        if noise_level is not None:
+            noise_level = jnp.broadcast_to(noise_level, (batch,))
+        return Condition(label, noise_level)
 
-        Blocks that decode alike are compiled once, as the body of a loop.
-        """
+    def _inverses(self, z, condition, guidance, decoding) -> list[BlockInputs]:
+        """Of each block, the last first."""
         each = decoding or (None,) * len(self.blocks)
-        if self.decoded_blocks > 1:
-            blocks, variables = zip(*[block.unbind() for block in self.blocks], strict=True)
-            kinds = {block.clone(backward=False) for block in blocks}
-            if len(kinds) == len({jax.tree.structure(how) for how in each}) == 1:
-                backward = [block.backward for block in blocks]
-                inputs = list(zip(backward, variables, each, strict=True))[::-1]
+        alone = [block.unbind()[0] for block in self.blocks] if self.decoded_blocks else [None]
 
-                def inverse(x, inputs):
-                    backward, variables, how = inputs
-                    block = blocks[0].clone(backward=backward)
-                    inverse = block.apply(
-                        variables, x, label, guidance, how, method="inverse_blocks"
-                    )
-                    return inverse.x, inverse
+        def kind(number: int) -> Any:
+            block = alone[number] and alone[number].clone(backward=False)
+            is_guided = guidance_of(self, number, guidance) is not None
+            return block, jax.tree.structure(each[number]), is_guided
 
-                stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
-                _, inverses = jax.lax.scan(inverse, affine.widen(z)[0], stacked)
-                return [jax.tree.map(lambda a, i=i: a[i], inverses) for i in range(len(blocks))]
         inverses = []
-        for block, how in zip(reversed(self.blocks), reversed(each), strict=True):
-            inverses.append(block.inverse_blocks(z, label, guidance, how))
+        for (*_, is_guided), group in itertools.groupby(reversed(range(len(each))), kind):
+            numbers, guiding = [*group], guidance if is_guided else None
+            if len(numbers) > 1:
+                hows = [each[number] for number in numbers]
+                inverses += self._looped(numbers, z, condition, guiding, hows)
+            else:
+                block, how = self.blocks[numbers[0]], each[numbers[0]]
+                inverses.append(block.inverse_blocks(z, condition, guiding, how))
             z = inverses[-1].x
         return inverses
+
+    def _looped(self, numbers, z, condition, guidance, decoding) -> list[BlockInputs]:
+        """The inverses of blocks that decode alike, compiled once, as the body of a loop."""
+        blocks, variables = zip(*[self.blocks[n].unbind() for n in numbers], strict=True)
+        backward = [block.backward for block in blocks]
+        inputs = list(zip(backward, variables, decoding, strict=True))
+
+        def inverse(x, inputs):
+            backward, variables, how = inputs
+            block = blocks[0].clone(backward=backward)
+            inverse = block.apply(variables, x, condition, guidance, how, method="inverse_blocks")
+            return inverse.x, inverse
+
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+        _, inverses = jax.lax.scan(inverse, affine.widen(z)[0], stacked)
+        return [jax.tree.map(lambda a, i=i: a[i], inverses) for i in range(len(blocks))]
+
+    def _condition(self, label, noise_level, batch: int) -> Condition:
+        if (noise_level is None) == self.noise_conditional:
+            verb = "needs" if self.noise_conditional else "takes no"
+            raise UsageError(
+                f"this flow {verb} noise_level: its noise_conditional is {self.noise_conditional}"
+            )
+        if noise_level is not None:
+            noise_level = jnp.broadcast_to(noise_level, (batch,))
+        return Condition(label, noise_level)
+
+
+def guidance_of(flow: Stack, block: int, guidance: Guidance | None) -> Guidance | None:
+    """That of one block, for which guidance may leave it out; blocks are decoded from the last."""
+    count = (guidance and guidance.blocks) or len(flow.blocks)
+    return guidance if block >= len(flow.blocks) - count else None
 
 
 def check_labels(flow: Flow, label, num: int) -> Int[Array, "N"] | None:

@@ -5,10 +5,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from jetflow.nn.condition import LevelEmbedding, class_token
 from jetflow.nn.dense import Dense, at_least_float32, split_over_mesh
-from jetflow.nn.transformer import TransformerLayer, class_token, layer_norm, through_layers
+from jetflow.nn.transformer import TransformerLayer, layer_norm, through_layers
+from jetflow.types import Condition
 
 NORM_EPSILON = 1e-6
 KERNEL = (3, 3)  # tokens of a convolution, both odd
@@ -18,7 +20,8 @@ KERNEL_INIT = nn.initializers.xavier_uniform()
 class Encoder(nn.Module):
     """A net from tokens to tokens: position embedding, layers, norm, zero-init output.
 
-    With classes, the embedding of the label is added to every token; `NO_LABEL` adds nothing.
+    With classes, the embedding of the label is added to every token; `NO_LABEL` adds nothing. So is
+    that of the noise level, if the net is told it.
 
     Attributes:
         net: "vit", or "conv": layers that mix the tokens by convolution in place of attention.
@@ -30,6 +33,7 @@ class Encoder(nn.Module):
         dtype: of the net; the output is computed in at least float32.
         attention: of "vit", as `attention.choose` takes it.
         remat, scan: of the layers, see `through_layers`.
+        noise_conditional: embed the noise level as well.
     """
 
     net: str
@@ -43,11 +47,10 @@ class Encoder(nn.Module):
     attention: str
     remat: str
     scan: bool
+    noise_conditional: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], label: Int[Array, "B"] | None
-    ) -> Float[Array, "B T F"]:
+    def __call__(self, x: Float[Array, "B T D"], condition: Condition) -> Float[Array, "B T F"]:
         embedding_init = nn.initializers.normal(stddev=self.width**-0.5)
         position = self.param("position", embedding_init, (x.shape[1], self.width), jnp.float32)
         x = nn.Dense(self.width, dtype=self.dtype, name="proj_in")(x)
@@ -55,8 +58,11 @@ class Encoder(nn.Module):
         if self.num_classes:
             shape = (self.num_classes, self.width)
             embedding = self.param("class_embedding", embedding_init, shape, jnp.float32)
-            token = class_token(embedding, jnp.zeros(self.width), label, len(x))
+            token = class_token(embedding, jnp.zeros(self.width), condition.label, len(x))
             x = x + token[:, None].astype(x.dtype)
+        if self.noise_conditional:
+            level = LevelEmbedding(self.width, name="level_embedding")(condition.noise_level)
+            x = x + level[:, None].astype(x.dtype)
         x = through_layers(
             self._layer(), x, num_layers=self.num_layers, remat=self.remat, scan=self.scan
         )

@@ -97,18 +97,6 @@ def _erf_gelu_and_slope(x: Array) -> tuple[Array, Array]:
     return (wide * share).astype(x.dtype), (share + wide * density).astype(x.dtype)
 
 
-def class_token(
-    embedding: Float[Array, "Y W"],
-    null: Float[Array, "W"],
-    label: Int[Array, "B"] | None,
-    batch: int,
-) -> Float[Array, "B W"]:
-    """The embedding of each label; `null` for the label -1, or without labels."""
-    if label is None:
-        return jnp.broadcast_to(null, (batch, *null.shape))
-    return jnp.where(label[:, None] >= 0, embedding[jnp.maximum(label, 0)], null)
-
-
 class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with an MLP of four times the width.
 

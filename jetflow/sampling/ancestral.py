@@ -1,4 +1,4 @@
-"""Sampling: prior noise through the inverse, with guidance and a denoising step."""
+"""Sampling: prior noise through the inverse, with guidance and denoising."""
 
 import dataclasses
 import functools
@@ -13,12 +13,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.stages import Lowered
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
 
 from jetflow import likelihood, sharding
 from jetflow.flows.stack import check_labels
-from jetflow.noise import keys_by_example
+from jetflow.noise import Purpose, keys_by_example
 from jetflow.sampling.decoding import check_decoding, check_guidance, check_guided, decodings
+from jetflow.sampling.denoise import Denoising, check_denoising, denoised_along
 from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError
 
 # Of XLA. By default it may keep more bits of a bfloat16 value than there are, in one program other
@@ -62,7 +63,8 @@ class Sampler:
         flow, variables: the model.
         guidance: see `Guidance`; for flows with labels, or with a temperature other than 1.
         temperature: multiplies the standard deviation of the prior.
-        denoise: σ of one score step after sampling, see `denoised`; 0 for none.
+        denoise: after sampling; None for none.
+        noise_level: the one that a noise-conditional flow is told; None for any other.
         decoding: of each block, for a TarFlow; default: token by token.
         mesh: devices over which batches are split; default: none are, and they are computed where
             the variables lie.
@@ -75,22 +77,27 @@ class Sampler:
     variables: Any
     guidance: Guidance | None = None
     temperature: float = 1.0
-    denoise: float = 0.0
+    denoise: Denoising | None = None
     decoding: tuple[Decoding, ...] | None = None
     mesh: Mesh | None = None
+    noise_level: float | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "guidance", check_guidance(self.flow, self.guidance))
-        for name in ("temperature", "denoise"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature is {self.temperature}; expected 0 or more")
+        check_denoising(self.flow, self.denoise)
         check_decoding(self.flow, self.decoding)
 
     def draw(
         self, key: Key[Array, ""], index: Int[AnyArray, "B"], label: Int[AnyArray, "B"] | None
     ) -> Drawn:
         """The images of these numbers: image i depends on the key, its label and i alone."""
-        return self.decode(self.latents(key, index), label)
+        keys = None
+        if self.denoise and self.denoise.eta:
+            keys = keys_by_example(jax.random.fold_in(key, Purpose.DENOISE), index)
+            keys = np.asarray(jax.random.key_data(keys))
+        return self.decode(self.latents(key, index), label, keys)
 
     def latents(self, key: Key[Array, ""], index: Int[AnyArray, "B"]) -> Float[np.ndarray, "B T D"]:
         """Noise of the prior for the images of these numbers, on the host."""
@@ -98,11 +105,21 @@ class Sampler:
             z = _latents(self.flow, self.variables, key, self.place(index), self.temperature)
         return gather(z)[: len(index)]
 
-    def decode(self, z: Float[AnyArray, "B T D"], label: Int[AnyArray, "B"] | None) -> Drawn:
-        """The images of latents."""
+    def decode(
+        self,
+        z: Float[AnyArray, "B T D"],
+        label: Int[AnyArray, "B"] | None,
+        keys: UInt32[np.ndarray, "B K"] | None = None,
+    ) -> Drawn:
+        """The images of latents.
+
+        Args:
+            keys: data of the keys of each image, for denoising that draws noise.
+        """
+        if keys is None and self.denoise and self.denoise.eta:
+            raise UsageError("denoise_eta draws noise, and these images have no seed; set it to 0")
         with sharding.on(self.mesh):
-            inputs = self._inputs(self.place(z), self.place(label))
-            decoded = _decode(*inputs, denoising=self.denoise > 0)
+            decoded = _decode(*self._inputs(*map(self.place, (z, label, keys))), **self._static)
         x, sweeps, residuals = gather(decoded)
         sweeps = tuple(sweeps.tolist()) if self.flow.decoded_blocks else ()
         return Drawn(x[: len(z)], sweeps, float(residuals.max()))
@@ -119,12 +136,18 @@ class Sampler:
     def lower(self, z: Any, label: Any) -> Lowered:
         """The program of `decode`, before it is compiled; for arrays, or their shapes alone."""
         with sharding.on(self.mesh):
-            return _decode.lower(*self._inputs(z, label), denoising=self.denoise > 0)
+            return _decode.lower(*self._inputs(z, label, None), **self._static)
 
-    def _inputs(self, z, label):
+    def _inputs(self, z, label, keys):
         return (
-            self.flow, self.variables, z, label, self.guidance, self.denoise, self.decoding
+            self.flow, self.variables, z, label, keys, self.noise_level, self.guidance,
+            self.denoise and np.asarray(self.denoise.levels),
+            self.denoise and self.denoise.eta, self.decoding,
         )  # fmt: skip
+
+    @property
+    def _static(self) -> dict[str, bool]:
+        return {"clip": bool(self.denoise and self.denoise.clip)}
 
 
 def gather(tree: Any) -> Any:
@@ -167,7 +190,8 @@ def sample(
     label: int | Int[AnyArray, "N"] | None = None,
     guidance: Guidance | None = None,
     temperature: float = 1.0,
-    denoise: float = 0.0,
+    denoise: float | Denoising = 0.0,
+    noise_level: float | None = None,
     noise: str = "uniform",
     method: str | Sequence[Decoding] = "cached",
     batch_size: int = 64,
@@ -178,7 +202,9 @@ def sample(
     Args:
         key: image i depends on the key and on i alone, not on `num`, `batch_size` or `mesh`.
         label: one class for all images, or one an image; None or -1 for no label.
-        guidance, temperature, denoise, mesh: see `Sampler`.
+        guidance, temperature, noise_level, mesh: see `Sampler`.
+        denoise: σ of one denoising step, as training with gaussian noise asks for; 0 for none; or
+            see `Denoising`.
         noise: the kind of noise that the flow was trained with: values of a dequantised pixel
             lie above it, those of a noisy one around it.
         method: how a TarFlow is inverted: "cached", token by token; "jacobi", by windows of
@@ -190,7 +216,9 @@ def sample(
     Warns if some of the images are not finite.
     """
     how = decodings(flow, method) if isinstance(method, str) else tuple(method)
-    sampler = Sampler(flow, variables, guidance, temperature, denoise, how, mesh)
+    if not isinstance(denoise, Denoising):
+        denoise = Denoising((denoise,)) if denoise else None
+    sampler = Sampler(flow, variables, guidance, temperature, denoise, how, mesh, noise_level)
     batches = [*draw_all(sampler, key, num=num, label=label, batch_size=batch_size)]
     if complaint := not_finite(np.concatenate([drawn.finite for drawn in batches])):
         warnings.warn(complaint, RuntimeWarning, stacklevel=2)
@@ -210,35 +238,15 @@ def _latents(flow, variables, key, index, temperature) -> Float[Array, "B T D"]:
     return z * temperature * jnp.sqrt(likelihood.prior_variance(variables))
 
 
-@functools.partial(jax.jit, static_argnames=("flow", "denoising"), compiler_options=AS_WRITTEN)
-def _decode(flow, variables, z, label, guidance, denoise, decoding, *, denoising):
+@functools.partial(jax.jit, static_argnames=("flow", "clip"), compiler_options=AS_WRITTEN)
+def _decode(flow, variables, z, label, keys, noise_level, guidance, levels, eta, decoding, *, clip):
     """Pixels [B, H, W, C], and sweeps and residual of each block."""
     x, _, _, sweeps, residuals = flow.apply(
-        variables, z, label, guidance, decoding, method="inverse_blocks"
+        variables, z, label, guidance, decoding, noise_level, method="inverse_blocks"
     )
-    if denoising:
-        x = denoised(flow, variables, x, label, denoise)
+    if levels is not None:
+        x = denoised_along(flow, variables, x, label, levels, keys, clip=clip, eta=eta)
     return x, sweeps, residuals
-
-
-def denoised(
-    flow: Flow, variables, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None, std
-) -> Float[Array, "B H W C"]:
-    """x + σ²·∇ₓ log p(x): the mean of the clean image given a noisy one (Tweedie's formula).
-
-    p is the density that training maximises: its prior is standard normal, also where sampling
-    uses a learned variance.
-
-    Args:
-        x: pixel values.
-        std: σ, in the [-1, 1] units of `Noise.std`.
-    """
-
-    def log_prob(x):
-        z, logdet = flow.apply(variables, x, label, method="forward")
-        return -likelihood.nll(z, logdet).sum()
-
-    return x + (std * flow.pixel_scale) ** 2 * jax.grad(log_prob)(x)
 
 
 def quantise(pixels: Float[np.ndarray, "... H W C"], noise: str) -> UInt8[np.ndarray, "... H W C"]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from jaxtyping import Int
 
-from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError
+from jetflow.types import GUIDANCE_RULES, AnyArray, Decoding, Flow, Guidance, UsageError
 
 METHODS = ("cached", "jacobi")
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
@@ -72,6 +72,14 @@ def check_guidance(flow: Flow, guidance: Guidance | None) -> Guidance | None:
     if guidance.what not in ("a", "b", "ab"):
         raise UsageError(
             f"guide_what is {guidance.what!r}; expected a (log-scale), b (shift) or ab (both)"
+        )
+    if guidance.rule not in GUIDANCE_RULES:
+        raise UsageError(
+            f"guide_rule is {guidance.rule!r}; expected one of {', '.join(GUIDANCE_RULES)}"
+        )
+    if not 0 <= guidance.blocks <= flow.decoded_blocks:
+        raise UsageError(
+            f"guide_blocks is {guidance.blocks}; expected 0 for all, to {flow.decoded_blocks}"
         )
     if not 0 < guidance.temperature < math.inf:
         raise UsageError(f"attention temperature is {guidance.temperature}; expected more than 0")

@@ -32,7 +32,8 @@ def encode(
     for x, part_label in _parts(batch_size, images + centre(noise), label):
         placed = sampler.place(x), sampler.place(part_label)
         with sharding.on(sampler.mesh):
-            encoded = gather(_encode(sampler.flow, sampler.variables, *placed))
+            encoded = _encode(sampler.flow, sampler.variables, *placed, sampler.noise_level)
+            encoded = gather(encoded)
         parts.append([array[: len(x)] for array in encoded])
     z, logdet = map(np.concatenate, zip(*parts, strict=True))
     return z, logdet
@@ -62,8 +63,8 @@ def centre(noise: str) -> np.float32:
 
 
 @functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)
-def _encode(flow, variables, x, label):
-    return flow.apply(variables, x, label, method="forward")
+def _encode(flow, variables, x, label, noise_level):
+    return flow.apply(variables, x, label, noise_level, method="forward")
 
 
 def interpolate(
@@ -101,8 +102,9 @@ def trace(
         placed = sampler.place(latents), sampler.place(part_label)
         with sharding.on(sampler.mesh):
             stages = _stages(
-                sampler.flow, sampler.variables, *placed, sampler.guidance, sampler.decoding
-            )
+                sampler.flow, sampler.variables, *placed, sampler.guidance, sampler.decoding,
+                sampler.noise_level,
+            )  # fmt: skip
         tokens = jnp.asarray(gather(stages)[:, : len(latents)])
         last = [sampler.decode(latents, part_label).pixels[None]] if sampler.denoise else []
         parts.append(np.concatenate([sampler.flow.as_image(tokens), *last]))
@@ -110,6 +112,6 @@ def trace(
 
 
 @functools.partial(jax.jit, static_argnames="flow", compiler_options=AS_WRITTEN)
-def _stages(flow, variables, z, label, guidance, decoding) -> Float[Array, "S B T D"]:
-    blocks = flow.apply(variables, z, label, guidance, decoding, method="inverse_blocks")
+def _stages(flow, variables, z, *how) -> Float[Array, "S B T D"]:
+    blocks = flow.apply(variables, z, *how, method="inverse_blocks")
     return jnp.concatenate([z[None], blocks.tokens])

@@ -142,6 +142,7 @@ def set_up(
     _check_labels(config, train_data)
     classes = train_data.num_classes if data.labels else 0
     flow = build(config.flow, image_shape=train_data.image_shape, num_classes=classes)
+    _check_levels(flow, noise)
     _check_samples(config.eval, flow, noise)
     total_steps = count_steps(train, len(train_data))
     tx, schedule = optim.adam(total_steps=total_steps, **config.optim)
@@ -184,6 +185,15 @@ def count_steps(train: Config, examples: int) -> int:
             f"config.train.{unit} is {length}, of {steps} steps; expected {LARGEST} or fewer"
         )
     return steps
+
+
+def _check_levels(flow: Flow, noise: Noise) -> None:
+    if flow.noise_conditional != (noise.kind == "levels") or (noise.t0 and not noise.t1):
+        raise UsageError(
+            f"config.flow.noise_conditional is {flow.noise_conditional} and config.noise has kind "
+            f"{noise.kind}, t0 {noise.t0}, t1 {noise.t1}; a flow that is noise-conditional needs "
+            "noise of kind levels, and no other flow does"
+        )
 
 
 def _check_samples(section: Config, flow: Flow, noise: Noise) -> None:

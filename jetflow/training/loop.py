@@ -189,7 +189,7 @@ class Session:
             return last or bool(step and every and step % every == 0)
 
         # Noised data has no bpd; the images have.
-        noises = [noise] + ([bpd.UNIFORM] if last and noise.kind != "uniform" else [])
+        noises = [noise] + ([noise.dequantisation] if last and noise.kind != "uniform" else [])
         for noise in noises if due(section.eval_every) else []:
             name = bpd.metric_name(noise)
             path = workdirs.result_path(self.workdir, name, step)

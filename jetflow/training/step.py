@@ -9,11 +9,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from jetflow import likelihood, optim
 from jetflow.noise import Noise, Purpose, key_for
-from jetflow.types import Batch, Flow
+from jetflow.types import Batch, Condition, Flow
 
 PRIOR_RATE = 0.1
 
@@ -51,7 +51,8 @@ def init_variables(flow: Flow, key: Key[Array, ""]) -> dict[str, Any]:
     """The variables of a flow before its training."""
     image = jnp.zeros((1, *flow.image_shape))
     label = jnp.zeros((1,), jnp.int32) if flow.num_classes else None
-    return dict(flow.init(key, image, label))
+    level = jnp.ones((1,)) if flow.noise_conditional else None
+    return dict(flow.init(key, image, label, level))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +87,20 @@ class Trainer:
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update from a global batch of uint8 images, with its noise."""
-        x, label = self.noise.augment(
+        x, condition = self.noise.augment(
             batch.image,
             batch.label,
             seed=self.seed,
             step=state.step,
             pixel_scale=self.flow.pixel_scale,
         )
-        return self.update(state, x, label)
+        return self.update(state, x, condition)
 
     def update(
-        self, state: TrainState, x: Float[Array, "B H W C"], label: Int[Array, "B"] | None
+        self, state: TrainState, x: Float[Array, "B H W C"], condition: Condition
     ) -> tuple[TrainState, Metrics]:
         """One update from pixel values to which the noise has been added."""
-        gradients, aux = self._gradients(state, x, label)
+        gradients, aux = self._gradients(state, x, condition)
         updates, opt_state = self.tx.update(gradients, state.opt_state, state.params)
         trained = jax.tree.map(bool, optim.factors(state.params, self.multipliers))
         params = _where(trained, optax.apply_updates(state.params, updates), state.params)
@@ -117,22 +118,23 @@ class Trainer:
         )
         return new_state, metrics
 
-    def _gradients(self, state, x, label):
+    def _gradients(self, state, x, condition):
         """Gradient and metrics of the batch, averaged over `accumulation` parts of it."""
         gradient = jax.grad(loss, has_aux=True, argnums=1)
 
-        def part(x, label):
-            return gradient(self.flow, state.params, state.collections, x, label)
+        def part(x, condition, weights):
+            return gradient(self.flow, state.params, state.collections, x, condition, weights)
 
+        batch = x, condition, self.noise.weights(condition.noise_level)
         if self.accumulation == 1:
-            return part(x, label)
+            return part(*batch)
 
         def body(total, inputs):
             return jax.tree.map(jnp.add, total, part(*inputs)), None
 
         # Row r goes to part r % accumulation, so that each part has rows of every device.
         parts = jax.tree.map(
-            lambda a: a.reshape(-1, self.accumulation, *a.shape[1:]).swapaxes(0, 1), (x, label)
+            lambda a: a.reshape(-1, self.accumulation, *a.shape[1:]).swapaxes(0, 1), batch
         )
         first = jax.tree.map(lambda a: a[0], parts)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, *first))
@@ -141,19 +143,27 @@ class Trainer:
 
 
 def loss(
-    flow: Flow, params: Any, collections: Mapping[str, Any], x: Array, label: Array | None
+    flow: Flow,
+    params: Any,
+    collections: Mapping[str, Any],
+    x: Float[Array, "B H W C"],
+    condition: Condition,
+    weights: Float[Array, "B"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The objective, bits per dimension under a standard normal prior, and metrics to log.
 
     A learned prior variance is no part of the objective: it follows the latents, as in
     the published TarFlow, see `_update_prior`. It is part of the metric `bpd`, as in evaluation;
-    the objective is then a metric of its own.
+    the objective is then a metric of its own. So it is with weights of the images.
     """
     variables = {"params": params, **collections}
-    z, logdet, _, scales = flow.apply(variables, x, label, method="forward_blocks")
+    z, logdet, _, scales = flow.apply(variables, x, *condition, method="forward_blocks")
     prior = likelihood.bits_per_dim(likelihood.prior_nll(z), z).mean()
     volume = likelihood.bits_per_dim(-logdet, z).mean()
     objective, metrics = prior + volume, {}
+    if weights is not None:
+        bits = likelihood.bits_per_dim(likelihood.nll(z, logdet), z)
+        objective = metrics["objective"] = (weights * bits).mean()
     if "prior" in collections:
         variance = likelihood.prior_variance(collections)
         prior = likelihood.bits_per_dim(likelihood.prior_nll(z, variance), z).mean()

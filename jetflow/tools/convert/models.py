@@ -1,4 +1,4 @@
-"""Published checkpoints as jetflow's flows and variables, and TarFlow's back."""
+"""Published checkpoints as jetflow's flows and variables, and those of TarFlows back."""
 
 import dataclasses
 import itertools
@@ -20,6 +20,7 @@ from jetflow.tools.convert.mapping import Tensors, Variables, from_published, to
 from jetflow.training.step import abstract_variables
 from jetflow.types import Flow, UsageError
 
+_NAMES = {False: "tarflow", True: "itarflow"}  # of the repositories, ml-…
 HEAD_DIM = 64  # of every published TarFlow, whose files do not say it
 GAUSSIAN_SCALE, UNIFORM_SCALE = 127.5, 128.0  # pixel scales, by the noise of the training
 
@@ -86,6 +87,14 @@ def tarflow(path: str | os.PathLike, **sizes: Any) -> tuple[Stack, Variables]:
     return read_tarflow(path, TarflowSizes(**sizes))[1:]
 
 
+def itarflow(path: str | os.PathLike, **sizes: Any) -> tuple[Stack, Variables]:
+    """The noise-conditional flow and variables of a state dict of apple/ml-itarflow.
+
+    Args and raises as `tarflow`.
+    """
+    return read_tarflow(path, TarflowSizes(**sizes), noise_conditional=True)[1:]
+
+
 def jet(path: str | os.PathLike, **sizes: Any) -> tuple[Stack, Variables]:
     """The flow and variables of a Jet of google-research/big_vision.
 
@@ -101,21 +110,28 @@ def jet(path: str | os.PathLike, **sizes: Any) -> tuple[Stack, Variables]:
     return read_jet(path, JetSizes(**sizes))[1:]
 
 
-def read_tarflow(path: str | os.PathLike, sizes: TarflowSizes) -> Published:
-    """The model of a state dict of apple/ml-tarflow.
+def read_tarflow(
+    path: str | os.PathLike, sizes: TarflowSizes, *, noise_conditional: bool = False
+) -> Published:
+    """The model of a state dict of apple/ml-tarflow, or with `noise_conditional` of ml-itarflow.
 
     Blocks, depths, width, classes and the volume-preserving variant are read off the tensors. The
     published sampler takes the label -1 for the index of its last class; here it means no label
     (the mean over the class embeddings) in sampling as it does in training.
     """
     tensors = read_pth(path)
+    other = f"blocks.0.{tables.LAYERS[not noise_conditional]}."
+    if any(name.startswith(other) for name in tensors):
+        name = _NAMES[not noise_conditional]
+        raise UsageError(f"{path} is of apple/ml-{name}; convert it with `jetflow convert {name}`")
     width, features = _shape(path, tensors, "blocks.0.proj_in.weight", 2)
     tokens, _ = _shape(path, tensors, "blocks.0.pos_embed", 2)
     outputs, _ = _shape(path, tensors, "blocks.0.proj_out.weight", 2)
     classes = "blocks.0.class_embed"
     num_classes = _shape(path, tensors, classes, 3)[0] if classes in tensors else 0
     blocks = _count(tensors, "blocks.")
-    depths = [_count(tensors, f"blocks.{block}.attn_blocks.") for block in range(blocks)]
+    layers = tables.LAYERS[noise_conditional]
+    depths = [_count(tensors, f"blocks.{block}.{layers}.") for block in range(blocks)]
     section = {
         "kind": "tarflow",
         "patch_size": sizes.patch_size,
@@ -124,12 +140,14 @@ def read_tarflow(path: str | os.PathLike, sizes: TarflowSizes) -> Published:
         "layers_per_block": tuple(depths),
         "head_dim": sizes.head_dim,
         "volume_preserving": outputs == features,
+        "noise_conditional": noise_conditional,
         "pixel_scale": sizes.pixel_scale or GAUSSIAN_SCALE,
     }
     image_shape = (sizes.image_size, sizes.image_size, sizes.channels)
     _check_patches(image_shape, sizes.patch_size, (tokens, features))
     flow = build(section, image_shape=image_shape, num_classes=num_classes)
-    variables = from_published(path, tables.tarflow(depths), tensors, abstract_variables(flow))
+    table = tables.tarflow(depths, noise_conditional)
+    variables = from_published(path, table, tensors, abstract_variables(flow))
     return Published(section, flow, variables)
 
 
@@ -166,7 +184,9 @@ def read_jet(path: str | os.PathLike, sizes: JetSizes) -> Published:
 
 
 def to_tarflow(path: str | os.PathLike, flow: Flow, variables: Variables) -> None:
-    """Write a TarFlow as a state dict of apple/ml-tarflow, which `torch.load` reads.
+    """Write a TarFlow as a state dict, which `torch.load` reads.
+
+    It is one of apple/ml-tarflow, or where the flow is noise-conditional of apple/ml-itarflow.
 
     Raises:
         UsageError: if the flow is no TarFlow, or one that the published code would read as another.
@@ -177,10 +197,11 @@ def to_tarflow(path: str | os.PathLike, flow: Flow, variables: Variables) -> Non
     nets = [block.transformer for block in blocks]  # type: ignore[attr-defined]
     for head_dim in {net.width // net.num_heads for net in nets} - {HEAD_DIM}:
         raise UsageError(
-            f"config.flow.head_dim is {head_dim}, but apple/ml-tarflow divides every width into "
+            f"config.flow.head_dim is {head_dim}, but the published code divides every width into "
             f"heads of {HEAD_DIM} and would read another model; train with head_dim {HEAD_DIM}"
         )
-    tensors = to_published(tables.tarflow([net.num_layers for net in nets]), variables)
+    table = tables.tarflow([net.num_layers for net in nets], flow.noise_conditional)
+    tensors = to_published(table, variables)
     tokens, _ = flow.latent_shape
     for block in range(len(blocks)):
         tensors[f"blocks.{block}.attn_mask"] = np.tril(np.ones((tokens, tokens), np.float32))

@@ -1,6 +1,7 @@
 """A published checkpoint made a workdir, as of a training that ended before its first step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from jetflow.buckets import AnyPath
 from jetflow.checkpoint import Checkpoints
 from jetflow.data import sources
 from jetflow.files import check_writable
+from jetflow.noise import Noise
 from jetflow.options import Options, option
 from jetflow.tools.convert.models import (
     UNIFORM_SCALE,
@@ -47,6 +49,14 @@ class TarflowOptions(RunOptions, TarflowSizes):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ItarflowOptions(RunOptions, TarflowSizes):
+    """A state dict of apple/ml-itarflow."""
+
+    t0: float = option(0.01, "least noise level of its training, in [-1, 1] units", least=1e-6)
+    t1: float = option(help="largest one", least=1e-6, example="0.3")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class JetOptions(RunOptions, JetSizes):
     """A Jet of google-research/big_vision."""
 
@@ -56,18 +66,26 @@ def tarflow_run(**fields: Any) -> Published:
     options = TarflowOptions(**fields)
     if options.pixel_scale is None and not options.noise_std:
         options = dataclasses.replace(options, pixel_scale=UNIFORM_SCALE)
-    return _make_run(options, lambda: read_tarflow(options.source, options), options.noise_std)
+    std = options.noise_std
+    noise = Noise("gaussian", std) if std else Noise()
+    return _make_run(options, lambda: read_tarflow(options.source, options), noise)
+
+
+def itarflow_run(**fields: Any) -> Published:
+    """Make a workdir of an iTARFlow; takes the fields of `ItarflowOptions`."""
+    options = ItarflowOptions(**fields)
+    noise = Noise("levels", t0=options.t0, t1=options.t1)
+    read = functools.partial(read_tarflow, options.source, options, noise_conditional=True)
+    return _make_run(options, read, noise)
 
 
 def jet_run(**fields: Any) -> Published:
     """Make a workdir of a Jet; takes the fields of `JetOptions`."""
     options = JetOptions(**fields)
-    return _make_run(options, lambda: read_jet(options.source, options))
+    return _make_run(options, lambda: read_jet(options.source, options), Noise())
 
 
-def _make_run(
-    options: RunOptions, read: Callable[[], Published], noise_std: float = 0.0
-) -> Published:
+def _make_run(options: RunOptions, read: Callable[[], Published], noise: Noise) -> Published:
     out = options.out
     check_writable("out", out / CONFIG)
     with Checkpoints(out / "checkpoints") as checkpoints:
@@ -77,7 +95,7 @@ def _make_run(
     published = read()
     if options.data:
         _check_data(options.data, published)
-    config = _config(published, noise_std, options.data)
+    config = _config(published, noise, options.data)
     variables = dict(published.variables)
     state = {
         "step": jnp.zeros((), jnp.int32),
@@ -109,17 +127,16 @@ def _check_data(name: str, published: Published) -> None:
         )
 
 
-def _config(published: Published, noise_std: float, data: str) -> dict[str, Any]:
+def _config(published: Published, noise: Noise, data: str) -> dict[str, Any]:
     """The resolved config of the run."""
     splits, flow = sources.find(data).splits if data else (), published.flow
     test = next((split for split in splits if split != "train"), "test")
     splits = {"train_split": "train", "test_split": test}
-    noise = {"kind": "gaussian" if noise_std else "uniform", "std": noise_std}
     sizes = {"image_shape": flow.image_shape, "num_classes": flow.num_classes}
     return {
         "flow": published.section,
         "data": {"name": data, **splits, "labels": flow.num_classes > 0},
-        "noise": {**noise, "label_drop": 0.0, "flip": False},
+        "noise": dataclasses.asdict(noise),
         "train": {"ema_decay": 0.0},
         "eval": {"draws": 4},
         "resolved": {**sizes, "total_steps": 0},

@@ -1,4 +1,4 @@
-"""The tensors of the two published models, and which of jetflow's variables they are."""
+"""The tensors of the published models, and which of jetflow's variables they are."""
 
 from collections.abc import Callable, Sequence
 
@@ -32,16 +32,20 @@ def _single(array: np.ndarray) -> np.ndarray:
     return np.squeeze(array, axis=1)
 
 
+# What the module of a block's layers is called, in TarFlow and in iTARFlow.
+LAYERS = {False: "attn_blocks", True: "head_blocks"}
 # name of a torch module -> path of the variable; torch keeps [out, in], flax [in, out].
 _TARFLOW = {
     "proj_in": "proj_in",
-    "attn_blocks.{layer}.attention.norm": "transformer/layers/norm_attention",
-    "attn_blocks.{layer}.attention.qkv": "transformer/layers/qkv",
-    "attn_blocks.{layer}.attention.proj": "transformer/layers/out",
-    "attn_blocks.{layer}.mlp.norm": "transformer/layers/norm_mlp",
-    "attn_blocks.{layer}.mlp.main.0": "transformer/layers/mlp_in",
-    "attn_blocks.{layer}.mlp.main.2": "transformer/layers/mlp_out",
+    "{layer}.attention.norm": "transformer/layers/norm_attention",
+    "{layer}.attention.qkv": "transformer/layers/qkv",
+    "{layer}.attention.proj": "transformer/layers/out",
+    "{layer}.mlp.norm": "transformer/layers/norm_mlp",
+    "{layer}.mlp.main.0": "transformer/layers/mlp_in",
+    "{layer}.mlp.main.2": "transformer/layers/mlp_out",
     "proj_out": "proj_out",
+    "time_embed.mlp.0": "level_embedding/mlp_in",
+    "time_embed.mlp.2": "level_embedding/mlp_out",
 }
 # Of a layer's kernel and bias, how they are read and written: [W, 3, W] and [3, W] here.
 _QKV = (
@@ -53,8 +57,8 @@ _QKV = (
 )
 
 
-def tarflow(depths: Sequence[int]) -> Table:
-    """The tensors of a TarFlow, whose blocks have so many layers."""
+def tarflow(depths: Sequence[int], noise_conditional: bool) -> Table:
+    """The tensors of a TarFlow or iTARFlow, whose blocks have so many layers."""
     rows = {"prior/variance": Row([["var"]], _same, _same)}
     # The variance is a parameter in the volume-preserving variant alone.
     constants: dict[str, Callable[[np.ndarray], np.ndarray]] = {"var": np.ones_like}
@@ -67,7 +71,8 @@ def tarflow(depths: Sequence[int]) -> Table:
         constants[f"{theirs}attn_mask"] = lambda mask: np.tril(np.ones_like(mask))
         for name, path in _TARFLOW.items():
             is_stacked = "{layer}" in name
-            layers = [theirs + name.format(layer=n) for n in range(depth if is_stacked else 1)]
+            numbered = [f"{LAYERS[noise_conditional]}.{n}" for n in range(depth)]
+            layers = [theirs + name.format(layer=n) for n in numbered[: None if is_stacked else 1]]
             weight, turn = ("scale", _same) if "norm" in name else ("kernel", np.transpose)
             kernel, bias = _QKV if "qkv" in name else ((turn, turn), (_same, _same))
             for part, end, change in (("weight", weight, kernel), ("bias", "bias", bias)):

@@ -7,6 +7,7 @@ import bisect
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 import re
@@ -18,11 +19,12 @@ import jax
 from jetflow import configs, sharding
 from jetflow.data import dataset, sources
 from jetflow.evals import likelihoods
+from jetflow.flows.stack import Stack, guidance_of
 from jetflow.nn.transformer import REMAT_POLICIES
 from jetflow.tools.plan import costs, devices, estimates
 from jetflow.tools.plan.devices import Accelerator
 from jetflow.training.experiment import Run, set_up
-from jetflow.types import Config, UsageError
+from jetflow.types import Config, Flow, Guidance, UsageError
 
 PROGRAMS = ("train", "sample", "eval")
 SWEEPS = 0.15  # of decoding by windows, as a share of the tokens
@@ -231,27 +233,38 @@ def _lower(
 ) -> _Lowered:
     batch = run.abstract_batch(batch_size)
     flow, weights = run.trainer.flow, run.abstract_state.variables()
+    noise = run.trainer.noise.dequantisation
     if program == "train":
         return _Lowered(run.lower_step(run.abstract_state, batch), 3)
     if program == "eval":
-        return _Lowered(likelihoods.lower(flow, weights, batch, run.mesh), 1)
+        return _Lowered(likelihoods.lower(flow, weights, batch, run.mesh, noise), 1)
     sampler = run.sampler(weights, **decoding)
     split = sharding.batch_sharding(run.mesh)
     z = jax.ShapeDtypeStruct((batch_size, *flow.latent_shape), "float32", sharding=split)
     lowered = sampler.lower(z, batch.label if flow.num_classes else None)
-    passes = 1 if sampler.guidance is None else 2
+    passes = 1 + _guided_share(flow, sampler.guidance)
     steps = flow.latent_shape[0] - 1
     window = min(sampler.decoding[0].window, steps) if sampler.decoding else 0
     if window > 1:
         steps = max(1, math.ceil(sweeps * steps))
         passes *= steps * window / flow.latent_shape[0]
     drawn = [f"guidance {sampler.guidance.scale}"] if sampler.guidance else ["no guidance"]
-    drawn += ["denoised"] if sampler.denoise else []
+    steps_of_score = len(sampler.denoise.levels) if sampler.denoise else 0
+    drawn += [f"denoised in {steps_of_score} steps"] if steps_of_score > 1 else []
+    drawn += ["denoised"] if steps_of_score == 1 else []
     if sampler.decoding:
         drawn += [f"windows of {window} tokens" if window > 1 else "token by token"]
         drawn += [f"cache in {sampler.decoding[0].cache_dtype or run.config.flow.dtype}"]
-    passes += 2 if sampler.denoise else 0
+    passes += 2 * steps_of_score
     return _Lowered(lowered, passes, window, steps, ", ".join(drawn))
+
+
+def _guided_share(flow: Flow, guidance: Guidance | None) -> float:
+    """The share of the layers that are computed a second time, without a label."""
+    assert isinstance(flow, Stack)
+    layers = [block.net.num_layers for block in flow.blocks]  # type: ignore[attr-defined]
+    guided = [guidance_of(flow, number, guidance) is not None for number in range(len(layers))]
+    return sum(itertools.compress(layers, guided)) / sum(layers)
 
 
 def _compile(
