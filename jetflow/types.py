@@ -151,10 +151,10 @@ class Flow(Protocol):
         z, logdet = flow.apply(variables, x, label, method="forward")
         x, logdet = flow.apply(variables, z, label, guidance, decoding, method="inverse")
 
-    and with `noise_level=t` besides where it is noise-conditional. Images x are [B, H, W, C], latents
-    z [B, T, D], log-determinants [B] of the map itself, label [B] or None, and t [B] in units where
-    pixels span [-1, 1]. `guidance` and `decoding`, one of each block, default to None: plain
-    sampling, token by token. "forward_blocks" and "inverse_blocks" return `BlockOutputs` and
+    and with `noise_level=t` besides where it is noise-conditional. Images x are [B, H, W, C],
+    latents z [B, T, D], log-determinants [B] of the map itself, label [B] or None, and t [B] in
+    units where pixels span [-1, 1]. `guidance` and `decoding`, one of each block, default to None:
+    plain sampling, token by token. "forward_blocks" and "inverse_blocks" return `BlockOutputs` and
     `BlockInputs`.
 
     Attributes:

@@ -15,6 +15,7 @@ import numpy as np
 
 from jetflow import build
 from jetflow.flows.stack import Stack
+from jetflow.types import Condition
 
 JET = {"kind": "jet", "patch_size": 2, "width": 8, "num_heads": 2, "num_couplings": 2}
 JET |= {"block_depth": 1, "kinds": ("channels", "spatial"), "dtype": "float64"}
@@ -46,6 +47,8 @@ FLOWS = {
     "tarflow, blocks of different depth": lambda: tarflow(layers_per_block=(2, 1)),
     "tarflow, classes": lambda: tarflow(num_classes=3),
     "tarflow, volume preserving": lambda: tarflow(volume_preserving=True),
+    "tarflow, noise-conditional, classes": lambda: tarflow(num_classes=3, noise_conditional=True),
+    "jet, noise-conditional": lambda: jet(noise_conditional=True),
     "tarflow, odd grid": lambda: tarflow((3, 5, 1), patch_size=1, pixel_scale=127.5),
 }
 
@@ -55,7 +58,9 @@ def random_variables(flow: Stack, dtype=jnp.float64, seed: int = 0) -> dict[str,
     label = jnp.zeros(1, jnp.int32) if flow.num_classes else None
 
     def init():
-        return flow.init(jax.random.key(0), jnp.zeros((1, *flow.image_shape)), label)
+        image, level = jnp.zeros((1, *flow.image_shape)), jnp.ones(1)
+        conditions = (label, level) if flow.noise_conditional else (label,)
+        return flow.init(jax.random.key(0), image, *conditions)
 
     rng = np.random.default_rng(seed)
 
@@ -90,13 +95,17 @@ class Case:
     variables: dict[str, Any]
     x: jax.Array
     label: jax.Array | None
+    level: jax.Array | None
 
-    def forward(self, x, label):
-        return self.flow.apply(self.variables, x, label, method="forward")
+    def forward(self, x, label, level):
+        return self.flow.apply(self.variables, x, label, level, method="forward")
 
     @functools.cached_property
     def inverse(self):
-        return jax.jit(functools.partial(self.flow.apply, self.variables, method="inverse"))
+        def inverse(z, label, level):
+            return self.flow.apply(self.variables, z, label, noise_level=level, method="inverse")
+
+        return jax.jit(inverse)
 
     @functools.cached_property
     def rescaled(self) -> tuple[jax.Array, jax.Array]:
@@ -105,11 +114,12 @@ class Case:
 
     @functools.cached_property
     def _there_and_jacobian(self):
-        def one(x, label):
-            z, logdet = self.forward(x[None], None if label is None else label[None])
+        def one(x, conditions):
+            z, logdet = self.forward(x[None], *jax.tree.map(lambda a: a[None], conditions))
             return z.ravel(), (z[0], logdet[0])
 
-        return jax.jit(jax.vmap(jax.jacfwd(one, has_aux=True)))(self.x, self.label)
+        conditions = self.label, self.level
+        return jax.jit(jax.vmap(jax.jacfwd(one, has_aux=True)))(self.x, conditions)
 
     @property
     def there(self) -> tuple[jax.Array, jax.Array]:
@@ -117,7 +127,7 @@ class Case:
 
     @functools.cached_property
     def back(self) -> tuple[jax.Array, jax.Array]:
-        return self.inverse(self.there[0], self.label)
+        return self.inverse(self.there[0], self.label, self.level)
 
     @property
     def log_jacobian(self) -> np.ndarray:
@@ -131,7 +141,8 @@ class Case:
 def case(name: str) -> Case:
     flow = FLOWS[name]()
     label = jnp.array([0, 2, -1]) if flow.num_classes else None
-    return Case(flow, random_variables(flow), random_images(flow), label)
+    level = jnp.array([0.02, 0.1, 0.3]) if flow.noise_conditional else None
+    return Case(flow, random_variables(flow), random_images(flow), label, level)
 
 
 def close(actual, expected, atol: float = 1e-9) -> None:
@@ -174,12 +185,12 @@ LAWS = (
 
 def tokens_depend_on_their_past_alone(case: Case) -> None:
     """z_i = x_i·a + b, where a and b see all of the tokens before i, in the block's direction."""
-    label = None if case.label is None else case.label[:1]
+    condition = Condition(*jax.tree.map(lambda a: a[:1], (case.label, case.level)))
     tokens, features = case.flow.latent_shape
     for index in range(len(case.flow.blocks)):
 
         def block(x, index=index):
-            method = lambda flow, x: flow.blocks[index].forward_blocks(x, label)[0]  # noqa: E731
+            method = lambda flow, x: flow.blocks[index].forward_blocks(x, condition)[0]  # noqa: E731
             return case.flow.apply(case.variables, x[None], method=method)[0]
 
         jacobian = np.abs(jax.jit(jax.jacfwd(block))(case.rescaled[0][0])).swapaxes(1, 2)
@@ -198,7 +209,7 @@ def labels_matter(case: Case) -> None:
     """Each example is mapped by its own label, in both directions."""
     same_x, same_tokens = (np.stack([value[0]] * 3) for value in (case.x, case.rescaled[0]))
     for function, same in ((jax.jit(case.forward), same_x), (case.inverse, same_tokens)):
-        value, logdet = map(np.asarray, function(same, case.label))
+        value, logdet = map(np.asarray, function(same, case.label, case.level))
         for a, b in ((0, 1), (0, 2), (1, 2)):
             assert np.abs(value[a] - value[b]).max() > 1e-3
             assert abs(logdet[a] - logdet[b]) > 1e-4
@@ -206,7 +217,17 @@ def labels_matter(case: Case) -> None:
 
 def minus_one_is_no_label(case: Case) -> None:
     """The last example, whose label is -1, is mapped as all are without labels."""
-    there = jax.jit(case.forward)(case.x, None)
-    back = case.inverse(case.there[0], None)
+    there = jax.jit(case.forward)(case.x, None, case.level)
+    back = case.inverse(case.there[0], None, case.level)
     for actual, expected in zip(there + back, case.there + case.back, strict=True):
         np.testing.assert_allclose(actual[-1], expected[-1], rtol=1e-12)
+
+
+def noise_levels_matter(case: Case) -> None:
+    """Each example is mapped by its own level, in both directions."""
+    same_x, same_tokens = (np.stack([value[0]] * 3) for value in (case.x, case.rescaled[0]))
+    for function, same in ((jax.jit(case.forward), same_x), (case.inverse, same_tokens)):
+        value, logdet = map(np.asarray, function(same, None, case.level))
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            assert np.abs(value[a] - value[b]).max() > 1e-3
+            assert abs(logdet[a] - logdet[b]) > 1e-4

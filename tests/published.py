@@ -15,6 +15,7 @@ from jetflow.tools import convert
 GOLDEN = Path(__file__).parent / "golden"
 TARFLOWS = ("cond", "uncond", "uncond_vp")
 JETS = ("mixed", "spatial_only")
+ITARFLOW = "itarflow"  # whose only case is called so here
 
 
 class Case(NamedTuple):
@@ -60,29 +61,30 @@ def jet_arguments(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    return json.loads((folder(name) / f"{name}.json").read_text())
+    return json.loads(golden(name, ".json").read_text())
 
 
-def folder(name: str) -> Path:
-    return GOLDEN / ("tarflow" if name in TARFLOWS else "jet")
+def golden(name: str, ending: str) -> Path:
+    if name == ITARFLOW:
+        return GOLDEN / f"itarflow/cond{ending}"
+    return GOLDEN / ("tarflow" if name in TARFLOWS else "jet") / f"{name}{ending}"
 
 
 @functools.cache
 def case(name: str) -> Case:
     settings = settings_of(name)
-    with np.load(folder(name) / f"{name}.npz", allow_pickle=False) as file:
+    with np.load(golden(name, ".npz"), allow_pickle=False) as file:
         arrays = {
             key: to_nhwc(array) if is_nchw(key) else array
             for key, array in file.items()
             if not key.startswith("params/")
         }
-    if name in TARFLOWS:
-        path = folder(name) / f"{name}.pth"
-        flow, variables = convert.tarflow(path, **tarflow_arguments(settings))
-        arrays = {key.removesuffix("_nchw"): array for key, array in arrays.items()}
+    if name in JETS:
+        flow, variables = convert.jet(golden(name, ".npz"), **jet_arguments(settings))
     else:
-        path = folder(name) / f"{name}.npz"
-        flow, variables = convert.jet(path, **jet_arguments(settings))
+        read = convert.itarflow if name == ITARFLOW else convert.tarflow
+        flow, variables = read(golden(name, ".pth"), **tarflow_arguments(settings))
+        arrays = {key.removesuffix("_nchw"): array for key, array in arrays.items()}
     return Case(name, settings, arrays, flow, variables)
 
 

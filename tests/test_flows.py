@@ -46,6 +46,11 @@ def test_law_of_labels(name, law):
     law(case(name))
 
 
+@pytest.mark.parametrize("name", [name for name in FLOWS if "noise-conditional" in name])
+def test_law_of_noise_levels(name):
+    flow_laws.noise_levels_matter(case(name))
+
+
 @all_flows
 def test_shapes_and_protocol(name):
     flow, (z, logdet) = case(name).flow, case(name).there

@@ -1,8 +1,8 @@
 """Cached, guided sampling against an inverse that recomputes everything for every token.
 
 The reference is numpy, one image at a time, from the equations: block by block,
-x_i = z_i·exp(α_i) + μ_i with α_i, μ_i ← c + g·(c − u), where c is the prediction with the label
-and u that without it and with attention logits divided by the temperature.
+x_i = z_i·σ_i + μ_i, by a rule from c, the prediction with the label, and u, that without it and
+with attention logits divided by the temperature.
 """
 
 import functools
@@ -25,6 +25,10 @@ CASES = {
     "a": (3, [0, 2, -1], Guidance(1.5, "a", temperature=1.3)),
     "b": (3, [0, 2, -1], Guidance(-0.7, "b")),
     "annealed": (3, [0, 2, 1], Guidance(1.5, "ab", temperature=0.6, annealed=True)),
+    "scale": (3, [0, 2, 1], Guidance(6.0, rule="scale", annealed=True)),
+    "scale of a": (3, [0, 2, -1], Guidance(1.5, "a", temperature=1.3, rule="scale")),
+    "starflow": (3, [0, 2, 1], Guidance(2.0, rule="starflow")),
+    "one block": (3, [0, 2, 1], Guidance(1.5, blocks=1)),
     "unconditional": (0, None, Guidance(0.8, "ab", temperature=1.5)),
 }
 
@@ -70,28 +74,48 @@ def predict(block, past, position, label, temperature):
     return np.split(dense(block["proj_out"], hidden)[-1], 2)
 
 
+def by_log_scale(log_c, shift_c, log_u, shift_u, g):
+    return np.exp(log_c + g * (log_c - log_u)), shift_c + g * (shift_c - shift_u)
+
+
+def by_scale(log_c, shift_c, log_u, shift_u, g):
+    scale = np.exp(log_c) * (1 + g) - g * np.exp(log_u)
+    return scale, shift_c + g * (shift_c - shift_u)
+
+
+def by_starflow(log_c, shift_c, log_u, shift_u, g):
+    s = np.minimum(np.exp(log_c) / np.exp(log_u), 1) ** 2
+    d = 1 + g - g * s
+    return np.exp(log_c) / np.sqrt(d), ((1 + g) * shift_c - g * s * shift_u) / d
+
+
+RULES = {"log_scale": by_log_scale, "scale": by_scale, "starflow": by_starflow}
+
+
 def invert_block(block, z, label, guidance, backward):
     position = block["position"]
     z, position = (z[::-1], position[::-1]) if backward else (z, position)
     x, logdet = z.copy(), 0.0
     for i in range(1, len(z)):
         log_scale, shift = predict(block, x[:i], position, label, 1.0)
+        scale = np.exp(log_scale)
         if guidance is not None:
             unguided = predict(block, x[:i], position, None, guidance.temperature)
             g = guidance.scale * (i / (len(z) - 1) if guidance.annealed else 1.0)
-            if "a" in guidance.what:
-                log_scale = log_scale + g * (log_scale - unguided[0])
-            if "b" in guidance.what:
-                shift = shift + g * (shift - unguided[1])
-        x[i] = z[i] * np.exp(log_scale) + shift
-        logdet += log_scale.sum()
+            scale, new_shift = RULES[guidance.rule](log_scale, shift, *unguided, g)
+            shift = new_shift if "b" in guidance.what else shift
+            scale = scale if "a" in guidance.what else np.exp(log_scale)
+        x[i] = z[i] * scale + shift
+        logdet += np.log(np.abs(scale)).sum()
     return (x[::-1] if backward else x), logdet
 
 
 def reference(flow, params, z, label, guidance):
     logdet = np.log(128) * z.size
     for index in reversed(range(len(flow.blocks))):
-        z, more = invert_block(params[f"blocks_{index}"], z, label, guidance, index % 2 == 1)
+        guided = guidance and index >= len(flow.blocks) - (guidance.blocks or len(flow.blocks))
+        guiding = guidance if guided else None
+        z, more = invert_block(params[f"blocks_{index}"], z, label, guiding, index % 2 == 1)
         logdet += more
     rows, columns = flow.pixels.grid
     x = z.reshape(rows, columns, -1, 2, 2).transpose(0, 3, 1, 4, 2).reshape(flow.image_shape)

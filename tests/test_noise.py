@@ -17,7 +17,9 @@ ALL = Noise("gaussian", std=0.1, label_drop=0.3, flip=True)
 
 
 def augment(how: Noise, *, seed=0, step=0, image=IMAGE):
-    return how.augment(image, LABEL, seed=seed, step=jnp.int32(step), pixel_scale=127.5)
+    step = jnp.int32(step)
+    x, condition = how.augment(image, LABEL, seed=seed, step=step, pixel_scale=127.5)
+    return [x, *jax.tree.leaves(condition)]
 
 
 def test_uniform_noise_fills_the_unit_above_the_pixel_value():
@@ -35,6 +37,32 @@ def test_gaussian_noise_is_measured_in_units_of_the_flow():
     added = np.asarray(augment(Noise("gaussian", std=0.1))[0]) - np.asarray(IMAGE, np.float32)
     assert abs(added.mean()) < 5 * 12.75 / np.sqrt(added.size)
     assert abs(added.std() / 12.75 - 1) < 0.02
+
+
+MEAN = {"uniform": 0.2, "square": 0.2167, "lognormal": 0.1813}
+
+
+@pytest.mark.parametrize("distribution", MEAN)
+def test_each_image_has_noise_of_its_own_level(distribution):
+    how = Noise("levels", t0=0.1, t1=0.3, distribution=distribution)
+    x, _, levels = map(np.asarray, augment(how))
+    assert levels.min() >= 0.1 and levels.max() <= 0.3
+    assert len(np.unique(levels)) > len(levels) / 2
+    assert levels.min() < 0.11 and levels.max() > 0.29
+    assert abs(levels.mean() - MEAN[distribution]) < 0.003
+    std = (x - np.asarray(IMAGE, np.float32)).std((1, 2, 3)) / 127.5
+    assert np.corrcoef(std, levels)[0, 1] > 0.5
+    assert abs((std**2).mean() / (levels**2).mean() - 1) < 0.02
+
+
+def test_weights_are_of_the_levels():
+    level = jnp.array([0.1, 0.2])
+    weights = {kind: Noise("levels", t0=0.1, t1=0.3, weight=kind) for kind in ("t", "t2", "1")}
+    weights = {kind: how.weights(level) for kind, how in weights.items()}
+    np.testing.assert_allclose(weights["t"], level)
+    np.testing.assert_allclose(weights["t2"], level**2)
+    np.testing.assert_allclose(weights["1"], 1)
+    assert Noise().weights(None) is None
 
 
 def test_half_of_the_images_are_mirrored_left_to_right():
@@ -75,13 +103,15 @@ def test_purposes_have_draws_of_their_own():
     assert len(np.unique(np.stack(draws), axis=0)) == len(Purpose)
 
 
-@pytest.mark.parametrize("kind", [Noise("uniform"), Noise("gaussian", std=0.1)])
+@pytest.mark.parametrize(
+    "kind", [Noise("uniform"), Noise("gaussian", std=0.1), Noise("levels", t0=0.01, t1=0.3)]
+)
 def test_noise_by_example_depends_on_the_key_and_the_index_alone(kind):
     key = jax.random.key(0)
     index = jnp.array([4, 0, 9, -1])
-    x = kind.add_by_example(IMAGE[index], keys_by_example(key, index), 128.0)
+    x, _ = kind.add_by_example(IMAGE[index], keys_by_example(key, index), 128.0)
     for row, one in enumerate(index):
-        alone = kind.add_by_example(IMAGE[one][None], keys_by_example(key, one[None]), 128.0)
+        alone, _ = kind.add_by_example(IMAGE[one][None], keys_by_example(key, one[None]), 128.0)
         np.testing.assert_array_equal(x[row], alone[0])
     added = np.asarray(x) - np.asarray(IMAGE[index], np.float32)
     assert len(np.unique(added.round(3), axis=0)) == 4

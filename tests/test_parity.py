@@ -16,9 +16,9 @@ from published import JETS, TARFLOWS, Case, case, settings_of, to_nhwc
 from jetflow import optim
 from jetflow.nn import transformer
 from jetflow.noise import Noise
-from jetflow.sampling.ancestral import denoised
+from jetflow.sampling.denoise import denoised
 from jetflow.training.step import Trainer, TrainState
-from jetflow.types import Batch, Guidance
+from jetflow.types import Batch, Condition, Guidance
 
 # Latents are compared relative to the largest entry of the array, not entry by entry: an entry near
 # zero is a difference of larger ones. At 1e-5 another epsilon of the layer norms would pass.
@@ -47,7 +47,7 @@ def assert_same_logdet(actual, expected) -> None:
 # --- forward -------------------------------------------------------------------------------------
 
 
-def blocks_forward(found: Case, label) -> tuple[list[jax.Array], jax.Array]:
+def blocks_forward(found: Case, label, level=None) -> tuple[list[jax.Array], jax.Array]:
     """What each block puts out, and the sum of their log-dets in nats, without the pixels' part.
 
     That part, a constant in the thousands, would round the sum to 1e-4.
@@ -56,7 +56,7 @@ def blocks_forward(found: Case, label) -> tuple[list[jax.Array], jax.Array]:
     def run(flow, tokens):
         outputs, total = [], 0.0
         for block in flow.blocks:
-            tokens, logdet, *_ = block.forward_blocks(tokens, label)
+            tokens, logdet, *_ = block.forward_blocks(tokens, Condition(label, level))
             outputs.append(tokens)
             total = total + logdet
         return outputs, total
@@ -145,7 +145,7 @@ def test_inverse(name):
     z = found.flow.pixels.patchify(jnp.asarray(found.arrays["noise"]))
     x, _ = inverse(found, z, None)
     np.testing.assert_allclose(x, found.arrays["sample"], rtol=0, atol=SAMPLE)
-    without_pixels = lambda flow, z: flow.blocks[0].inverse_blocks(z, None, None)[1]  # noqa: E731
+    without_pixels = lambda flow, z: flow.blocks[0].inverse_blocks(z, Condition(), None)[1]  # noqa: E731
     logdet = jax.jit(lambda z: found.flow.apply(found.variables, z, method=without_pixels))(z)
     assert_same_logdet(logdet, found.arrays["sample_logdet"])
 
@@ -174,7 +174,7 @@ def test_denoised(name):
     found = case(name)
     sample = found.pixels(to_nhwc(found.arrays["sample"]))
     std = found.settings["denoise_noise_std"]
-    step = jax.jit(lambda x: denoised(found.flow, found.variables, x, found.label, std))
+    step = jax.jit(lambda x: denoised(found.flow, found.variables, x, Condition(found.label), std))
     expected = to_nhwc(found.arrays["denoised"])
     np.testing.assert_allclose(step(sample) / 127.5 - 1, expected, rtol=0, atol=SAMPLE)
 
@@ -187,7 +187,7 @@ class Given(Noise):
     """The noise is in the images already."""
 
     def augment(self, image, label, **_):
-        return image, label
+        return image, Condition(label)
 
 
 class Trajectory(NamedTuple):

@@ -111,11 +111,16 @@ def same_label_for_all(real):
     return wrong
 
 
+def same_level_for_all(real):
+    return lambda self, noise_level: real(self, noise_level[:1].repeat(len(noise_level)))
+
+
 ROUND_TRIP = flow_laws.inverse_undoes_forward
 JACOBIAN = flow_laws.logdet_is_that_of_the_jacobian
 CANCEL = flow_laws.logdets_of_both_directions_cancel
 CAUSAL = flow_laws.tokens_depend_on_their_past_alone
 LABELS = flow_laws.labels_matter
+LEVELS = flow_laws.noise_levels_matter
 NO_LABEL = flow_laws.minus_one_is_no_label
 
 
@@ -133,6 +138,7 @@ TARFLOW, COLOUR = "tarflow, 1 block", "tarflow, 3 blocks, colour"
 TWO_BLOCKS = "tarflow, volume preserving"
 CHANNELS, SPATIAL = "jet, channel splits", "jet, every spatial split"
 TARFLOW_CLASSES = "tarflow, classes"
+LEVELS_TARFLOW = "tarflow, noise-conditional, classes"
 BLOCK = AutoregressiveBlock
 
 BUGS = [
@@ -150,6 +156,7 @@ BUGS = [
     Bug(ROUND_TRIP, TARFLOW, transformer.TransformerLayer, "extend", cache_written_one_too_late),
     Bug(NO_LABEL, TARFLOW_CLASSES, autoregressive, "class_token", minus_one_is_the_last_class),
     Bug(LABELS, TARFLOW_CLASSES, autoregressive, "class_token", same_label_for_all),
+    Bug(LEVELS, LEVELS_TARFLOW, autoregressive.LevelEmbedding, "__call__", same_level_for_all),
 ]
 
 

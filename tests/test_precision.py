@@ -64,9 +64,9 @@ def test_a_bfloat16_net_is_close_to_a_float32_one(kind):
 def test_bug_is_caught_forward_that_rounds_otherwise(monkeypatch):
     """Position and label rounded before they are added up, unlike in the inverse."""
 
-    def wrong(self, x, label):
+    def wrong(self, x, condition):
         hidden = self.proj_in(x) + self._in_order(self.position[None]).astype(x.dtype)
-        hidden = hidden + self._class_token(label, len(x))[:, None].astype(self.transformer.dtype)
+        hidden = hidden + self._embedding(condition, len(x))[:, None].astype(self.transformer.dtype)
         out = self.proj_out(self.transformer(hidden.astype(self.transformer.dtype)))
         return self._split(jnp.pad(out[:, :-1], ((0, 0), (1, 0), (0, 0))))
 

@@ -12,8 +12,9 @@ import jetflow
 from jetflow import likelihood
 from jetflow.noise import keys_by_example
 from jetflow.sampling import latents
-from jetflow.sampling.ancestral import Sampler, denoised, draw_all, quantise
-from jetflow.types import Decoding, Guidance, UsageError
+from jetflow.sampling.ancestral import Sampler, draw_all, quantise
+from jetflow.sampling.denoise import Denoising, denoised
+from jetflow.types import Condition, Decoding, Guidance, UsageError
 
 KEY = jax.random.key(7)
 LABEL = jnp.array([0, 1, 2])
@@ -100,7 +101,7 @@ def test_denoising_follows_the_score():
         assert jnp.abs(score).max() > 1e-3
         step = jax.jit(functools.partial(denoised, flow))
         for std in (0.05, 0.3):
-            moved = step(variables, x, label, std) - x
+            moved = step(variables, x, Condition(label), std) - x
             expected = (std * 128) ** 2 * score.reshape(x.shape)
             np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-9)
 
@@ -108,8 +109,9 @@ def test_denoising_follows_the_score():
 def test_samples_are_denoised():
     flow, variables = setting()
     noisy = sample_pixels(flow, variables, KEY, num=3)
-    clean = sample_pixels(flow, variables, KEY, num=3, denoise=0.1)
-    expected = jax.jit(functools.partial(denoised, flow))(variables, jnp.asarray(noisy), None, 0.1)
+    clean = sample_pixels(flow, variables, KEY, num=3, denoise=Denoising((0.1,)))
+    step = jax.jit(functools.partial(denoised, flow))
+    expected = step(variables, jnp.asarray(noisy), Condition(), 0.1)
     np.testing.assert_allclose(clean, expected, atol=1e-3)
     assert np.abs(clean - noisy).max() > 0.1
 

@@ -13,7 +13,7 @@ from jetflow import likelihood
 from jetflow.noise import Noise
 from jetflow.training import step
 from jetflow.training.step import Trainer, TrainState
-from jetflow.types import Batch
+from jetflow.types import Batch, Condition
 
 RNG = np.random.default_rng(0)
 BATCH = Batch(
@@ -128,9 +128,9 @@ def noisy(flow, state):
 @pytest.mark.parametrize("name", FLOWS)
 def test_metrics_are_of_the_parameters_before_the_step(name):
     flow, (before, _, metrics) = FLOWS[name](), one_step(name)
-    x, label = noisy(flow, before)
+    x, condition = noisy(flow, before)
     variables = {"params": before.params, **before.collections}
-    z, logdet = jax.jit(functools.partial(flow.apply, method="forward"))(variables, x, label)
+    z, logdet = jax.jit(functools.partial(flow.apply, method="forward"))(variables, x, *condition)
     variance = likelihood.prior_variance(variables)
     prior = likelihood.bits_per_dim(likelihood.prior_nll(z, variance), z).mean()
     assert_close(metrics["bpd_prior"], prior)
@@ -160,10 +160,11 @@ def in_parts(name):
     """(flow, variables, inputs, latents, what `eval_parts` gives)."""
     flow = WITH_PARTS[name]()
     variables = flow_laws.random_variables(flow, jnp.float32)
-    x, label = flow_laws.random_images(flow).astype(jnp.float32), jnp.array([0, 2, -1])
-    z, _ = jax.jit(functools.partial(flow.apply, method="forward"))(variables, x, label)
-    found = jax.jit(functools.partial(likelihood.eval_parts, flow))(variables, x, label)
-    return flow, variables, (x, label), z, found
+    x, condition = flow_laws.random_images(flow), Condition(jnp.array([0, 2, -1]))
+    x = x.astype(jnp.float32)
+    z, _ = jax.jit(functools.partial(flow.apply, method="forward"))(variables, x, *condition)
+    found = jax.jit(functools.partial(likelihood.eval_parts, flow))(variables, x, condition)
+    return flow, variables, (x, condition), z, found
 
 
 @pytest.mark.parametrize("name", WITH_PARTS)
@@ -178,10 +179,10 @@ def test_parts_add_up(name):
 
 
 def test_parts_are_in_the_order_of_the_blocks():
-    flow, variables, (x, label), _, (_, parts) = in_parts("tarflow")
+    flow, variables, (x, condition), _, (_, parts) = in_parts("tarflow")
     tokens, _ = flow.pixels.forward(x)
     for part, block in zip(parts[2:], flow.bind(variables).blocks, strict=True):
-        tokens, logdet, *_ = block.forward_blocks(tokens, label)
+        tokens, logdet, *_ = block.forward_blocks(tokens, condition)
         assert_close(part, likelihood.bits_per_dim(-logdet, tokens), rtol=1e-4)
 
 

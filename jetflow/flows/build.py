@@ -93,8 +93,8 @@ def tarflow(
 ) -> Stack:
     """TarFlow (arXiv 2412.06329): `num_blocks` autoregressive blocks in alternating direction.
 
-    `layers_per_block` may give each block its own depth. With `noise_conditional` it is one flow for
-    all noise levels (iTARFlow, arXiv 2604.20041). `pixel_scale` is 128 in the published
+    `layers_per_block` may give each block its own depth. With `noise_conditional` it is one flow
+    for all noise levels (iTARFlow, arXiv 2604.20041). `pixel_scale` is 128 in the published
     model for uniformly dequantised images, 127.5 in those trained with gaussian noise.
     """
     _divides("head_dim", head_dim, "width", width)

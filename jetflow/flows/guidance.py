@@ -1,4 +1,4 @@
-"""Guidance of an autoregressive block: from a conditional and an unconditional prediction to one."""
+"""Guidance of an autoregressive block: a conditional and an unconditional prediction made one."""
 
 from typing import NamedTuple
 
