@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jetflow
-from jetflow import noise, sharding
+from jetflow import likelihood, noise, sharding
 from jetflow.data.dataset import Dataset
 from jetflow.evals import likelihoods as bpd
 from jetflow.evals.batching import Batching
@@ -19,7 +19,7 @@ from jetflow.evals.evaluation import spread
 from jetflow.evals.records import describe
 from jetflow.flows.stack import check_labels
 from jetflow.noise import Noise, keys_by_example
-from jetflow.types import UsageError
+from jetflow.types import Condition, UsageError
 
 KEY = jax.random.key(3)
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (7, 4, 4, 1)), jnp.uint8)
@@ -158,9 +158,9 @@ def test_some_examples_have_a_checksum_of_their_own(dataset):
 # Labels by likelihoods.
 
 
-def answers(flow, variables, dataset, **fields):
-    measure = density(flow, variables, **fields)
-    return measure.answers(measure.batching.of_data(dataset), len(dataset))
+def answers(flow, variables, dataset, by_gradient=False, **fields):
+    measure, total = density(flow, variables, **fields), len(dataset)
+    return measure.answers(measure.batching.of_data(dataset), total, by_gradient=by_gradient)
 
 
 @pytest.mark.parametrize("how", [Noise("uniform"), Noise("gaussian", std=0.3)])
@@ -182,8 +182,23 @@ def test_answers(how, flow, variables, dataset):
         for image, label in zip(IMAGES, (likely + wrong) % 3, strict=True)
     ]
     labelled = dataclasses.replace(dataset, source=source)
-    right = answers(flow, variables, labelled, noise=how, draws=DRAWS)
-    np.testing.assert_array_equal(right, ~wrong)
+    found = answers(flow, variables, labelled, noise=how, draws=DRAWS)
+    np.testing.assert_array_equal(found.answer, likely)
+    np.testing.assert_array_equal(found.right, ~wrong)
+
+
+def test_answers_by_gradient(flow, variables, dataset):
+    """Against finite differences, along each class, of log p under a mixture of the classes."""
+    (key,) = density(flow, variables).keys
+    x = IMAGES + jax.vmap(lambda key: jax.random.uniform(key, (4, 4, 1)))(
+        keys_by_example(key, jnp.arange(7))
+    )
+    bits = jax.jit(functools.partial(likelihood.eval_step, flow))
+    shares = [jnp.tile(jax.nn.softmax(0.05 * row), (7, 1)) for row in jnp.eye(3)]
+    by_class = np.stack([bits(variables, x, Condition(share)) for share in shares])
+    found = answers(flow, variables, dataset, by_gradient=True, draws=1)
+    np.testing.assert_array_equal(found.answer, by_class.argmin(0))
+    assert len(set(found.answer)) > 1
 
 
 def test_likelihoods_that_are_not_finite_are_of_no_label(flow, variables, dataset):
@@ -192,4 +207,6 @@ def test_likelihoods_that_are_not_finite_are_of_no_label(flow, variables, datase
     zeros = dataclasses.replace(
         dataset, source=[example | {"label": 0} for example in dataset.source]
     )
-    assert np.isnan(answers(flow, broken, zeros, noise=bpd.UNIFORM)).all()
+    for by_gradient in (False, True):
+        found = answers(flow, broken, zeros, by_gradient, noise=bpd.UNIFORM)
+        assert (found.answer == -1).all() and not found.right.any()

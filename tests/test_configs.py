@@ -13,6 +13,7 @@ ARGUMENTS = {
     "afhq256_tarflow": ("", ":smoke"),
     "imagenet128_tarflow": ("", ":smoke"),
     "imagenet21k_jet": ("", ":32", ":smoke", ":32,smoke"),
+    "imagenet_itarflow": ("", ":128", ":256", ":smoke", ":128,smoke"),
     "imagenet32_jet": ("", ":32x2", ":smoke"),
     "imagenet64_jet": ("", ":64x5", ":smoke"),
     "imagenet64_tarflow": ("", ":unconditional", ":conditional", ":conditional,smoke"),

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilation_cache")]
 CONFIGS = tiny_runs.ROOT / "configs"
 ARGUMENTS = {
     "imagenet21k_jet": ["smoke", "32,smoke"],
+    "imagenet_itarflow": ["smoke", "128,smoke", "256,smoke"],
     "imagenet64_tarflow": ["smoke", "unconditional,smoke", "conditional,smoke"],
 }
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if ":smoke" in path.read_text())

@@ -63,6 +63,7 @@ class _Likelihoods:
 
     model: TrainedFlow
     options: EvaluateOptions
+    answers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def draws(self) -> int:
@@ -88,7 +89,7 @@ class _Likelihoods:
             raise UsageError(
                 f"levels is {levels}, which is for flows trained with noise of all levels"
             )
-        if metric.endswith("accuracy"):
+        if "accuracy" in metric:
             yield self._accuracy(metric)
             return
         noises = [noise.dequantisation]
@@ -138,10 +139,14 @@ class _Likelihoods:
             held_out = self._data(self.split)
             num, batches = len(held_out), density.batching.of_data(held_out)
             facts = {"data": held_out.facts()}
-        right = density.answers(batches, num)
-        value = float(np.nansum(right) / num)
+        answers = density.answers(batches, num, by_gradient=metric.endswith("gradient"))
+        value = float(answers.right.mean())
         error = math.sqrt(value * (1 - value) / num)  # as binomial
-        facts |= {"draws": self.draws, "not_finite": int(np.isnan(right).sum())}
+        facts |= {"draws": self.draws, "not_finite": int((answers.answer < 0).sum())}
+        if metric != "sample_accuracy":
+            self.answers[metric] = answers.answer
+            if len(self.answers) == 2:  # of Bayes' rule and of the gradient
+                facts["agreement"] = float(np.equal(*self.answers.values()).mean())
         facts |= {"noise": likelihoods.noise_facts(density.noise)}
         return record(metric, value, error, **facts, **source(model))
 

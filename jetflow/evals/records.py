@@ -23,7 +23,7 @@ def describe(result: Mapping[str, Any]) -> str:
         context = _describe_gap(result)
     elif metric.endswith("bpd"):
         context = _describe_likelihood(result)
-    elif metric.endswith("accuracy"):
+    elif "accuracy" in metric:
         context = _describe_accuracy(result)
     else:
         context = _describe_distance(result)
@@ -60,12 +60,15 @@ def _describe_gap(result: Mapping[str, Any]) -> str:
 
 
 def _describe_accuracy(result: Mapping[str, Any]) -> str:
+    rule = "the gradient" if result["metric"].endswith("gradient") else "p(x | y)"
     is_drawn = "samples" in result
     source = f"{result['samples']['images']:,} samples" if is_drawn else _data(result["data"])
     text = (
-        f"(standard error over {source}), by p(x | y) of images with {result['noise']['kind']} "
+        f"(standard error over {source}), by {rule} of images with {result['noise']['kind']} "
         f"noise, mean of {result['draws']} draws"
     )
+    if "agreement" in result:
+        text += f"; {result['agreement']:.3f} of the answers agree with those of the other rule"
     count = result["not_finite"]
     broken = f"\n  ({count:,} have likelihoods that are not finite, and count as wrong)"
     return text + (broken if count else "")

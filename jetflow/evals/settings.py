@@ -17,7 +17,8 @@ from jetflow.sampling.ancestral import Drawn
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.types import Flow, UsageError
 
-LIKELIHOODS = ("bpd", "noised_bpd", "bpd_gap", "noised_bpd_gap", "accuracy")  # of real images
+# Of real images.
+LIKELIHOODS = ("bpd", "noised_bpd", "bpd_gap", "noised_bpd_gap", "accuracy", "accuracy_gradient")
 NEIGHBOURS = {"kid": 1, "precision_recall": 3, "density_coverage": 5}  # that a feature must have
 DISTANCES = ("fid", "sfid", *NEIGHBOURS)
 METRICS = (*LIKELIHOODS, "sample_accuracy", *DISTANCES)
@@ -32,7 +33,7 @@ class EvaluateOptions(SamplingOptions, DataOptions):
         "what to measure; default: bpd. With noised_, the likelihood of images with the gaussian "
         "noise of training; with _gap, held-out minus training bits, on equally many images; "
         "accuracy and sample_accuracy: how often the flow's likelihoods tell the label of images, "
-        "and of samples",
+        "and of samples; accuracy_gradient: one gradient instead of a likelihood a class",
         choices=METRICS,
     )
     split: str | None = option(

@@ -13,7 +13,15 @@ from jetflow.tools.sweep.store import Store
 from jetflow.types import UsageError
 from jetflow.workdir import read_config
 
-HIGHER_IS_BETTER = {"accuracy", "sample_accuracy", "precision", "recall", "density", "coverage"}
+HIGHER_IS_BETTER = {
+    "accuracy",
+    "accuracy_gradient",
+    "sample_accuracy",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+}
 LACKING = "–"  # the label of a point without the setting, in a chain
 MOST_LINES = 6  # of a plot
 FEWEST_VALUES = 3  # of an axis with a plot
