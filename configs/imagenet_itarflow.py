@@ -5,7 +5,7 @@ alone guided; a sample is denoised along falling levels. Published: FID 1.68 at 
 (the default) has width 1280 and 300 epochs, `:128` 1600 and 450, `:256` 2176 and 600.
 
 Ours: nets in bfloat16, rematerialisation, and the state split over the devices; the first learning
-rate is the last one. With `:smoke`, `:128,smoke` and `:256,smoke`, a trial of some minutes on a CPU.
+rate is the last one. With `:smoke`, `:128,smoke` and `:256,smoke`, a trial of minutes on a CPU.
 """
 
 from configs import base

@@ -17,7 +17,7 @@ from jetflow.flows import coupling
 from jetflow.flows.pixels import FEATURE_ORDERS, Pixels
 from jetflow.nn import encoder
 from jetflow.training.step import abstract_variables
-from jetflow.types import Flow, UsageError
+from jetflow.types import Condition, Flow, UsageError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -105,7 +105,7 @@ def test_a_coupling_changes_one_half_of_the_tokens():
     one = case("jet, every spatial split")
     flow, variables, tokens = one.flow, one.variables, one.rescaled[0]
     one_layer = dataclasses.replace(flow.blocks[0], num_couplings=1)
-    forward = jax.jit(lambda *args: one_layer.apply(*args, None, method="forward_blocks")[0])
+    forward = jax.jit(lambda *args: one_layer.apply(*args, Condition(), method="forward_blocks")[0])
     row, column = np.indices((2, 2))
     changed = [row + column, row + column + 1, column, column + 1, row, row + 1]
     for layer, pattern in enumerate(changed):

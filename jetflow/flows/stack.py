@@ -143,23 +143,16 @@ class Stack(nn.Module):
             x, total + logdet, tokens, jnp.concatenate(sweeps), jnp.concatenate(residuals)
         )
 
-    def _condition(self, label, noise_level, batch: int) -> Condition:
-        if (noise_level is None) == self.noise_conditional:
-            have = "needs a noise_level" if self.noise_conditional else "takes no noise_level"
-            raise UsageError(f"this flow {have}: noise_conditional is {self.noise_conditional}")
-        if noise_level is not None:
-            noise_level = jnp.broadcast_to(noise_level, (batch,))
-        return Condition(label, noise_level)
-
     def _inverses(self, z, condition, guidance, decoding) -> list[BlockInputs]:
         """Of each block, the last first."""
         each = decoding or (None,) * len(self.blocks)
-        alone = [block.unbind()[0] for block in self.blocks] if self.decoded_blocks else [None]
+        alike: list[Any] = [None]
+        if self.decoded_blocks:
+            alike = [block.unbind()[0].clone(backward=False) for block in self.blocks]
 
         def kind(number: int) -> Any:
-            block = alone[number] and alone[number].clone(backward=False)
             is_guided = guidance_of(self, number, guidance) is not None
-            return block, jax.tree.structure(each[number]), is_guided
+            return alike[number], jax.tree.structure(each[number]), is_guided
 
         inverses = []
         for (*_, is_guided), group in itertools.groupby(reversed(range(len(each))), kind):
@@ -192,9 +185,7 @@ class Stack(nn.Module):
     def _condition(self, label, noise_level, batch: int) -> Condition:
         if (noise_level is None) == self.noise_conditional:
             verb = "needs" if self.noise_conditional else "takes no"
-            raise UsageError(
-                f"this flow {verb} noise_level: its noise_conditional is {self.noise_conditional}"
-            )
+            raise UsageError(f"this flow {verb} noise_level, as it is built")
         if noise_level is not None:
             noise_level = jnp.broadcast_to(noise_level, (batch,))
         return Condition(label, noise_level)

@@ -41,7 +41,8 @@ class LevelEmbedding(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, noise_level: Float[Array, "B"]) -> Float[Array, "B W"]:
+    def __call__(self, noise_level: Float[Array, "B"] | None) -> Float[Array, "B W"]:
+        assert noise_level is not None  # as the whole flow checks
         half = self.width // 2
         frequencies = jnp.exp(-math.log(HIGHEST_PERIOD) * jnp.arange(half) / half)
         angles = jnp.log(noise_level)[:, None] * frequencies

@@ -95,7 +95,7 @@ class Sampler:
         """The images of these numbers: image i depends on the key, its label and i alone."""
         keys = None
         if self.denoise and self.denoise.eta:
-            keys = keys_by_example(jax.random.fold_in(key, Purpose.DENOISE), index)
+            keys = keys_by_example(jax.random.fold_in(key, Purpose.DENOISE), jnp.asarray(index))
             keys = np.asarray(jax.random.key_data(keys))
         return self.decode(self.latents(key, index), label, keys)
 
@@ -190,7 +190,7 @@ def sample(
     label: int | Int[AnyArray, "N"] | None = None,
     guidance: Guidance | None = None,
     temperature: float = 1.0,
-    denoise: float | Denoising = 0.0,
+    denoise: float | Denoising | None = None,
     noise_level: float | None = None,
     noise: str = "uniform",
     method: str | Sequence[Decoding] = "cached",
@@ -203,8 +203,8 @@ def sample(
         key: image i depends on the key and on i alone, not on `num`, `batch_size` or `mesh`.
         label: one class for all images, or one an image; None or -1 for no label.
         guidance, temperature, noise_level, mesh: see `Sampler`.
-        denoise: σ of one denoising step, as training with gaussian noise asks for; 0 for none; or
-            see `Denoising`.
+        denoise: σ of one denoising step, as training with gaussian noise asks for; or a
+            `Denoising`.
         noise: the kind of noise that the flow was trained with: values of a dequantised pixel
             lie above it, those of a noisy one around it.
         method: how a TarFlow is inverted: "cached", token by token; "jacobi", by windows of
@@ -216,7 +216,7 @@ def sample(
     Warns if some of the images are not finite.
     """
     how = decodings(flow, method) if isinstance(method, str) else tuple(method)
-    if not isinstance(denoise, Denoising):
+    if isinstance(denoise, float | int):
         denoise = Denoising((denoise,)) if denoise else None
     sampler = Sampler(flow, variables, guidance, temperature, denoise, how, mesh, noise_level)
     batches = [*draw_all(sampler, key, num=num, label=label, batch_size=batch_size)]
