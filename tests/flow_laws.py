@@ -95,7 +95,7 @@ class Case:
     variables: dict[str, Any]
     x: jax.Array
     label: jax.Array | None
-    level: jax.Array | None
+    level: jax.Array | None = None
 
     def forward(self, x, label, level):
         return self.flow.apply(self.variables, x, label, level, method="forward")

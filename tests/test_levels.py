@@ -7,6 +7,7 @@ import flow_laws
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_runs
 from published import ITARFLOW, Case, assert_equal, case, golden, tarflow_arguments, to_nhwc
@@ -25,7 +26,7 @@ from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.denoise import Denoising, denoised_along
 from jetflow.tools import convert
 from jetflow.training.step import Trainer, TrainState
-from jetflow.types import Condition, Guidance, UsageError
+from jetflow.types import Batch, Condition, Guidance, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +218,27 @@ def test_run(run):
 def test_refused_option(run, fields, message):
     with pytest.raises(UsageError, match=message):
         run.sample(2, **fields)
+
+
+# Deep-shallow stacks.
+
+
+def compiled_step(layers: tuple[int, ...]):
+    """The training step of four blocks with so many layers, compiled."""
+    flow = flow_laws.tarflow((8, 8, 1), num_blocks=4, layers_per_block=layers, width=32,
+                             noise_conditional=True, dtype="float32", remat="full")  # fmt: skip
+    tx = optax.sgd(1e-3)
+    trainer = Trainer(flow, tx, lambda step: 1e-3, Noise("levels", t0=0.1, t1=0.3), seed=0)
+    state = jax.eval_shape(trainer.first_state)
+    image = jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.uint8)
+    number = jax.ShapeDtypeStruct((64,), jnp.int32)
+    return jax.jit(trainer.train_step).lower(state, Batch(image, number, number)).compile()
+
+
+def test_blocks_of_different_depth_cost_what_their_layers_do():
+    """As many layers in all: a program of the same size, with the same memory."""
+    equal, unequal = (compiled_step(layers) for layers in ((4, 4, 4, 4), (2, 2, 2, 10)))
+    sizes = [program.as_text().count("\n") for program in (equal, unequal)]
+    memory = [program.memory_analysis().temp_size_in_bytes for program in (equal, unequal)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.2)
+    assert memory[1] == pytest.approx(memory[0], rel=0.2)

@@ -101,7 +101,7 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "B H W C"],
         label: Int[Array, "B"] | None = None,
-        noise_level: Float[Array, "*B"] | None = None,
+        noise_level: Float[Array, "*B"] | float | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B"]]:
         return self.forward_blocks(x, label, noise_level)[:2]
 
@@ -111,7 +111,7 @@ class Stack(nn.Module):
         label: Int[Array, "B"] | None = None,
         guidance: Guidance | None = None,
         decoding: Sequence[Decoding] | None = None,
-        noise_level: Float[Array, "*B"] | None = None,
+        noise_level: Float[Array, "*B"] | float | None = None,
     ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
         return self.inverse_blocks(z, label, guidance, decoding, noise_level)[:2]
 
