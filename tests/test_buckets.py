@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import aiohttp
 import bucket_server
@@ -173,6 +174,17 @@ def test_a_lease_that_nobody_renews_is_taken_over(folder, quick, monkeypatch, ca
         slow.__exit__(None, None, None)
         assert (folder / "lock").exists()  # which is no longer its own
     assert "was taken over by process" in capsys.readouterr().err
+
+
+def test_a_late_answer_does_not_age_a_lease(folder, quick, monkeypatch):
+    """Its holder renews it all the time."""
+    monkeypatch.setattr(buckets, "EXPIRES_SECONDS", 1.0)
+    other = buckets._Lease(folder / "lock")
+    with leased(folder / "lock", wait=False), monkeypatch.context() as patch:
+        read = other._store.read
+        late = SimpleNamespace(read=lambda key: time.sleep(2) or read(key))
+        patch.setattr(other, "_store", late)
+        assert not other.take(wait=False)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_what_processes_must_be_asked_for(line, more, differing):
 QUICK = """
 import json, os, sys, time
 from jetflow import hosts, rollcall
-hosts.LAST_WORDS_SECONDS = 1
+hosts.LAST_WORDS_SECONDS, hosts.rendezvous.NOTICE_SECONDS = 1, 600  # lines are counted
 rollcall.BEAT_SECONDS, rollcall.SILENCE_SECONDS, rollcall.STALL_SECONDS = 0.5, 3, 5
 """
 PROGRAM = (

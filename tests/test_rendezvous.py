@@ -178,6 +178,7 @@ def test_a_machine_of_no_pod_asks_no_network(monkeypatch):
         BY_HAND | {"JAX_COORDINATOR_ADDRESS": "localhost"},
         {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"},
         {"JAX_COORDINATOR_ADDRESS": "localhost:1"},
+        {"JAX_PROCESS_ID": "1"},
     ],
 )
 def test_one_of_several_never_goes_alone(monkeypatch, environment):

@@ -5,10 +5,15 @@ import threading
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
-from jetflow import hosts, rollcall
+from jetflow import hosts, rendezvous, rollcall, sharding
+from jetflow.archive import collect
+from jetflow.evals import batching
+from jetflow.rendezvous import Place
 from jetflow.rollcall import Position, RollCall
+from jetflow.sampling.ancestral import Drawn
 
 MINUTE = 30  # beats of two seconds
 
@@ -115,6 +120,44 @@ def test_who_waits_for_the_others_says_so(roll_call, monkeypatch, number):
     assert rollcall._position == Position(6, "the barrier after step 5")
     assert hosts.agreed(7) == 7
     assert rollcall._position == Position(7, "the barrier after step 5")
+
+
+def test_the_end_is_a_barrier_too(monkeypatch):
+    """Who hangs in its last file is behind those that are done."""
+    monkeypatch.setattr(rollcall, "_position", at(5))
+    monkeypatch.setattr(rendezvous, "find_place", lambda **_: Place(1, 2, "nowhere:1", None))
+    monkeypatch.setattr(rendezvous, "meet", lambda *_: "nowhere:1")
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(RollCall, "start", lambda _: None)
+    monkeypatch.setattr(hosts, "compare", lambda _: None)
+    monkeypatch.setattr(hosts, "is_first", lambda: True)
+    seen = []
+    client = SimpleNamespace(wait_at_barrier=lambda *_: seen.append(rollcall._position))
+    monkeypatch.setattr(rollcall.STATE, "client", client)
+    with hosts.joined({}, None, saves_at_signals=True):
+        pass
+    assert seen == [Position(6, "the barrier after step 5")]
+
+
+def test_who_waits_for_a_batch_is_ahead_of_who_reads_it(monkeypatch):
+    """So that one is named whose disk hangs within an evaluation, or within an archive."""
+    monkeypatch.setattr(rollcall, "_position", at(5))
+    seen = []
+
+    def watched(content):
+        seen.append(rollcall._position)
+        return content
+
+    monkeypatch.setattr(batching, "gather", lambda tree: watched(jax.device_get(tree)))
+    whole = batching.Batching(sharding.make_mesh(data=1, devices=jax.devices()[:1]), 4)
+    batches = map(watched, whole.of_images(np.zeros((2, 4, 8, 8, 3), np.uint8)))
+    drawn = [Drawn(np.zeros((4, 8, 8, 3)), (), 0.0)] * 2
+    assert [*whole.results(lambda batch: batch.image, batches, total=8, name="images")]
+    assert collect(map(watched, drawn), "uniform", num=8, keep=8)
+    barrier = "the barrier after step 5"
+    texts = ["step 5", barrier, "step 5", barrier, "step 5", "step 5"]
+    assert [each.text for each in seen] == texts
+    assert [each.count for each in seen] == [5, 6, 7, 8, 9, 10]
 
 
 @pytest.fixture
