@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
@@ -38,12 +37,9 @@ def start(data_dir, compilation_cache):
 
     def run(*lines, processes=2, **options) -> list[subprocess.Popen]:
         """One command line for all of them, or one for each of the first ones."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
         options |= {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
         if processes > 1:
-            options |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+            options |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{tiny_runs.free_port()}"}
             options |= {"JAX_NUM_PROCESSES": str(processes)}
         lines = lines if len(lines) > 1 else lines * processes
         group = [

@@ -1,5 +1,6 @@
 """Processes that stop, or do not get on: the others name them, and end or wait."""
 
+import contextlib
 import itertools
 import threading
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jetflow import hosts, rendezvous, rollcall, sharding
+from jetflow import checkpoint, hosts, rendezvous, rollcall, sharding
 from jetflow.archive import collect
 from jetflow.evals import batching
 from jetflow.rendezvous import Place
@@ -100,6 +101,27 @@ def test_what_all_wait_for_together_is_no_stall(roll_call):
     assert not roll_call.behind(60) and not roll_call.lost(60)
 
 
+@pytest.mark.parametrize(("ends", "minutes"), [(True, 14), (False, 19)])
+def test_one_behind_is_named_each_minute(roll_call, monkeypatch, capsys, ends, minutes):
+    """For 15 minutes, or for good."""
+    signs = itertools.count(2)
+
+    def wait(_):
+        sign = next(signs)
+        roll_call._signs = {number: (sign, at(5 if number == 2 else 6)) for number in range(3)}
+        return sign > 20 * MINUTE
+
+    def end(why):
+        raise InterruptedError(why)
+
+    monkeypatch.setattr(roll_call, "_end", end)
+    roll_call._ends, roll_call._over = ends, SimpleNamespace(wait=wait)
+    with pytest.raises(InterruptedError) if ends else contextlib.nullcontext():
+        roll_call._watch()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == minutes and all("process 2 has been at step 5" in line for line in lines)
+
+
 def test_where_a_process_is(monkeypatch):
     monkeypatch.setattr(rollcall, "_position", rollcall.START)
     rollcall.reach("step 1")
@@ -107,6 +129,7 @@ def test_where_a_process_is(monkeypatch):
     assert rollcall._position == Position(2, "step 1")
     rollcall.advance()
     assert rollcall._position == Position(2, "step 1", 1)
+    assert checkpoint._everywhere(lambda: rollcall._position.text) == "reading a checkpoint"
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -127,16 +150,15 @@ def test_the_end_is_a_barrier_too(monkeypatch):
     monkeypatch.setattr(rollcall, "_position", at(5))
     monkeypatch.setattr(rendezvous, "find_place", lambda **_: Place(1, 2, "nowhere:1", None))
     monkeypatch.setattr(rendezvous, "meet", lambda *_: "nowhere:1")
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     monkeypatch.setattr(RollCall, "start", lambda _: None)
-    monkeypatch.setattr(hosts, "compare", lambda _: None)
-    monkeypatch.setattr(hosts, "is_first", lambda: True)
-    seen = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    seen, key = [], "heartbeat_timeout_seconds"
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **names: seen.append(names[key]))
     client = SimpleNamespace(wait_at_barrier=lambda *_: seen.append(rollcall._position))
     monkeypatch.setattr(rollcall.STATE, "client", client)
-    with hosts.joined({}, None, saves_at_signals=True):
+    with hosts.joined({}, hosts.ProcessOptions(on_stall="wait"), saves_at_signals=True):
         pass
-    assert seen == [Position(6, "the barrier after step 5")]
+    assert seen == [hosts.LONGEST_WAIT, Position(6, "the barrier after step 5")]
 
 
 def test_who_waits_for_a_batch_is_ahead_of_who_reads_it(monkeypatch):
