@@ -238,6 +238,7 @@ def test_a_process_that_does_not_get_on_ends_the_run(start):
 LATE = """
 import jetflow.checkpoint
 seconds, late, read = float(sys.argv.pop(1)), sys.argv.pop(1), jetflow.checkpoint._read_arrays
+rollcall.STALL_SECONDS = seconds / 2  # a busy machine is silent for some seconds, too
 def read_late(*arguments):
     time.sleep(seconds if os.environ["JAX_PROCESS_ID"] == late else 0)
     return read(*arguments)
@@ -254,7 +255,7 @@ def test_a_process_may_read_its_checkpoint_late(start, alone, tmp_path, late):
     workdir = shutil.copytree(alone, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "12")
     line, program = train("tarflow", workdir), ["-c", QUICK + LATE]
-    group = start([10, late, *line], program=program)
+    group = start([40, late, *line], program=program)
     ends = finish(group)
     assert f"process {late} has been at reading a checkpoint" in ends[1 - late][1]
     assert "done: step 12" in ends[0][1]
