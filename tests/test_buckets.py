@@ -1,5 +1,6 @@
 """Runs in buckets: trained, gone on with, sampled and measured as in a folder."""
 
+import io
 import json
 import os
 import pickle
@@ -378,13 +379,19 @@ def test_processes_share_nothing_but_a_bucket(name, together, folder, tmp_path):
             assert line[metric] == pytest.approx(wanted[metric], rel=1e-6), (metric, line["step"])
     if name == "jet":
         return
-    bits = []
+    bits, images = [], []
     for workdir, processes in ((folder, 2), (expected, 1)):
-        flags = ["--workdir", workdir, "--draws", 1, "--mesh", "fsdp=2,data=4"]
-        finish(together("evaluate", *flags, "--metrics", "bpd", processes=processes))
+        flags = ["--workdir", workdir, "--mesh", "fsdp=2,data=4"]
+        measure = ["evaluate", *flags, "--metrics", "bpd", "--draws", 1]
+        finish(together(*measure, processes=processes))
         (result,) = workdir.glob("evals/bpd-*draws=1.json")
         bits.append(json.loads(result.read_text())["value"])
+        draw = ["sample", *flags, "--num", 6, "--out", workdir / "some.png"]
+        finish(together(*draw, "--npz", workdir / "some.npz", processes=processes))
+        with np.load(io.BytesIO((workdir / "some.npz").read_bytes())) as file:
+            images.append(file["images"].astype(int))
     assert bits[0] == pytest.approx(bits[1], rel=1e-6)
+    assert images[0].std() > 10 and np.abs(images[0] - images[1]).max() <= 1
     sweep = tmp_path / "temperatures.py"
     sweep.write_text(SWEEP)
     flags = ["--workdir", folder / "sweep", "--run", folder, "--fix", "mesh=fsdp=2"]

@@ -18,7 +18,7 @@ from jetflow.flows import autoregressive
 from jetflow.nn import attention
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import decodings
-from jetflow.types import Decoding, Guidance
+from jetflow.types import Condition, Decoding, Guidance
 
 SHAPE = (8, 8, 1)  # 16 tokens
 LABELS = jnp.array([0, 2, -1])
@@ -145,7 +145,8 @@ def decode_with_infinite_end(how):
     flow, variables, z = setting()
     block = flow.blocks[0]
     assert not block.backward
-    inputs = ({"params": variables["params"]["blocks_0"]}, z.at[:, -2].set(jnp.inf), LABELS, None)
+    params, z = {"params": variables["params"]["blocks_0"]}, z.at[:, -2].set(jnp.inf)
+    inputs = params, z, Condition(LABELS), None
     inverse = functools.partial(block.clone(name=None).apply, method="inverse_blocks")
     return jax.jit(inverse)(*inputs, how).x
 

@@ -157,7 +157,7 @@ def test_denoised_image_depends_on_its_number_alone():
     ("noise_conditional", "denoise", "message"),
     [
         (False, Denoising((0.3, 0.1)), "denoise_steps is 2, but this flow knows one level"),
-        (True, Denoising((0.1, 0.3)), "expected falling ones above 0"),
+        (True, Denoising((0.1, 0.3)), "expected falling levels"),
         (True, Denoising((0.3,), eta=1.5), "denoise_eta is 1.5; expected 0 to 1"),
     ],
 )

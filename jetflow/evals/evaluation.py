@@ -104,7 +104,8 @@ class _Likelihoods:
     def level(self, result: dict[str, Any]) -> str:
         """What the file's name ends in, where a record is of one level of noise."""
         noise = result.get("noise", {})
-        return f"-level={noise['t0']:g}" if self.options.levels and "t1" in noise else ""
+        is_one = self.options.levels and noise.get("kind") == "levels"
+        return f"-level={noise['t0']:g}" if is_one else ""
 
     def _likelihood(self, metric: str, noise: Noise) -> dict[str, Any]:
         held_out, density = self._data(self.split), self._density(noise)

@@ -39,8 +39,10 @@ def check_denoising(flow: Flow, denoise: Denoising | None) -> None:
             f"denoise_steps is {len(levels)}, but this flow knows one level of noise; it needs one "
             "that is noise-conditional: set it to 1"
         )
-    if not all(0 < t < math.inf for t in levels) or list(levels) != sorted(levels, reverse=True):
-        raise UsageError(f"denoise has the levels {levels}; expected falling ones above 0")
+    for level in [level for level in levels if not 0 < level < math.inf]:
+        raise UsageError(f"denoise is {level}; expected more than 0")
+    if list(levels) != sorted(levels, reverse=True):
+        raise UsageError(f"denoise goes along {levels}; expected falling levels, below noise_level")
     if not 0 <= denoise.eta <= 1:
         raise UsageError(f"denoise_eta is {denoise.eta}; expected 0 to 1")
 
