@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import Bool, Int, UInt8
 
-from jetflow import hosts
+from jetflow import hosts, rollcall
 from jetflow.buckets import AnyPath
 from jetflow.fields import differences, shown
 from jetflow.files import listed, naming, read_or_set_aside, write_atomically, write_json
@@ -209,6 +209,7 @@ def collect(
             sweeps = tuple(map(max, drawn.sweeps, sweeps or drawn.sweeps))
             residual = max(residual, drawn.residual)
             bar.update(len(batch))
+            rollcall.reach()
     if not finite:  # going on, where nothing is left and another process has the archive
         return Collected(np.zeros((0, 0, 0, 1), np.uint8), np.zeros(0, bool), (), 0.0)
     return Collected(np.concatenate(images)[:keep], np.concatenate(finite), sweeps, residual)

@@ -126,6 +126,8 @@ def raise_refusal(error: BaseException) -> None:
 class Mirror:
     """A folder in which files grow; for a bucket one of this machine, copied there.
 
+    A kill leaves it behind, where it is of no use: the next process makes its own of the bucket.
+
     Attributes:
         folder: where to write.
 
@@ -208,10 +210,14 @@ class _Lease(threading.Thread):
         self._generation = b""
 
     def take(self, *, wait: bool) -> bool:
-        first, since, told = None, time.monotonic(), False
+        before, since, told = None, 0.0, False
         while True:
             found = self._store.read(self._key).result()
-            generation, watched = found.stamp.generation, time.monotonic() - since
+            generation = found.stamp.generation
+            lives = before not in (None, generation)
+            if before != generation:  # it is watched from here on, however long the answer took
+                before, since = generation, time.monotonic()
+            watched = time.monotonic() - since
             holder = _parsed(found.value) if found.state == "value" else None
             if holder is None or _has_ended(holder) or _is_left(holder, watched):
                 if self._write(generation):
@@ -219,17 +225,14 @@ class _Lease(threading.Thread):
                         logging.warning("%s of %s is taken over", self._path, _name(holder))
                     self.start()
                     return True
-            elif first not in (None, generation):  # it lives
-                if not wait:
-                    return False
-                since, generation = time.monotonic(), None
+            elif lives and not wait:
+                return False
             elif not told and watched > 1:
                 told = True
                 logging.warning(
                     "%s is held by %s; watching for up to %d s whether that one still lives",
                     self._path, _name(holder), EXPIRES_SECONDS,
                 )  # fmt: skip
-            first = generation
             time.sleep(0.5)
 
     def run(self) -> None:

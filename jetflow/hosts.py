@@ -96,6 +96,7 @@ def joined(
             compare({**_code(), **facts})
             with contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
                 yield
+            rollcall.reach_barrier()
             STATE.client.wait_at_barrier("jetflow/end", 1000 * LONGEST_WAIT)
         except UsageError as error:
             rendezvous.say(str(error))

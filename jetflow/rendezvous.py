@@ -90,7 +90,8 @@ def find_place(*, on_pods: bool) -> Place | None:
             f"this machine is one of a pod, but does not know which ({_short(error)}); set "
             f"{BY_HAND} on each of them, or JAX_NUM_PROCESSES=1 for one alone"
         ) from error
-    if (count or 1) == 1 and not (address or launched):
+    numbered = whole_number("JAX_PROCESS_ID")  # 0 may be the only one
+    if (count or 1) == 1 and not (address or launched or numbered):
         return None
     known = re.search(r":\d+$", address) if address else environment
     if not known or number is None or count is None or number >= count:

@@ -1,6 +1,7 @@
 """Which process of a run is lost or behind: each process hears of all the others, and names it.
 
-When JAX aborts the others from C++, with pages of output, the last line still says which one it is.
+JAX's own heartbeat tells neither that a process hangs nor where it is. When JAX aborts the others
+from C++, with pages of output, the last line still says which one it is.
 """
 
 import ctypes
@@ -37,6 +38,7 @@ class Position(NamedTuple):
 
 
 _position = START = Position()
+BARRIER = "the barrier after "
 
 
 def reach(text: str = "") -> None:
@@ -45,12 +47,15 @@ def reach(text: str = "") -> None:
     All processes must call this equally often. The others name one that stays behind.
     """
     global _position
-    _position = Position(_position.count + 1, text or _position.text)
+    _position = Position(_position.count + 1, text or _position.text.removeprefix(BARRIER))
 
 
 def reach_barrier() -> None:
-    """Say that this process waits for the others; to be called as `reach` is."""
-    reach("the barrier after " + _position.text.removeprefix("the barrier after "))
+    """Say that this process waits for the others; to be called as `reach` is.
+
+    Needed wherever it does, also within a program on all devices: who hangs before is then behind.
+    """
+    reach(BARRIER + _position.text.removeprefix(BARRIER))
 
 
 def advance() -> None:

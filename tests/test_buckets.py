@@ -4,17 +4,19 @@ import json
 import os
 import pickle
 import re
-import socket
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import aiohttp
 import bucket_server
 import numpy as np
 import pytest
 import tiny_runs
+from test_hosts import FIELDS, finish
 from tiny_runs import assert_same, remains
 
 import jetflow
@@ -39,7 +41,7 @@ def quick(monkeypatch):
 
 
 def test_a_run_is_the_same_as_in_a_folder(trained, folder, tmp_path, monkeypatch, capsys, caplog):
-    """Stopped on the way, and nothing of it stays on this machine."""
+    """Stopped on the way, with what its last checkpoint brought there, and nothing stays here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     progress = Reporter.progress
@@ -51,6 +53,7 @@ def test_a_run_is_the_same_as_in_a_folder(trained, folder, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Reporter, "progress", noticed)
+        patch.setattr(buckets.Mirror, "close", lambda self: shutil.rmtree(self.folder))
         assert tiny_runs.train("tarflow", folder) == 143
     assert tiny_runs.read_state(folder)[0] == 8
     assert tiny_runs.train("tarflow", folder) == 0
@@ -173,6 +176,17 @@ def test_a_lease_that_nobody_renews_is_taken_over(folder, quick, monkeypatch, ca
         slow.__exit__(None, None, None)
         assert (folder / "lock").exists()  # which is no longer its own
     assert "was taken over by process" in capsys.readouterr().err
+
+
+def test_a_late_answer_does_not_age_a_lease(folder, quick, monkeypatch):
+    """Its holder renews it all the time."""
+    monkeypatch.setattr(buckets, "EXPIRES_SECONDS", 1.0)
+    other = buckets._Lease(folder / "lock")
+    with leased(folder / "lock", wait=False), monkeypatch.context() as patch:
+        read = other._store.read
+        late = SimpleNamespace(read=lambda key: time.sleep(2) or read(key))
+        patch.setattr(other, "_store", late)
+        assert not other.take(wait=False)
 
 
 @pytest.mark.parametrize(
@@ -316,16 +330,6 @@ def test_kills_and_a_bad_network_change_nothing(trained, data_dir, compilation_c
         assert output(DAMAGE, folder, environment) == b"10\n"
 
 
-# Plain samples, for they compile faster.
-FIELDS = {
-    "mesh__fsdp": 2,
-    "mesh__data": -1,
-    "flow__width": 128,
-    "eval__guidance": 0.0,
-    "eval__denoise": False,
-}
-
-
 @pytest.fixture
 def together(bucket, tmp_path, compilation_cache):
     """A function: starts a command line on processes that share eight devices and a bucket, and
@@ -333,10 +337,7 @@ def together(bucket, tmp_path, compilation_cache):
     started = []
 
     def start(*line, processes) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        group = []
+        address, group = f"localhost:{tiny_runs.free_port()}", []
         for number in range(processes):
             own = tmp_path / f"{len(started)}"
             own.mkdir()
@@ -352,13 +353,6 @@ def together(bucket, tmp_path, compilation_cache):
     for process in started:
         process.kill()
         process.communicate()
-
-
-def finish(group) -> str:
-    """What the first of the processes printed, when all have ended well."""
-    ends = [process.communicate(timeout=900) for process in group]
-    assert not any(process.returncode for process in group), ends
-    return ends[0][0]
 
 
 @pytest.mark.slow

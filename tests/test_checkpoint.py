@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jetflow import checkpoint, checksums
+from jetflow import checkpoint, checksums, hosts
 from jetflow.checkpoint import Checkpoints, NotFinite
 from jetflow.training.step import TrainState
 from jetflow.types import UsageError
@@ -228,7 +228,7 @@ def test_query_key_and_value_of_version_0_1_are_rearranged(tmp_path, warnings):
 # What stays on disk
 
 
-def test_retention(tmp_path):
+def test_retention(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, keep=2, keep_every=4) as checkpoints:
         for step in range(1, 12):
             checkpoints.save(step, {"params": jnp.full(3, step)}, {})
@@ -237,6 +237,8 @@ def test_retention(tmp_path):
         checkpoints.save(9, {"params": jnp.full(3, 9)}, {})  # older, yet the last saved
         checkpoints.wait()
         assert checkpoints.steps() == [4, 8, 9, 11]
+        monkeypatch.setattr(hosts, "agreed", lambda steps: steps[:-1])  # as the first process saw
+        assert checkpoints.restore({"params": jnp.zeros(3, int)})[1] == 9
 
 
 @pytest.mark.parametrize("field", ["params", "ema"])

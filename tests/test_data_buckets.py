@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 import threading
 
@@ -132,6 +133,11 @@ def test_the_shards_of_a_split_are_copied_once(data, data_dir):
     assert data(split="test").copied == test.copied
     assert np.array_equal(images(data()), images(load("digits", "test", data_dir=data_dir)))
     assert not leftover.exists()
+    origin = data.folder / "digits" / "1.0.0" / file.name
+    origin.write_bytes(origin.read_bytes()[:-100])
+    file.unlink()
+    with pytest.raises(UsageError, match="damaged"):
+        data(split="test")
 
 
 def test_a_copy_shows_on_any_process_how_it_gets_on(data, monkeypatch, capsys):
@@ -144,7 +150,7 @@ def test_a_copy_shows_on_any_process_how_it_gets_on(data, monkeypatch, capsys):
     assert "copying digits" in capsys.readouterr().err
     data()
     assert rollcall._position.count == 2 * first.count
-    assert (first.moves, rollcall._position.moves) == (1, 0)
+    assert first[1:] == ("loading the data set digits", 1) and not rollcall._position.moves
 
 
 def test_who_waits_for_the_copy_of_another_is_not_stuck(tmp_path, monkeypatch, capsys):
@@ -222,6 +228,19 @@ def test_the_copies_not_used_for_longest_make_room(data, manual):
     train = data(NAME, "train", data_cache_gb=room)
     assert len(images(train)) == len(train)
     assert len(copied(data.cache)) == 12 and all("21k" in name for name in copied(data.cache))
+
+
+def test_the_copy_that_was_used_last_stays(tmp_path):
+    for used, name in enumerate(("b", "c", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(bytes(100))
+        (tmp_path / f"{name}.lock").touch()
+        os.utime(tmp_path / f"{name}.lock", (used, used))
+    copy = object.__new__(cache.Copy)
+    with open(tmp_path / "a.lock") as lock:
+        vars(copy).update(_root=tmp_path, _name="a", _limit=350 / 1e9, _lock=lock)
+        copy._make_room(100)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["a", "c"]
 
 
 def test_a_disk_that_takes_no_copy_is_one_line(data, mount, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -95,8 +95,13 @@ def test_the_accumulation_that_would_fit(run, monkeypatch, facts, memory, expect
     known = {name: value for name, value in known.items() if value is not ...}
     state = sharding.bytes_per_device(run.abstract_state)
     monkeypatch.setattr(sharding, "memory_of", lambda mesh: state + int(memory * beside))
-    text = footprint.doubt(run, [known, {"from_step": 3}])
+    text = footprint.doubt(run, [known | {"bytes_beside_state": 1}, known, {"from_step": 3}])
     assert expected in text and bool(expected) == bool(text)
+
+
+def test_accumulations_begin_with_the_next_one():
+    once = set_up(tiny_runs.config("tarflow", train__accumulation=1), load)
+    assert [*footprint._accumulations(once)] == [2, 4, 8, 16]
 
 
 def test_a_step_that_does_not_fit_is_one_line(run, resumed, monkeypatch, capsys):

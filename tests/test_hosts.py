@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
@@ -38,12 +37,9 @@ def start(data_dir, compilation_cache):
 
     def run(*lines, processes=2, **options) -> list[subprocess.Popen]:
         """One command line for all of them, or one for each of the first ones."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
         options |= {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
         if processes > 1:
-            options |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+            options |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{tiny_runs.free_port()}"}
             options |= {"JAX_NUM_PROCESSES": str(processes)}
         lines = lines if len(lines) > 1 else lines * processes
         group = [
@@ -133,7 +129,7 @@ def test_what_processes_must_be_asked_for(line, more, differing):
 QUICK = """
 import json, os, sys, time
 from jetflow import hosts, rollcall
-hosts.LAST_WORDS_SECONDS = 1
+hosts.LAST_WORDS_SECONDS, hosts.rendezvous.NOTICE_SECONDS = 1, 600  # lines are counted
 rollcall.BEAT_SECONDS, rollcall.SILENCE_SECONDS, rollcall.STALL_SECONDS = 0.5, 3, 5
 """
 PROGRAM = (
@@ -242,6 +238,7 @@ def test_a_process_that_does_not_get_on_ends_the_run(start):
 LATE = """
 import jetflow.checkpoint
 seconds, late, read = float(sys.argv.pop(1)), sys.argv.pop(1), jetflow.checkpoint._read_arrays
+rollcall.STALL_SECONDS = seconds / 2  # a busy machine is silent for some seconds, too
 def read_late(*arguments):
     time.sleep(seconds if os.environ["JAX_PROCESS_ID"] == late else 0)
     return read(*arguments)
@@ -258,7 +255,7 @@ def test_a_process_may_read_its_checkpoint_late(start, alone, tmp_path, late):
     workdir = shutil.copytree(alone, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "12")
     line, program = train("tarflow", workdir), ["-c", QUICK + LATE]
-    group = start([10, late, *line], program=program)
+    group = start([40, late, *line], program=program)
     ends = finish(group)
     assert f"process {late} has been at reading a checkpoint" in ends[1 - late][1]
     assert "done: step 12" in ends[0][1]

@@ -22,6 +22,7 @@ from test_launch import LAUNCH, PATH, run, script
         ("tpu_vm.sh create pod v5p:4x4x4 --dry-run", 0, "--accelerator-type=v5p-128 "),
         ("tpu_vm.sh create pod v3:2x2", 2, "expected one of v4, v5e, v5p or v6e"),
         ("tpu_vm.sh create", 2, "create needs the name of a TPU VM"),
+        ("restart.sh --dry-run jetflow train", 0, "until it is done: jetflow train"),
         ("tpu_vm.sh fly pod", 2, "expected create, run"),
         ("tpu_vm.sh run pod --worker=1 jetflow train", 2, "--worker=1 is no option of run"),
         ("tpu_vm.sh keep pod v5e:4x4", 2, "keep needs a command"),

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny_runs
 from jax._src.clusters import cloud_tpu_cluster
+from tiny_runs import free_port
 
 from jetflow import rendezvous
 from jetflow.rendezvous import Place, find_place
@@ -54,12 +55,6 @@ BY_HAND = {
     "JAX_NUM_PROCESSES": "2",
     "JAX_PROCESS_ID": "{}",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +173,7 @@ def test_a_machine_of_no_pod_asks_no_network(monkeypatch):
         BY_HAND | {"JAX_COORDINATOR_ADDRESS": "localhost"},
         {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"},
         {"JAX_COORDINATOR_ADDRESS": "localhost:1"},
+        {"JAX_PROCESS_ID": "1"},
     ],
 )
 def test_one_of_several_never_goes_alone(monkeypatch, environment):
@@ -258,6 +254,12 @@ def test_all_say_who_is_missing_until_the_first_gives_up(meeting, capsys):
 def test_without_the_first_the_others_know_of_it_alone(meeting):
     (one, other), _ = meeting((1, 1), (2, 1))
     assert "no sign of process 0 of 3" in str(one) and "no sign of process 0 of 3" in str(other)
+
+
+def test_the_first_leaves_when_all_others_know():
+    lobby = rendezvous.Lobby(3)
+    ready = [lobby.answer(number, f"host {number}")["ready"] for number in (0, 1, 2, 0, 1, 0)]
+    assert ready == [False, False, True, False, True, True]
 
 
 def test_two_of_one_number_are_refused():

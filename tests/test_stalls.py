@@ -1,14 +1,20 @@
 """Processes that stop, or do not get on: the others name them, and end or wait."""
 
+import contextlib
 import itertools
 import threading
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
-from jetflow import hosts, rollcall
+from jetflow import checkpoint, hosts, rendezvous, rollcall, sharding
+from jetflow.archive import collect
+from jetflow.evals import batching
+from jetflow.rendezvous import Place
 from jetflow.rollcall import Position, RollCall
+from jetflow.sampling.ancestral import Drawn
 
 MINUTE = 30  # beats of two seconds
 
@@ -95,6 +101,27 @@ def test_what_all_wait_for_together_is_no_stall(roll_call):
     assert not roll_call.behind(60) and not roll_call.lost(60)
 
 
+@pytest.mark.parametrize(("ends", "minutes"), [(True, 14), (False, 19)])
+def test_one_behind_is_named_each_minute(roll_call, monkeypatch, capsys, ends, minutes):
+    """For 15 minutes, or for good."""
+    signs = itertools.count(2)
+
+    def wait(_):
+        sign = next(signs)
+        roll_call._signs = {number: (sign, at(5 if number == 2 else 6)) for number in range(3)}
+        return sign > 20 * MINUTE
+
+    def end(why):
+        raise InterruptedError(why)
+
+    monkeypatch.setattr(roll_call, "_end", end)
+    roll_call._ends, roll_call._over = ends, SimpleNamespace(wait=wait)
+    with pytest.raises(InterruptedError) if ends else contextlib.nullcontext():
+        roll_call._watch()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == minutes and all("process 2 has been at step 5" in line for line in lines)
+
+
 def test_where_a_process_is(monkeypatch):
     monkeypatch.setattr(rollcall, "_position", rollcall.START)
     rollcall.reach("step 1")
@@ -102,6 +129,7 @@ def test_where_a_process_is(monkeypatch):
     assert rollcall._position == Position(2, "step 1")
     rollcall.advance()
     assert rollcall._position == Position(2, "step 1", 1)
+    assert checkpoint._everywhere(lambda: rollcall._position.text) == "reading a checkpoint"
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -115,6 +143,43 @@ def test_who_waits_for_the_others_says_so(roll_call, monkeypatch, number):
     assert rollcall._position == Position(6, "the barrier after step 5")
     assert hosts.agreed(7) == 7
     assert rollcall._position == Position(7, "the barrier after step 5")
+
+
+def test_the_end_is_a_barrier_too(monkeypatch):
+    """Who hangs in its last file is behind those that are done."""
+    monkeypatch.setattr(rollcall, "_position", at(5))
+    monkeypatch.setattr(rendezvous, "find_place", lambda **_: Place(1, 2, "nowhere:1", None))
+    monkeypatch.setattr(rendezvous, "meet", lambda *_: "nowhere:1")
+    monkeypatch.setattr(RollCall, "start", lambda _: None)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    seen, key = [], "heartbeat_timeout_seconds"
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **names: seen.append(names[key]))
+    client = SimpleNamespace(wait_at_barrier=lambda *_: seen.append(rollcall._position))
+    monkeypatch.setattr(rollcall.STATE, "client", client)
+    with hosts.joined({}, hosts.ProcessOptions(on_stall="wait"), saves_at_signals=True):
+        pass
+    assert seen == [hosts.LONGEST_WAIT, Position(6, "the barrier after step 5")]
+
+
+def test_who_waits_for_a_batch_is_ahead_of_who_reads_it(monkeypatch):
+    """So that one is named whose disk hangs within an evaluation, or within an archive."""
+    monkeypatch.setattr(rollcall, "_position", at(5))
+    seen = []
+
+    def watched(content):
+        seen.append(rollcall._position)
+        return content
+
+    monkeypatch.setattr(batching, "gather", lambda tree: watched(jax.device_get(tree)))
+    whole = batching.Batching(sharding.make_mesh(data=1, devices=jax.devices()[:1]), 4)
+    batches = map(watched, whole.of_images(np.zeros((2, 4, 8, 8, 3), np.uint8)))
+    drawn = [Drawn(np.zeros((4, 8, 8, 3)), (), 0.0)] * 2
+    assert [*whole.results(lambda batch: batch.image, batches, total=8, name="images")]
+    assert collect(map(watched, drawn), "uniform", num=8, keep=8)
+    barrier = "the barrier after step 5"
+    texts = ["step 5", barrier, "step 5", barrier, "step 5", "step 5"]
+    assert [each.text for each in seen] == texts
+    assert [each.count for each in seen] == [5, 6, 7, 8, 9, 10]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
-from jetflow import hosts, sharding
+from jetflow import hosts, rollcall, sharding
 from jetflow.data.dataset import Dataset, eval_batches
 from jetflow.sampling.ancestral import gather
 from jetflow.types import NO_LABEL, Batch
@@ -62,10 +62,12 @@ class Batching:
         """
         with hosts.progress(total, name, "images", done) as bar:
             for batch in batches:
+                rollcall.reach_barrier()
                 placed = sharding.put_batch(batch, self.mesh, self.size)
                 with sharding.on(self.mesh):
                     results = program(placed)
                 results, label, index = gather((results, placed.label, placed.index))
+                rollcall.reach()
                 real = index >= 0
                 yield jax.tree.map(lambda array, real=real: array[real], (results, label, index))
                 bar.update(int(real.sum()))

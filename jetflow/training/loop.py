@@ -248,6 +248,7 @@ class Session:
         rollcall.reach(f"the checkpoint of step {step}")
         with self.reporter.pause():
             self.reporter.mirror.copy(wait=True)
+            rollcall.reach_barrier()
             try:
                 self.checkpoints.save(step, state, self.run.resolved_config)
                 if wait:
