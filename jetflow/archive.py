@@ -27,7 +27,7 @@ class Archive:
     int32 [N], if there are any.
 
     Until it is complete, the images lie in the folder FILE.partial, beside their settings: made
-    again with the same settings, the archive goes on behind the last whole batch.
+    again with the same settings, the archive goes on after the last whole batch.
 
     Attributes:
         done: how many images it has.
@@ -193,7 +193,7 @@ def collect(
     Args:
         noise: the kind of noise that the flow was trained with.
         keep: how many of the first images are returned.
-        archive: the batches go on behind its images.
+        archive: the batches go on after its images.
     """
     images, finite = ([archive.first(keep)], [archive.finite]) if archive else ([], [])
     sweeps, residual = (), 0.0

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 import psutil
 import tensorstore
@@ -42,6 +43,7 @@ MIRRORED_SECONDS = 30  # between copies of a growing file
 LIBRARIES = {"gcsfs", "google", "aiohttp", "requests"}
 STATUS = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|INTERNAL:"
 STATUS += "|RESOURCE_EXHAUSTED|CURL error|retry attempts|Forbidden|storage/v1"
+OBJECT = re.compile(r"\S*\bb/([^/ ]+)/o\b(/[^ ?)]*)?\S*")  # as the JSON API calls gs://BUCKET/NAME
 DENIED = "PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|[Cc]redentials|\\b40[134]\\b"
 
 # They also raise what they log.
@@ -56,14 +58,16 @@ def as_path(text: str | os.PathLike) -> AnyPath:
     """A path of this machine, or of a bucket: an `epath.Path`, which acts like one of pathlib.
 
     Raises:
-        UsageError: buckets of this kind are unknown, or their library is not installed.
+        UsageError: it names no bucket, or one of an unknown kind, or its library is not installed.
     """
     text = os.fspath(text)
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", text)  # pathlib makes one slash of two
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text)  # pathlib makes one slash of two
     if match is None:
         return Path(text)
-    if match[1] != "gs":
-        raise UsageError(f"{text} has an unknown scheme; expected a folder, or gs://BUCKET/FOLDER")
+    if match[1] != "gs" or text[match.end() :].startswith("/") or text == match[0]:
+        wrong = "names no bucket" if match[1] == "gs" else "has an unknown scheme"
+        case = ", in lower case" if match[1] == "GS" else ""
+        raise UsageError(f"{text} {wrong}; expected a path of this machine, or gs://BUCKET/…{case}")
     try:
         importlib.import_module("gcsfs")
     except ImportError as error:
@@ -99,6 +103,7 @@ def refusal(error: BaseException) -> UsageError | None:
     An `Interruption` where the same command may succeed later.
     """
     text = " ".join(str(error).split())[:300] or type(error).__name__
+    path = OBJECT.sub(lambda match: f"gs://{match[1]}{unquote(match[2] or '/')}", text)
     is_missing = isinstance(error, FileNotFoundError) and "/upload/" not in text  # an object
     if isinstance(error, UsageError | BrokenPipeError) or is_missing:
         return None
@@ -108,8 +113,8 @@ def refusal(error: BaseException) -> UsageError | None:
     if not (is_refused or (is_plain and re.search(STATUS, text))):
         return refusal(error.__cause__) if error.__cause__ else None
     if isinstance(error, FileNotFoundError) or re.search(DENIED, text):
-        return UsageError(f"a bucket refuses ({text}); see to its name and your permissions for it")
-    return Interruption(f"a bucket did not answer ({text}); the same command goes on")
+        return UsageError(f"a bucket refuses ({path}); see to its name and your permissions for it")
+    return Interruption(f"a bucket did not answer ({path}); the same command goes on")
 
 
 def raise_refusal(error: BaseException) -> None:
@@ -264,7 +269,10 @@ class _Lease(threading.Thread):
         except ValueError as error:
             if "NOT_FOUND" not in str(error):
                 raise
-            raise UsageError(f"{self._path} cannot be written: there is no such bucket") from error
+            raise UsageError(
+                f"{self._path.parent} cannot be written: there is no such bucket; make it, or give "
+                "another"
+            ) from error
         if not stamp.generation:
             # The answer to a write that was made may be lost, and the write tried again.
             found = self._store.read(self._key).result()

@@ -104,10 +104,6 @@ def joined(
                 time.sleep(LAST_WORDS_SECONDS)
             sys.stdout.flush()
             os._exit(error.status)
-        except KeyboardInterrupt:
-            rendezvous.say("interrupted")
-            sys.stdout.flush()
-            os._exit(130)
         except Exception as error:
             roll_call.leave(error)
 

@@ -66,7 +66,10 @@ def advance() -> None:
 
 @dataclasses.dataclass
 class Member:
-    """What was heard last of a process, and for how many beats it has been the same."""
+    """What was heard last of a process, and for how many beats it has been the same.
+
+    It is not still before others have gone on.
+    """
 
     sign: int = 0  # before the first one
     position: Position = START
@@ -94,6 +97,7 @@ class RollCall:
     def __init__(self, *, ends: bool):
         self._ends, self._over, self._leaving = ends, threading.Event(), threading.Lock()
         self._members: dict[int, Member] = {}
+        self._gap = ""  # in this one's own beats, in words
         self._signs: dict[int, tuple[int, Position]] = {}  # as process 0 passed them on last
         self._last: dict[int, list[Any]] = {}  # as they came to process 0
         self._set_handler: Any = ctypes.CDLL(None).signal
@@ -144,8 +148,11 @@ class RollCall:
 
     def _watch(self) -> None:
         """Name who stalls, once a minute, or end this process."""
-        before, beats = None, itertools.count()
+        before, beats, then = None, itertools.count(), time.monotonic()
         while not self._over.wait(BEAT_SECONDS):
+            if (gap := time.monotonic() - then) > STALL_SECONDS:
+                self._gap = f" (this one was itself stopped for {gap:.0f} s until {_clock(0)})"
+            then = time.monotonic()
             self.beat(self._signs if self._signs is not before else {})
             before, lost = self._signs, self.lost(STALL_SECONDS)
             if self._ends and (why := lost or self.behind(PATIENCE_SECONDS)):
@@ -161,6 +168,9 @@ class RollCall:
         for number, member in self._members.items():
             if signs or number == 0:
                 member.hear(*signs.get(number, (member.sign, member.position)))
+        front = max(member.position.count for member in self._members.values())
+        for member in self._members.values():
+            member.still *= member.position.count < front
 
     def lost(self, seconds: int | float) -> str:
         """The process that has been silent for longest, in words, if for so long; else nothing."""
@@ -182,9 +192,10 @@ class RollCall:
         is_behind = is_known and member.position.count < front.count
         if not is_behind or member.still * BEAT_SECONDS < seconds:
             return ""
+        there = "further on" if front.text == member.position.text else f"at {front.text}"
         return (
             f"{_who(last)} has been at {member.position.text} since {_clock(member.still)}, "
-            f"and {_who(first)} is at {front.text}"
+            f"and {_who(first)} is {there}"
         )
 
     def leave(self, error: Exception | None = None) -> NoReturn:
@@ -203,7 +214,7 @@ class RollCall:
     def _end(self, why: str) -> NoReturn:
         with self._leaving:
             say(
-                f"process {STATE.process_id} of {STATE.num_processes} ends, as {why}; "
+                f"process {STATE.process_id} of {STATE.num_processes} ends, as {why}{self._gap}; "
                 "run the same command on all of them again to go on"
             )
             sys.stdout.flush()

@@ -39,18 +39,16 @@ class StopSignal:
     def _note(self, number: int, _frame) -> None:
         for again in self._before:
             signal.signal(again, signal.SIG_DFL)
-        os.write(2, b"\nstopping as soon as this step, or its compilation, is done; "
+        os.write(2, b"\nstopping as soon as what runs now is done; "
                     b"a second signal ends the run at once\n")  # fmt: skip
+        self._number = number
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self._number = number
 
     def poll(self) -> None:
         """Raise `Stopped` if a signal came."""
         self._polls += 1
         rollcall.reach()
-        if self._several and multihost_utils.reached_preemption_sync_point(self._polls):
-            self._number = signal.SIGTERM
-        if self._number is not None:
-            raise Stopped(self._number)
+        noted = self._number
+        if multihost_utils.reached_preemption_sync_point(self._polls) if self._several else noted:
+            raise Stopped(noted or signal.SIGTERM)

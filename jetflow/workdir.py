@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import jax
 
-from jetflow import files, hosts
+from jetflow import files, hosts, rollcall
 from jetflow.buckets import AnyPath, is_bucket
 from jetflow.checkpoint import Checkpoints
 from jetflow.fields import differences, shown
@@ -202,15 +202,23 @@ def claimed(workdir: AnyPath) -> Iterator[Claim]:
         UsageError: a process trains here, or a sweep lives here.
         OSError: the folder cannot be written.
     """
+    rollcall.reach(f"the lock of {workdir}")
     claim = Claim(workdir)
     with contextlib.ExitStack() as stack:
         hosts.by_first(lambda: stack.enter_context(_held(claim)))
         yield claim
 
 
+def check_folder(path: AnyPath) -> None:
+    """Raise a UsageError where a file is in the place of a folder: a bucket would take both."""
+    if path.is_file():
+        raise UsageError(f"{path} is a file; give a folder")
+
+
 @contextlib.contextmanager
 def _held(claim: Claim) -> Iterator[None]:
     workdir = claim.workdir
+    check_folder(workdir)
     if (workdir / SWEEP).exists():
         raise UsageError(f"{workdir} holds a sweep; give another --workdir")
     lock = workdir / LOCK

@@ -20,15 +20,18 @@ ACCELERATORS = {
 SINGLE_HOSTS = {"1x1": 1, "2x4": 8}  # chips of slices with one host other than four
 
 
-def main(name: str, topology: str, slices: str, image: str, jetflow: str, *words: str) -> None:
+def main(*words: str) -> None:
+    if len(words) < 5 or words[4] != "jetflow":
+        raise ValueError(f"{' '.join(words)!r:.200} is no job")
+    name, topology, slices, image, *command = words
     generation, _, shape = topology.partition(":")
     chips = math.prod(int(side) for side in shape.split("x") if side.isdigit())
     each = SINGLE_HOSTS.get(shape, 4)
-    if generation not in ACCELERATORS or chips % each or not int(slices):
+    if generation not in ACCELERATORS or chips % each or not slices.strip("0").isdecimal():
         raise ValueError(f"there are no {slices} TPU slices {topology}")
     text = Path(__file__).with_suffix(".yaml").read_text()
     fields = dict(
-        name=name, slices=slices, image=image, command=json.dumps([jetflow, *words]), shape=shape,
+        name=name, slices=slices, image=image, command=json.dumps(command), shape=shape,
         accelerator=ACCELERATORS[generation], chips=each, hosts=chips // each,
     )  # fmt: skip
     print(string.Template(text).substitute(fields), end="")
@@ -37,6 +40,6 @@ def main(name: str, topology: str, slices: str, image: str, jetflow: str, *words
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         print(f"gke.py: {error}; expected NAME v5e:4x4 1 IMAGE jetflow train …", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,7 @@ Each command is a file of its name with a `COMMAND`, or with `COMMANDS` by their
 
 import importlib
 import importlib.metadata
+import logging
 import os
 import signal
 import sys
@@ -34,13 +35,15 @@ HELP = {"-h", "--help", "--helpfull"}
 # Options that may differ from machine to machine.
 LOCAL = {"data_dir", "data_cache", "data_cache_gb"}
 LOCAL |= {"manual_dir", "inception_weights", "join_timeout"}
+GOING_ON = {"prepare", "train", "sweep", "--npz"}  # a word of a command that goes on where it ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Exit status 2 means bad input, with one line that says what to do."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
         with disk_errors_explained():
-            status = _run(list(sys.argv[1:] if argv is None else argv))
+            status = _run(words)
         sys.stdout.flush()
         return status
     except UsageError as error:
@@ -48,7 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _ended(f"out of memory ({error}); take smaller batches or fewer images", 2)
     except KeyboardInterrupt:  # outside of training, which handles it itself
-        return _ended("interrupted", 130)
+        goes_on = GOING_ON & {word.partition("=")[0] for word in words}
+        _ended("interrupted" + "; the same command goes on" * bool(goes_on), 130)
+        if argv is None:  # a library's thread may be at work, and crash at Python's own end
+            sys.stdout.flush()
+            os._exit(130)
+        return 130
     except BrokenPipeError:  # whoever reads standard output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -62,6 +70,7 @@ def _run(argv: list[str]) -> int:
         print(f"jetflow {importlib.metadata.version('jetflow')}")
         return 0
     silence_compilers()
+    logging.basicConfig(format="jetflow: %(message)s")
     if HELP & set(argv[1:2]) and argv[0] in SUMMARIES:
         print(SUMMARIES[argv[0]], *map(help_text, _commands(argv[0]).values()), sep="\n\n")
         return 0

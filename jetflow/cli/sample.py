@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jetflow import hosts, pictures
+from jetflow import hosts, pictures, rollcall
 from jetflow.archive import Archive, Collected, collect
 from jetflow.buckets import AnyPath, resolved
 from jetflow.cli.flags import Command
@@ -116,7 +116,10 @@ def _draw(options: SampleOptions, model: Model, sampler: Sampler, num: int) -> N
 
     start, clock = hosts.by_first(begin) if options.npz else 0, time.perf_counter()
     if start:
-        print(f"going on behind {start:,} images of {options.npz}.partial")
+        print(f"going on after {start:,} images of {options.npz}.partial")
+    elif options.npz and options.npz.exists():
+        print(f"{options.npz} is already there; the images are drawn again, and replace it")
+    rollcall.reach("drawing samples")
     key, size = key_for(options.seed, 0, Purpose.SAMPLE), options.batch_size
     batches = draw_all(sampler, key, num=num, label=label, batch_size=size, start=start)
     drawn = collect(batches, model.noise.kind, num=num, keep=SHOWN, archive=archive)

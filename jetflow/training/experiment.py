@@ -164,7 +164,8 @@ def _split(
     try:
         return load(data.name, data[field])
     except UsageError as error:
-        raise type(error)(f"{error} (config.data.{field})") from error
+        is_split = str(error).startswith(repr(data[field]))
+        raise type(error)(f"{error}{f' (config.data.{field})' * is_split}") from error
 
 
 def count_steps(train: Config, examples: int) -> int:

@@ -77,10 +77,12 @@ def train(
     # The claim is the last to go: a save in progress ends before another process may clean up.
     with StopSignal() as stop, workdirs.claimed(workdir) as claim, checkpoints:
         # What cannot start must leave nothing behind: the first state comes before `begin`.
+        rollcall.reach("the first state")
         begins = hosts.agreed(checkpoints.latest() is None)
         fresh, table = run.fresh_state() if begins else (None, "")
         before = hosts.by_first(lambda: claim.begin(run.resolved_config, extend=extend))
         state, start = (fresh, 0) if fresh is not None else checkpoints.restore(run.abstract_state)
+        rollcall.reach("the files of the run")
         doubt = footprint.doubt(run, workdirs.scan_environments(workdir)[0])
         workdirs.note_environment(
             workdir, start, total_steps=run.total_steps, attention=str(run.attention)
@@ -126,6 +128,7 @@ class Session:
                 with self.reporter.pause():
                     train_step = self._compile(state)
                     self.poll()
+                    rollcall.reach("the first batch")
                     batch = next(batches)
             for step in range(start + 1, total + 1):
                 rollcall.reach(f"step {step}")

@@ -6,7 +6,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jetflow import configs, hosts, pictures, sharding, signals
 from jetflow.buckets import AnyPath, as_path, resolved
+from jetflow.evals import inception
 from jetflow.evals.evaluation import evaluate
 from jetflow.evals.settings import DISTANCES, LIKELIHOODS, EvaluateOptions
 from jetflow.fields import flat
@@ -74,6 +75,7 @@ def sweep(
     runner = Runner(sweep, Store(as_path(workdir)), run, DataOptions(**data).data_fields)
     points = sweep.chosen(shard, point)
     runner.begin()
+    runner.check_network(points)
     for each in points:
         runner.visit(each)
     if hosts.is_first():
@@ -132,6 +134,17 @@ class Runner:
                 model = self._load(self.run, step if step > 0 else None, meshes[0])
                 self.sweep = self.sweep.with_fixed({"step": model.step})
             self.store.begin(self.sweep.content(run, recipe))
+
+    def check_network(self, points: Sequence[Point]) -> None:
+        """Raise a UsageError where points lack the network of their metrics, before they train."""
+        compare = set(self.sweep.metrics) & set(DISTANCES)
+        missing = [point for point in points if compare and not self.store.is_done(point)]
+        for path in {self._options(point).inception_weights for point in missing}:
+            try:
+                inception.load(path)
+            except UsageError as error:
+                text = str(error).replace("--inception_weights ", "--fix inception_weights=")
+                raise UsageError(text) from error
 
     def visit(self, point: Point) -> None:
         """Measure a point and write its record, unless it is done or another process is at it.

@@ -11,7 +11,7 @@ from jetflow.fields import differences, shown
 from jetflow.files import NONE, NUMBER, listed, read_json, read_or_set_aside, scan_json, write_json
 from jetflow.sweeps import Point
 from jetflow.types import UsageError
-from jetflow.workdir import CONFIG, SOURCES, SWEEP
+from jetflow.workdir import CONFIG, SOURCES, SWEEP, check_folder
 
 # Not compared when a sweep goes on; points are compared apart, as new ones may come last.
 FREE = ("title", "description", "repeats", "points")
@@ -92,6 +92,7 @@ class Store:
         return sorted(records, key=lambda record: record["number"]), wrong
 
     def _check(self) -> None:
+        check_folder(self.path)
         if (self.path / CONFIG).exists():
             raise UsageError(f"{self.path} holds a run; give the sweep a --workdir of its own")
         (self.path / "locks").mkdir(parents=True, exist_ok=True)
