@@ -4,7 +4,7 @@ import json
 import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from absl import logging
@@ -20,25 +20,26 @@ from jetflow.sampling.ancestral import Drawn
 from jetflow.types import UsageError
 
 SETTINGS = "settings.json"
+Row: TypeAlias = tuple[tuple[int, ...], type]  # its shape, and the type of its entries
 
 
 class Archive:
-    """An .npz of `images`, uint8 [N, H, W, C], of which are `finite`, bool [N], and of `labels`,
-    int32 [N], if there are any.
+    """An .npz of arrays with a row for each of N images.
 
-    Until it is complete, the images lie in the folder FILE.partial, beside their settings: made
+    Until it is complete, the rows lie in the folder FILE.partial, beside their settings: made
     again with the same settings, the archive goes on after the last whole batch.
 
     Attributes:
-        done: how many images it has.
+        done: how many rows it has.
 
     Args:
         path: the .npz file.
-        num, image_shape: N and (H, W, C).
-        settings: all that the images depend on.
+        rows: name of an array -> shape and type of a row.
+        num: N.
+        settings: all that the arrays depend on.
 
     Raises:
-        UsageError: if the folder holds images of other settings.
+        UsageError: if the folder holds rows of other settings.
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class Archive:
         path: AnyPath,
         *,
         num: int,
-        image_shape: tuple[int, int, int],
+        rows: Mapping[str, Row],
         settings: Mapping[str, Any],
     ):
         self._path, self._folder = path, path.with_name(path.name + ".partial")
-        self._shape, self.done = image_shape, 0
+        self._rows, self.done = rows, 0
         settings = json.loads(json.dumps({"num": num, **settings}))
         before = read_or_set_aside(self._folder / SETTINGS, dict, None)
         if before is None and self._folder.exists():
@@ -59,70 +60,65 @@ class Archive:
         self._spans: list[tuple[int, int]] = []  # of the parts
         for path in listed(self._folder):
             name, *span = path.name.split("-")
-            first, end = map(int, span) if name == "images" and span[-1].isdigit() else (-1, 0)
+            is_last = name == [*rows][-1] and span[-1].isdigit()
+            first, end = map(int, span) if is_last else (-1, 0)
             if first == self.done:
                 self._spans.append((first, end))
                 self.done = end
         if before and (differing := differences(before, settings, prefix="")):
             raise UsageError(
-                f"{self._folder} holds {self.done} images of another sampling "
-                f"({shown(differing)}); give the same settings, or another --npz, or delete it"
+                f"{self._folder} holds {self.done} rows of other settings "
+                f"({shown(differing)}); give the same, or another file, or delete it"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._folder / SETTINGS, settings)
 
-    @property
-    def finite(self) -> Bool[np.ndarray, "K"]:
-        """Which of its images are finite."""
-        return np.concatenate([np.zeros(0, bool), *self._parts("finite", bool)])
+    def append(self, **arrays: np.ndarray | None) -> None:
+        """The next rows of all arrays, on disk when this returns; other arrays are left out.
 
-    def append(self, images: UInt8[np.ndarray, "B H W C"], finite: Bool[np.ndarray, "B"]) -> None:
-        """The next images, and which are finite; on disk when this returns.
-
-        The file of the images comes last: where there is one, there are both.
+        The file of the last array comes last: where there is one, there are all.
         """
-        span = self.done, self.done + len(images)
-        for name, array in (
-            ("finite", finite),
-            ("images", images),
-        ):
-            with naming(self._path), write_atomically(self._part(name, span)) as file:
-                file.write(np.ascontiguousarray(array).tobytes())
-        self._spans.append(span)
-        self.done = span[1]
+        first, end = self.done, self.done
+        for name, (_, kind) in self._rows.items():
+            array: Any = arrays[name]
+            end = first + len(array)
+            with naming(self._path), write_atomically(self._part(name, (first, end))) as file:
+                file.write(np.ascontiguousarray(array, kind).tobytes())
+        self._spans.append((first, end))
+        self.done = end
 
-    def first(self, num: int) -> UInt8[np.ndarray, "_ H W C"]:
-        """The first images, at most `num`."""
-        images, missing = [np.zeros((0, *self._shape), np.uint8)], num
-        for part in self._parts("images", np.uint8) if num else ():
-            images.append(part[:missing])
+    def first(self, name: str, num: int | None = None) -> np.ndarray:
+        """The first rows of an array, at most `num`; all by default."""
+        shape, kind = self._rows[name]
+        rows, missing = [np.zeros((0, *shape), kind)], self.done if num is None else num
+        for part in self._parts(name) if missing else ():
+            rows.append(part[:missing])
             missing -= len(part)
             if missing <= 0:
                 break
-        return np.concatenate(images)
+        return np.concatenate(rows)
 
-    def finish(self, labels: Int[np.ndarray, "N"] | None) -> None:
-        """Make the .npz of what was appended, and remove the folder."""
-        arrays = {"images": (self._shape, np.uint8), "finite": ((), bool)}
+    def finish(self, labels: Int[np.ndarray, "N"] | None = None) -> None:
+        """Make the .npz of what was appended, with labels if there are any; remove the folder."""
         with (
             write_atomically(self._path) as whole,
             zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
         ):
-            for name, (shape, kind) in arrays.items():
+            for name, (shape, kind) in reversed([*self._rows.items()]):
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     descr = np.lib.format.dtype_to_descr(np.dtype(kind))
                     header = {"descr": descr, "fortran_order": False, "shape": (self.done, *shape)}
                     np.lib.format.write_array_header_1_0(file, header)
-                    for part in self._parts(name, kind):
+                    for part in self._parts(name):
                         file.write(part.tobytes())
             if labels is not None:
                 with archive.open("labels.npy", "w") as file:
                     np.lib.format.write_array(file, np.asarray(labels, np.int32))
         self._remove()
 
-    def _parts(self, name: str, kind: type) -> Iterator[np.ndarray]:
+    def _parts(self, name: str) -> Iterator[np.ndarray]:
         """What was appended, part by part, read from the disk."""
-        shape = self._shape if name == "images" else ()
+        shape, kind = self._rows[name]
         for first, end in self._spans:
             content = self._part(name, (first, end)).read_bytes()
             yield np.frombuffer(content, kind).reshape(end - first, *shape)
@@ -195,14 +191,15 @@ def collect(
         keep: how many of the first images are returned.
         archive: the batches go on after its images.
     """
-    images, finite = ([archive.first(keep)], [archive.finite]) if archive else ([], [])
+    images = [archive.first("images", keep)] if archive else []
+    finite = [archive.first("finite")] if archive else []
     sweeps, residual = (), 0.0
     done = archive.done if archive else 0
     with hosts.progress(num, "sampling", "images", done) as bar:
         for drawn in batches:
             batch = drawn.images(noise)
             if archive:
-                archive.append(batch, drawn.finite)
+                archive.append(images=batch, finite=drawn.finite, latents=drawn.latents)
             if sum(map(len, images)) < keep:
                 images.append(batch)
             finite.append(drawn.finite)

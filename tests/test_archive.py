@@ -11,19 +11,20 @@ FINITE = np.array([True, False, True, False, True, True, True])
 
 
 def archive(path, num=7, **settings) -> Archive:
-    return Archive(path, num=num, image_shape=(4, 4, 3), settings={"seed": 0, **settings})
+    rows = {"finite": ((), bool), "images": ((4, 4, 3), np.uint8)}
+    return Archive(path, num=num, rows=rows, settings={"seed": 0, **settings})
 
 
 def test_it_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "some" / "images"  # a name without suffix stays as it is
     first = archive(path)
-    first.append(IMAGES[:3], FINITE[:3])
+    first.append(images=IMAGES[:3], finite=FINITE[:3])
     (path.with_name("images.partial") / "finite-00000003-00000005").write_bytes(b"\0\0")  # a kill
     second = archive(path)
     assert second.done == 3
-    np.testing.assert_array_equal(second.finite, FINITE[:3])
-    second.append(IMAGES[3:], FINITE[3:])
-    np.testing.assert_array_equal(second.first(5), IMAGES[:5])
+    np.testing.assert_array_equal(second.first("finite"), FINITE[:3])
+    second.append(images=IMAGES[3:], finite=FINITE[3:])
+    np.testing.assert_array_equal(second.first("images", 5), IMAGES[:5])
     second.finish(np.arange(7))
     with np.load(path) as arrays:
         np.testing.assert_array_equal(arrays["images"], IMAGES)
@@ -35,8 +36,8 @@ def test_it_goes_on_where_it_stopped(tmp_path):
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"num": 8}, {"guidance": 1.0}])
 def test_images_of_other_settings_are_not_mixed(tmp_path, changed):
     path = tmp_path / "images.npz"
-    archive(path).append(IMAGES[:2], FINITE[:2])
-    message = f"images.npz.partial holds 2 images of another sampling .{next(iter(changed))} is"
+    archive(path).append(images=IMAGES[:2], finite=FINITE[:2])
+    message = f"images.npz.partial holds 2 rows of other settings .{next(iter(changed))} is"
     with pytest.raises(UsageError, match=message):
         archive(path, **changed)
     assert archive(path).done == 2

@@ -111,15 +111,16 @@ def test_images_go_on_after_a_kill(folder):
     images, finite = np.arange(7 * 12, dtype=np.uint8).reshape(7, 2, 2, 3), np.arange(7) % 3 != 0
 
     def begun(**settings):
-        return archive.Archive(folder / "a.npz", num=7, image_shape=(2, 2, 3), settings=settings)
+        rows = {"finite": ((), bool), "images": ((2, 2, 3), np.uint8)}
+        return archive.Archive(folder / "a.npz", num=7, rows=rows, settings=settings)
 
-    begun(seed=0).append(images[:3], finite[:3])
-    with pytest.raises(UsageError, match="holds 3 images of another sampling"):
+    begun(seed=0).append(images=images[:3], finite=finite[:3])
+    with pytest.raises(UsageError, match="holds 3 rows of other settings"):
         begun(seed=1)
     going_on = begun(seed=0)
     assert going_on.done == 3
-    going_on.append(images[3:], finite[3:])
-    going_on.finish(None)
+    going_on.append(images=images[3:], finite=finite[3:])
+    going_on.finish()
     with (folder / "a.npz").open("rb") as file, np.load(file) as arrays:
         np.testing.assert_array_equal(arrays["images"], images)
         np.testing.assert_array_equal(arrays["finite"], finite)

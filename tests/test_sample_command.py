@@ -10,6 +10,7 @@ import tiny_runs
 from PIL import Image
 
 from jetflow import cli, load_model, pictures
+from jetflow.archive import Archive
 from jetflow.cli import sample as command
 from jetflow.sampling.ancestral import Sampler
 
@@ -211,3 +212,50 @@ def test_interpolation_between_pictures(trained, tmp_path):
     flags = ["--mode", "interpolate", "--num", 2, "--images", names, "--out", out]
     assert run(trained, "jet", *flags) == 0
     assert (read_picture(out) == pictures.strips(images[None, ..., None])).all()
+
+
+# Latents.
+
+
+def test_pairs_of_latents_and_images(trained, tmp_path):
+    """Each image is decoded from its latents, under its label."""
+    npz = tmp_path / "pairs.npz"
+    flags = ["--num", 5, "--batch_size", 2, "--latents", "--out", tmp_path / "a.png", "--npz", npz]
+    assert run(trained, "tarflow", *flags) == 0
+    with np.load(npz) as pairs:
+        decoded = load_model(trained("tarflow")).decode(pairs["latents"], pairs["labels"])
+        assert np.abs(decoded.astype(int) - pairs["images"]).max() <= 1
+        assert pairs["images"].std() > 10
+
+
+def test_latents_of_a_data_set_go_on_after_a_kill(trained, tmp_path, monkeypatch, capsys):
+    whole, killed = tmp_path / "whole.npz", tmp_path / "killed.npz"
+
+    def encode(out):
+        words = ["encode", "--workdir", trained("tarflow"), "--batch_size", 100, "--out", out]
+        return cli.main([str(word) for word in words])
+
+    assert encode(whole) == 0
+    real = Archive.append
+
+    def dies(archive, **arrays):
+        if archive.done == 200:
+            raise KeyboardInterrupt
+        real(archive, **arrays)
+
+    monkeypatch.setattr(Archive, "append", dies)
+    assert encode(killed) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert encode(killed) == 0
+    assert killed.read_bytes() == whole.read_bytes()
+    with np.load(whole) as arrays:
+        z, logdet = arrays["latents"], arrays["logdet"]
+        assert z.shape == (297, 4, 16) and logdet.shape == (297,)
+        label = arrays["labels"]
+    assert sorted(set(label)) == [*range(10)]
+    model = load_model(trained("tarflow"))
+    images = model.decode(z[:20], label[:20])
+    again, same = model.encode(images, label[:20])
+    np.testing.assert_allclose(again, z[:20], atol=1e-3)
+    np.testing.assert_allclose(same, logdet[:20], rtol=1e-4)

@@ -24,6 +24,7 @@ SUMMARIES = {
     "prepare": "Make a data set ready to be read, from archives where it needs some.",
     "train": "Train a flow, or go on training it: the same command resumes.",
     "sample": "Draw samples from a trained flow.",
+    "encode": "Write the latents of a data set, under a trained flow, into an .npz.",
     "evaluate": "Measure a trained flow; writes JSON into the run's evals folder.",
     "sweep": "Train, sample and evaluate over a grid of settings; the same command resumes.",
     "report": "Make one HTML page of a run or a sweep, or its Markdown or CSV.",
@@ -35,7 +36,13 @@ HELP = {"-h", "--help", "--helpfull"}
 # Options that may differ from machine to machine.
 LOCAL = {"data_dir", "data_cache", "data_cache_gb"}
 LOCAL |= {"manual_dir", "inception_weights", "join_timeout"}
-GOING_ON = {"prepare", "train", "sweep", "--npz"}  # a word of a command that goes on where it ended
+GOING_ON = {
+    "prepare",
+    "train",
+    "sweep",
+    "encode",
+    "--npz",
+}  # a word of a command that goes on where it ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jetflow import hosts, pictures, rollcall
-from jetflow.archive import Archive, Collected, collect
+from jetflow.archive import Archive, Collected, Row, collect
 from jetflow.buckets import AnyPath, resolved
 from jetflow.cli.flags import Command
 from jetflow.data import dataset as pipeline
@@ -28,9 +28,9 @@ SHOWN = pictures.MOST_ROWS**2  # samples in the picture of many; each class has 
 LARGEST_STRIP = 17  # stages of a trace that are shown
 WITHOUT_EFFECT = {
     "samples": ("images",),
-    "reconstruct": ("npz", "guidance", "denoise", "temperature"),
-    "interpolate": ("npz",),
-    "trace": ("npz", "images"),
+    "reconstruct": ("npz", "latents", "guidance", "denoise", "temperature"),
+    "interpolate": ("npz", "latents"),
+    "trace": ("npz", "latents", "images"),
 }
 
 
@@ -45,6 +45,7 @@ class SampleOptions(SamplingOptions, ModelOptions, DataOptions, hosts.ProcessOpt
         "also write the images, uint8 [N, H, W, C], and labels; if a kill cuts it short, the same "
         "command goes on",
     )
+    latents: bool = option(False, "also write the latents of the images into the npz, float32")
     num: int | None = option(
         None, "number of images; default: 64, in other modes 8", least=1, most=MOST_SAMPLES
     )
@@ -78,6 +79,8 @@ class SampleOptions(SamplingOptions, ModelOptions, DataOptions, hosts.ProcessOpt
             raise UsageError(f"out is {self.out}; expected {expected} in mode {self.mode}")
         for name in self.changed(*WITHOUT_EFFECT[self.mode]):
             raise UsageError(f"{name} has no effect in mode {self.mode}; leave it out")
+        if self.latents and not self.npz:
+            raise UsageError("latents have no file to go to; add npz")
         if self.mode == "interpolate" and len(self.images) not in (0, 2):
             raise UsageError(f"images names {len(self.images)} pictures; interpolate needs two")
 
@@ -142,7 +145,11 @@ def _archive(options: SampleOptions, model: Model, num: int) -> Archive:
     settings = {"workdir": str(resolved(model.workdir)), "step": model.step}
     settings |= {"label": options.label, "seed": options.seed} | options.used(model.noise)
     assert options.npz is not None
-    return Archive(options.npz, num=num, image_shape=model.flow.image_shape, settings=settings)
+    rows: dict[str, Row] = {"finite": ((), bool)}
+    rows |= {"latents": (model.flow.latent_shape, np.float32)} if options.latents else {}
+    rows |= {"images": (model.flow.image_shape, np.uint8)}
+    settings |= {"latents": True} if options.latents else {}
+    return Archive(options.npz, num=num, rows=rows, settings=settings)
 
 
 def _labels(options: SampleOptions, model: Model, num: int) -> Int[np.ndarray, "N"] | None:

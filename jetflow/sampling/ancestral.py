@@ -35,11 +35,13 @@ class Drawn(NamedTuple):
         sweeps: evaluations of each block's net, in the order of the blocks; empty for a Jet.
         residual: the largest change of a guess that was taken for right, as the tolerance of a
             `Decoding` measures it.
+        latents: what they were decoded from; None where that is known.
     """
 
     pixels: Float[np.ndarray, "B H W C"]
     sweeps: tuple[int, ...] = ()
     residual: float = 0.0
+    latents: Float[np.ndarray, "B T D"] | None = None
 
     @property
     def finite(self) -> Bool[np.ndarray, "B"]:
@@ -97,7 +99,8 @@ class Sampler:
         if self.denoise and self.denoise.eta:
             keys = keys_by_example(jax.random.fold_in(key, Purpose.DENOISE), jnp.asarray(index))
             keys = np.asarray(jax.random.key_data(keys))
-        return self.decode(self.latents(key, index), label, keys)
+        z = self.latents(key, index)
+        return self.decode(z, label, keys)._replace(latents=z)
 
     def latents(self, key: Key[Array, ""], index: Int[AnyArray, "B"]) -> Float[np.ndarray, "B T D"]:
         """Noise of the prior for the images of these numbers, on the host."""
@@ -178,7 +181,10 @@ def draw_all(
         index = np.arange(first, first + batch_size)
         part = None if labels is None else labels[np.minimum(index, num - 1)]
         drawn = sampler.draw(key, index, part)
-        yield drawn._replace(pixels=drawn.pixels[: num - first])
+        assert drawn.latents is not None
+        yield drawn._replace(
+            pixels=drawn.pixels[: num - first], latents=drawn.latents[: num - first]
+        )
 
 
 def sample(

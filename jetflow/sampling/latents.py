@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from jetflow import sharding
 from jetflow.sampling.ancestral import AS_WRITTEN, Drawn, Sampler, gather
-from jetflow.types import AnyArray
+from jetflow.types import AnyArray, Batch
 
 
 def encode(
@@ -37,6 +37,15 @@ def encode(
         parts.append([array[: len(x)] for array in encoded])
     z, logdet = map(np.concatenate, zip(*parts, strict=True))
     return z, logdet
+
+
+def encode_batch(
+    sampler: Sampler, batch: Batch, noise: str
+) -> tuple[Float[Array, "B T D"], Float[Array, "B"]]:
+    """`encode` of a batch that lies on the mesh, where its results stay."""
+    label = batch.label if sampler.flow.num_classes else None
+    x = batch.image + centre(noise)
+    return _encode(sampler.flow, sampler.variables, x, label, sampler.noise_level)
 
 
 def decode(
