@@ -5,7 +5,8 @@
 #
 # The statuses 0 (done), 2 (bad input), 3 (the loss is not finite), 130 and 143 (told to stop, and all is
 # saved) end it; any other is a crash. TRIES crashes without a new checkpoint between them end it as well.
-# With --dry-run as the first word it only prints the command. Ctrl-C, SIGTERM and SIGHUP reach the command as one SIGTERM, so that it saves.
+# Ctrl-C, SIGTERM and SIGHUP reach the command as one SIGTERM, so that it saves. With --dry-run as its first
+# word it prints the command, and does nothing.
 set -uo pipefail
 [[ ${1:-} != --dry-run ]] || { shift; echo "restart.sh: until it is done: $*"; exit; }
 (($#)) || { echo "restart.sh: no command; expected launch/restart.sh jetflow train …" >&2; exit 2; }

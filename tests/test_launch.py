@@ -44,10 +44,9 @@ def script(path, text):
 )
 def test_a_crash_is_started_again_while_there_is_progress(tmp_path, statuses, work, ends, runs):
     (tmp_path / "statuses").write_text("\n".join(map(str, statuses)) + "\n")
+    status = "status=$(head -n 1 statuses); sed -i 1d statuses"
     script(
-        tmp_path / "command",
-        f"cd {tmp_path}; echo ran >>runs; status=$(head -n 1 statuses); sed -i 1d statuses\n"
-        f"{work}\nexit $status\n",
+        tmp_path / "command", f"cd {tmp_path}; echo ran >>runs; {status}\n{work}\nexit $status\n"
     )
     env = os.environ | {"PATH": PATH, "PAUSE": "0", "STATUS_FILE": str(tmp_path / "status")}
     command = (LAUNCH / "restart.sh", tmp_path / "command", "--workdir", tmp_path / "a run")
@@ -94,11 +93,8 @@ def test_job_set(topology, slices, label, chips, hosts):
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "jet"}}
     kubernetes_validate.validate(job | replicated["template"], "1.33", strict=True)
     spec = replicated["template"]["spec"]
-    assert [replicated["replicas"], spec["parallelism"], spec["completions"]] == [
-        slices,
-        hosts,
-        hosts,
-    ]
+    numbers = [replicated["replicas"], spec["parallelism"], spec["completions"]]
+    assert numbers == [slices, hosts, hosts]
     pod = spec["template"]["spec"]
     labels = {"accelerator": label, "topology": topology.partition(":")[2]}
     assert pod["nodeSelector"] == {f"cloud.google.com/gke-tpu-{k}": v for k, v in labels.items()}

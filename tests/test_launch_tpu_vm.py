@@ -85,19 +85,13 @@ def pod(tmp_path):
     (clone / "launch" / "README.md").unlink()
     for name, text in {"gcloud": GCLOUD, "uv": UV, "jetflow": RUNS}.items():
         script(tmp_path / name, text)
-    join = {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{tiny_runs.free_port()}",
-        "JAX_NUM_PROCESSES": "2",
-    }
-    env = tiny_runs.environment(
-        PATH=f"{tmp_path}:{PATH}", CLOUD=str(tmp_path), PAUSE="1", POLL="1", **join
-    )
-    started = []
+    join = dict(JAX_NUM_PROCESSES="2", JAX_COORDINATOR_ADDRESS=f"localhost:{tiny_runs.free_port()}")
+    cloud = dict(PATH=f"{tmp_path}:{PATH}", CLOUD=str(tmp_path), PAUSE="1", POLL="1")
+    env, started = tiny_runs.environment(**cloud, **join), []
 
     def start(*arguments):
-        program = [str(clone / "launch" / "tpu_vm.sh"), *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen(program, env=env, text=True, **pipes))
+        program, pipe = [str(clone / "launch" / "tpu_vm.sh"), *arguments], subprocess.PIPE
+        started.append(subprocess.Popen(program, env=env, text=True, stdout=pipe, stderr=pipe))
         return started[-1]
 
     yield start
@@ -158,8 +152,7 @@ def test_keep_ends_with_the_run(pod, tmp_path, end):
     if end == "stop":
         tiny_runs.wait_for((tmp_path / "ran1").exists, "the other")
         assert pod("stop", "pod").communicate()[0].count("ended with status 143") == 2
-    output, _ = keep.communicate()
-    statuses = {"stop": "143", "one gives up": "2 143"}[end]
+    output, statuses = keep.communicate()[0], {"stop": "143", "one gives up": "2 143"}[end]
     assert output.splitlines()[-1] == f"ended with status {statuses}"
     assert keep.returncode == int(statuses.split()[0])
 

@@ -15,9 +15,8 @@ from test_launch import LAUNCH, PATH, run, script
 @pytest.fixture
 def slurm(tmp_path, compilation_cache):
     """The environment of a Slurm of one node; skips, and says why, where it cannot start."""
-    env = tiny_runs.environment(
-        PATH=f"{tmp_path}:{PATH}:/usr/sbin", SLURM_CONF=f"{tmp_path}/slurm.conf"
-    )
+    path, conf = f"{tmp_path}:{PATH}:/usr/sbin", f"{tmp_path}/slurm.conf"
+    env = tiny_runs.environment(PATH=path, SLURM_CONF=conf)
     if not shutil.which("slurmctld", path=env["PATH"]):
         pytest.skip("slurmctld not found; in Debian: apt install slurm-wlm")
     host, user = socket.gethostname().split(".")[0], getpass.getuser()
@@ -29,22 +28,18 @@ def slurm(tmp_path, compilation_cache):
         f"SlurmdPort={tiny_runs.free_port()} SlurmdPidFile={tmp_path}/slurmd.pid "
         f"StateSaveLocation={tmp_path} SlurmdSpoolDir={tmp_path}/spool"
     ).replace(" ", "\n")
-    conf += (
-        f"\nNodeName={host} NodeAddr=127.0.0.1 CPUs=2\nPartitionName=all Nodes=ALL Default=YES\n"
-    )
+    conf += f"\nNodeName={host} NodeAddr=127.0.0.1 CPUs=2\n"
+    conf += "PartitionName=all Nodes=ALL Default=YES\n"
     (tmp_path / "slurm.conf").write_text(conf)
     for daemon in ("slurmctld", "slurmd"):
         run(daemon, env=env)
     try:
-        tiny_runs.wait_for(
-            lambda: "idle" in run("sinfo", "--noheader", env=env).stdout, "Slurm", 60
-        )
+        said = lambda name: run(name, "--noheader", env=env).stdout  # noqa: E731
+        tiny_runs.wait_for(lambda: "idle" in said("sinfo"), "Slurm", 60)
         yield env
     finally:
         run("scancel", "--user", user, env=env)
-        tiny_runs.wait_for(
-            lambda: not run("squeue", "--noheader", env=env).stdout, "the queue to be empty"
-        )
+        tiny_runs.wait_for(lambda: not said("squeue"), "the queue to be empty")
         for pid in tmp_path.glob("slurm*.pid"):
             os.kill(int(pid.read_text()), signal.SIGTERM)
 
@@ -65,7 +60,6 @@ def test_slurm_runs_two_tasks_and_queues_them_again(slurm, tmp_path, data_dir):
     run("scancel", "--signal=TERM", number, env=slurm)  # as a time limit or a preemption does
     tiny_runs.wait_for(lambda: "done: step 300" in log.read_text(), "the end")
     assert all(text in log.read_text() for text in ("told to stop", "all saved", "resumed at step"))
-    tiny_runs.wait_for(
-        lambda: not run("squeue", "--noheader", env=slurm).stdout, "the end of the job"
-    )
+    queue = lambda: run("squeue", "--noheader", env=slurm).stdout  # noqa: E731
+    tiny_runs.wait_for(lambda: not queue(), "the end of the job")
     assert "Restarts=1" in run("scontrol", "show", "job", number, env=slurm).stdout
