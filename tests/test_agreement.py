@@ -41,6 +41,22 @@ def test_samples_are_told_by_the_labels_they_were_drawn_with(trained):
     assert result["samples"]["guidance"] == 4.0 and result["standard_error"] > 0
 
 
+def test_samples_of_a_file_are_told(trained, tmp_path):
+    """As those that are drawn; a file of other labels is refused."""
+    model, npz = load_model(trained("tarflow")), tmp_path / "samples.npz"
+    fields = {"metrics": ("sample_accuracy",), "draws": 1, "batch_size": 8}
+    drawn = evaluate(model, EvaluateOptions(num_samples=23, guidance=4.0, **fields))
+    draw = ["sample", "--workdir", model.workdir, "--num", 23, "--batch_size", 8, "--guidance", 4]
+    draw += ["--out", tmp_path / "a.png", "--npz", npz]
+    assert cli.main([str(word) for word in draw]) == 0
+    given = evaluate(model, EvaluateOptions(samples=npz, **fields))
+    assert given[0]["value"] == drawn[0]["value"]
+    assert given[0]["samples"]["images"] == 23 and "checksum" in given[0]["samples"]
+    np.savez(npz, images=np.zeros((23, 8, 8, 1), np.uint8), labels=np.zeros(23, np.int32))
+    with pytest.raises(UsageError, match="its labels are not 0 to 9 in turn"):
+        evaluate(model, EvaluateOptions(samples=npz, **fields))
+
+
 def test_labels_are_needed(trained):
     model = load_model(trained("volume preserving"))
     for metric in ("accuracy", "sample_accuracy"):

@@ -13,8 +13,9 @@ from jetflow.buckets import AnyPath
 from jetflow.data.dataset import Dataset
 from jetflow.evals import likelihoods
 from jetflow.evals.batching import Batching
+from jetflow.evals.features import checksum
 from jetflow.evals.likelihoods import Density, Likelihood
-from jetflow.evals.quality import Quality, drawn_batches
+from jetflow.evals.quality import Quality
 from jetflow.evals.records import finite, record
 from jetflow.evals.settings import DISTANCES, EvaluateOptions, TrainedFlow, run_data, source
 from jetflow.files import if_possible
@@ -78,7 +79,8 @@ class _Likelihoods:
         config, options = self.model.config, self.options
         settings, defaults = {"draws": self.draws}, {"draws": config["eval"]["draws"]}
         if metric == "sample_accuracy":
-            return suffix(settings | options.changed_sampling(), defaults)
+            given = {"samples": checksum(options.samples)} if options.samples else {}
+            return suffix(settings | (given or options.changed_sampling()), defaults)
         defaults |= {"split": config["data"]["test_split"], "seed": 0}
         return suffix(settings | {"split": self.split, "seed": options.seed}, defaults)
 
@@ -134,8 +136,9 @@ class _Likelihoods:
             noise = noise.at((options.levels or (math.sqrt(noise.t0 * noise.t1),))[0])
         density = self._density(noise)
         if metric == "sample_accuracy":
-            num, batches = options.num_samples, drawn_batches(model, options)
-            facts: dict[str, Any] = {"samples": {"images": num, **options.sampling(model)}}
+            quality = Quality(model, options)
+            num, batches = quality.count_samples(), quality.labelled()
+            facts: dict[str, Any] = {"samples": quality.facts_of_samples()}
         else:
             held_out = self._data(self.split)
             num, batches = len(held_out), density.batching.of_data(held_out)

@@ -68,11 +68,35 @@ class Quality:
         return Batching(self.model.mesh, self.options.batch_size)
 
     @functools.cached_property
+    def file(self) -> Npz:
+        """That of the option `samples`."""
+        assert self.options.samples
+        return Npz(self.options.samples, "samples", "an .npz of `jetflow sample --npz`")
+
+    @functools.cached_property
     def given(self) -> Images:
         """The images of the option `samples`."""
-        assert self.options.samples
-        file = Npz(self.options.samples, "samples", "an .npz of `jetflow sample --npz`")
-        return read_images(file, self.options.batch_size)
+        return read_images(self.file, self.options.batch_size)
+
+    def labelled(self) -> Iterator[Batch]:
+        """Samples whose labels take turns: drawn, or those of the option `samples`."""
+        options, classes = self.options, self.model.flow.num_classes
+        if not options.samples:
+            return drawn_batches(self.model, options)
+        num, *_ = self.file.shape("images", "B", (None, *self.model.flow.image_shape))
+        labels = self.file.array("labels", "i", (num,)) if "labels" in self.file else None
+        if not np.array_equal(np.arange(num) % classes, [] if labels is None else labels):
+            raise self.file.fault(f"its labels are not 0 to {classes - 1} in turn")
+        return self.batching.of_images(self.given.chunks, classes)
+
+    def facts_of_samples(self) -> dict[str, Any]:
+        """What samples are, for the record, but for how they look."""
+        if self.options.samples:
+            digest = features.checksum(self.options.samples)
+            name = str(self.options.samples)
+            return {"images": self.given.num, "file": name, "checksum": digest}
+        drawn = self.options.sampling(self.model)
+        return {"images": self.options.num_samples, **drawn}
 
     def count_samples(self) -> int:
         """How many samples are compared; raises a UsageError if their file cannot be read."""
@@ -126,9 +150,7 @@ class Quality:
         options = self.options
         if options.samples:
             statistics, broken = self._of_images(self.given, "samples"), self.given.not_finite
-            digest = features.checksum(options.samples)
-            facts = {"images": self.given.num, "file": str(options.samples), "checksum": digest}
-            return Features(statistics.parts(), facts | {"not_finite": broken})
+            return Features(statistics.parts(), self.facts_of_samples() | {"not_finite": broken})
         drawn = options.sampling(self.model) | {"num_features": options.num_features}
         settings = drawn | {"step": self.model.step, "weights_sha256": self.network.sha256}
         name = f"samples-{self.model.step:08d}{workdir.suffix(options.changed_sampling(), {})}"
