@@ -269,10 +269,7 @@ class _Lease(threading.Thread):
         except ValueError as error:
             if "NOT_FOUND" not in str(error):
                 raise
-            raise UsageError(
-                f"{self._path.parent} cannot be written: there is no such bucket; make it, or give "
-                "another"
-            ) from error
+            raise UsageError(f"{self._path.parent}: there is no such bucket; make it") from error
         if not stamp.generation:
             # The answer to a write that was made may be lost, and the write tried again.
             found = self._store.read(self._key).result()

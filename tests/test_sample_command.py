@@ -139,8 +139,9 @@ def test_killed_sampling_goes_on(trained, tmp_path, capsys):
     assert len(parts) * 20 <= done < 2000
 
     assert cli.main([*arguments, str(killed)]) == 0
-    assert f"going on behind {done:,} images" in capsys.readouterr().out
+    assert f"going on after {done:,} images" in capsys.readouterr().out
     assert cli.main([*arguments, str(whole)]) == 0
+    assert "already there" not in capsys.readouterr().out
     with np.load(killed) as actual, np.load(whole) as expected:
         np.testing.assert_array_equal(actual["images"], expected["images"])
         np.testing.assert_array_equal(actual["labels"], expected["labels"])
