@@ -108,6 +108,7 @@ def refusal(error: BaseException) -> UsageError | None:
     if isinstance(error, UsageError | BrokenPipeError) or is_missing:
         return None
     is_plain = isinstance(error, OSError | ValueError) and not getattr(error, "errno", None)
+    is_plain &= "local file" not in text  # which TensorStore has the same words for
     is_refused = isinstance(error, TimeoutError | ConnectionError)
     is_refused |= type(error).__module__.partition(".")[0] in LIBRARIES
     if not (is_refused or (is_plain and re.search(STATUS, text))):
