@@ -108,6 +108,7 @@ def refusal(error: BaseException) -> UsageError | None:
     if isinstance(error, UsageError | BrokenPipeError) or is_missing:
         return None
     is_plain = isinstance(error, OSError | ValueError) and not getattr(error, "errno", None)
+    is_plain &= "local file" not in text  # which TensorStore has the same words for
     is_refused = isinstance(error, TimeoutError | ConnectionError)
     is_refused |= type(error).__module__.partition(".")[0] in LIBRARIES
     if not (is_refused or (is_plain and re.search(STATUS, text))):
@@ -269,10 +270,7 @@ class _Lease(threading.Thread):
         except ValueError as error:
             if "NOT_FOUND" not in str(error):
                 raise
-            raise UsageError(
-                f"{self._path.parent} cannot be written: there is no such bucket; make it, or give "
-                "another"
-            ) from error
+            raise UsageError(f"{self._path.parent}: there is no such bucket; make it") from error
         if not stamp.generation:
             # The answer to a write that was made may be lost, and the write tried again.
             found = self._store.read(self._key).result()

@@ -66,10 +66,8 @@ def advance() -> None:
 
 @dataclasses.dataclass
 class Member:
-    """What was heard last of a process, and for how many beats it has been the same.
-
-    It is not still before others have gone on.
-    """
+    """What was heard last of a process, and for how many beats it has been the same: its
+    position since others went on."""
 
     sign: int = 0  # before the first one
     position: Position = START

@@ -194,12 +194,23 @@ def test_a_late_answer_does_not_age_a_lease(folder, quick, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("ftp://there/run", "ftp://there/run has an unknown scheme; expected a folder, or gs://"),
-        ("gs://private/run", "a bucket refuses (Forbidden: b/private/o"),
-        ("gs://nowhere/run", "gs://nowhere/run/.lock cannot be written: there is no such bucket"),
+        (
+            "ftp://there/run",
+            "has an unknown scheme; expected a path of this machine, or gs://BUCKET/",
+        ),
+        ("GS://bucket/run", "expected a path of this machine, or gs://BUCKET/…, in lower case"),
+        ("gs://", "gs:// names no bucket"),
+        ("gs:///run", "gs:///run names no bucket"),
+        ("gs://bucket/file", "gs://bucket/file is a file; give a folder"),
+        ("gs://private/run", "a bucket refuses (Forbidden: gs://private/); see to its name"),
+        (
+            "gs://nowhere/run",
+            "gs://nowhere/run: there is no such bucket; make it; make it",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_line(path, message, bucket, capsys):
+    as_path("gs://bucket/file").write_text("")
     arguments = tiny_runs.arguments("tarflow", path)
     assert cli.main(arguments) == 2
     *before, error = capsys.readouterr().err.splitlines()

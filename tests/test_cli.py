@@ -88,6 +88,29 @@ def test_a_process_has_the_same_status_and_line():
     assert process.returncode == 2
 
 
+# Interrupted, while what runs at Python's own end would crash.
+INTERRUPTED = """
+import atexit, os, sys
+from jetflow import cli
+def interrupt(_):
+    raise KeyboardInterrupt
+cli._run, sys.argv = interrupt, ["jetflow", *sys.argv[1:]]
+atexit.register(os.abort)
+print("said")
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [(["sample", "--npz=a.npz"], "; the same command goes on"), (["report", "a"], "")],
+)
+def test_an_interruption_ends_at_once(words, more):
+    process = tiny_runs.start(words, ["-c", INTERRUPTED])
+    assert process.communicate(timeout=900) == ("said\n", f"jetflow: interrupted{more}\n")
+    assert process.returncode == 130
+
+
 def test_a_reader_that_has_enough_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)

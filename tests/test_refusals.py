@@ -86,6 +86,7 @@ train --config tiny.py --workdir new y            unexpected argument 'y'
 train --config tiny.py --workdir new --extend=x   extend
 train --config tiny.py --workdir new --noextend=3  noextend
 train --config tiny.py --workdir file/x           file/x
+train --config tiny.py --workdir file             file is a file; give a folder
 train --config tiny.py --workdir LONG             --workdir is
 train --config tiny.py --workdir ''               --workdir is ''; expected a path
 train --config tiny.py --workdir ~nobody_of_us/x  ~nobody_of_us
@@ -224,6 +225,7 @@ sweep --sweep sweep.py --workdir new --fix draws  --fix has 'draws'; expected NA
 sweep --sweep sweep.py --workdir new --fix draws=3  draws, which is swept
 sweep --sweep sweep.py --workdir new --fix nothing=3  nothing is no option
 sweep --sweep sweep.py --workdir new --fix temperature=hot  temperature is 'hot'; expected a
+sweep --sweep sweep.py --workdir file             file is a file; give a folder
 sweep --sweep sweep.py --workdir TARFLOW          holds a run
 
 report                                            DIR is missing

@@ -142,6 +142,7 @@ def test_killed_sampling_goes_on(trained, tmp_path, capsys):
     assert cli.main([*arguments, str(killed)]) == 0
     assert f"going on after {done:,} images" in capsys.readouterr().out
     assert cli.main([*arguments, str(whole)]) == 0
+    assert "already there" not in capsys.readouterr().out
     with np.load(killed) as actual, np.load(whole) as expected:
         np.testing.assert_array_equal(actual["images"], expected["images"])
         np.testing.assert_array_equal(actual["labels"], expected["labels"])

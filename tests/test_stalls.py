@@ -2,14 +2,18 @@
 
 import contextlib
 import itertools
+import os
+import signal
+import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from jetflow import checkpoint, hosts, rendezvous, rollcall, sharding
+from jetflow import checkpoint, hosts, rendezvous, rollcall, sharding, signals
 from jetflow.archive import collect
 from jetflow.evals import batching
 from jetflow.rendezvous import Place
@@ -69,6 +73,42 @@ def test_one_that_does_not_move_while_others_do_is_behind(roll_call):
     assert not roll_call.behind(61) and not roll_call.lost(60)
     hear(roll_call, dict.fromkeys(range(3), at(7)))
     assert not roll_call.behind(60)
+
+
+def test_a_process_is_behind_from_when_others_go_on(roll_call):
+    """All have been at a compilation for long; and a text may stay the same."""
+    text = "the compilation"
+    hear(roll_call, dict.fromkeys(range(3), Position(6, text)), 20 * MINUTE)
+    moves = {0: Position(7, text), 1: Position(6, text), 2: Position(7, text)}
+    hear(roll_call, moves, MINUTE - 1)
+    assert not roll_call.behind(60)
+    hear(roll_call, moves)
+    assert roll_call.behind(60).endswith(", and this one is further on")
+
+
+def test_a_process_that_was_itself_stopped_says_so(roll_call, monkeypatch, capsys):
+    monkeypatch.setattr(rollcall, "STALL_SECONDS", 0.1)
+    waits = iter([False, True])
+    roll_call._over = SimpleNamespace(wait=lambda _: time.sleep(0.2) or next(waits))
+    roll_call._watch()
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        roll_call._end("process 0 is lost")
+    assert "is lost (this one was itself stopped for 0 s until" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("got", [signal.SIGINT, None])
+def test_who_got_ctrl_c_of_several_ends_by_it(monkeypatch, got):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(signals.multihost_utils, "reached_preemption_sync_point", lambda _: True)
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda _, number: sent.append(number))
+    with signals.StopSignal() as stop, pytest.raises(signals.Stopped) as stopped:
+        if got:
+            signal.raise_signal(got)
+        stop.poll()
+    assert stopped.value.signal == (got or signal.SIGTERM)
+    assert sent == [signal.SIGTERM] * bool(got)
 
 
 def test_who_waits_for_the_last_is_not_behind(roll_call):

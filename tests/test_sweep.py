@@ -274,6 +274,21 @@ def test_a_sweep_trains_each_run_once(training, tmp_path, capsys, compilation_ca
     html_page.read(jetflow.report(workdir / "runs" / "train_split=90").read_text())
 
 
+def test_without_the_network_nothing_is_trained(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "train", lambda *_, **__: pytest.fail("it trains"))
+    training.write_text(training.read_text().replace("('bpd',)", "('bpd', 'fid')"))
+    fix = {"inception_weights": str(tmp_path / "none.pth")}
+    with pytest.raises(UsageError, match=r"none\.pth cannot be read"):
+        jetflow.sweep(training, tmp_path / "swept", fix=fix)
+    monkeypatch.setattr(runner.inception, "load", refuse)
+    with pytest.raises(UsageError, match="give --fix inception_weights=PATH"):
+        jetflow.sweep(training, tmp_path / "swept")
+
+
+def refuse(_):
+    raise UsageError("give --inception_weights PATH")
+
+
 def test_a_failed_training_is_tried_once_a_call(training, tmp_path, monkeypatch):
     tried = []
 

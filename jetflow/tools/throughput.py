@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from jax.sharding import Mesh
 
-from jetflow import calibration, configs, sharding
+from jetflow import calibration, configs, hosts, sharding
 from jetflow.data import dataset
 from jetflow.data.reading import cores
 from jetflow.model import Model
@@ -175,6 +175,7 @@ def bench_data(
     size = batch_size or config.train.batch_size
     start = time.perf_counter()
     source = dataset.load(config.data.name, config.data.train_split, **data)
+    hosts.note(f"reading {source.describe()}, with {workers or 'no'} workers")
     opened, start = time.perf_counter() - start, time.perf_counter()
     batches = dataset.train_batches(source, batch_size=size, seed=0, workers=workers)
     with contextlib.closing(batches):

@@ -74,8 +74,7 @@ def sweep(
     run = None if run is None else resolved(as_path(run))
     runner = Runner(sweep, Store(as_path(workdir)), run, DataOptions(**data).data_fields)
     points = sweep.chosen(shard, point)
-    runner.begin()
-    runner.check_network(points)
+    runner.begin(points)
     for each in points:
         runner.visit(each)
     if hosts.is_first():
@@ -111,8 +110,8 @@ class Runner:
             except UsageError as error:
                 raise UsageError(f"point {point.name}: {error}") from error
 
-    def begin(self) -> None:
-        """Check all points, and begin the folder, or go on with it.
+    def begin(self, chosen: Sequence[Point]) -> None:
+        """Check all points, and begin the folder, or go on with it, to measure the chosen ones.
 
         Points of a given run that name no step are measured at one checkpoint, the newest when the
         sweep began: a run that is trained on mixes no two.
@@ -123,6 +122,7 @@ class Runner:
         points = zip((point.name for point in self.sweep.points), content["points"], strict=True)
         hosts.compare(flat(content | {"points": dict(points)}, "the sweep."))
         self.check()
+        self._check_network(chosen)
         meshes = []
         for point in self.sweep.points:
             options = self._options(point)
@@ -135,7 +135,7 @@ class Runner:
                 self.sweep = self.sweep.with_fixed({"step": model.step})
             self.store.begin(self.sweep.content(run, recipe))
 
-    def check_network(self, points: Sequence[Point]) -> None:
+    def _check_network(self, points: Sequence[Point]) -> None:
         """Raise a UsageError where points lack the network of their metrics, before they train."""
         compare = set(self.sweep.metrics) & set(DISTANCES)
         missing = [point for point in points if compare and not self.store.is_done(point)]
