@@ -203,7 +203,7 @@ def test_a_late_answer_does_not_age_a_lease(folder, quick, monkeypatch):
         ("gs://private/run", "a bucket refuses (Forbidden: gs://private/); see to its name"),
         (
             "gs://nowhere/run",
-            "gs://nowhere/run: there is no such bucket; make it; make it",
+            "gs://nowhere/run: there is no such bucket; make it",
         ),
     ],
 )
