@@ -132,7 +132,8 @@ def test_a_restart_goes_on_from_what_its_predecessor_saved_last(tmp_path, monkey
 
     monkeypatch.setattr(hosts, "locked", released_late)
     command = ["train", "--config", str(tiny_runs.ROOT / "configs" / "digits_tarflow.py")]
-    fields = {"flow.num_blocks": 2, "flow.width": 64, "train.steps": 60, "eval.samples": 10}
+    fields = {"flow.num_blocks": 2, "flow.width": 64, "optim.lr": 2e-3, "train.steps": 60}
+    fields["eval.samples"] = 10
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     assert cli.main([*command, "--workdir", str(workdir)]) == 2
     assert "config.eval.samples is 80 there and 10 here" in capsys.readouterr().err
