@@ -20,7 +20,7 @@ FLOAT32 = jnp.dtype("float32")
 OPTIONS = {"dtype": jnp.dtype("bfloat16"), "tokens": 256, "head_dim": 64, "precision": "default"}
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 3e-6), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("tokens", [64, 256, 1024])
 @pytest.mark.parametrize("causal", [True, False])
 def test_splash_is_attention(tokens, causal, dtype, rtol):

@@ -163,10 +163,11 @@ def test_the_rest_of_a_file_and_of_its_fellows_is_read(run, edit):
         ENVIRONMENT: lambda: scan_environments(run),
     }
     before, none = scans[name]()
+    place = sorted(run.glob("evals/*.json")).index(run / BPD) if name == BPD else 0
     apply(run / name)
     after, [wrong] = scans[name]()
     assert none == [] and name in wrong and "\n" not in wrong and len(wrong) < 500
-    assert after == (before if name == METRICS else before[1:])
+    assert after == (before if name == METRICS else before[:place] + before[place + 1 :])
 
 
 def test_the_page_says_what_it_leaves_out(run):

@@ -13,8 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny_runs
-from test_launch import wait_for
-from tiny_runs import assert_same, remains
+from tiny_runs import assert_same, remains, wait_for
 
 from jetflow import cli
 from jetflow.data import dataset as pipeline
