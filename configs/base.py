@@ -82,12 +82,11 @@ def for_levels(config: ConfigDict, t0: float, t1: float, steps: int) -> ConfigDi
     config.flow.pixel_scale = 127.5
     config.flow.noise_conditional = True
     config.noise.kind = "levels"
+    config.noise.std = 0.0
     config.noise.t0 = t0
     config.noise.t1 = t1
     config.eval.denoise = True
     config.eval.denoise_steps = steps
-    config.eval.guide_rule = "scale"
-    config.eval.guide_blocks = 1
     return config
 
 

@@ -40,4 +40,6 @@ def get_config(arguments=""):
     config.train.checkpoint_every = 2500
     config.eval.batch_size = 512
     config.eval.guidance = guidance
+    config.eval.guide_rule = "scale"
+    config.eval.guide_blocks = 1
     return base.smoke(config, f"shapes/{pixels}") if smoke else config

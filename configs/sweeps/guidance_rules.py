@@ -17,5 +17,5 @@ def get_sweep():
         ),
         metrics=("fid", "sample_accuracy"),
         config="../digits_tarflow.py",
-        fixed={"num_samples": 300, "denoise": True},  # a point a minute on two CPU cores
+        fixed={"num_samples": 300, "denoise": True},
     )

@@ -36,13 +36,8 @@ HELP = {"-h", "--help", "--helpfull"}
 # Options that may differ from machine to machine.
 LOCAL = {"data_dir", "data_cache", "data_cache_gb"}
 LOCAL |= {"manual_dir", "inception_weights", "join_timeout"}
-GOING_ON = {
-    "prepare",
-    "train",
-    "sweep",
-    "encode",
-    "--npz",
-}  # a word of a command that goes on where it ended
+# A word of a command that goes on where it ended.
+GOING_ON = {"prepare", "train", "sweep", "encode", "--npz"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
