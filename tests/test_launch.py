@@ -103,21 +103,6 @@ def test_job_set(topology, slices, label, chips, hosts):
     assert (container["command"], container["image"]) == (command, "i/j:1")
 
 
-@pytest.mark.parametrize(
-    ("words", "wrong"),
-    [
-        ("", "'' is no job"),
-        ("a v5e:4x4 x i jetflow train", "there are no x TPU slices v5e:4x4"),
-        ("a v5e:4x4 0 i jetflow train", "there are no 0 TPU slices v5e:4x4"),
-        ("a v5e:4x4 1 i python train.py", "'a v5e:4x4 1 i python train.py' is no job"),
-    ],
-)
-def test_no_job_set(words, wrong):
-    ended = run(sys.executable, LAUNCH / "gke.py", *words.split())
-    expected = "expected NAME v5e:4x4 1 IMAGE jetflow train …"
-    assert (ended.returncode, ended.stderr) == (2, f"gke.py: {wrong}; {expected}\n")
-
-
 @pytest.mark.parametrize("gpus", [True, False])
 def test_sky_joins_nodes_of_gpus_alone(tmp_path, gpus):
     """SkyPilot counts the hosts of a TPU pod slice as nodes too, but by an order of its own."""

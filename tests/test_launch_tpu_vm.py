@@ -26,9 +26,10 @@ from test_launch import LAUNCH, PATH, run, script
         ("tpu_vm.sh fly pod", 2, "expected create, run"),
         ("tpu_vm.sh run pod --worker=1 jetflow train", 2, "--worker=1 is no option of run"),
         ("tpu_vm.sh keep pod v5e:4x4", 2, "keep needs a command"),
-        ("gke.py jet h100:8 1 IMAGE jetflow train", 2, "no 1 TPU slices h100:8; expected NAME"),
-        ("gke.py jet v5e:5x5 1 IMAGE jetflow train", 2, "no 1 TPU slices v5e:5x5; expected NAME"),
-        ("gke.py jet v5e:4x4 1 IMAGE", 2, "expected NAME v5e:4x4 1 IMAGE jetflow train"),
+        ("gke.py", 2, "gke.py: '' is no job; expected NAME v5e:4x4 1 IMAGE jetflow train …"),
+        ("gke.py jet v5e:5x5 1 IMAGE jetflow train", 2, "no 1 TPU slices v5e:5x5;"),
+        ("gke.py jet v5e:4x4 0 IMAGE jetflow train", 2, "there are no 0 TPU slices v5e:4x4;"),
+        ("gke.py jet v5e:4x4 x IMAGE python train.py", 2, "IMAGE python train.py' is no job"),
     ],
 )  # fmt: skip
 def test_the_last_line(command, status, expected):
@@ -168,7 +169,6 @@ def test_two_workers_train_into_a_bucket_and_go_on(bucket, compilation_cache, po
     tiny_runs.wait_for(lambda: logs[0].exists() and "step 20/" in logs[0].read_text(), "step 20")
     assert pod("stop", "pod").communicate()[0].count("ended with status 143") == 2
     assert keep.wait() == 143
-    keep = pod("keep", "pod", "v5e:2x4", *words)
-    assert keep.wait() == 0, "".join(log.read_text() for log in logs)
-    for text in ("2 x", "resumed at step", "done: step 300"):
-        assert text in logs[0].read_text()
+    assert pod("keep", "pod", "v5e:2x4", *words).wait() == 0
+    said = ("2 x", "resumed at step", "done: step 300")
+    assert all(text in logs[0].read_text() for text in said)
