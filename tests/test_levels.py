@@ -220,6 +220,11 @@ def test_refused_option(run, fields, message):
         run.sample(2, **fields)
 
 
+def test_levels_without_effect_are_refused(run):
+    with pytest.raises(UsageError, match="on which bpd does not depend; add noised_bpd"):
+        run.evaluate(["bpd"], levels=(0.1,))
+
+
 # Deep-shallow stacks.
 
 

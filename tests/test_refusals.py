@@ -192,6 +192,7 @@ evaluate --workdir empty                          no run in empty
 evaluate --workdir JET --metrics fidd             --metrics is 'fidd'
 evaluate --workdir JET --metrics ''               --metrics is empty
 evaluate --workdir JET --metrics noised_bpd       noised_bpd is for flows trained with gaussian
+evaluate --workdir JET --levels 0.1               for flows trained with noise of all levels
 evaluate --workdir JET --split validation         'validation' is not a split
 evaluate --workdir JET --split ''                 --split is ''
 evaluate --workdir JET --mesh fsdp:4              --mesh has 'fsdp:4'; expected AXIS=SIZE

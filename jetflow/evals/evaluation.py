@@ -46,6 +46,7 @@ def results(
     quality, likelihood = Quality(model, options), _Likelihoods(model, options)
     metrics = options.measured()
     quality.check(metrics)
+    likelihood.check(metrics)
     for metric in metrics:
         if metric in DISTANCES:
             measured, ending = quality.measure(metric), quality.suffix()
@@ -84,13 +85,22 @@ class _Likelihoods:
         defaults |= {"split": config["data"]["test_split"], "seed": 0}
         return suffix(settings | {"split": self.split, "seed": options.seed}, defaults)
 
-    def measure(self, metric: str) -> Iterator[dict[str, Any]]:
-        """The records of a metric: one, or one a level of noise."""
-        noise, levels = self.model.noise, self.options.levels
-        if levels and noise.kind != "levels":
+    def check(self, metrics: tuple[str, ...]) -> None:
+        """Raises a UsageError if levels are given that no metric is measured at."""
+        levels = self.options.levels
+        if levels and self.model.noise.kind != "levels":
             raise UsageError(
                 f"levels is {levels}, which is for flows trained with noise of all levels"
             )
+        if levels and not any("noised_" in name or "accuracy" in name for name in metrics):
+            raise UsageError(
+                f"levels is {levels}, on which {', '.join(metrics) or 'a reference'} does not "
+                "depend; add noised_bpd or accuracy to metrics"
+            )
+
+    def measure(self, metric: str) -> Iterator[dict[str, Any]]:
+        """The records of a metric: one, or one a level of noise."""
+        noise, levels = self.model.noise, self.options.levels
         if "accuracy" in metric:
             yield self._accuracy(metric)
             return
