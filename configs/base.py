@@ -112,6 +112,7 @@ def smoke(config: ConfigDict, data: str) -> ConfigDict:
     config.eval.batch_size = 8
     config.eval.draws = 1
     config.eval.samples = 8
+    config.eval.denoise_steps = min(config.eval.denoise_steps, 4)
     return config
 
 
