@@ -13,9 +13,9 @@ def get_sweep():
         product(
             axis("guide_blocks", [0, 1]),
             axis("guide_rule", ["log_scale", "scale", "starflow"]),
-            axis("guidance", [0.5, 1.0, 2.0, 4.0]),
+            axis("guidance", [1.0, 2.0, 4.0]),
         ),
         metrics=("fid", "sample_accuracy"),
         config="../digits_tarflow.py",
-        fixed={"num_samples": 300, "denoise": True},
+        fixed={"num_samples": 200, "denoise": True},
     )
