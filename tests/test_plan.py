@@ -323,7 +323,7 @@ def test_splash_attention_counts_by_its_tiles(kind, products, mask, tokens, tile
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", range(5))  # those of TPUs, and the first of GPUs
+@pytest.mark.parametrize("index", [*range(5), 7])  # of TPUs, and the first of GPUs
 def test_published_models_need_what_the_page_states(index):
     *figures, bound, share, name, topology = ROWS[index]
     compiler, extra = ("libtpu", "tpu") if topology[0] == "v" else ("jax_cuda12_plugin", "cuda12")
