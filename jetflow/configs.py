@@ -29,6 +29,7 @@ from jetflow.types import Config, UsageError
 
 SECTIONS = ("flow", "data", "noise", "optim", "train", "mesh", "eval")
 FIELDS = ("init_from", "init_weights")  # that belong to no section
+SHIPPED = "jetflow://"  # before a path such as configs/base.py, of the installed package
 LARGEST_WIDTH = 2**20
 MOST_LAYERS = 1000  # of a kind
 MOST_PICTURES = 2**16
@@ -44,12 +45,13 @@ def read(name: str) -> Config:
     """The config that a file's `get_config` returns; what follows a colon is its argument.
 
     A config file can import its neighbours, as in `from configs import base`: the folder above its
-    own joins the search path, and the current one after it.
+    own joins the search path, and the current one after it. `jetflow://configs/FILE.py` is one of
+    those that are installed with the package.
 
     Raises:
         UsageError: if the file is missing or fails (with the line), or its config lacks a section.
     """
-    path, colon, argument = name.partition(":")
+    path, colon, argument = located(name).partition(":")
     folders = [str(Path(path).absolute().parent.parent), os.getcwd()]
     sys.path[:] = [*folders, *(folder for folder in sys.path if folder not in folders)]
     config = call("config", path, "get_config", *([argument] if colon else []))
@@ -63,6 +65,12 @@ def read(name: str) -> Config:
                 f"{', '.join((*SECTIONS, *FIELDS))}"
             )
     return config
+
+
+def located(name: str) -> str:
+    """The path of a file, with that of the installed package in the place of `jetflow://`."""
+    folder = f"{Path(__file__).parent / 'shipped'}{os.sep}"
+    return folder + name.removeprefix(SHIPPED) if name.startswith(SHIPPED) else name
 
 
 def call(flag: str, path: str, function: str, *arguments: str) -> Any:

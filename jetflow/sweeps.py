@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from jetflow.configs import call
+from jetflow.configs import call, located
 from jetflow.options import Options, option
 from jetflow.types import UsageError
 
@@ -224,7 +224,8 @@ def read(path: str | Path) -> Sweep:
     Raises:
         UsageError: if there is no such file, it fails (with the line), or makes no sweep.
     """
-    sweep, file = call("sweep", str(path), "get_sweep"), Path(path).resolve()
+    path = located(str(path))
+    sweep, file = call("sweep", path, "get_sweep"), Path(path).resolve()
     if not isinstance(sweep, Sweep):
         raise UsageError(f"--sweep {path} has a get_sweep that returns no Sweep")
     title, *lines = (ast.get_docstring(ast.parse(file.read_text())) or file.stem).split("\n")
