@@ -38,7 +38,7 @@ def tarflow() -> ConfigDict:
     config.flow = ConfigDict(
         dict(
             kind="tarflow",
-            patch_size=2,  # pixels; must divide the image's height and width
+            patch_size=2,  # pixels; must divide the image's height and width; of arrays 1
             width=768,  # of the transformers' tokens
             num_blocks=8,  # autoregressive blocks, in alternating direction
             layers_per_block=(8,),  # transformer layers of every block, or one number a block
@@ -71,6 +71,15 @@ def on_pod(config: ConfigDict) -> ConfigDict:
 def for_samples(config: ConfigDict, noise_std: float) -> ConfigDict:
     """TarFlow's recipe for pictures: gaussian noise in training, a denoising step in sampling."""
     config.flow.pixel_scale = 127.5
+    config.noise.kind = "gaussian"
+    config.noise.std = noise_std
+    config.eval.denoise = True
+    return config
+
+
+def for_arrays(config: ConfigDict, noise_std: float) -> ConfigDict:
+    """For arrays that are not images: no patches; noise in standard deviations of a feature."""
+    config.flow.patch_size = 1
     config.noise.kind = "gaussian"
     config.noise.std = noise_std
     config.eval.denoise = True
@@ -152,7 +161,7 @@ def _common() -> ConfigDict:
                 workers=0,  # processes that read training batches; 0 for threads of this one
             ),
             noise=dict(
-                kind="uniform",  # dequantisation by U[0, 1), or gaussian, or levels: gaussian
+                kind="uniform",  # dequantisation by U[0, 1); gaussian; levels; or none, of arrays
                 std=0.0,  # of gaussian noise, in units where pixels span [-1, 1]
                 t0=0.0,  # least and
                 t1=0.0,  # largest std that levels draw for an image

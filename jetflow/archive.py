@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int, Num, UInt8
 
 from jetflow import hosts, rollcall
 from jetflow.buckets import AnyPath
@@ -175,7 +175,7 @@ class Collected(NamedTuple):
         sweeps, residual: as in `Drawn`, the most of a batch.
     """
 
-    images: UInt8[np.ndarray, "K H W C"]
+    images: Num[np.ndarray, "K *X"]
     finite: Bool[np.ndarray, "N"]
     sweeps: tuple[int, ...]
     residual: float

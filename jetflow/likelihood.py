@@ -37,14 +37,14 @@ def bits_per_dim(nats: Float[Array, "B"], z: Float[Array, "B T D"]) -> Float[Arr
 
 
 def eval_step(
-    flow: Flow, variables: Any, x: Float[Array, "B H W C"], condition: Condition
+    flow: Flow, variables: Any, x: Float[Array, "B *X"], condition: Condition
 ) -> Float[Array, "B"]:
     """Bits per dimension of each example, at given pixel values."""
     return eval_parts(flow, variables, x, condition)[0]
 
 
 def eval_parts(
-    flow: Flow, variables: Any, x: Float[Array, "B H W C"], condition: Condition
+    flow: Flow, variables: Any, x: Float[Array, "B *X"], condition: Condition
 ) -> tuple[Float[Array, "B"], Float[Array, "P B"]]:
     """Bits per dimension of each example, and what each part of the flow contributes to them.
 

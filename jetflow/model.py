@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Int, Num
 
 from jetflow import calibration, hosts, sharding
 from jetflow.archive import collect
@@ -28,7 +28,7 @@ from jetflow.sampling import latents
 from jetflow.sampling.ancestral import Drawn, Sampler, check_guided, draw_all, not_finite
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training.step import abstract_variables
-from jetflow.types import AnyArray, Decoding, UsageError
+from jetflow.types import AnyArray, Decoding, Shape, UsageError, is_arrays
 from jetflow.workdir import read_flow
 
 
@@ -84,8 +84,10 @@ class Model(TrainedFlow):
         batch_size: int = 64,
         defaults: str | None = None,
         **fields: Any,
-    ) -> UInt8[np.ndarray, "N H W C"]:
+    ) -> Num[np.ndarray, "N *X"]:
         """`num` images, rounded after gaussian noise in training, and floored after uniform noise.
+
+        Of a flow of arrays they are float32 [N, T, D], as they are drawn.
 
         Args:
             label: one class for all images, or one an image, -1 for none; default: labels take
@@ -110,7 +112,7 @@ class Model(TrainedFlow):
 
     def bits_per_dim(
         self,
-        images: Num[AnyArray, "B H W C"],
+        images: Num[AnyArray, "B *X"],
         label: int | Int[AnyArray, "B"] | None = None,
         *,
         seed: int = 0,
@@ -118,10 +120,11 @@ class Model(TrainedFlow):
     ) -> Float[Array, "B"]:
         """−log2 p per dimension of each image, under one draw of the noise, all images at once.
 
-        With the default, uniform dequantisation, it is the `bpd` of `jetflow evaluate`.
+        With the default, uniform dequantisation, it is the `bpd` of `jetflow evaluate`; of arrays,
+        to which nothing is added, the `density_bpd`.
 
         Args:
-            images: whole pixel values 0..255; uint8 inside `jax.jit`.
+            images: whole pixel values 0..255; uint8 inside `jax.jit`; or arrays.
             label: of the images, p(x | label); None or -1 for none.
             noise: pass `model.noise` for the likelihood that a training with gaussian noise raises,
                 or `model.noise.at(0.1)` for that of a noise level.
@@ -130,19 +133,20 @@ class Model(TrainedFlow):
             UsageError: on images that are no pixels, such as floats in [0, 1], or a bad label.
         """
         key = key_for(seed, 0, Purpose.EVALUATE)
-        pixels = jnp.asarray(_pixels(images))
+        pixels = jnp.asarray(_pixels(images, self.flow.image_shape))
         label = check_labels(self.flow, label, len(pixels))
-        noise = noise or self.noise.dequantisation
+        noise = noise or self.noise.of_data(self.flow.image_shape)
         return bits_per_dim(self.flow, self.variables, pixels, label, key, noise=noise)
 
     def encode(
         self,
-        images: Num[AnyArray, "N H W C"],
+        images: Num[AnyArray, "N *X"],
         label: int | Int[AnyArray, "N"] | None = None,
         batch_size: int = 64,
     ) -> tuple[Float[np.ndarray, "N T D"], Float[np.ndarray, "N"]]:
         """The latents of images, at the centre of the noise, and log |det ∂z/∂x| in nats."""
-        sampler, pixels = self.sampler(SamplingOptions(), batch_size), _pixels(images)
+        sampler = self.sampler(SamplingOptions(), batch_size)
+        pixels = _pixels(images, self.flow.image_shape)
         label = check_labels(self.flow, label, len(pixels))
         return latents.encode(sampler, pixels, label, self.noise.kind, batch_size)
 
@@ -152,7 +156,7 @@ class Model(TrainedFlow):
         label: int | Int[AnyArray, "N"] | None = None,
         batch_size: int = 64,
         **fields: Any,
-    ) -> UInt8[np.ndarray, "N H W C"]:
+    ) -> Num[np.ndarray, "N *X"]:
         """The images of latents; `fields` are of `SamplingOptions`."""
         sampler = self.sampler(SamplingOptions(**fields), batch_size)
         label = check_labels(self.flow, label, len(z))
@@ -173,12 +177,14 @@ class Model(TrainedFlow):
         return evaluation.evaluate(self, EvaluateOptions(metrics=tuple(metrics), **fields))
 
 
-def _pixels(images: Num[AnyArray, "B H W C"]) -> UInt8[AnyArray, "B H W C"]:
-    """Images as uint8.
+def _pixels(images: Num[AnyArray, "B *X"], shape: Shape) -> Num[AnyArray, "B *X"]:
+    """Images as uint8, or arrays as float32.
 
     Raises:
         UsageError: if their values are no whole numbers 0..255, or floats that are all within 0..1.
     """
+    if is_arrays(shape):
+        return images.astype(np.float32)
     if images.dtype == np.uint8:
         return images
     if isinstance(images, Tracer):

@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, Num
 
-from jetflow.types import NO_LABEL, Condition, UsageError
+from jetflow.types import NO_LABEL, Condition, Shape, UsageError, is_arrays
 
+NOISY = ("gaussian", "levels")  # whose likelihoods are of other data than the images
+KINDS = ("uniform", *NOISY, "none")
 LARGEST_SEED = 2**32 - 1  # keys are made of 32 bits
 
 
@@ -62,8 +64,9 @@ class Noise:
     Attributes:
         kind: "uniform" adds U[0, 1) to every pixel value (dequantisation); "gaussian" adds
             std·N(0, 1); "levels" adds t·N(0, 1) with a level t of each image, which the flow is
-            told (iTARFlow, arXiv 2604.20041).
-        std: of the gaussian noise, in [-1, 1] units: of the range that the flow rescales pixels to.
+            told (iTARFlow, arXiv 2604.20041); "none" adds nothing, and is for arrays.
+        std: of the gaussian noise, in [-1, 1] units: of the range that the flow rescales pixels to;
+            of arrays, in standard deviations of each feature.
         label_drop: probability that an example's label is replaced by `NO_LABEL`.
         flip: mirror an image left to right with probability 1/2.
         t0, t1: the least and the largest level, in [-1, 1] units. Of uniform noise, t0 is the level
@@ -83,10 +86,9 @@ class Noise:
     weight: str = "t"
 
     def __post_init__(self):
-        if self.kind not in ("uniform", "gaussian", "levels"):
-            raise UsageError(
-                f"config.noise.kind is {self.kind!r}; expected uniform, gaussian or levels"
-            )
+        if self.kind not in KINDS:
+            known = ", ".join(KINDS)
+            raise UsageError(f"config.noise.kind is {self.kind!r}; expected one of {known}")
         if (self.kind == "gaussian") != (self.std > 0):
             raise UsageError(
                 f"config.noise.std is {self.std} with {self.kind} noise; gaussian noise needs a "
@@ -110,10 +112,12 @@ class Noise:
         if not 0 <= self.label_drop < 1:
             raise UsageError(f"config.noise.label_drop is {self.label_drop}; expected 0 <= p < 1")
 
-    @property
-    def dequantisation(self) -> "Noise":
-        """Uniform noise, and for a flow trained on levels, the least one as what it is told."""
-        return Noise(t0=self.t0)
+    def of_data(self, shape: Shape) -> "Noise":
+        """What likelihoods of the data itself need: of images uniform noise, of arrays none.
+
+        A flow trained on levels is told the least one.
+        """
+        return Noise("none" if is_arrays(shape) else "uniform", t0=self.t0)
 
     def at(self, level: float) -> "Noise":
         """The noise of one level."""
@@ -132,20 +136,25 @@ class Noise:
 
     def add(
         self,
-        image: UInt8[Array, "*B H W C"],
+        image: Num[Array, "..."],
         key: Key[Array, ""],
-        pixel_scale: float,
+        pixel_scale: Any,
         levels: Float[Array, "*B"] | None = None,
-    ) -> Float[Array, "*B H W C"]:
+    ) -> Float[Array, "..."]:
         """Noisy pixel values, in pixel units."""
+        if self.kind == "none":
+            return image
         if self.kind == "uniform":
             return image + jax.random.uniform(key, image.shape)
-        std = self.std if self.kind == "gaussian" else jnp.asarray(levels)[..., None, None, None]
+        std: Any = self.std
+        if self.kind == "levels":
+            levels = jnp.asarray(levels)
+            std = levels.reshape(*levels.shape, *[1] * (image.ndim - levels.ndim))
         return image + std * pixel_scale * jax.random.normal(key, image.shape)
 
     def add_by_example(
-        self, image: UInt8[Array, "B H W C"], keys: Key[Array, "B"], pixel_scale: float
-    ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"] | None]:
+        self, image: Num[Array, "B *X"], keys: Key[Array, "B"], pixel_scale: Any
+    ) -> tuple[Float[Array, "B *X"], Float[Array, "B"] | None]:
         """`add` with a key for each example, and the level that it draws."""
 
         def one(image, key):
@@ -156,13 +165,13 @@ class Noise:
 
     def augment(
         self,
-        image: UInt8[Array, "B H W C"],
+        image: Num[Array, "B *X"],
         label: Int[Array, "B"],
         *,
         seed: int,
         step: Int[Array, ""],
-        pixel_scale: float,
-    ) -> tuple[Float[Array, "B H W C"], Condition]:
+        pixel_scale: Any,
+    ) -> tuple[Float[Array, "B *X"], Condition]:
         """The training input of `step`: noisy pixel values, labels with some dropped, levels."""
         if self.flip:
             mirrored = jax.random.bernoulli(key_for(seed, step, Purpose.FLIP), 0.5, label.shape)

@@ -24,6 +24,7 @@ LARGEST_BATCH = 2**20  # images at a time
 MOST_SAMPLES = 10**7
 MOST_DRAWS = 10_000
 MOST_WORKERS = 1000  # processes
+DATA = "~/tensorflow_datasets"
 LONGEST_NAME, LONGEST_PATH = 240, 3000  # bytes; file systems take 255 and 4095, ours add to them
 
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
@@ -90,6 +91,13 @@ class DataFolders(Options):
     data_cache: Path | None = option(
         None, "a folder of this machine for data of a bucket; default: ~/.cache/jetflow/data"
     )
+
+    @property
+    def root(self) -> AnyPath:
+        """The folder of all data sets: as given, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+        # TFDS has the same default, but reads the environment only once, at import.
+        root = as_path(self.data_dir or os.environ.get("TFDS_DATA_DIR", DATA))
+        return root if is_bucket(root) else expanded("data_dir", root)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,6 +218,12 @@ def expanded(name: str, path: str | os.PathLike) -> Path:
         raise UsageError(
             f"{name} is {os.fspath(path)!r}, but no home directory is known; give a path without ~"
         ) from error
+
+
+def default_archives(root: AnyPath) -> Path:
+    """The folder of archives by default, which is one of this machine."""
+    folder = expanded("data_dir", DATA) if is_bucket(root) else root
+    return Path(folder / "downloads" / "manual").absolute()
 
 
 def _range(least: int | float, most: int | float) -> str:

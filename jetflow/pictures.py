@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num, UInt8
 from PIL import Image
 
 from jetflow import hosts
 from jetflow.buckets import AnyPath, as_path
 from jetflow.files import write_atomically
-from jetflow.types import UsageError
+from jetflow.types import Shape, UsageError, is_arrays
 
 MOST_ROWS = 20  # of a picture that a person takes in; classes above that have no row of their own
 LARGEST_ASPECT = 2.25  # of a grid with a row a class; longer rows are wrapped
@@ -59,15 +59,29 @@ def grid(
     return colours.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
+def shown(images: Num[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
+    """Images as they are; arrays [..., T, D], float32, in grey, from their least to their largest.
+
+    The ends are those of all arrays together, without the outermost hundredth of the values.
+    """
+    if images.dtype == np.uint8:
+        return images
+    values = np.nan_to_num(images, posinf=0, neginf=0)
+    least, largest = np.quantile(values, [0.01, 0.99]) if values.size else (0, 1)
+    share = (values - least) / max(largest - least, 1e-30)
+    return (255 * np.clip(share, 0, 1)).round().astype(np.uint8)[..., None]
+
+
 def samples_grid(
-    images: UInt8[np.ndarray, "N H W C"], label: Int[np.ndarray, "N"] | None
+    images: Num[np.ndarray, "N *X"], label: Int[np.ndarray, "N"] | None
 ) -> UInt8[np.ndarray, "GH GW 3"]:
     """Samples, a row a class if there are few classes."""
-    return grid(images, rows_by_class(label, len(images)))
+    return grid(shown(images), rows_by_class(label, len(images)))
 
 
-def strips(images: UInt8[np.ndarray, "R K H W C"]) -> UInt8[np.ndarray, "GH GW 3"]:
+def strips(images: Num[np.ndarray, "R K ..."]) -> UInt8[np.ndarray, "GH GW 3"]:
     """Rows of as many images each."""
+    images = shown(images)
     numbers = np.arange(images.shape[0] * images.shape[1]).reshape(images.shape[:2])
     return grid(np.concatenate(images), list(numbers))
 
@@ -89,14 +103,14 @@ def save_gif(path: AnyPath, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Non
         first.save(file, "gif", save_all=True, append_images=others, duration=durations, loop=0)
 
 
-def read_pictures(
-    paths: Sequence[str], shape: tuple[int, int, int]
-) -> UInt8[np.ndarray, "N H W C"]:
+def read_pictures(paths: Sequence[str], shape: Shape) -> UInt8[np.ndarray, "N H W C"]:
     """Picture files as images of this (H, W, C).
 
     Raises:
-        UsageError: on a file that is no picture, or one of another size.
+        UsageError: on a file that is no picture, or one of another size; or for a flow of arrays.
     """
+    if is_arrays(shape):
+        raise UsageError("images are given, but this flow is of arrays; leave them out")
     height, width, channels = shape
     images = []
     for path in paths:

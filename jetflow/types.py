@@ -1,10 +1,12 @@
 """What all modules share: the axes, a batch, the `Flow` protocol, guidance, bad input.
 
 Axis glossary: B batch, H height, W width, C colour channels, T tokens (patches), D features of a
-token (patch_size² · C), L layers. Pixels are in pixel units, 0..256; log-determinants and
+token (patch_size² · C), L layers; *X stands for H W C, or for T D of arrays that are no images.
+Pixels are in pixel units, 0..256, arrays in units of their own; log-determinants and
 log-likelihoods are in nats, summed over an example, and at least float32.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import flax.struct
@@ -13,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 NO_LABEL = -1
 
+Shape: TypeAlias = tuple[int, ...]
+Standard: TypeAlias = Sequence[Sequence[float]]  # means and deviations of D features
 AnyArray: TypeAlias = np.ndarray | Array
 Config: TypeAlias = Any  # an ml_collections ConfigDict: sections of fields, as configs/base.py has
 
@@ -21,6 +25,11 @@ class UsageError(ValueError):
     """Bad input by the user: the message says what was expected, what came, and the remedy."""
 
     status = 2  # of the command
+
+
+def is_arrays(shape: Shape) -> bool:
+    """Whether this is the shape of arrays (T, D), and not of images (H, W, C)."""
+    return len(shape) == 2
 
 
 class Interruption(UsageError):
@@ -33,7 +42,7 @@ class Batch(NamedTuple):
     """One global (or one host's part of a) batch, as the data pipeline makes it.
 
     Attributes:
-        image: uint8 [B, H, W, C].
+        image: uint8 [B, H, W, C], or of arrays float32 [B, T, D].
         label: int32 [B]; `NO_LABEL` where there is none.
         index: int32 [B], the example's position in its split; -1 marks a padding row.
     """
@@ -160,9 +169,9 @@ class Flow(Protocol):
     Attributes:
         num_classes: 0 for a flow without labels.
         noise_conditional: whether it is one flow for all noise levels, and takes one.
-        image_shape: (H, W, C).
+        image_shape: (H, W, C), or of arrays (T, D).
         latent_shape: (T, D).
-        pixel_scale: pixel values per unit of what the blocks see.
+        pixel_scale: pixel values per unit of what the blocks see; of arrays, of each feature.
         pixel_logdet: the log-determinant of the preprocessing, in nats.
         logdet_cap: the least upper bound of the blocks' log-det, in nats; None for a TarFlow.
         decoded_blocks: blocks that are decoded token by token, and so take guidance and a
@@ -175,11 +184,11 @@ class Flow(Protocol):
     noise_conditional: bool
 
     @property
-    def image_shape(self) -> tuple[int, int, int]: ...
+    def image_shape(self) -> Shape: ...
     @property
     def latent_shape(self) -> tuple[int, int]: ...
     @property
-    def pixel_scale(self) -> float: ...
+    def pixel_scale(self) -> Any: ...
     @property
     def pixel_logdet(self) -> float: ...
     @property
@@ -188,6 +197,6 @@ class Flow(Protocol):
     def decoded_blocks(self) -> int: ...
 
     def attention_on(self, platform: str) -> Any: ...
-    def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "... H W C"]: ...
+    def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "..."]: ...
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any: ...
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...

@@ -92,6 +92,7 @@ def read_flow(workdir: AnyPath, **overrides: Any) -> tuple[dict[str, Any], Flow,
         )
     resolved, weights = config["resolved"], "ema" if config["train"]["ema_decay"] else "params"
     sizes = {"num_classes": resolved["num_classes"], "image_shape": (*resolved["image_shape"],)}
+    sizes["standard"] = resolved.get("standard")
     try:
         return config, build(config["flow"] | overrides, **sizes), weights
     except UsageError:

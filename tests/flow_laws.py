@@ -31,6 +31,13 @@ def tarflow(image_shape=(4, 4, 1), num_classes=0, **fields) -> Stack:
     return build(TARFLOW | fields, image_shape=image_shape, num_classes=num_classes)
 
 
+def arrays(section: dict[str, Any], num_classes=0) -> Stack:
+    """Of 5 tokens, whose features are standardised."""
+    standard = ([100.0, -50.0, 20.0, 0.0], [80.0, 200.0, 30.0, 150.0])
+    section = section | {"patch_size": 1}
+    return build(section, image_shape=(5, 4), num_classes=num_classes, standard=standard)
+
+
 FLOWS = {
     "jet, channel splits": lambda: jet(kinds=("channels",)),
     "jet, every spatial split": lambda: jet(kinds=("spatial",), num_couplings=6),
@@ -49,6 +56,8 @@ FLOWS = {
     "tarflow, volume preserving": lambda: tarflow(volume_preserving=True),
     "tarflow, noise-conditional, classes": lambda: tarflow(num_classes=3, noise_conditional=True),
     "jet, noise-conditional": lambda: jet(noise_conditional=True),
+    "tarflow, arrays, classes": lambda: arrays(TARFLOW, num_classes=3),
+    "jet, arrays": lambda: arrays(JET | {"num_couplings": 4}),
     "tarflow, odd grid": lambda: tarflow((3, 5, 1), patch_size=1, pixel_scale=127.5),
 }
 

@@ -12,6 +12,7 @@ from jetflow.archive import Archive, Collected, Row, collect
 from jetflow.buckets import AnyPath, resolved
 from jetflow.cli.flags import Command
 from jetflow.data import dataset as pipeline
+from jetflow.data.source import entries
 from jetflow.files import check_writable
 from jetflow.flows.stack import check_labels
 from jetflow.mesh import ModelOptions, read_mesh
@@ -147,7 +148,7 @@ def _archive(options: SampleOptions, model: Model, num: int) -> Archive:
     assert options.npz is not None
     rows: dict[str, Row] = {"finite": ((), bool)}
     rows |= {"latents": (model.flow.latent_shape, np.float32)} if options.latents else {}
-    rows |= {"images": (model.flow.image_shape, np.uint8)}
+    rows |= {"images": (model.flow.image_shape, entries(model.flow.image_shape).type)}
     settings |= {"latents": True} if options.latents else {}
     return Archive(options.npz, num=num, rows=rows, settings=settings)
 
@@ -184,7 +185,7 @@ def _reconstruct(options: SampleOptions, model: Model, sampler: Sampler, num: in
     centre = images + latents.centre(model.noise.kind)
     error = drawn.pixels - centre
     print(
-        f"error of {len(images)} reconstructions, in pixel values 0..255: "
+        f"error of {len(images)} reconstructions, in the units of the data: "
         f"largest {np.abs(error).max():.1e}, root mean square {np.sqrt((error**2).mean()):.1e}"
     )
     return [Drawn(centre), drawn]

@@ -13,7 +13,6 @@ import resource
 import sys
 import weakref
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -22,16 +21,16 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int
 
 from jetflow import hosts, rollcall
-from jetflow.buckets import AnyPath, as_path, is_bucket
+from jetflow.buckets import AnyPath, is_bucket
 from jetflow.data import reading, shards, sources
 from jetflow.data.builder import UNREADABLE, Preparation, PrepareOptions, is_prepared
 from jetflow.data.cache import Copy
 from jetflow.data.shards import Records, opened
-from jetflow.options import DataOptions, expanded
-from jetflow.types import NO_LABEL, Batch, UsageError
+from jetflow.data.source import entries
+from jetflow.options import DataOptions, default_archives, expanded
+from jetflow.types import NO_LABEL, Batch, Shape, Standard, UsageError, is_arrays
 
 VERSION = "1.0.0"
-MANUAL = "downloads/manual"  # archives, in the folder of all data sets
 
 # Few threads: for small images Python's lock is the limit, and Grain's default of 16 threads reads
 # photos/16 a third slower than two do (15,000 images a second against 20,000, on two cores).
@@ -46,25 +45,32 @@ class Dataset:
         name: as in `config.data.name`: "digits", "photos/16".
         version: of the data, as TFDS counts it: "1.0.0".
         split: as TFDS writes it: "train", "train[:90%]".
-        image_shape: (H, W, C).
+        image_shape: (H, W, C), or of arrays (T, D).
         num_classes: 0 where the images have no labels.
-        source: random access: len(source), source[i] -> {"image": uint8 [H, W, C], "label"?: int}.
+        source: random access: len(source), source[i] -> {"image": uint8 [H, W, C], "label"?: int};
+            of arrays, float32 [T, D].
         resize: how the images came to their size.
         known_checksum: what `checksum` gives, where it was taken when the data was prepared.
         origin: the paths of the archives that it was prepared from; "" without any.
         copied: bytes that came from a bucket to this machine when it was loaded.
+        standard: of arrays, the mean and the standard deviation of each feature in training.
     """
 
     name: str
     version: str
     split: str
-    image_shape: tuple[int, int, int]
+    image_shape: Shape
     num_classes: int
     source: Any = dataclasses.field(repr=False)
     resize: str = "none"
     known_checksum: str | None = None
     origin: str = ""
     copied: int = 0
+    standard: Standard | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        return entries(self.image_shape)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -104,7 +110,8 @@ class Dataset:
         classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
         data = f"{self.name} {self.version} {self.split}"
         origin = f", from {self.origin}" if self.origin else ""
-        return f"{data}: {len(self):,} images of {shape}, {classes}{origin}"
+        kind = "arrays" if is_arrays(self.image_shape) else "images"
+        return f"{data}: {len(self):,} {kind} of {shape}, {classes}{origin}"
 
 
 def load(name: str, split: str, **fields: Any) -> Dataset:
@@ -123,7 +130,7 @@ def load(name: str, split: str, **fields: Any) -> Dataset:
             prepared; or the machine has no room for its copy.
     """
     options = DataOptions(**fields)
-    data_dir, copy = _root(options.data_dir), None
+    data_dir, copy = options.root, None
     folder, ready = data_dir / name / VERSION, functools.partial(_make_ready, name, data_dir)
     rollcall.reach(f"looking for the data set {name}")
     hosts.by_first(ready)
@@ -158,12 +165,17 @@ def load(name: str, split: str, **fields: Any) -> Dataset:
         known_checksum=metadata.get("checksums", {}).get(split),
         origin=metadata.get("origin", ""),
         copied=copy.copied if copy else 0,
+        standard=metadata.get("standard"),
     )
 
 
 def _make_ready(name: str, data_dir: AnyPath) -> None:
     """Prepare a data set that takes no archives, if it is not there."""
-    source, folder, manual_dir = sources.find(name), data_dir / name / VERSION, _manual(data_dir)
+    source, folder, manual_dir = (
+        sources.find(name),
+        data_dir / name / VERSION,
+        default_archives(data_dir),
+    )
     if not is_prepared(folder):
         if source.archives:
             raise UsageError(
@@ -219,9 +231,9 @@ def prepare(name: str, **fields: Any) -> Prepared:
             prepared from, no space or no rights.
     """
     options = PrepareOptions(**fields)
-    data_dir = _root(options.data_dir)
+    data_dir = options.root
     source, folder = sources.find(name), data_dir / name / VERSION
-    manual_dir = _manual(data_dir)
+    manual_dir = default_archives(data_dir)
     if options.manual_dir:
         manual_dir = expanded("manual_dir", options.manual_dir).absolute()
     if options.overwrite or not is_prepared(folder) or source.is_in(manual_dir):
@@ -233,20 +245,6 @@ def prepare(name: str, **fields: Any) -> Prepared:
     lines = file.read_bytes().decode("utf-8", "replace") if file.exists() else ""
     unreadable = lines.splitlines()
     return Prepared(folder, splits, unreadable, source.differences(counts, len(unreadable)))
-
-
-def _root(data_dir: str | os.PathLike | None) -> AnyPath:
-    """The folder of all data sets: as given, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-    # TFDS has the same default, but reads the environment only once, at import.
-    root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    root = as_path(root)
-    return root if is_bucket(root) else expanded("data_dir", root)
-
-
-def _manual(data_dir: AnyPath) -> Path:
-    """The folder of archives by default, which is one of this machine."""
-    root = _root("~/tensorflow_datasets") if is_bucket(data_dir) else data_dir
-    return Path(root / MANUAL).absolute()
 
 
 def train_batches(
@@ -308,7 +306,7 @@ def _read(dataset: Dataset, rows: Int[np.ndarray, "R"] | None, positions: np.nda
     read_many = getattr(dataset.source, "__getitems__", None)
     examples = read_many(existing) if read_many else [dataset.source[i] for i in existing]
 
-    image = np.zeros((len(positions), *dataset.image_shape), np.uint8)
+    image = np.zeros((len(positions), *dataset.image_shape), dataset.dtype)
     label = np.full(len(positions), NO_LABEL, np.int32)
     index = np.full(len(positions), -1, np.int32)
     for row, example in enumerate(examples):

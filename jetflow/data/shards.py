@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jetflow.buckets import AnyPath, is_bucket, raise_refusal
-from jetflow.data.source import Contents, Source
+from jetflow.data.source import Contents, Source, entries
 from jetflow.files import naming, read_json, write_atomically
 from jetflow.types import UsageError
 
@@ -133,8 +133,9 @@ def write_metadata(
 ) -> None:
     """What TFDS needs to read the shards, and `load` to check them."""
     method = "short side to {} by a box filter (bicubic where it enlarges), centre crop"
-    resize = source.resize or method.format(source.image_shape[0])
-    image = tfds.features.Tensor(shape=source.image_shape, dtype=np.uint8, encoding="bytes")
+    shape = contents.shape or source.image_shape
+    resize = source.resize or method.format(shape[0])
+    image = tfds.features.Tensor(shape=shape, dtype=entries(shape), encoding="bytes")
     classes = [one_line(name) for name in contents.classes]
     label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
     name, _, config = source.name.partition("/")
@@ -147,7 +148,9 @@ def write_metadata(
         features=tfds.features.FeaturesDict({"image": image, **label}),
         supervised_keys=("image", "label") if label else None,
         homepage=source.homepage,
-        metadata=tfds.core.MetadataDict(resize=resize, files=files, **facts),
+        metadata=tfds.core.MetadataDict(
+            resize=resize, files=files, standard=contents.standard, **facts
+        ),
         disable_shuffling=True,  # the order of the archive is the order on disk
     )
     info.set_file_format("array_record")

@@ -12,7 +12,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jetflow.data import images
-from jetflow.types import NO_LABEL, UsageError
+from jetflow.types import NO_LABEL, Shape, Standard, UsageError, is_arrays
+
+
+def entries(shape: Shape) -> np.dtype:
+    """The type of the entries of an image, or of an array, of this shape."""
+    return np.dtype(np.float32 if is_arrays(shape) else np.uint8)
 
 
 def unread(name: str | Path, error: OSError) -> UsageError:
@@ -29,7 +34,7 @@ class Image(NamedTuple):
     Attributes:
         name: its place, for people: "n01440764.tar/n01440764_10026.JPEG".
         content: an image file, or a function that reads it in any thread, or pixels, uint8
-            [H, W, C], or the reason why there is neither.
+            [H, W, C], or an array, float32 [T, D], or the reason why there is neither.
         label: the number of its class, or `NO_LABEL`.
     """
 
@@ -65,11 +70,15 @@ class Contents(NamedTuple):
         classes: their names.
         splits: the members of each, in order.
         left_out: folders that belong to no split, or to no class, and how many images each has.
+        shape: of each image, where the source does not know it.
+        standard: of arrays, the mean and the standard deviation of each feature in training.
     """
 
     classes: Sequence[str]
     splits: Mapping[str, Sequence[Member]]
     left_out: Mapping[str, int] = {}
+    shape: Shape = ()
+    standard: Standard | None = None
 
 
 class Archive(NamedTuple):
@@ -101,7 +110,7 @@ class Source:
 
     Attributes:
         name: "cifar10", or with its size: "photos/16".
-        image_shape: (H, W, C).
+        image_shape: (H, W, C), or of arrays (T, D); () where only the archive tells.
         contents: of the archives, given their paths, a folder for notes, and the limit of pixels.
         about: description and references, for the record.
         splits: the published number of images in each; empty where it is not known.
@@ -115,7 +124,7 @@ class Source:
     """
 
     name: str
-    image_shape: tuple[int, int, int]
+    image_shape: Shape
     contents: Callable[[Sequence[Path], Path, int], Contents]
     about: str | None
     splits: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -19,7 +19,7 @@ from jetflow.evals.quality import Quality
 from jetflow.evals.records import finite, record
 from jetflow.evals.settings import DISTANCES, EvaluateOptions, TrainedFlow, run_data, source
 from jetflow.files import if_possible
-from jetflow.noise import Noise
+from jetflow.noise import NOISY, Noise
 from jetflow.types import UsageError
 from jetflow.workdir import suffix, write_result
 
@@ -104,9 +104,9 @@ class _Likelihoods:
         if "accuracy" in metric:
             yield self._accuracy(metric)
             return
-        noises = [noise.dequantisation]
+        noises = [noise.of_data(self.model.flow.image_shape)]
         if metric.startswith("noised_"):
-            if noise.kind == "uniform":
+            if noise.kind not in NOISY:
                 plain = metric.removeprefix("noised_")
                 raise UsageError(f"{metric} is for flows trained with gaussian noise; use {plain}")
             noises = [noise.at(level) for level in levels] if levels else [noise]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Lowered
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from jetflow import sharding
 from jetflow.data.dataset import Dataset
@@ -31,7 +31,7 @@ UNIFORM = Noise("uniform")
 def bits_per_dim(
     flow: Flow,
     variables: Any,
-    images: UInt8[Array, "B H W C"],
+    images: Num[Array, "B *X"],
     label: Int[Array, "B"] | None,
     key: Key[Array, ""],
     *,
@@ -173,8 +173,9 @@ class Density:
 
     @property
     def keys(self) -> list[Key[Array, ""]]:
-        """One a draw."""
-        return [key_for(self.seed, draw, Purpose.EVALUATE) for draw in range(self.draws)]
+        """One a draw; without noise all draws were the same."""
+        draws = 1 if self.noise.kind == "none" else self.draws
+        return [key_for(self.seed, draw, Purpose.EVALUATE) for draw in range(draws)]
 
     def likelihood(self, dataset: Dataset, poll: Callable[[], None] = lambda: None) -> Likelihood:
         """Bits per dimension over a whole split, which is read once for all draws.
@@ -193,7 +194,7 @@ class Density:
                 for key in keys
             ]
 
-        bits, parts = np.full((self.draws, len(dataset)), np.nan), []
+        bits, parts = np.full((len(keys), len(dataset)), np.nan), []
         for results, _, index in self.batching.results(
             program, self.batching.of_data(dataset), total=len(dataset), name="likelihood"
         ):
@@ -254,5 +255,5 @@ def noise_facts(noise: Noise) -> dict[str, Any]:
 
 
 def metric_name(noise: Noise) -> str:
-    """ "bpd" for dequantised images; data with gaussian noise has a likelihood of its own name."""
-    return "bpd" if noise.kind == "uniform" else "noised_bpd"
+    """ "bpd" for dequantised images; that of arrays, and of noisy data, has a name of its own."""
+    return {"uniform": "bpd", "none": "density_bpd"}.get(noise.kind, "noised_bpd")

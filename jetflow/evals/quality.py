@@ -27,7 +27,7 @@ from jetflow.evals.settings import (
 from jetflow.files import check_writable
 from jetflow.npz import Npz
 from jetflow.pictures import labels_in_turn
-from jetflow.types import Batch, UsageError
+from jetflow.types import Batch, UsageError, is_arrays
 
 PARTS = {"fid": "pooled", "sfid": "spatial"}  # of `Features`; the other metrics: "features"
 
@@ -109,6 +109,8 @@ class Quality:
     def check(self, metrics: Collection[str]) -> None:
         """Raise a UsageError if these metrics lack something, before any sample is drawn."""
         options, compared = self.options, [name for name in metrics if name in DISTANCES]
+        if compared:
+            self._check_images()
         num = self.count_samples() if compared else 0
         for metric in compared:
             real = self.reference.part(PARTS.get(metric, "features"))
@@ -182,8 +184,16 @@ class Quality:
         chunk = options.batch_size
         return features.read_reference(path, self.network, measure, chunk=chunk, images=needed)
 
+    def _check_images(self) -> None:
+        if is_arrays(self.model.flow.image_shape):
+            raise UsageError(
+                "fid and its like compare features of images, and this flow is of arrays; "
+                "leave them out"
+            )
+
     def make_reference(self) -> AnyPath:
         """Write the reference file that the options ask for."""
+        self._check_images()
         options, path = self.options, self._reference_path()
         sharding.check_batch("batch_size", options.batch_size, self.model.mesh)
         check_writable("reference", path)

@@ -33,12 +33,15 @@ def describe(result: Mapping[str, Any]) -> str:
 
 def _describe_likelihood(result: Mapping[str, Any]) -> str:
     draws, noise = result["draws"], result["noise"]
-    notes = f"standard error over {draws} noise draws" if draws > 1 else "1 noise draw"
+    one = "no noise" if noise["kind"] == "none" else "1 noise draw"
+    notes = f"standard error over {draws} noise draws" if draws > 1 else one
     notes += ", averaged weights" if result["weights"] == "ema" else ""
     notes += ", given the labels" if result["conditional"] else ""
     text = f"({notes}) on {_data(result['data'])}"
     if noise["kind"] == "uniform":
         return text
+    if noise["kind"] == "none":
+        return f"{text}\n  (of a density of arrays, in their units: not comparable with images)"
     return (
         f"{text}\n  (of data with gaussian noise of std {_std(noise)} added: not comparable with a "
         "bpd of dequantised images)"

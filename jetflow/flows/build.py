@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from jetflow.flows.autoregressive import AutoregressiveBlock
 from jetflow.flows.coupling import Coupling, Couplings
-from jetflow.flows.pixels import Pixels
+from jetflow.flows.pixels import Arrays, Pixels
 from jetflow.flows.stack import Stack
 from jetflow.nn.attention import METHODS
 from jetflow.nn.causal import CausalTransformer
 from jetflow.nn.encoder import Encoder
 from jetflow.nn.transformer import REMAT_POLICIES
-from jetflow.types import UsageError
+from jetflow.types import Shape, Standard, UsageError, is_arrays
 
 NETS = ("vit", "conv")
 PRECISIONS = ("default", "high", "highest")
@@ -26,8 +26,9 @@ DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float64")}
 
 def jet(
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: Shape,
     num_classes: int,
+    standard: Standard | None,
     patch_size: int,
     width: int,
     num_heads: int,
@@ -49,7 +50,7 @@ def jet(
     `noise_conditional` they are told the noise level.
     """
     _divides("num_heads", num_heads, "width", width)
-    pixels = Pixels(image_shape, patch_size, scale=127.5, feature_order="hwc")
+    pixels = _preprocessing(image_shape, patch_size, 127.5, "hwc", standard)
     _, features = pixels.token_shape
     encoder = Encoder(
         net=_one_of("net", net, NETS),
@@ -75,8 +76,9 @@ def jet(
 
 def tarflow(
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: Shape,
     num_classes: int,
+    standard: Standard | None,
     patch_size: int,
     width: int,
     num_blocks: int,
@@ -98,18 +100,7 @@ def tarflow(
     model for uniformly dequantised images, 127.5 in those trained with gaussian noise.
     """
     _divides("head_dim", head_dim, "width", width)
-    pixels = Pixels(image_shape, patch_size, scale=pixel_scale, feature_order="chw")
-    depths = [layers_per_block] if isinstance(layers_per_block, int) else list(layers_per_block)
-    depths = depths * num_blocks if len(depths) == 1 else depths
-    if len(depths) != num_blocks:
-        raise UsageError(
-            f"config.flow.layers_per_block has {len(depths)} entries for {num_blocks} blocks; "
-            "give one number, or one a block"
-        )
-    if not all(isinstance(depth, int) and depth >= 1 for depth in depths):
-        raise UsageError(
-            f"config.flow.layers_per_block is {layers_per_block!r}; expected numbers above 0"
-        )
+    pixels = _preprocessing(image_shape, patch_size, pixel_scale, "chw", standard)
     net = functools.partial(
         CausalTransformer,
         width,
@@ -128,7 +119,7 @@ def tarflow(
             volume_preserving=volume_preserving,
             noise_conditional=noise_conditional,
         )
-        for index, depth in enumerate(depths)
+        for index, depth in enumerate(_depths(layers_per_block, num_blocks))
     )
     return Stack(
         pixels, blocks, num_classes, volume_preserving, _precision(precision), noise_conditional
@@ -138,13 +129,17 @@ def tarflow(
 FLOWS: dict[str, Callable[..., Stack]] = {"jet": jet, "tarflow": tarflow}
 
 
-def build(config: Any, *, image_shape: tuple[int, int, int], num_classes: int = 0) -> Stack:
+def build(
+    config: Any, *, image_shape: Shape, num_classes: int = 0, standard: Standard | None = None
+) -> Stack:
     """The flow of a config section: `kind`, and the keyword arguments of `jet` or `tarflow`.
 
     Args:
         config: a mapping, or an ml_collections section such as `config.flow`.
-        image_shape: (height, width, channels).
+        image_shape: (height, width, channels), or of arrays (tokens, features).
         num_classes: 0 for a flow without labels.
+        standard: of arrays, the mean and the standard deviation of each feature, by which the flow
+            standardises them; default: 0 and 1.
 
     Raises:
         UsageError: on a key or a value that the flow does not have.
@@ -158,7 +153,40 @@ def build(config: Any, *, image_shape: tuple[int, int, int], num_classes: int = 
             remedy = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known)}"
             kind = constructor.__name__
             raise UsageError(f"config.flow.{name} is no field of a {kind}; {remedy}")
-    return constructor(image_shape=image_shape, num_classes=num_classes, **fields)
+    return constructor(
+        image_shape=image_shape, num_classes=num_classes, standard=standard, **fields
+    )
+
+
+def _preprocessing(
+    shape: Shape, patch_size: int, scale: float, order: str, standard: Standard | None
+) -> Pixels | Arrays:
+    if not is_arrays(shape):
+        height, width, channels = shape
+        return Pixels((height, width, channels), patch_size, scale, order)
+    if patch_size != 1:
+        raise UsageError(
+            f"config.flow.patch_size is {patch_size}; arrays have no patches: set it to 1"
+        )
+    tokens, features = shape
+    mean, deviation = standard or ((0.0,) * features, (1.0,) * features)
+    return Arrays((tokens, features), tuple(mean), tuple(deviation))
+
+
+def _depths(layers_per_block: int | Sequence[int], num_blocks: int) -> list[int]:
+    """Layers of each block."""
+    depths = [layers_per_block] if isinstance(layers_per_block, int) else list(layers_per_block)
+    depths = depths * num_blocks if len(depths) == 1 else depths
+    if len(depths) != num_blocks:
+        raise UsageError(
+            f"config.flow.layers_per_block has {len(depths)} entries for {num_blocks} blocks; "
+            "give one number, or one a block"
+        )
+    if not all(isinstance(depth, int) and depth >= 1 for depth in depths):
+        raise UsageError(
+            f"config.flow.layers_per_block is {layers_per_block!r}; expected numbers above 0"
+        )
+    return depths
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +201,7 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 def _parameters(constructor: Callable[..., Stack]) -> dict[str, inspect.Parameter]:
     """The fields of a flow's config section, by name."""
     parameters = inspect.signature(constructor).parameters
-    given = ("image_shape", "num_classes")
+    given = ("image_shape", "num_classes", "standard")
     return {name: parameter for name, parameter in parameters.items() if name not in given}
 
 

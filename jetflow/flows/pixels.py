@@ -1,9 +1,10 @@
-"""Pixels to tokens and back: rescaling and patches, the first layer of every flow."""
+"""Pixels or arrays to tokens and back: rescaling and patches, the first layer of every flow."""
 
 import dataclasses
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jetflow.flows.affine import widen
@@ -78,3 +79,45 @@ class Pixels:
         x = tokens.reshape(-1, *self.grid, *inner)
         inverse = sorted(range(6), key=lambda axis: order[axis])
         return x.transpose(inverse).reshape(-1, *self.image_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Arrays of T tokens, of which each feature v becomes (v − mean) / deviation.
+
+    Attributes:
+        image_shape: (T, D), also of the tokens.
+        mean, deviation: of each of the D features.
+    """
+
+    image_shape: tuple[int, int]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.image_shape[0], 1
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        return self.image_shape
+
+    @property
+    def scale(self) -> Float[np.ndarray, "D"]:
+        return np.asarray(self.deviation, np.float32)
+
+    def forward(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Array]:
+        (x,) = widen(x)
+        tokens = (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.deviation, x.dtype)
+        return tokens, jnp.full(x.shape[0], self.logdet, tokens.dtype)
+
+    def inverse(self, tokens: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Array]:
+        (x,) = widen(tokens)
+        x = x * jnp.asarray(self.deviation, x.dtype) + jnp.asarray(self.mean, x.dtype)
+        return x, jnp.full(x.shape[0], -self.logdet, x.dtype)
+
+    @property
+    def logdet(self) -> float:
+        """Of `forward`, in nats."""
+        return -self.image_shape[0] * sum(map(math.log, self.deviation))

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jetflow.flows import affine
-from jetflow.flows.pixels import Pixels
+from jetflow.flows.pixels import Arrays, Pixels
 from jetflow.nn.attention import Choice, choose
 from jetflow.types import (
     BlockInputs,
@@ -22,12 +22,13 @@ from jetflow.types import (
     Decoding,
     Flow,
     Guidance,
+    Shape,
     UsageError,
 )
 
 
 class Stack(nn.Module):
-    """The `Flow` that both models are: `Pixels` and blocks.
+    """The `Flow` that both models are: `Pixels` or `Arrays`, and blocks.
 
     Attributes:
         pixels: the preprocessing.
@@ -40,7 +41,7 @@ class Stack(nn.Module):
         noise_conditional: whether the blocks are told the noise level.
     """
 
-    pixels: Pixels
+    pixels: Pixels | Arrays
     blocks: tuple[nn.Module, ...]
     num_classes: int = 0
     learned_prior: bool = False
@@ -52,7 +53,7 @@ class Stack(nn.Module):
             self.variable("prior", "variance", jnp.ones, self.latent_shape)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> Shape:
         return self.pixels.image_shape
 
     @property
@@ -60,7 +61,7 @@ class Stack(nn.Module):
         return self.pixels.token_shape
 
     @property
-    def pixel_scale(self) -> float:
+    def pixel_scale(self) -> Any:
         return self.pixels.scale
 
     @property
@@ -90,7 +91,7 @@ class Stack(nn.Module):
             precision=self.precision or "default",
         )
 
-    def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "... H W C"]:
+    def as_image(self, tokens: Float[Array, "... T D"]) -> Float[Array, "..."]:
         x, _ = self.pixels.inverse(tokens.reshape(-1, *self.latent_shape))
         return x.reshape(*tokens.shape[:-2], *self.image_shape)
 
@@ -99,7 +100,7 @@ class Stack(nn.Module):
 
     def forward(
         self,
-        x: Float[Array, "B H W C"],
+        x: Float[Array, "B *X"],
         label: Int[Array, "B"] | None = None,
         noise_level: Float[Array, "*B"] | float | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B"]]:
@@ -112,13 +113,13 @@ class Stack(nn.Module):
         guidance: Guidance | None = None,
         decoding: Sequence[Decoding] | None = None,
         noise_level: Float[Array, "*B"] | float | None = None,
-    ) -> tuple[Float[Array, "B H W C"], Float[Array, "B"]]:
+    ) -> tuple[Float[Array, "B *X"], Float[Array, "B"]]:
         return self.inverse_blocks(z, label, guidance, decoding, noise_level)[:2]
 
     def forward_blocks(self, x, label=None, noise_level=None) -> BlockOutputs:
         if x.shape[1:] != self.image_shape:
             raise UsageError(
-                f"images are {x.shape[1:]}; this flow was built for {self.image_shape}"
+                f"inputs are {x.shape[1:]}; this flow was built for {self.image_shape}"
             )
         condition, blocks = self._condition(label, noise_level, len(x)), []
         x, total = self.pixels.forward(x)

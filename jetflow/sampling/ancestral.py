@@ -13,14 +13,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.stages import Lowered
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, Num, UInt8, UInt32
 
 from jetflow import likelihood, sharding
 from jetflow.flows.stack import check_labels
 from jetflow.noise import Purpose, keys_by_example
 from jetflow.sampling.decoding import check_decoding, check_guidance, check_guided, decodings
 from jetflow.sampling.denoise import Denoising, check_denoising, denoised_along
-from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError
+from jetflow.types import AnyArray, Decoding, Flow, Guidance, UsageError, is_arrays
 
 # Of XLA. By default it may keep more bits of a bfloat16 value than there are, in one program other
 # ones than in the next; then an image encoded and decoded again by a bfloat16 net is off by pixels.
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
         latents: what they were decoded from; None where that is known.
     """
 
-    pixels: Float[np.ndarray, "B H W C"]
+    pixels: Float[np.ndarray, "B *X"]
     sweeps: tuple[int, ...] = ()
     residual: float = 0.0
     latents: Float[np.ndarray, "B T D"] | None = None
@@ -46,14 +46,16 @@ class Drawn(NamedTuple):
     @property
     def finite(self) -> Bool[np.ndarray, "B"]:
         """Which images have finite values alone. The others are shown in black, never redrawn."""
-        return np.asarray(np.isfinite(self.pixels).all(axis=(1, 2, 3)))
+        return np.asarray(np.isfinite(self.pixels).reshape(len(self.pixels), -1).all(axis=1))
 
-    def images(self, noise: str) -> UInt8[np.ndarray, "B H W C"]:
-        """The images as files have them; those that are not finite are black.
+    def images(self, noise: str) -> Num[np.ndarray, "B *X"]:
+        """The images as files have them, uint8, broken ones black; arrays as they are.
 
         Args:
             noise: the kind of noise that the flow was trained with, see `quantise`.
         """
+        if is_arrays(self.pixels.shape[1:]):
+            return self.pixels.astype(np.float32)
         return quantise(np.where(self.finite[:, None, None, None], self.pixels, 0), noise)
 
 
@@ -202,8 +204,8 @@ def sample(
     method: str | Sequence[Decoding] = "cached",
     batch_size: int = 64,
     mesh: Mesh | None = None,
-) -> UInt8[np.ndarray, "N H W C"]:
-    """`num` images.
+) -> Num[np.ndarray, "N *X"]:
+    """`num` images, uint8 [N, H, W, C], or arrays, float32 [N, T, D].
 
     Args:
         key: image i depends on the key and on i alone, not on `num`, `batch_size` or `mesh`.

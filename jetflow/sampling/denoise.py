@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 from jetflow import likelihood
-from jetflow.types import Condition, Flow, UsageError
+from jetflow.types import Condition, Flow, UsageError, is_arrays
 
 
 class Denoising(NamedTuple):
@@ -43,6 +43,8 @@ def check_denoising(flow: Flow, denoise: Denoising | None) -> None:
         raise UsageError(f"denoise is {level}; expected more than 0")
     if list(levels) != sorted(levels, reverse=True):
         raise UsageError(f"denoise goes along {levels}; expected falling levels, below noise_level")
+    if denoise.clip and is_arrays(flow.image_shape):
+        raise UsageError("denoise_clip is for pixels, and this flow is of arrays; leave it out")
     if not 0 <= denoise.eta <= 1:
         raise UsageError(f"denoise_eta is {denoise.eta}; expected 0 to 1")
 
@@ -50,10 +52,10 @@ def check_denoising(flow: Flow, denoise: Denoising | None) -> None:
 def denoised(
     flow: Flow,
     variables: Any,
-    x: Float[Array, "B H W C"],
+    x: Float[Array, "B *X"],
     condition: Condition,
     std: float | Float[Array, ""],
-) -> Float[Array, "B H W C"]:
+) -> Float[Array, "B *X"]:
     """x + σ²·∇ₓ log p(x): the mean of the clean image given a noisy one (Tweedie's formula).
 
     p is the density that training maximises: its prior is standard normal, also where sampling
@@ -74,14 +76,14 @@ def denoised(
 def denoised_along(
     flow: Flow,
     variables: Any,
-    x: Float[Array, "B H W C"],
+    x: Float[Array, "B *X"],
     label: Any,
     levels: Float[Array, "N"],
     keys: UInt32[Array, "B K"] | None,
     *,
     clip: bool,
     eta: float | Float[Array, ""],
-) -> Float[Array, "B H W C"]:
+) -> Float[Array, "B *X"]:
     """The images after all levels of a `Denoising`; x are pixel values with noise of the first.
 
     Args:

@@ -16,7 +16,7 @@ from jetflow.types import AnyArray, Batch
 
 def encode(
     sampler: Sampler,
-    images: Num[AnyArray, "N H W C"],
+    images: Num[AnyArray, "N *X"],
     label: Int[AnyArray, "N"] | None,
     noise: str,
     batch_size: int = 64,
@@ -100,7 +100,7 @@ def trace(
     z: Float[AnyArray, "N T D"],
     label: Int[AnyArray, "N"] | None,
     batch_size: int = 64,
-) -> Float[np.ndarray, "S N H W C"]:
+) -> Float[np.ndarray, "S N *X"]:
     """The image at each stage: the latents, then after each block's inverse, in order of sampling,
     and last, where the sampler denoises, the denoised image.
 

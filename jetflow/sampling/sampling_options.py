@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jetflow.noise import Noise
+from jetflow.noise import NOISY, Noise
 from jetflow.options import Options, option
 from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.decoding import CACHE_DTYPES, METHODS, TOLERANCE, WINDOW, decodings
@@ -117,7 +117,7 @@ class SamplingOptions(Options):
                 if field.name.startswith("denoise_") and value != field.default:
                     raise UsageError(f"{field.name} is {value} without denoise; add denoise")
             return None
-        if noise.kind == "uniform":
+        if noise.kind not in NOISY:
             raise UsageError("denoise needs a flow trained with gaussian noise; leave it out")
         std = self.denoise_std
         if noise.kind == "levels" and std is not None:

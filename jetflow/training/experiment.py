@@ -21,7 +21,7 @@ from jetflow.sampling.ancestral import Sampler
 from jetflow.sampling.sampling_options import SamplingOptions
 from jetflow.training import finetune
 from jetflow.training.step import Trainer, TrainState
-from jetflow.types import Batch, Config, Flow, UsageError
+from jetflow.types import Batch, Config, Flow, Shape, UsageError, is_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Run:
             "data_version": self.train_data.version,
             "train_examples": len(self.train_data),
             "train_checksum": self.train_data.known_checksum,  # None for a part of a split
+            "standard": self.train_data.standard,
             "defaults": {name: default for name, (default, _) in differing.items()},
         }
         return {**config, "resolved": resolved}
@@ -70,7 +71,8 @@ class Run:
         """The shapes and shardings of a global batch."""
         shape, rows = (size, *self.train_data.image_shape), sharding.batch_sharding(self.mesh)
         number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
-        return Batch(jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows), number, number)
+        images = jax.ShapeDtypeStruct(shape, self.train_data.dtype, sharding=rows)
+        return Batch(images, number, number)
 
     def sampler(self, variables: Any, **fields: Any) -> Sampler:
         """Draws samples as `config.eval` asks, with some fields of `SamplingOptions` changed."""
@@ -141,8 +143,10 @@ def set_up(
     train_data, test_data = (_split(data, field, load) for field in ("train_split", "test_split"))
     _check_labels(config, train_data)
     classes = train_data.num_classes if data.labels else 0
-    flow = build(config.flow, image_shape=train_data.image_shape, num_classes=classes)
+    shape, standard = train_data.image_shape, train_data.standard
+    flow = build(config.flow, image_shape=shape, num_classes=classes, standard=standard)
     _check_levels(flow, noise)
+    _check_arrays(shape, noise)
     _check_samples(config.eval, flow, noise)
     total_steps = count_steps(train, len(train_data))
     tx, schedule = optim.adam(total_steps=total_steps, **config.optim)
@@ -195,6 +199,17 @@ def _check_levels(flow: Flow, noise: Noise) -> None:
             f"{noise.kind}, t0 {noise.t0}, t1 {noise.t1}; a flow that is noise-conditional needs "
             "noise of kind levels, and no other flow does"
         )
+
+
+def _check_arrays(shape: Shape, noise: Noise) -> None:
+    kind, others = ("arrays", "uniform") if is_arrays(shape) else ("images", "none")
+    if noise.kind == others:
+        raise UsageError(
+            f"config.noise.kind is {noise.kind}, which is not for {kind}; set it to "
+            f"{'none, gaussian' if kind == 'arrays' else 'uniform, gaussian'} or levels"
+        )
+    if noise.flip and kind == "arrays":
+        raise UsageError("config.noise.flip is True, but arrays have no left and right; set False")
 
 
 def _check_samples(section: Config, flow: Flow, noise: Noise) -> None:

@@ -26,7 +26,7 @@ from jetflow.flows.build import with_defaults
 from jetflow.model import load_model
 from jetflow.training.resample import between_grids, between_spatial_splits
 from jetflow.training.step import Trainer, TrainState, abstract_variables
-from jetflow.types import Config, Flow, UsageError
+from jetflow.types import Config, Flow, UsageError, is_arrays
 
 # Arrays with an entry for each token: their fate on another grid, and the axis of the tokens.
 OF_TOKENS = {
@@ -67,6 +67,8 @@ class Side:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
+        if is_arrays(self.flow.image_shape):
+            return self.flow.image_shape[0], 1
         height, width, _ = self.flow.image_shape
         patch = self.config["flow"]["patch_size"]
         return height // patch, width // patch
@@ -84,7 +86,7 @@ class Side:
         if depths := section.get("layers_per_block"):
             depths = [depths] if isinstance(depths, int) else list(depths)
             section["layers_per_block"] = depths * (section["num_blocks"] // len(depths))
-        return json.loads(json.dumps({"flow": section, "channels": self.flow.image_shape[2]}))
+        return json.loads(json.dumps({"flow": section, "channels": self.flow.image_shape[-1]}))
 
 
 def first_state(

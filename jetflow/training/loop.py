@@ -20,7 +20,7 @@ from jetflow.evals import likelihoods as bpd
 from jetflow.evals import records
 from jetflow.evals.batching import Batching
 from jetflow.files import METRICS, read_json, read_or_set_aside
-from jetflow.noise import Noise, Purpose, key_for
+from jetflow.noise import NOISY, Noise, Purpose, key_for
 from jetflow.options import DataOptions, option
 from jetflow.pictures import labels_in_turn, samples_grid, save_png
 from jetflow.sampling.ancestral import Drawn, draw_all, not_finite
@@ -191,8 +191,9 @@ class Session:
         def due(every: int) -> bool:
             return last or bool(step and every and step % every == 0)
 
-        # Noised data has no bpd; the images have.
-        noises = [noise] + ([noise.dequantisation] if last and noise.kind != "uniform" else [])
+        # Noised data has no bpd; the images, or the arrays, have.
+        exact = noise.of_data(self.run.train_data.image_shape)
+        noises = [noise] + [exact] * (last and exact.kind != noise.kind)
         for noise in noises if due(section.eval_every) else []:
             name = bpd.metric_name(noise)
             path = workdirs.result_path(self.workdir, name, step)
@@ -217,7 +218,7 @@ class Session:
         workdirs.write_result(self.workdir, result)
         if not self.reporter.has(step, name := f"test_{bpd.metric_name(noise)}"):
             self.reporter.write(step, {name: likelihood.mean})
-        if not last or noise.kind != "uniform":
+        if not last or noise.kind in NOISY:
             self.reporter.say(f"step {step}: held-out {records.describe(result)}")
 
     def _sample(self, state: TrainState, step: int) -> None:
@@ -286,7 +287,8 @@ class Session:
         if not hosts.is_first():
             return
         total = self.run.total_steps
-        evaluation = workdirs.result_path(self.workdir, "bpd", total)
+        exact = self.run.trainer.noise.of_data(self.run.train_data.image_shape)
+        evaluation = workdirs.result_path(self.workdir, bpd.metric_name(exact), total)
         self.reporter.say(
             f"done: step {total}, held-out {records.describe(read_json(evaluation))}\n"
             f"samples      {self._picture(total)}\n"

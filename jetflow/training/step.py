@@ -97,7 +97,7 @@ class Trainer:
         return self.update(state, x, condition)
 
     def update(
-        self, state: TrainState, x: Float[Array, "B H W C"], condition: Condition
+        self, state: TrainState, x: Float[Array, "B *X"], condition: Condition
     ) -> tuple[TrainState, Metrics]:
         """One update from pixel values to which the noise has been added."""
         gradients, aux = self._gradients(state, x, condition)
@@ -146,7 +146,7 @@ def loss(
     flow: Flow,
     params: Any,
     collections: Mapping[str, Any],
-    x: Float[Array, "B H W C"],
+    x: Float[Array, "B *X"],
     condition: Condition,
     weights: Float[Array, "B"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:

@@ -15,7 +15,7 @@ from jetflow.data.source import Image, made
 COUNTS = {"train": 1500, "test": 297}
 
 
-def _images(split: str) -> Iterator[Image]:
+def images(split: str) -> Iterator[Image]:
     from sklearn.datasets import load_digits  # slow to import and needed only here, once
 
     order = np.random.default_rng(0).permutation(sum(COUNTS.values()))
@@ -26,4 +26,4 @@ def _images(split: str) -> Iterator[Image]:
 
 
 CLASSES = tuple("0123456789")
-SOURCES = (made(_images, COUNTS, CLASSES, name="digits", image_shape=(8, 8, 1), about=__doc__),)
+SOURCES = (made(images, COUNTS, CLASSES, name="digits", image_shape=(8, 8, 1), about=__doc__),)

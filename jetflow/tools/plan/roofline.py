@@ -233,7 +233,7 @@ def _lower(
 ) -> _Lowered:
     batch = run.abstract_batch(batch_size)
     flow, weights = run.trainer.flow, run.abstract_state.variables()
-    noise = run.trainer.noise.dequantisation
+    noise = run.trainer.noise.of_data(run.train_data.image_shape)
     if program == "train":
         return _Lowered(run.lower_step(run.abstract_state, batch), 3)
     if program == "eval":

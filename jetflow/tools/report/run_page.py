@@ -53,7 +53,7 @@ def run_page(workdir: AnyPath) -> dict[str, Any]:
         step=max((line["step"] for line in metrics), default=None),
         evaluations=[_evaluation(result) for result in results],
         lines={name: _line(metrics, name) for name in names},
-        main="noised_bpd" if "noised_bpd" in names and "bpd" not in names else "bpd",
+        main=next((name for name in ("bpd", "noised_bpd", "density_bpd") if name in names), "bpd"),
         grids=[(grids[i], int(grids[i].stem.removeprefix("step_"))) for i in chosen],
         num_grids=len(grids),
         most_rows=MOST_ROWS,
