@@ -57,7 +57,7 @@ FLOWS = {
     "tarflow, noise-conditional, classes": lambda: tarflow(num_classes=3, noise_conditional=True),
     "jet, noise-conditional": lambda: jet(noise_conditional=True),
     "tarflow, arrays, classes": lambda: arrays(TARFLOW, num_classes=3),
-    "jet, arrays": lambda: arrays(JET | {"num_couplings": 4}),
+    "jet, arrays": lambda: arrays(JET | {"kinds": ("channels",)}),
     "tarflow, odd grid": lambda: tarflow((3, 5, 1), patch_size=1, pixel_scale=127.5),
 }
 
