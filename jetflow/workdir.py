@@ -36,7 +36,13 @@ SHAPE = {
     "noise": dict,
     "train": {"ema_decay": float},
     "eval": {"draws": int},
-    "resolved": {"image_shape": [int], "num_classes": int, "total_steps": int, "defaults?": dict},
+    "resolved": {
+        "image_shape": [int],
+        "num_classes": int,
+        "total_steps": int,
+        "defaults?": dict,
+        "standard?": [[float]],
+    },
 }
 ENVIRONMENTS = [
     {"from_step": int, "devices?": str, "images_at_once?": int, "bytes_beside_state?": int}

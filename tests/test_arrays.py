@@ -162,6 +162,8 @@ def test_run(run):
     assert {path.name.split("-")[0] for path in (run.workdir / "evals").iterdir()} >= {
         "density_bpd", "noised_bpd",
     }  # fmt: skip
+    (told,) = run.evaluate(["sample_accuracy"], num_samples=12, draws=1, batch_size=8)
+    assert told["samples"]["images"] == 12 and 0 <= told["value"] <= 1
     with pytest.raises(UsageError, match="this flow is of arrays; leave them out"):
         run.evaluate(["fid"], make_reference=True)
     with pytest.raises(UsageError, match="denoise_clip is for pixels"):

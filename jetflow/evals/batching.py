@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num
 
 from jetflow import hosts, rollcall, sharding
 from jetflow.data.dataset import Dataset, eval_batches
@@ -28,7 +28,7 @@ class Batching:
         return eval_batches(dataset, batch_size=self.size, rows=rows)
 
     def of_images(
-        self, chunks: Iterable[UInt8[np.ndarray, "_ H W C"]], num_classes: int = 0, start: int = 0
+        self, chunks: Iterable[Num[np.ndarray, "_ *X"]], num_classes: int = 0, start: int = 0
     ) -> Iterator[Batch]:
         """This process's rows of images that every process has, in chunks of at most a batch.
 
@@ -42,7 +42,7 @@ class Batching:
             index = np.pad(start + np.arange(len(images)), (0, padding), constant_values=-1)[rows]
             label = index % num_classes if num_classes else np.full(len(rows), NO_LABEL)
             start += len(images)
-            images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
+            images = np.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
             yield Batch(images[rows], label.astype(np.int32), index.astype(np.int32))
 
     def results(

@@ -62,9 +62,9 @@ class Run:
             "data_version": self.train_data.version,
             "train_examples": len(self.train_data),
             "train_checksum": self.train_data.known_checksum,  # None for a part of a split
-            "standard": self.train_data.standard,
             "defaults": {name: default for name, (default, _) in differing.items()},
         }
+        resolved |= {"standard": self.train_data.standard} if self.train_data.standard else {}
         return {**config, "resolved": resolved}
 
     def abstract_batch(self, size: int) -> Batch:
