@@ -121,7 +121,7 @@ def test_noise_by_example_depends_on_the_key_and_the_index_alone(kind):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "laplace"}, "config.noise.kind is 'laplace'; expected uniform, gau"),
+        ({"kind": "laplace"}, "config.noise.kind is 'laplace'; expected one of uniform, gau"),
         ({"kind": "uniform", "std": 0.1}, "config.noise.std is 0.1 with uniform noise"),
         ({"kind": "gaussian"}, "config.noise.std is 0.0 with gaussian noise"),
         ({"label_drop": 1.0}, "config.noise.label_drop is 1.0; expected 0 <= p < 1"),
