@@ -3,13 +3,14 @@
 import io
 
 import flow_laws
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jetflow import UsageError, build, cli, load_model, prepare, train
+from jetflow import UsageError, bits_per_dim, build, cli, load_model, prepare, train
 from jetflow.data.dataset import eval_batches, load
 
 
@@ -92,6 +93,21 @@ def test_a_folder_of_splits_and_labels(tmp_path):
     np.testing.assert_array_equal(labels, [0, 1, 2, 0, 1])
 
 
+def test_labels_beside_one_file(arrays, tmp_path):
+    np.save(tmp_path / "walks_labels.npy", np.arange(40) % 3)
+    found = prepare("arrays/walks", manual_dir=tmp_path, data_dir=tmp_path / "data").splits
+    assert found["train"].num_classes == found["test"].num_classes == 3
+    labels = everything("arrays/walks", "test", tmp_path / "data")[1]
+    np.testing.assert_array_equal(labels, [19 % 3, 39 % 3])
+    np.save(tmp_path / "walks_labels.npy", np.arange(39) % 3)
+    with pytest.raises(UsageError, match="expected 40 whole numbers from 0 on"):
+        prepare("arrays/walks", manual_dir=tmp_path, data_dir=tmp_path / "other")
+    (tmp_path / "own").mkdir()
+    np.save(tmp_path / "own_labels.npy", np.zeros(40, int))
+    with pytest.raises(UsageError, match=r"put train_labels\.npy in it"):
+        prepare("arrays/own", manual_dir=tmp_path, data_dir=tmp_path / "data")
+
+
 BAD = {
     "shape": (np.zeros((40, 3)), "has the shape [40, 3]; expected [N, T, D]"),
     "objects": (np.array([{}] * 40), "is no .npy file of real numbers"),
@@ -156,6 +172,11 @@ def test_run(run):
     nats = 0.5 * (z**2 + np.log(2 * np.pi)).sum((1, 2)) - logdet
     bits = run.bits_per_dim(images, label=1)
     np.testing.assert_allclose(bits, nats / (64 * np.log(2)), rtol=1e-5)
+    key = jax.random.key(0)
+    alone = bits_per_dim(run.flow, run.variables, jnp.asarray(images), jnp.ones(3, int), key)
+    np.testing.assert_allclose(alone, bits, rtol=1e-6)  # nothing is added
+    (gap,) = run.evaluate(["bpd_gap"], draws=1, batch_size=8)
+    assert gap["metric"] == "density_bpd_gap"
     noised, exact = run.evaluate(["noised_bpd", "bpd"], draws=2, batch_size=8)
     assert exact["metric"] == "density_bpd" and exact["draws"] == 1
     assert noised["metric"] == "noised_bpd" and noised["standard_error"] > 0

@@ -88,11 +88,13 @@ class Archive(NamedTuple):
         name: as published.
         size: as published, in bytes, or in words where that is not known exactly.
         instead: other files or folders with the same content.
+        is_optional: whether the data set can do without.
     """
 
     name: str
     size: int | str
     instead: tuple[str, ...] = ()
+    is_optional: bool = False
 
     def __str__(self) -> str:
         size = f"{self.size:,} bytes" if isinstance(self.size, int) else self.size
@@ -184,7 +186,7 @@ class Source:
 
     def is_in(self, folder: Path) -> bool:
         """Whether a folder has all its archives."""
-        return all(archive.find(folder) for archive in self.archives)
+        return all(each.is_optional or each.find(folder) for each in self.archives)
 
     def paths(self, folder: Path) -> list[Path]:
         """Of its archives, in a folder.

@@ -125,15 +125,16 @@ class _Likelihoods:
         if not metric.endswith("_gap"):
             return test.record(**source(self.model))
         trained_on = spread(self._data(self.model.config["data"]["train_split"]), len(held_out))
-        return self._gap(metric, test, density.likelihood(trained_on))
+        return self._gap(test, density.likelihood(trained_on))
 
-    def _gap(self, metric: str, test: Likelihood, train: Likelihood) -> dict[str, Any]:
+    def _gap(self, test: Likelihood, train: Likelihood) -> dict[str, Any]:
         """Held-out bits minus those of equally many training images."""
         error = math.hypot(test.error_over_examples, train.error_over_examples)
         facts: dict[str, Any] = {"held_out": finite(test.mean), "train": finite(train.mean)}
         facts |= {"draws": self.draws, "conditional": test.conditional}
         facts |= {"noise": likelihoods.noise_facts(test.noise)}
         facts |= {"data": test.data.facts(), "train_data": train.data.facts()}
+        metric = f"{likelihoods.metric_name(test.noise)}_gap"
         return record(metric, test.mean - train.mean, error, **facts, **source(self.model))
 
     def _accuracy(self, metric: str) -> dict[str, Any]:

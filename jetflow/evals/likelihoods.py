@@ -36,12 +36,12 @@ def bits_per_dim(
     key: Key[Array, ""],
     *,
     index: Int[Array, "B"] | None = None,
-    noise: Noise = UNIFORM,
+    noise: Noise | None = None,
 ) -> Float[Array, "B"]:
     """−log2 p per dimension of each image, under one draw of the noise.
 
-    With the default noise, uniform dequantisation, its mean is an upper bound on the bits per
-    dimension of the discrete images. With gaussian noise it is the likelihood of noised data, which
+    By default arrays get no noise and images uniform dequantisation, with which its mean is an
+    upper bound on the bits per dimension of the discrete images. With gaussian noise it is the likelihood of noised data, which
     cannot be compared with that. A noise-conditional flow is told the level of a noise: give
     `Noise(t0=0.01)`, or `Noise("levels", t0=0.1, t1=0.1)`.
 
@@ -53,6 +53,7 @@ def bits_per_dim(
     Raises:
         UsageError: on a label that the flow does not have.
     """
+    noise = noise or UNIFORM.of_data(flow.image_shape)
     index = jnp.arange(images.shape[0]) if index is None else index
     label = check_labels(flow, label, images.shape[0])
     return _bits_and_parts(flow, noise, variables, images, label, key, index)[0]

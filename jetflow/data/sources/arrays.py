@@ -3,8 +3,8 @@
 `arrays/NAME` is made of `NAME.npy`, an array [N, T, D] of real numbers, or of `NAME.array_record`,
 whose records are .npy files of [T, D]; then every twentieth array is held out as `test`. Or of a
 folder `NAME` with such a file for each split, `train.npy` and perhaps `validation.npy` and
-`test.npy`, and classes beside them, `train_labels.npy`: whole numbers [N] from 0 on. Stored are
-float32, and the mean and the standard deviation of each feature in training.
+`test.npy`. Classes are beside a file, in `NAME_labels.npy` or `train_labels.npy`: whole numbers [N]
+from 0 on. Stored are float32, and the mean and the standard deviation of each feature in training.
 """
 
 import io
@@ -40,7 +40,10 @@ def find(name: str) -> Source:
         )
     files = tuple(root + suffix for suffix in SUFFIXES)
     archive = Archive(root, "a folder with train.npy", instead=files)
-    return Source(name=name, image_shape=(), contents=_contents, about=__doc__, archives=(archive,))
+    labels = Archive(f"{root}_labels.npy", "classes, if there are some", is_optional=True)
+    return Source(
+        name=name, image_shape=(), contents=_contents, about=__doc__, archives=(archive, labels)
+    )
 
 
 class Part(NamedTuple):
@@ -106,14 +109,16 @@ def standard(chunks: Iterable[Float[np.ndarray, "C T D"]]) -> Standard:
 
 
 def _contents(paths: Sequence[Path], notes: Path, max_pixels: int) -> Contents:
-    (path,) = paths
+    path, *beside = paths
     if path.is_dir():
+        if beside:
+            raise UsageError(f"{beside[0]} is beside the folder {path}; put train_labels.npy in it")
         files = {split: _file_of(path, split) for split in SPLITS}
         parts = {split: _part(file) for split, file in files.items() if file}
         if "train" not in parts:
             raise UsageError(f"{path} has no train.npy, nor train.array_record; put one there")
     else:
-        whole = _part(path)
+        whole = _part(path, has_labels=bool(beside))
         is_held_out = whole.rows % HELD_OUT == HELD_OUT - 1
         if not is_held_out.any():
             raise UsageError(f"{path} has {len(whole.rows)} arrays; expected {HELD_OUT} or more")
@@ -142,14 +147,14 @@ def _file_of(folder: Path, name: str) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def _part(path: Path) -> Part:
-    """All arrays of a file, with the labels beside it in a folder of splits."""
+def _part(path: Path, has_labels: bool | None = None) -> Part:
+    """All arrays of a file, with the labels beside it; by default, if they are there."""
     arrays = Records(path) if path.suffix == ".array_record" else _load(path)
     shape = arrays.shape
     if len(shape) != 3 or 0 in shape:
         raise UsageError(f"{path} has the shape {list(shape)}; expected [N, T, D], none of them 0")
     labels, beside = None, path.with_name(f"{path.stem}_labels.npy")
-    if path.stem in SPLITS and beside.exists():
+    if beside.exists() if has_labels is None else has_labels:
         labels = _load(beside)
         if labels.shape != shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
             raise UsageError(
@@ -177,7 +182,7 @@ def _classes(parts: Mapping[str, Part]) -> list[str]:
     missing = [split for split, values in labels.items() if values is None]
     if len(missing) == len(parts):
         return []
-    count = 0 if labels["train"] is None else int(labels["train"].max()) + 1
+    count = 0 if labels["train"] is None else int(labels["train"][parts["train"].rows].max()) + 1
     for split, part in parts.items():
         if part.labels is None or part.labels.max() >= count:
             raise UsageError(
