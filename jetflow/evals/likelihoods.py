@@ -41,9 +41,9 @@ def bits_per_dim(
     """−log2 p per dimension of each image, under one draw of the noise.
 
     By default arrays get no noise and images uniform dequantisation, with which its mean is an
-    upper bound on the bits per dimension of the discrete images. With gaussian noise it is the likelihood of noised data, which
-    cannot be compared with that. A noise-conditional flow is told the level of a noise: give
-    `Noise(t0=0.01)`, or `Noise("levels", t0=0.1, t1=0.1)`.
+    upper bound on the bits per dimension of the discrete images. With gaussian noise it is the
+    likelihood of noised data, which cannot be compared with that. A noise-conditional flow is told
+    the level of a noise: give `Noise(t0=0.01)`, or `Noise("levels", t0=0.1, t1=0.1)`.
 
     Args:
         images: pixel values 0..255.
