@@ -99,6 +99,9 @@ def test_labels_beside_one_file(arrays, tmp_path):
     assert found["train"].num_classes == found["test"].num_classes == 3
     labels = everything("arrays/walks", "test", tmp_path / "data")[1]
     np.testing.assert_array_equal(labels, [19 % 3, 39 % 3])
+    np.save(tmp_path / "walks_labels.npy", np.arange(40) // 39)  # class 1 is held out alone
+    with pytest.raises(UsageError, match=r"needs walks_labels\.npy .* train too: 0 to 0"):
+        prepare("arrays/walks", manual_dir=tmp_path, data_dir=tmp_path / "other")
     np.save(tmp_path / "walks_labels.npy", np.arange(39) % 3)
     with pytest.raises(UsageError, match="expected 40 whole numbers from 0 on"):
         prepare("arrays/walks", manual_dir=tmp_path, data_dir=tmp_path / "other")

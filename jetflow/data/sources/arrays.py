@@ -183,11 +183,11 @@ def _classes(parts: Mapping[str, Part]) -> list[str]:
     if len(missing) == len(parts):
         return []
     count = 0 if labels["train"] is None else int(labels["train"][parts["train"].rows].max()) + 1
-    for split, part in parts.items():
+    for part in parts.values():
         if part.labels is None or part.labels.max() >= count:
             raise UsageError(
-                f"{part.path} needs {split}_labels.npy beside it, with classes that are in train "
-                f"too: 0 to {count - 1}"
+                f"{part.path} needs {part.path.stem}_labels.npy beside it, with classes that are "
+                f"in split train too: 0 to {count - 1}"
             )
     return [str(label) for label in range(count)]
 
