@@ -181,9 +181,12 @@ def _pixels(images: Num[AnyArray, "B *X"], shape: Shape) -> Num[AnyArray, "B *X"
     """Images as uint8, or arrays as float32.
 
     Raises:
-        UsageError: if their values are no whole numbers 0..255, or floats that are all within 0..1.
+        UsageError: if their values are no whole numbers 0..255, or floats that are all within 0..1;
+            of arrays, if they are not finite.
     """
     if is_arrays(shape):
+        if not isinstance(images, Tracer) and not np.isfinite(images).all():
+            raise UsageError("arrays have values that are not finite; leave those out")
         return images.astype(np.float32)
     if images.dtype == np.uint8:
         return images

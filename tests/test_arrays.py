@@ -190,6 +190,8 @@ def test_run(run):
     assert told["samples"]["images"] == 12 and 0 <= told["value"] <= 1
     with pytest.raises(UsageError, match="this flow is of arrays; leave them out"):
         run.evaluate(["fid"], make_reference=True)
+    with pytest.raises(UsageError, match="values that are not finite; leave those out"):
+        run.encode(np.full((1, 8, 8), np.inf, np.float32))
     with pytest.raises(UsageError, match="denoise_clip is for pixels"):
         run.sample(1, denoise=True, denoise_clip=True)
 
