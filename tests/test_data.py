@@ -220,7 +220,7 @@ def test_unknown_name(name, nearest, data_dir):
     with pytest.raises(UsageError) as error:
         load(name, "train", data_dir=data_dir)
     message = str(error.value)
-    assert message.startswith(f"config.data.name is {name!r}; known data sets: digits, photos/8, ")
+    assert message.startswith(f"config.data.name is {name!r}; known data sets: digits, digits_ro")
     assert f"did you mean {nearest}" in message if nearest else "did you mean" not in message
 
 

@@ -239,5 +239,5 @@ def test_impossible_flows_are_refused(fields, image_shape, message):
 
 def test_images_of_another_size_are_refused():
     flow, variables = case("jet, channel splits").flow, case("jet, channel splits").variables
-    with pytest.raises(UsageError, match=r"images are \(4, 6, 1\); .* built for \(4, 4, 1\)"):
+    with pytest.raises(UsageError, match=r"inputs are \(4, 6, 1\); .* built for \(4, 4, 1\)"):
         flow.apply(variables, jnp.zeros((1, 4, 6, 1)), method="forward")
